@@ -1,0 +1,37 @@
+"""Await Polars queries from asyncio, trio and gevent; the engine that ran is never a secret."""
+
+from polars_async.api import collect_all_async, collect_async
+from polars_async.background import BackgroundQuery
+from polars_async.collector import Collector
+from polars_async.engine import AsyncEngine
+from polars_async.errors import (
+    CollectorClosedError,
+    EngineDowngradeWarning,
+    EngineUnavailableError,
+    ForkedProcessError,
+    PolarsAsyncError,
+)
+from polars_async.gpu import GpuDevice, GpuStatus, gpu_status
+from polars_async.handle import QueryHandle
+from polars_async.reasons import Reason
+from polars_async.resolution import Resolution, resolve_engine
+
+__all__ = [
+    "AsyncEngine",
+    "BackgroundQuery",
+    "Collector",
+    "CollectorClosedError",
+    "EngineDowngradeWarning",
+    "EngineUnavailableError",
+    "ForkedProcessError",
+    "GpuDevice",
+    "GpuStatus",
+    "PolarsAsyncError",
+    "QueryHandle",
+    "Reason",
+    "Resolution",
+    "collect_all_async",
+    "collect_async",
+    "gpu_status",
+    "resolve_engine",
+]

@@ -1,0 +1,244 @@
+"""What NVML says of this host: its driver and its GPUs, before any of it is judged."""
+
+from __future__ import annotations
+
+import contextlib
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Final
+
+from polars_async.reasons import Fault, Reason
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from types import ModuleType
+
+# nvmlReturn_t by value, since which names pynvml has for them depends on its version.
+_NOT_SUPPORTED: Final = 3
+_NO_PERMISSION: Final = 4
+_NOT_FOUND: Final = 6
+_LIBRARY_NOT_FOUND: Final = 12
+_GPU_IS_LOST: Final = 15
+
+_MIG_ENABLED: Final = 1
+_COMPUTE_PROHIBITED: Final = 2
+
+_FAULTS: Final = {
+    _NO_PERMISSION: Fault(
+        Reason.NO_PERMISSION,
+        "this process has no permission to ask the NVIDIA driver",
+        "give its user access to /dev/nvidiactl and /dev/nvidia*",
+    ),
+    9: Fault(
+        Reason.NO_DRIVER,
+        "the NVIDIA driver is installed and its kernel module is not loaded",
+        "load it with modprobe nvidia, or give the container GPU access",
+    ),
+    _LIBRARY_NOT_FOUND: Fault(
+        Reason.NO_LIBRARY,
+        "the NVIDIA driver's library libnvidia-ml.so.1 was not found",
+        "install the NVIDIA driver, or give the container GPU access",
+    ),
+    _GPU_IS_LOST: Fault(
+        Reason.GPU_LOST,
+        "the NVIDIA driver has lost a GPU, which is no longer reachable on its bus",
+        "reset that GPU or restart the machine",
+    ),
+    17: Fault(
+        Reason.NO_PERMISSION,
+        "the operating system or its cgroups bar this process from the NVIDIA driver",
+        "give the container GPU access",
+    ),
+    18: Fault(
+        Reason.DRIVER_MISMATCH,
+        "the NVIDIA driver's library and its loaded kernel module are of different versions",
+        "restart the machine, or reload the kernel module",
+    ),
+    28: Fault(
+        Reason.NO_DEVICE,
+        "the NVIDIA driver lists no GPU",
+        "run on a machine with an NVIDIA GPU, or give the container access to one",
+    ),
+}
+NO_DEVICE: Final = _FAULTS[28]
+_LOOK_CLOSER: Final = "look into nvidia-smi and the kernel's log for the cause"
+_NO_PYNVML: Final = Fault(
+    Reason.NO_LIBRARY,
+    "the Python package nvidia-ml-py, which asks the NVIDIA driver, cannot be imported",
+    "install nvidia-ml-py",
+)
+_NO_LIBCUDA: Final = Fault(
+    Reason.NO_LIBRARY,
+    "the NVIDIA driver's library libcuda.so.1 was not found",
+    "install all of the driver, or start the container with "
+    "NVIDIA_DRIVER_CAPABILITIES=compute,utility",
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HostDevice:
+    """One GPU as NVML lists it; a fact that NVML would not tell is None."""
+
+    index: int
+    uuid: str | None = None
+    name: str | None = None
+    compute_capability: tuple[int, int] | None = None
+    memory_total: int | None = None
+    memory_free: int | None = None
+    compute_prohibited: bool = False
+    mig_enabled: bool = False
+    mig_instances: tuple[str, ...] | None = None
+    fault: Fault | None = None
+
+    def __str__(self) -> str:
+        return f"GPU {self.index}" if self.name is None else f"GPU {self.index} ({self.name})"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Host:
+    """A host's driver and GPUs, and what rules out all of them."""
+
+    devices: tuple[HostDevice, ...] = ()
+    driver_version: str | None = None
+    cuda_version: tuple[int, int] | None = None
+    fault: Fault | None = None
+
+
+def read_host() -> Host:
+    """Ask NVML for everything, once: nothing stays initialised, and no error escapes."""
+    try:
+        import pynvml  # noqa: PLC0415  # nothing is loaded before somebody asks for a GPU
+    except ImportError:
+        return Host(fault=_NO_PYNVML)
+    nvml: ModuleType = pynvml
+    try:
+        nvml.nvmlInit()
+    except nvml.NVMLError as error:
+        return Host(fault=_fault(error))
+    try:
+        return _read_host(nvml)
+    finally:
+        with contextlib.suppress(nvml.NVMLError):
+            nvml.nvmlShutdown()
+
+
+def _read_host(nvml: ModuleType) -> Host:
+    driver_version = _text(_ask(nvml, nvml.nvmlSystemGetDriverVersion))
+    try:
+        count = nvml.nvmlDeviceGetCount()
+    except nvml.NVMLError as error:
+        return Host(driver_version=driver_version, fault=_fault(error))
+    cuda_version, fault = _cuda_version(nvml)
+    return Host(
+        devices=tuple(_read_device(nvml, index) for index in range(count)),
+        driver_version=driver_version,
+        cuda_version=cuda_version,
+        fault=fault,
+    )
+
+
+def _cuda_version(nvml: ModuleType) -> tuple[tuple[int, int] | None, Fault | None]:
+    """Ask for the newest CUDA that the driver runs; NVML asks libcuda.so.1 for it."""
+    try:
+        version: int = nvml.nvmlSystemGetCudaDriverVersion_v2()
+    except nvml.NVMLError as error:
+        return None, _NO_LIBCUDA if error.value == _LIBRARY_NOT_FOUND else None
+    return (version // 1000, version % 1000 // 10), None
+
+
+def _read_device(nvml: ModuleType, index: int) -> HostDevice:
+    try:
+        return _read_handle(nvml, index, nvml.nvmlDeviceGetHandleByIndex(index))
+    except nvml.NVMLError as error:
+        return HostDevice(index=index, fault=_device_fault(error, index))
+
+
+def _read_handle(nvml: ModuleType, index: int, handle: object) -> HostDevice:
+    name = _text(_ask(nvml, nvml.nvmlDeviceGetName, handle))
+    total, free, fault = _memory(nvml, index, handle)
+    mig_mode = _ask(nvml, nvml.nvmlDeviceGetMigMode, handle)
+    mig_enabled = mig_mode is not None and mig_mode[0] == _MIG_ENABLED
+    return HostDevice(
+        index=index,
+        uuid=_text(_ask(nvml, nvml.nvmlDeviceGetUUID, handle)),
+        name=name,
+        compute_capability=_ask(nvml, nvml.nvmlDeviceGetCudaComputeCapability, handle),
+        memory_total=total,
+        memory_free=free,
+        compute_prohibited=_ask(nvml, nvml.nvmlDeviceGetComputeMode, handle) == _COMPUTE_PROHIBITED,
+        mig_enabled=mig_enabled,
+        mig_instances=_mig_instances(nvml, handle) if mig_enabled else None,
+        fault=fault,
+    )
+
+
+def _memory(
+    nvml: ModuleType, index: int, handle: object
+) -> tuple[int | None, int | None, Fault | None]:
+    try:
+        memory = nvml.nvmlDeviceGetMemoryInfo(handle)
+    except nvml.NVMLError as error:
+        if error.value == _NOT_SUPPORTED:
+            return None, None, None
+        if error.value != _NO_PERMISSION:
+            raise
+        # cudf-polars 26.10 asks the same of the whole GPU, in MIG mode too, and takes no other
+        # error than the one above: every query fails where it is refused (NVIDIA/cudf#22388).
+        cause = f"NVML does not tell cudf-polars the memory of GPU {index} ({error})"
+        remedy = "give this process access to the whole GPU, not to a MIG instance of it"
+        return None, None, Fault(Reason.NO_PERMISSION, cause, remedy)
+    return memory.total, memory.free, None
+
+
+def _mig_instances(nvml: ModuleType, handle: object) -> tuple[str, ...] | None:
+    """List the UUIDs of a GPU's MIG instances; None where NVML will not say."""
+    slots: int | None = _ask(nvml, nvml.nvmlDeviceGetMaxMigDeviceCount, handle)
+    if slots is None:
+        return None
+    found: list[str] = []
+    refused = False
+    for slot in range(slots):
+        try:
+            instance = nvml.nvmlDeviceGetMigDeviceHandleByIndex(handle, slot)
+        except nvml.NVMLError as error:
+            refused = refused or error.value != _NOT_FOUND
+            continue
+        uuid = _text(_ask(nvml, nvml.nvmlDeviceGetUUID, instance))
+        if uuid is not None:
+            found.append(uuid)
+        else:
+            refused = True
+    return None if refused and not found else tuple(found)
+
+
+def _ask(nvml: ModuleType, question: Callable[..., Any], *about: object) -> Any:
+    """Get one fact, or None where NVML does not tell; a lost GPU is more than a missing fact."""
+    try:
+        return question(*about)
+    except nvml.NVMLError as error:
+        if error.value == _GPU_IS_LOST:
+            raise
+        return None
+
+
+def _text(value: str | bytes | None) -> str | None:
+    """Read what is bytes or text, by the version of pynvml."""
+    return value.decode(errors="replace") if isinstance(value, bytes) else value
+
+
+def _fault(error: Any) -> Fault:
+    """Explain an NVMLError that rules out every GPU."""
+    return _FAULTS.get(error.value) or Fault(
+        Reason.NVML_ERROR,
+        f"NVML, the NVIDIA driver's library, fails ({error}, error {error.value})",
+        _LOOK_CLOSER,
+    )
+
+
+def _device_fault(error: Any, index: int) -> Fault:
+    """Explain an NVMLError that rules out one GPU."""
+    known = _FAULTS.get(error.value)
+    return Fault(
+        known.reason if known else Reason.NVML_ERROR,
+        f"NVML cannot read GPU {index} ({error}, error {error.value})",
+        known.remedy if known else _LOOK_CLOSER,
+    )

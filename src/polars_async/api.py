@@ -1,0 +1,162 @@
+"""The two drop-in functions, on the collector that the whole process shares."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Literal, overload
+
+from polars_async._native import allocate_lock
+from polars_async.collector import DEFAULT_OPTIMIZATIONS, Collector
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    import polars as pl
+
+    from polars_async.bridges.gevent import GeventHandle
+    from polars_async.handle import QueryHandle
+    from polars_async.resolution import EngineRequest
+
+
+class _Default:
+    lock = allocate_lock()
+    collector: Collector | None = None
+
+
+def default_collector() -> Collector:
+    """Give the collector that serves whoever brings none; made when first asked for."""
+    if _Default.collector is None:
+        with _Default.lock:
+            if _Default.collector is None:
+                _Default.collector = Collector()
+    return _Default.collector
+
+
+@overload
+def collect_async(
+    lf: pl.LazyFrame,
+    *,
+    gevent: Literal[False] = ...,
+    engine: EngineRequest = ...,
+    optimizations: pl.QueryOptFlags = ...,
+) -> QueryHandle[pl.DataFrame]: ...
+@overload
+def collect_async(
+    lf: pl.LazyFrame,
+    *,
+    gevent: Literal[True],
+    engine: EngineRequest = ...,
+    optimizations: pl.QueryOptFlags = ...,
+) -> GeventHandle[pl.DataFrame]: ...
+def collect_async(
+    lf: pl.LazyFrame,
+    *,
+    gevent: bool = False,
+    engine: EngineRequest = "auto",
+    optimizations: pl.QueryOptFlags = DEFAULT_OPTIMIZATIONS,
+) -> QueryHandle[pl.DataFrame]:
+    """
+    Collect a LazyFrame without blocking; a drop-in for ``LazyFrame.collect_async``.
+
+    The query is scheduled at once, on the collector that the whole process shares, and its handle
+    is given back at once.
+
+    Parameters
+    ----------
+    lf
+        The query.
+    gevent
+        Whether to give a handle for greenlets, with ``get(block=True, timeout=None)``.
+    engine
+        ``"auto"``, ``"in-memory"``, ``"streaming"``, ``"gpu"`` or a ``pl.Engine`` object.
+        ``"auto"`` asks the engine affinity; without one the in-memory engine runs. The GPU engine
+        runs here only where ``POLARS_ASYNC_GPU`` is ``offload`` or ``require``; else, as Polars
+        documents, the in-memory engine does, with an `EngineDowngradeWarning`.
+    optimizations
+        The optimisation passes of Polars.
+
+    Returns
+    -------
+    QueryHandle
+        Awaitable in asyncio and trio; gives a DataFrame.
+
+    Raises
+    ------
+    TypeError
+        `lf` is no LazyFrame.
+    ValueError
+        `engine` is no engine.
+    EngineUnavailableError
+        The GPU engine cannot run, and the CPU was forbidden.
+    ForkedProcessError
+        Polars cannot run in this process.
+
+    Examples
+    --------
+    >>> import asyncio
+    >>> import polars as pl
+    >>> import polars_async as pa
+    >>> async def main() -> pl.DataFrame:
+    ...     return await pa.collect_async(pl.LazyFrame({"a": [1, 2]}).sum())
+    >>> asyncio.run(main()).item()
+    3
+    """
+    collector = default_collector()
+    if gevent:
+        return collector.collect_async(lf, gevent=True, engine=engine, optimizations=optimizations)
+    return collector.collect_async(lf, engine=engine, optimizations=optimizations)
+
+
+@overload
+def collect_all_async(
+    lazy_frames: Iterable[pl.LazyFrame],
+    *,
+    gevent: Literal[False] = ...,
+    engine: EngineRequest = ...,
+    optimizations: pl.QueryOptFlags = ...,
+) -> QueryHandle[list[pl.DataFrame]]: ...
+@overload
+def collect_all_async(
+    lazy_frames: Iterable[pl.LazyFrame],
+    *,
+    gevent: Literal[True],
+    engine: EngineRequest = ...,
+    optimizations: pl.QueryOptFlags = ...,
+) -> GeventHandle[list[pl.DataFrame]]: ...
+def collect_all_async(
+    lazy_frames: Iterable[pl.LazyFrame],
+    *,
+    gevent: bool = False,
+    engine: EngineRequest = "auto",
+    optimizations: pl.QueryOptFlags = DEFAULT_OPTIMIZATIONS,
+) -> QueryHandle[list[pl.DataFrame]]:
+    """
+    Collect several LazyFrames as one query; a drop-in for ``polars.collect_all_async``.
+
+    What the frames have in common, a source first of all, is computed once.
+
+    Parameters
+    ----------
+    lazy_frames
+        The frames; any iterable, read at once.
+    gevent, engine, optimizations
+        As for `collect_async`.
+
+    Returns
+    -------
+    QueryHandle
+        Awaitable in asyncio and trio; gives a list with a DataFrame for each frame, in their
+        order.
+
+    Raises
+    ------
+    TypeError
+        One of `lazy_frames` is no LazyFrame; nothing runs then.
+    ValueError, EngineUnavailableError, ForkedProcessError
+        As for `collect_async`.
+    """
+    collector = default_collector()
+    if gevent:
+        return collector.collect_all_async(
+            lazy_frames, gevent=True, engine=engine, optimizations=optimizations
+        )
+    return collector.collect_all_async(lazy_frames, engine=engine, optimizations=optimizations)

@@ -1,0 +1,56 @@
+"""The way into asyncio."""
+
+from __future__ import annotations
+
+import asyncio
+from contextlib import suppress
+from typing import TYPE_CHECKING
+from weakref import WeakKeyDictionary
+
+from polars_async.bridges.mailbox import Mailbox
+
+if TYPE_CHECKING:
+    from collections.abc import Generator
+    from typing import Any, Final
+
+    from polars_async.query import Query
+
+CANCELLED: type[BaseException] = asyncio.CancelledError
+
+_mailboxes: Final[WeakKeyDictionary[asyncio.AbstractEventLoop, Mailbox[asyncio.Future[None]]]] = (
+    WeakKeyDictionary()
+)
+
+
+class _Waiter:
+    __slots__ = ("future", "loop", "mailbox")
+
+    def __init__(self) -> None:
+        self.loop = asyncio.get_running_loop()
+        self.future: asyncio.Future[None] = self.loop.create_future()
+        mailbox = _mailboxes.get(self.loop)
+        if mailbox is None:
+            mailbox = _mailboxes.setdefault(self.loop, Mailbox(_resolve))
+        self.mailbox = mailbox
+
+    def wake(self) -> None:
+        # A loop that was closed meanwhile took its tasks with it: nobody waits there any more.
+        with suppress(RuntimeError):
+            self.mailbox.post(self.future, self.loop.call_soon_threadsafe)
+
+
+def _resolve(future: asyncio.Future[None]) -> None:
+    if not future.done():  # it is when its task was cancelled on the way
+        future.set_result(None)
+
+
+def wait(query: Query[Any]) -> Generator[Any, Any, None]:
+    """Suspend the running task until `query` is done; its cancellation lets go of the query."""
+    waiter = _Waiter()
+    if not query.add_waiter(waiter):
+        return
+    try:
+        yield from waiter.future
+    except BaseException:
+        query.remove_waiter(waiter, last_cancels=True)
+        raise

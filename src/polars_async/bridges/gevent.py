@@ -1,0 +1,122 @@
+"""The way into gevent, and the handle that Polars' ``gevent=True`` promises."""
+
+from __future__ import annotations
+
+from collections import deque
+from concurrent.futures import CancelledError
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from gevent import Timeout, get_hub
+from gevent.event import AsyncResult
+
+from polars_async import _native
+from polars_async.handle import QueryHandle
+
+if TYPE_CHECKING:
+    from polars_async.query import Query
+
+T = TypeVar("T")
+
+
+class GeventHandle(QueryHandle[T]):
+    """A handle for greenlets, as Polars' own ``collect_async(gevent=True)`` gives."""
+
+    __slots__ = ()
+
+    def get(self, block: bool = True, timeout: float | None = None) -> T:  # noqa: FBT001, FBT002  # as Polars' own
+        """
+        Wait for the query, while other greenlets run.
+
+        A greenlet that is killed here, with nobody else waiting, cancels the query.
+
+        Parameters
+        ----------
+        block
+            Whether to wait at all.
+        timeout
+            Seconds to wait at most; None waits as long as it takes.
+
+        Raises
+        ------
+        gevent.Timeout
+            The query is not done, or was not in time. It goes on, and can be waited for again.
+        concurrent.futures.CancelledError
+            The query was cancelled.
+        BaseException
+            Whatever the query raised, unchanged.
+        """
+        query = self._query
+        try:
+            if not query.done and not block:
+                raise Timeout
+            if not query.done and not _block(query, timeout):
+                raise Timeout(timeout)
+            return query.outcome(CancelledError)
+        finally:
+            del self, query  # an error's traceback holds this frame, which else held the error
+
+
+class _Mailbox:
+    """
+    What the hub of one thread still has to be told.
+
+    Workers append and send, which libev folds into one wake-up; all else happens in the hub's
+    thread. The watcher runs just while somebody waits: without one the hub would see nothing to
+    wait for and give up, and with one nobody needs it could never end.
+    """
+
+    def __init__(self, loop: Any) -> None:
+        self.loop = loop
+        self._watcher = loop.async_()
+        self._items: deque[AsyncResult] = deque()
+        self._waiters = 0
+
+    def __enter__(self) -> None:
+        self._waiters += 1
+        if self._waiters == 1:
+            self._watcher.start(self._empty)
+
+    def __exit__(self, *_: object) -> None:
+        self._waiters -= 1
+        if self._waiters == 0:
+            self._watcher.stop()
+
+    def post(self, item: AsyncResult) -> None:
+        self._items.append(item)
+        with suppress(ValueError):  # the hub was destroyed, and its greenlets with it
+            self._watcher.send()
+
+    def _empty(self) -> None:
+        while self._items:
+            self._items.popleft().set()
+
+
+_of_this_thread = _native.local()
+
+
+class _Waiter:
+    def __init__(self) -> None:
+        loop = get_hub().loop
+        mailbox: _Mailbox | None = getattr(_of_this_thread, "mailbox", None)
+        if mailbox is None or mailbox.loop is not loop:
+            mailbox = _of_this_thread.mailbox = _Mailbox(loop)
+        self.mailbox = mailbox
+        self.result = AsyncResult()
+
+    def wake(self) -> None:
+        self.mailbox.post(self.result)
+
+
+def _block(query: Query[Any], timeout: float | None) -> bool:
+    """Let other greenlets run until `query` is done; False if `timeout` seconds pass before."""
+    waiter = _Waiter()
+    if not query.add_waiter(waiter):
+        return True
+    try:
+        with waiter.mailbox:
+            waiter.result.wait(timeout)
+    except BaseException:
+        query.remove_waiter(waiter, last_cancels=True)
+        raise
+    return not query.remove_waiter(waiter, last_cancels=False)

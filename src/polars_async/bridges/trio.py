@@ -1,0 +1,63 @@
+"""The way into trio."""
+
+from __future__ import annotations
+
+from concurrent.futures import CancelledError
+from contextlib import suppress
+from typing import TYPE_CHECKING
+from weakref import WeakKeyDictionary
+
+import trio
+
+from polars_async.bridges.mailbox import Mailbox
+
+if TYPE_CHECKING:
+    from collections.abc import Generator
+    from typing import Any, Final
+
+    from polars_async.query import Query
+
+CANCELLED: type[BaseException] = CancelledError
+
+
+class _Waiter:
+    __slots__ = ("mailbox", "task", "token")
+
+    def __init__(self) -> None:
+        self.token = trio.lowlevel.current_trio_token()
+        self.task: trio.lowlevel.Task | None = trio.lowlevel.current_task()
+        mailbox = _mailboxes.get(self.token)
+        if mailbox is None:
+            mailbox = _mailboxes.setdefault(self.token, Mailbox(_reschedule))
+        self.mailbox = mailbox
+
+    def wake(self) -> None:
+        # A run that is over took its tasks with it: nobody waits there any more.
+        with suppress(trio.RunFinishedError):
+            self.mailbox.post(self, self.token.run_sync_soon)
+
+
+_mailboxes: Final[WeakKeyDictionary[trio.lowlevel.TrioToken, Mailbox[_Waiter]]] = (
+    WeakKeyDictionary()
+)
+
+
+def _reschedule(waiter: _Waiter) -> None:
+    # Both this and the abort run in trio's thread, so the task is rescheduled by one of them.
+    if waiter.task is not None:
+        trio.lowlevel.reschedule(waiter.task)
+
+
+def wait(query: Query[Any]) -> Generator[Any, Any, None]:
+    """Suspend the running task until `query` is done; its cancellation lets go of the query."""
+    waiter = _Waiter()
+    if not query.add_waiter(waiter):
+        yield from trio.lowlevel.checkpoint().__await__()
+        return
+
+    def abort(_: object) -> trio.lowlevel.Abort:
+        waiter.task = None
+        query.remove_waiter(waiter, last_cancels=True)
+        return trio.lowlevel.Abort.SUCCEEDED
+
+    yield from trio.lowlevel.wait_task_rescheduled(abort).__await__()

@@ -1,0 +1,183 @@
+"""The plug-in: an engine that brings a code base over without touching a call site."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Literal, overload
+
+import polars as pl
+
+from polars_async import _fork
+from polars_async._upstream import AUTO_ENGINE
+from polars_async.api import default_collector
+from polars_async.collector import checked_frames, collect_each
+from polars_async.errors import EngineUnavailableError
+from polars_async.resolution import DeferringEngine, warn_of
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator
+
+    from polars.lazyframe import QueryResult
+
+    from polars_async.background import BackgroundQuery
+    from polars_async.collector import Collector
+    from polars_async.handle import QueryHandle
+    from polars_async.resolution import EngineRequest, QueryPath
+
+
+class AsyncEngine(DeferringEngine):
+    """
+    Polars' own methods, with queries resolved and run as this library does.
+
+    Pass it as ``engine=``, or set it once with ``pl.Config.set_engine_affinity(AsyncEngine())``.
+    ``collect_async``, ``collect_all_async`` and ``collect(background=True)`` then run on
+    `collector`. All that is synchronous still runs on the thread that asks for it, on the engine
+    it would run on anyway; but where the GPU engine is asked for and no GPU is usable, the
+    in-memory engine runs and an `EngineDowngradeWarning` says so.
+
+    Parameters
+    ----------
+    collector
+        What runs the queries; None is the collector that the whole process shares.
+    """
+
+    def __init__(self, collector: Collector | None = None) -> None:
+        self._own_collector = collector
+
+    def __repr__(self) -> str:
+        own = self._own_collector
+        return "AsyncEngine()" if own is None else f"AsyncEngine({own!r})"
+
+    @property
+    def collector(self) -> Collector:
+        """The collector that runs the queries."""
+        return self._own_collector or default_collector()
+
+    @property
+    def name(self) -> str:
+        """The name of this plug-in; it is never the engine that runs."""
+        return "polars-async"
+
+    @property
+    def asks_for(self) -> EngineRequest:
+        """The engine of queries that name none but this: that of the collector."""
+        return self.collector.engine
+
+    @property
+    def plan_engine(self) -> str:
+        """The engine whose plan ``explain`` and ``show_graph`` show."""
+        try:
+            return self.collector.resolve_engine(path="sync").engine.plan_engine
+        except EngineUnavailableError:
+            return "gpu"  # a plan can be looked at where it cannot be run
+
+    @overload
+    def collect(
+        self,
+        lf: pl.LazyFrame,
+        *,
+        optimizations: pl.QueryOptFlags,
+        background: Literal[False] = ...,
+        post_opt_callback: Callable[..., Any] | None = ...,
+    ) -> pl.DataFrame: ...
+    @overload
+    def collect(
+        self,
+        lf: pl.LazyFrame,
+        *,
+        optimizations: pl.QueryOptFlags,
+        background: Literal[True],
+        post_opt_callback: Callable[..., Any] | None = ...,
+    ) -> BackgroundQuery: ...
+    @overload
+    def collect(
+        self,
+        lf: pl.LazyFrame,
+        *,
+        optimizations: pl.QueryOptFlags,
+        background: bool,
+        post_opt_callback: Callable[..., Any] | None = ...,
+    ) -> pl.DataFrame | BackgroundQuery: ...
+    def collect(
+        self,
+        lf: pl.LazyFrame,
+        *,
+        optimizations: pl.QueryOptFlags,
+        background: bool = False,
+        post_opt_callback: Callable[..., Any] | None = None,
+    ) -> pl.DataFrame | BackgroundQuery:
+        """See ``LazyFrame.collect``; in the background it runs on the collector."""
+        if background:
+            return self.collector.collect_background(lf, optimizations=optimizations)
+        return self._resolved("sync").collect(
+            lf, optimizations=optimizations, post_opt_callback=post_opt_callback
+        )
+
+    def collect_all(
+        self, lfs: Iterable[pl.LazyFrame], *, optimizations: pl.QueryOptFlags
+    ) -> list[pl.DataFrame]:
+        """See ``polars.collect_all``; on the GPU the frames are collected one by one."""
+        return collect_each(checked_frames(lfs), self._resolved("sync"), optimizations)
+
+    def collect_async(  # type: ignore[override]  # Polars promises its own private classes
+        self, lf: pl.LazyFrame, *, optimizations: pl.QueryOptFlags, gevent: bool = False
+    ) -> QueryHandle[pl.DataFrame]:
+        """See ``LazyFrame.collect_async``; it runs on the collector."""
+        if gevent:
+            return self.collector.collect_async(lf, optimizations=optimizations, gevent=True)
+        return self.collector.collect_async(lf, optimizations=optimizations)
+
+    def collect_all_async(  # type: ignore[override]  # as above
+        self,
+        lfs: Iterable[pl.LazyFrame],
+        *,
+        optimizations: pl.QueryOptFlags,
+        gevent: bool = False,
+    ) -> QueryHandle[list[pl.DataFrame]]:
+        """See ``polars.collect_all_async``; it runs on the collector."""
+        if gevent:
+            return self.collector.collect_all_async(lfs, optimizations=optimizations, gevent=True)
+        return self.collector.collect_all_async(lfs, optimizations=optimizations)
+
+    def collect_batches(  # type: ignore[override]  # as above
+        self, lf: pl.LazyFrame, *, optimizations: pl.QueryOptFlags, **options: Any
+    ) -> Iterator[pl.DataFrame]:
+        """See ``LazyFrame.collect_batches``; what the GPU collects is cut up afterwards."""
+        engine = self._resolved("batches")
+        if isinstance(engine, pl.GPUEngine):
+            lf = self.collector.collect_async(lf, optimizations=optimizations).result().lazy()
+            engine = pl.InMemoryEngine()
+        return engine.collect_batches(lf, optimizations=optimizations, **options)
+
+    def execute(self, lf: pl.LazyFrame, *, optimizations: pl.QueryOptFlags) -> QueryResult:
+        """See ``LazyFrame.execute``."""
+        return self._resolved("sync").execute(lf, optimizations=optimizations)
+
+    def sink_parquet(self, lf: pl.LazyFrame, path: Any, **options: Any) -> Any:
+        """See ``LazyFrame.sink_parquet``."""
+        return self._sink(options).sink_parquet(lf, path, **options)
+
+    def sink_ipc(self, lf: pl.LazyFrame, path: Any, **options: Any) -> Any:
+        """See ``LazyFrame.sink_ipc``."""
+        return self._sink(options).sink_ipc(lf, path, **options)
+
+    def sink_csv(self, lf: pl.LazyFrame, path: Any, **options: Any) -> Any:
+        """See ``LazyFrame.sink_csv``."""
+        return self._sink(options).sink_csv(lf, path, **options)
+
+    def sink_ndjson(self, lf: pl.LazyFrame, path: Any, **options: Any) -> Any:
+        """See ``LazyFrame.sink_ndjson``."""
+        return self._sink(options).sink_ndjson(lf, path, **options)
+
+    def sink_batches(self, lf: pl.LazyFrame, function: Any, **options: Any) -> Any:
+        """See ``LazyFrame.sink_batches``."""
+        return self._sink(options).sink_batches(lf, function, **options)
+
+    def _sink(self, options: dict[str, Any]) -> pl.Engine:
+        # Polars 1.44 hands over lazy sinks too, which only make a plan.
+        return AUTO_ENGINE if options.get("lazy") else self._resolved("sync")
+
+    def _resolved(self, path: QueryPath) -> pl.Engine:
+        _fork.check()
+        resolution = self.collector.resolve_engine(path=path)
+        warn_of(resolution)
+        return resolution.engine

@@ -1,0 +1,132 @@
+"""The handle: what a caller holds while its query is on the way."""
+
+from __future__ import annotations
+
+from concurrent.futures import CancelledError
+from threading import TIMEOUT_MAX
+from typing import TYPE_CHECKING, Generic, TypeVar
+
+from polars_async import bridges
+from polars_async._native import allocate_lock
+
+if TYPE_CHECKING:
+    from collections.abc import Generator
+    from typing import Any
+
+    from polars_async.query import Query
+    from polars_async.resolution import Resolution
+
+T = TypeVar("T")
+
+
+class QueryHandle(Generic[T]):
+    """
+    A query that was scheduled, and its result to come.
+
+    Await it in asyncio or trio, or call `result` in a plain thread: as often as wanted and from
+    wherever, it gives the same result or raises the same error each time. It belongs to no loop:
+    it may be made before one runs, or in another thread.
+
+    When the task that awaits it is cancelled, and nobody else waits for it, the query is cancelled
+    too. Polars cannot stop a running query: it is let go at once and its result is dropped, and
+    its slot in the collector is free when it really ends.
+    """
+
+    __slots__ = ("__weakref__", "_query")
+
+    def __init__(self, query: Query[T]) -> None:
+        self._query = query
+
+    @property
+    def resolution(self) -> Resolution:
+        """Which engine runs the query, asked for by whom, and why."""
+        return self._query.resolution
+
+    def done(self) -> bool:
+        """Tell whether there is a result, an error or a cancellation."""
+        return self._query.done
+
+    def cancel(self) -> bool:
+        """
+        Let go of the query: whoever waits for it is told so at once.
+
+        Returns
+        -------
+        bool
+            False if the query had ended before.
+        """
+        return self._query.cancel()
+
+    def __await__(self) -> Generator[Any, Any, T]:
+        """
+        Suspend the awaiting task until the query is done.
+
+        Raises
+        ------
+        BaseException
+            Whatever the query raised, unchanged.
+        asyncio.CancelledError
+            The query was cancelled; under trio ``concurrent.futures.CancelledError``.
+        RuntimeError
+            Neither asyncio nor trio runs on this thread.
+        """
+        query, bridge = self._query, bridges.current()
+        try:
+            yield from bridge.wait(query)
+            return query.outcome(bridge.CANCELLED)
+        finally:
+            del self, query  # an error's traceback holds this frame, which else held the error
+
+    def result(self, timeout: float | None = None) -> T:
+        """
+        Block the calling thread until the query is done.
+
+        Parameters
+        ----------
+        timeout
+            Seconds to wait at most; None waits as long as it takes.
+
+        Raises
+        ------
+        TimeoutError
+            The query was not done in time. It goes on, and can be waited for again.
+        concurrent.futures.CancelledError
+            The query was cancelled.
+        BaseException
+            Whatever the query raised, unchanged.
+        """
+        query = self._query
+        try:
+            if not _block(query, timeout):
+                raise TimeoutError(f"the query was not done after {timeout} s; it goes on")
+            return query.outcome(CancelledError)
+        finally:
+            del self, query  # as in __await__
+
+
+class _ThreadWaiter:
+    __slots__ = ("_lock",)
+
+    def __init__(self) -> None:
+        self._lock = allocate_lock()
+        self._lock.acquire()
+
+    def wake(self) -> None:
+        self._lock.release()
+
+    def wait(self, timeout: float | None) -> bool:
+        if timeout is None:
+            return self._lock.acquire()
+        return self._lock.acquire(timeout=min(max(timeout, 0.0), TIMEOUT_MAX))
+
+
+def _block(query: Query[Any], timeout: float | None) -> bool:
+    """Wait until `query` is done; False if `timeout` seconds pass before."""
+    waiter = _ThreadWaiter()
+    if not query.add_waiter(waiter):
+        return True
+    try:
+        waiter.wait(timeout)
+    finally:
+        query.remove_waiter(waiter, last_cancels=False)
+    return query.done

@@ -1,0 +1,151 @@
+"""A query on its way: its state, its outcome, and who waits for it."""
+
+from __future__ import annotations
+
+import enum
+import logging
+from contextvars import copy_context
+from functools import partial
+from typing import TYPE_CHECKING, Generic, Protocol, TypeVar, cast
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from types import TracebackType
+
+    from polars_async.admission import Admission
+    from polars_async.resolution import Resolution
+
+T = TypeVar("T")
+
+_log = logging.getLogger("polars_async")
+
+
+class State(enum.Enum):
+    """Where a query is; the last two are final."""
+
+    WAITING = enum.auto()
+    RUNNING = enum.auto()
+    ENDED = enum.auto()
+    CANCELLED = enum.auto()
+
+
+class Waiter(Protocol):
+    """Somebody who waits for a query, in a loop or a thread."""
+
+    def wake(self) -> None:
+        """Have the waiter look again. Any thread may call it, and it never raises."""
+
+
+class Query(Generic[T]):
+    """
+    One query of a collector.
+
+    State and waiters change under the lock of the query's admission, so that of an end, a
+    cancellation and a new waiter one is always first. A final state never changes again, and is
+    read without the lock.
+    """
+
+    __slots__ = (
+        "__weakref__",
+        "_admission",
+        "_error",
+        "_traceback",
+        "_value",
+        "_waiters",
+        "_work",
+        "resolution",
+        "state",
+    )
+
+    def __init__(self, work: Callable[[], T], resolution: Resolution, admission: Admission) -> None:
+        self.resolution = resolution
+        self.state = State.WAITING
+        self._admission = admission
+        self._work: Callable[[], T] | None = partial(copy_context().run, work)
+        self._value: T | None = None
+        self._error: BaseException | None = None
+        self._traceback: TracebackType | None = None
+        self._waiters: list[Waiter] = []
+
+    @property
+    def done(self) -> bool:
+        """Whether the state is final."""
+        return self.state is State.ENDED or self.state is State.CANCELLED
+
+    def run(self) -> None:
+        """Run the work on this thread and keep its outcome, which `settle` then makes known."""
+        work, self._work = cast("Callable[[], T]", self._work), None
+        try:
+            self._value = work()
+        except BaseException as error:  # noqa: BLE001  # a panic and SystemExit are outcomes too
+            self._error = error
+            # Without this frame, which holds the query that holds the error.
+            self._traceback = error.__traceback__ and error.__traceback__.tb_next
+
+    def settle(self) -> None:
+        """Make the outcome known, unless everybody had let go of the query before."""
+        with self._admission.lock:
+            if self.done:
+                self._value = self._error = self._traceback = None
+                return
+            self.state = State.ENDED
+            waiters, self._waiters = self._waiters, []
+        _wake(waiters)
+
+    def fail(self, error: BaseException) -> None:
+        """End a query whose thread was lost in a fork; the loops of its waiters were, too."""
+        self._waiters.clear()
+        self._work = None
+        self._error = error
+        self.settle()
+
+    def cancel(self) -> bool:
+        """Take the query out of the line, or let go of a running one; False if it had ended."""
+        with self._admission.lock:
+            if self.done:
+                return False
+            if self.state is State.WAITING:
+                self._admission.leave(self)
+                self._work = None
+            self.state = State.CANCELLED
+            waiters, self._waiters = self._waiters, []
+        _wake(waiters)
+        return True
+
+    def add_waiter(self, waiter: Waiter) -> bool:
+        """Have `waiter` woken at the end; False if that has come already."""
+        with self._admission.lock:
+            if self.done:
+                return False
+            self._waiters.append(waiter)
+            return True
+
+    def remove_waiter(self, waiter: Waiter, *, last_cancels: bool) -> bool:
+        """Stop waiting, and maybe let the query go with its last waiter; False if it had ended."""
+        with self._admission.lock:
+            if self.done:
+                return False
+            self._waiters.remove(waiter)
+            if last_cancels and not self._waiters:
+                self.cancel()
+            return True
+
+    def outcome(self, cancelled: type[BaseException]) -> T:
+        """Give the result of a query that is done, or raise its error."""
+        if self.state is State.CANCELLED:
+            raise cancelled("the query was cancelled")
+        if self._error is None:
+            return cast("T", self._value)
+        try:
+            # From its own traceback each time: else every await would add its frames to the last.
+            raise self._error.with_traceback(self._traceback)
+        finally:
+            del self  # the frame that the traceback now holds, which else held the error
+
+
+def _wake(waiters: list[Waiter]) -> None:
+    for waiter in waiters:
+        try:
+            waiter.wake()
+        except Exception:  # one that broke its promise must not cost the others theirs
+            _log.exception("a waiter could not be told that its query is done")

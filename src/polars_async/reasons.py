@@ -1,0 +1,69 @@
+"""Why a query does not run on the engine that was asked for."""
+
+from __future__ import annotations
+
+import enum
+from typing import NamedTuple
+
+
+class Reason(enum.StrEnum):
+    """Everything that explains a `Resolution` or a `GpuStatus`; each is its own short name."""
+
+    ASYNC_PATH = "async-path"
+    """GPU execution is switched off on the async path, as Polars documents."""
+    BACKGROUND_PATH = "background-path"
+    """GPU execution is switched off for background queries."""
+    BATCHES_PATH = "batches-path"
+    """GPU execution is switched off for queries collected in batches."""
+    UNKNOWN_AFFINITY = "unknown-affinity"
+    """POLARS_ENGINE_AFFINITY names no engine."""
+
+    NO_LIBRARY = "no-library"
+    """A library of the NVIDIA driver, or the Python package that asks it, was not found."""
+    NO_DRIVER = "no-driver"
+    """The driver's library is there, and its kernel module is not loaded."""
+    NO_PERMISSION = "no-permission"
+    """This process may not ask the driver, or not about the GPU that it would use."""
+    DRIVER_MISMATCH = "driver-mismatch"
+    """The driver's library and its kernel module are of different versions."""
+    GPU_LOST = "gpu-lost"
+    """The GPU has fallen off the bus."""
+    NVML_ERROR = "nvml-error"
+    """NVML failed in another way; the message holds its own words."""
+    NO_DEVICE = "no-device"
+    """The driver runs, and lists no GPU."""
+
+    DEVICES_HIDDEN = "devices-hidden"
+    """CUDA_VISIBLE_DEVICES hides every GPU, or the one that the reason belongs to."""
+    INVALID_VISIBLE_DEVICES = "invalid-visible-devices"
+    """The first entry of CUDA_VISIBLE_DEVICES names no GPU in a way that cudf-polars can take."""
+    AMBIGUOUS_DEVICE_ORDER = "ambiguous-device-order"
+    """CUDA and NVML number the GPUs differently, and CUDA would take one that is ruled out."""
+    COMPUTE_CAPABILITY = "compute-capability"
+    """The GPU's compute capability is too low for the installed cudf-polars."""
+    COMPUTE_PROHIBITED = "compute-prohibited"
+    """The GPU's compute mode prohibits computing."""
+    MIG_WITHOUT_INSTANCE = "mig-without-instance"
+    """The GPU is in MIG mode, and has no instance that could compute."""
+    DRIVER_TOO_OLD = "driver-too-old"
+    """The driver's CUDA version is too old for the installed cudf-polars."""
+
+    CUDF_MISSING = "cudf-missing"
+    """cudf-polars is not installed."""
+    CUDF_INCOMPATIBLE = "cudf-incompatible"
+    """The installed cudf-polars does not support the installed Polars."""
+    CUDF_BROKEN = "cudf-broken"
+    """cudf-polars is installed, and cannot be imported."""
+
+
+class Fault(NamedTuple):
+    """What rules a GPU out: the reason, what was needed and found, and what to do about it."""
+
+    reason: Reason
+    cause: str
+    remedy: str
+
+    @property
+    def message(self) -> str:
+        """One sentence, to stand alone or after ``the GPU engine was asked for, but``."""
+        return f"{self.cause}: {self.remedy}"

@@ -1,0 +1,301 @@
+"""Which engine runs a query, asked for by whom, and why: the decision table."""
+
+from __future__ import annotations
+
+import os
+import sys
+import warnings
+from abc import abstractmethod
+from dataclasses import dataclass, replace
+from functools import cache
+from typing import TYPE_CHECKING, Final, Literal, TypeAlias, cast, get_args
+
+import polars as pl
+
+from polars_async import _upstream
+from polars_async.errors import EngineDowngradeWarning, EngineUnavailableError
+from polars_async.gpu import GpuStatus, gpu_status
+from polars_async.reasons import Reason
+
+if TYPE_CHECKING:
+    from types import FrameType
+
+EngineRequest: TypeAlias = str | pl.Engine
+EngineSource: TypeAlias = Literal["argument", "config", "environment", "default"]
+QueryPath: TypeAlias = Literal["sync", "async", "background", "batches"]
+GpuPolicy: TypeAlias = Literal["downgrade", "offload", "require"]
+
+ENGINE_NAMES: Final = ("auto", "in-memory", "streaming", "gpu")
+AFFINITY_VARIABLE: Final = "POLARS_ENGINE_AFFINITY"
+GPU_POLICY_VARIABLE: Final = "POLARS_ASYNC_GPU"
+
+_OWN_FOLDER: Final = os.path.dirname(__file__)  # noqa: PTH120  # compared with co_filename, a str
+_IN_MEMORY: Final = pl.InMemoryEngine()
+_ENGINES: Final[dict[str, pl.Engine]] = {
+    "auto": _upstream.AUTO_ENGINE,
+    "in-memory": _IN_MEMORY,
+    "cpu": _IN_MEMORY,  # an alias that Polars itself still takes
+    "streaming": pl.StreamingEngine(),
+}
+_ASKERS: Final[dict[EngineSource, str]] = {
+    "argument": "the argument engine",
+    "config": "Config.set_engine_affinity",
+    "environment": AFFINITY_VARIABLE,
+    "default": "the collector's default_engine",
+}
+_SWITCHED_OFF: Final[dict[QueryPath, Reason]] = {
+    "async": Reason.ASYNC_PATH,
+    "background": Reason.BACKGROUND_PATH,
+    "batches": Reason.BATCHES_PATH,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Resolution:
+    """
+    The decision which engine runs a query.
+
+    Attributes
+    ----------
+    requested
+        What was asked for: the name of an engine or a ``pl.Engine`` object; ``"auto"`` where
+        nobody asked for anything.
+    source
+        Who asked: ``"argument"``, ``"config"`` (an engine object set with
+        ``pl.Config.set_engine_affinity``), ``"environment"`` (``POLARS_ENGINE_AFFINITY``, which is
+        also where a *name* set with ``Config`` lives) or ``"default"``.
+    engine
+        The engine to run.
+    name
+        Its name: ``"in-memory"``, ``"streaming"``, ``"gpu"``, what another engine object calls
+        itself, or ``"auto"`` where the choice is left to Polars.
+    downgraded
+        Whether the GPU engine was asked for, and the path or the host ruled it out.
+    reason
+        Why it is not what was asked for; None if it is.
+    message
+        The same in one sentence that a person can act on.
+    gpu
+        What is known of the GPU; None when nobody asked for one.
+    """
+
+    requested: EngineRequest
+    source: EngineSource
+    engine: pl.Engine
+    name: str
+    downgraded: bool
+    reason: Reason | None
+    message: str
+    gpu: GpuStatus | None
+
+
+class DeferringEngine(pl.Engine):
+    """An engine that carries a request of its own, or none, and is never itself what runs."""
+
+    @property
+    @abstractmethod
+    def asks_for(self) -> EngineRequest:
+        """What is asked for by asking for this engine; ``"auto"`` where that is nothing."""
+
+
+def resolve_engine(
+    engine: EngineRequest = "auto",
+    *,
+    path: QueryPath = "async",
+    gpu: GpuPolicy | None = None,
+    default_engine: EngineRequest = "in-memory",
+) -> Resolution:
+    """
+    Decide which engine runs a query, without running one.
+
+    It asks, in this order: `engine` itself, the engine object set with
+    ``pl.Config.set_engine_affinity``, the variable ``POLARS_ENGINE_AFFINITY`` as it is now, and
+    `default_engine`. A GPU engine then has to pass the GPU rule of `path` and `gpu`. What this
+    function returns in silence, the functions that run queries also warn of.
+
+    Parameters
+    ----------
+    engine
+        ``"auto"``, ``"in-memory"``, ``"streaming"``, ``"gpu"`` or a ``pl.Engine`` object.
+    path
+        How the query is asked for: ``"sync"``, ``"async"``, ``"background"`` or ``"batches"``.
+    gpu
+        ``"downgrade"``: no GPU on any path but ``"sync"``, as Polars documents. ``"offload"``: the
+        synchronous GPU engine on a thread of the collector. ``"require"``: the same, but an
+        unusable GPU is an error. None takes ``POLARS_ASYNC_GPU``, else ``"downgrade"``.
+    default_engine
+        What runs on the async and background paths where nothing was asked for. On the other two
+        the choice is then left to Polars, as it is without this library.
+
+    Returns
+    -------
+    Resolution
+
+    Raises
+    ------
+    ValueError
+        `engine`, `path` or `gpu` is none of the values listed here.
+    EngineUnavailableError
+        The GPU engine cannot run and the CPU was forbidden, by ``gpu="require"`` or by
+        ``pl.GPUEngine(raise_on_fail=True)``.
+
+    Examples
+    --------
+    >>> import polars_async as pa
+    >>> pa.resolve_engine("streaming").message
+    'the streaming engine runs: asked for by the argument engine'
+    """
+    if path not in get_args(QueryPath):
+        raise ValueError(f"path must be one of {_listed(get_args(QueryPath))}, got {path!r}")
+    asked = _who_asks(engine, path, default_engine)
+    if asked.name != "gpu" and not isinstance(asked.engine, pl.GPUEngine):
+        return asked
+    return _gpu_rule(asked, path, gpu_policy(gpu))
+
+
+def _who_asks(engine: EngineRequest, path: QueryPath, default: EngineRequest) -> Resolution:
+    """Find the engine that is asked for, and by whom, before the GPU rule."""
+    if (argument := _own_request(engine)) != "auto":
+        return _asked(argument, "argument")
+    configured = _upstream.affinity_override()
+    if configured is not None and (affinity := _own_request(configured)) != "auto":
+        return _asked(affinity, "config")
+    name = os.environ.get(AFFINITY_VARIABLE, "auto")
+    if name == "auto":
+        return _nothing_asked(path, default)
+    if name == "gpu" or name in _ENGINES:
+        return _asked(name, "environment")
+    instead = _nothing_asked(path, default)
+    return replace(
+        instead,
+        requested=name,
+        reason=Reason.UNKNOWN_AFFINITY,
+        message=f"{AFFINITY_VARIABLE}={name!r} names no engine, so {_runs(instead.name)} instead: "
+        f"set it to one of {_listed(ENGINE_NAMES)}",
+    )
+
+
+def _gpu_rule(asked: Resolution, path: QueryPath, policy: GpuPolicy) -> Resolution:
+    """Let the GPU engine through, or say what rules it out and what runs instead."""
+    status = gpu_status()
+    if path != "sync" and policy == "downgrade":
+        reason = _SWITCHED_OFF[path]
+        why = f"GPU execution is switched off on the {path} path"
+        remedy = (
+            f"a Collector(gpu='offload') or {GPU_POLICY_VARIABLE}=offload runs it on a thread"
+            if status.usable
+            else f"no GPU is usable here either, since {status.message}"
+        )
+    elif status.usable:
+        return replace(asked, gpu=status)
+    else:
+        reason, why, remedy = status.reason, "no GPU is usable here", status.message
+    but = f"the GPU engine was asked for by {_ASKERS[asked.source]}, but {why}"
+    if policy == "require" or _forbids_cpu(asked.engine):
+        who = "gpu='require'" if policy == "require" else "raise_on_fail=True"
+        raise EngineUnavailableError(f"{but} and {who} forbids the CPU: {remedy}")
+    return replace(
+        asked,
+        engine=_IN_MEMORY,
+        name=_IN_MEMORY.name,
+        downgraded=True,
+        reason=reason,
+        message=f"{but}, so {_runs(_IN_MEMORY.name)} instead: {remedy}",
+        gpu=status,
+    )
+
+
+def gpu_policy(policy: GpuPolicy | None) -> GpuPolicy:
+    """Give `policy`, checked, or where it is None the default of the process."""
+    known = get_args(GpuPolicy)
+    if policy is not None:
+        name, value = "gpu", policy
+    else:
+        name, value = GPU_POLICY_VARIABLE, os.environ.get(GPU_POLICY_VARIABLE, "downgrade")
+    if value not in known:
+        raise ValueError(f"{name} must be one of {_listed(known)}, got {value!r}")
+    return cast("GpuPolicy", value)
+
+
+def engine_object(engine: EngineRequest) -> pl.Engine:
+    """Turn the name of an engine into an engine; an engine is given back as it is."""
+    if isinstance(engine, pl.Engine):
+        return engine
+    if engine == "gpu":
+        return pl.GPUEngine()
+    # Polars raises ValueError for whatever is no engine, None and numbers included.
+    found = _ENGINES.get(engine) if isinstance(engine, str) else None  # pyright: ignore[reportUnnecessaryIsInstance]
+    if found is None:
+        names = _listed(ENGINE_NAMES)
+        raise ValueError(f"engine must be one of {names} or a polars.Engine object, got {engine!r}")
+    return found
+
+
+def warn_of(resolution: Resolution) -> None:
+    """Say aloud, at the caller's line outside of Polars, that what was asked for does not run."""
+    if resolution.reason is not None:
+        warnings.warn(resolution.message, EngineDowngradeWarning, stacklevel=_level_of_caller())
+
+
+def _level_of_caller() -> int:
+    """Count the frames from `warn_of` up to the first that is neither ours nor Polars'."""
+    libraries = (_OWN_FOLDER, _upstream.PACKAGE_FOLDER)
+    frame: FrameType | None = sys._getframe(1)  # noqa: SLF001  # the way warnings itself goes
+    level = 1
+    while frame is not None and frame.f_code.co_filename.startswith(libraries):
+        frame = frame.f_back
+        level += 1
+    return level
+
+
+def _own_request(engine: EngineRequest) -> EngineRequest:
+    while isinstance(engine, DeferringEngine):
+        engine = engine.asks_for
+    return engine
+
+
+def _nothing_asked(path: QueryPath, default: EngineRequest) -> Resolution:
+    if path == "sync":
+        return _asked("auto", "default")
+    if path == "batches":  # where Polars itself takes "auto" for this one
+        return _asked("streaming", "default")
+    return _asked(_own_request(default), "default")
+
+
+def _asked(engine: EngineRequest, source: EngineSource) -> Resolution:
+    if isinstance(engine, str):
+        return _asked_by_name(engine, source)
+    return _as_asked(engine, source)
+
+
+@cache
+def _asked_by_name(engine: str, source: EngineSource) -> Resolution:
+    return _as_asked(engine, source)
+
+
+def _as_asked(request: EngineRequest, source: EngineSource) -> Resolution:
+    engine = engine_object(request)
+    why = "nothing else was asked for" if source == "default" else f"asked for by {_ASKERS[source]}"
+    return Resolution(
+        requested="auto" if source == "default" else request,
+        source=source,
+        engine=engine,
+        name=engine.name,
+        downgraded=False,
+        reason=None,
+        message=f"{_runs(engine.name)}: {why}",
+        gpu=None,
+    )
+
+
+def _runs(name: str) -> str:
+    return "Polars chooses the engine that runs" if name == "auto" else f"the {name} engine runs"
+
+
+def _forbids_cpu(engine: pl.Engine) -> bool:
+    # GPUEngine declares an attribute raise_on_fail and sets it in its config alone.
+    return bool(getattr(engine, "config", {}).get("raise_on_fail", False))
+
+
+def _listed(values: tuple[str, ...]) -> str:
+    return ", ".join(map(repr, values))
