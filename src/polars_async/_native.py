@@ -12,8 +12,9 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from _thread import RLock, _local as local, allocate_lock, start_new_thread
+    from _thread import RLock, allocate_lock, start_new_thread
     from queue import SimpleQueue
+    from threading import local
 else:
 
     def _original(module: str, name: str) -> Any:

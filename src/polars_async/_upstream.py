@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
@@ -20,7 +21,7 @@ else:
 
 __all__ = ["AUTO_ENGINE", "PACKAGE_FOLDER", "InProcessQuery", "affinity_override"]
 
-PACKAGE_FOLDER: Final = str(Path(pl.__file__).parent)
+PACKAGE_FOLDER: Final = f"{Path(pl.__file__).parent}{os.sep}"
 """The folder of the installed Polars, to find the first frame outside of it."""
 
 

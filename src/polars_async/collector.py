@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from functools import partial
-from typing import TYPE_CHECKING, Final, Literal, TypeVar, overload
+from typing import TYPE_CHECKING, Any, Final, Literal, TypeVar, overload
 from weakref import WeakSet, finalize
 
 import polars as pl
@@ -207,7 +207,7 @@ class Collector:
         optimizations: pl.QueryOptFlags = DEFAULT_OPTIMIZATIONS,
     ) -> BackgroundQuery:
         """
-        Schedule a query to be fetched from plain threads, as ``LazyFrame.collect(background=True)``.
+        Schedule a query to be fetched from threads, as ``LazyFrame.collect(background=True)``.
 
         It takes and raises what `collect_async` does.
 
@@ -276,7 +276,8 @@ class Collector:
         lane.submit(query)
         return query
 
-    def _abandon(self) -> None:
+    def abandon_after_fork(self) -> None:
+        """Fail the queries whose threads stayed behind; for a forked child alone."""
         for lane in (self._cpu, self._gpu):
             lane.abandon(_fork.lost())
 
@@ -320,7 +321,7 @@ def _described(value: object) -> str:
     return f"{name}: call its lazy() first" if isinstance(value, pl.DataFrame) else name
 
 
-def _handle_class(*, gevent: bool) -> type[QueryHandle[T]]:
+def _handle_class(*, gevent: bool) -> type[QueryHandle[Any]]:
     if not gevent:
         return QueryHandle
     try:
@@ -339,7 +340,7 @@ def _close_lanes(lanes: tuple[Lane, ...], *, cancel_waiting: bool = False) -> No
 
 def _abandon_all() -> None:
     for collector in list(_collectors):
-        collector._abandon()  # noqa: SLF001  # a method of this module
+        collector.abandon_after_fork()
 
 
 if hasattr(os, "register_at_fork"):

@@ -147,5 +147,5 @@ def _wake(waiters: list[Waiter]) -> None:
     for waiter in waiters:
         try:
             waiter.wake()
-        except Exception:  # one that broke its promise must not cost the others theirs
+        except Exception:  # noqa: BLE001  # one that broke its promise must not cost the others theirs
             _log.exception("a waiter could not be told that its query is done")

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
 import os
-import sys
 import warnings
 from abc import abstractmethod
 from dataclasses import dataclass, replace
 from functools import cache
-from typing import TYPE_CHECKING, Final, Literal, TypeAlias, cast, get_args
+from pathlib import Path
+from typing import TYPE_CHECKING, Final, Literal, TypeAlias, get_args
 
 import polars as pl
 
@@ -18,6 +19,7 @@ from polars_async.gpu import GpuStatus, gpu_status
 from polars_async.reasons import Reason
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
     from types import FrameType
 
 EngineRequest: TypeAlias = str | pl.Engine
@@ -29,7 +31,7 @@ ENGINE_NAMES: Final = ("auto", "in-memory", "streaming", "gpu")
 AFFINITY_VARIABLE: Final = "POLARS_ENGINE_AFFINITY"
 GPU_POLICY_VARIABLE: Final = "POLARS_ASYNC_GPU"
 
-_OWN_FOLDER: Final = os.path.dirname(__file__)  # noqa: PTH120  # compared with co_filename, a str
+_OWN_FOLDER: Final = f"{Path(__file__).parent}{os.sep}"
 _IN_MEMORY: Final = pl.InMemoryEngine()
 _ENGINES: Final[dict[str, pl.Engine]] = {
     "auto": _upstream.AUTO_ENGINE,
@@ -178,6 +180,7 @@ def _who_asks(engine: EngineRequest, path: QueryPath, default: EngineRequest) ->
 def _gpu_rule(asked: Resolution, path: QueryPath, policy: GpuPolicy) -> Resolution:
     """Let the GPU engine through, or say what rules it out and what runs instead."""
     status = gpu_status()
+    reason: Reason | None
     if path != "sync" and policy == "downgrade":
         reason = _SWITCHED_OFF[path]
         why = f"GPU execution is switched off on the {path} path"
@@ -207,14 +210,13 @@ def _gpu_rule(asked: Resolution, path: QueryPath, policy: GpuPolicy) -> Resoluti
 
 def gpu_policy(policy: GpuPolicy | None) -> GpuPolicy:
     """Give `policy`, checked, or where it is None the default of the process."""
-    known = get_args(GpuPolicy)
-    if policy is not None:
-        name, value = "gpu", policy
-    else:
-        name, value = GPU_POLICY_VARIABLE, os.environ.get(GPU_POLICY_VARIABLE, "downgrade")
-    if value not in known:
-        raise ValueError(f"{name} must be one of {_listed(known)}, got {value!r}")
-    return cast("GpuPolicy", value)
+    value: str = policy or os.environ.get(GPU_POLICY_VARIABLE, "downgrade")
+    known: tuple[GpuPolicy, ...] = get_args(GpuPolicy)
+    for one in known:
+        if value == one:
+            return one
+    name = "gpu" if policy else GPU_POLICY_VARIABLE
+    raise ValueError(f"{name} must be one of {_listed(known)}, got {value!r}")
 
 
 def engine_object(engine: EngineRequest) -> pl.Engine:
@@ -223,12 +225,12 @@ def engine_object(engine: EngineRequest) -> pl.Engine:
         return engine
     if engine == "gpu":
         return pl.GPUEngine()
-    # Polars raises ValueError for whatever is no engine, None and numbers included.
-    found = _ENGINES.get(engine) if isinstance(engine, str) else None  # pyright: ignore[reportUnnecessaryIsInstance]
-    if found is None:
-        names = _listed(ENGINE_NAMES)
-        raise ValueError(f"engine must be one of {names} or a polars.Engine object, got {engine!r}")
-    return found
+    # As in Polars, whatever is no engine is a ValueError: None and numbers, too.
+    for name, known in _ENGINES.items():
+        if engine == name:
+            return known
+    names = _listed(ENGINE_NAMES)
+    raise ValueError(f"engine must be one of {names} or a polars.Engine object, got {engine!r}")
 
 
 def warn_of(resolution: Resolution) -> None:
@@ -238,10 +240,10 @@ def warn_of(resolution: Resolution) -> None:
 
 
 def _level_of_caller() -> int:
-    """Count the frames from `warn_of` up to the first that is neither ours nor Polars'."""
+    """Count the frames from `warn_of`, 1, up to the first that is neither ours nor Polars'."""
     libraries = (_OWN_FOLDER, _upstream.PACKAGE_FOLDER)
-    frame: FrameType | None = sys._getframe(1)  # noqa: SLF001  # the way warnings itself goes
-    level = 1
+    frame: FrameType | None = inspect.currentframe()
+    level = 0
     while frame is not None and frame.f_code.co_filename.startswith(libraries):
         frame = frame.f_back
         level += 1
@@ -297,5 +299,5 @@ def _forbids_cpu(engine: pl.Engine) -> bool:
     return bool(getattr(engine, "config", {}).get("raise_on_fail", False))
 
 
-def _listed(values: tuple[str, ...]) -> str:
+def _listed(values: Iterable[str]) -> str:
     return ", ".join(map(repr, values))

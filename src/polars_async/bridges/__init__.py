@@ -22,6 +22,7 @@ class Bridge(Protocol):
 
     def wait(self, query: Query[Any]) -> Generator[Any, Any, None]:
         """Suspend the running task until `query` is done."""
+        ...
 
 
 def current() -> Bridge:

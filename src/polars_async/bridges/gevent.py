@@ -69,7 +69,7 @@ class _Mailbox:
     def __init__(self, loop: Any) -> None:
         self.loop = loop
         self._watcher = loop.async_()
-        self._items: deque[AsyncResult] = deque()
+        self._items: deque[AsyncResult[None]] = deque()
         self._waiters = 0
 
     def __enter__(self) -> None:
@@ -82,7 +82,7 @@ class _Mailbox:
         if self._waiters == 0:
             self._watcher.stop()
 
-    def post(self, item: AsyncResult) -> None:
+    def post(self, item: AsyncResult[None]) -> None:
         self._items.append(item)
         with suppress(ValueError):  # the hub was destroyed, and its greenlets with it
             self._watcher.send()
@@ -102,7 +102,7 @@ class _Waiter:
         if mailbox is None or mailbox.loop is not loop:
             mailbox = _of_this_thread.mailbox = _Mailbox(loop)
         self.mailbox = mailbox
-        self.result = AsyncResult()
+        self.result: AsyncResult[None] = AsyncResult()
 
     def wake(self) -> None:
         self.mailbox.post(self.result)

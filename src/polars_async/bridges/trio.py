@@ -52,7 +52,7 @@ def wait(query: Query[Any]) -> Generator[Any, Any, None]:
     """Suspend the running task until `query` is done; its cancellation lets go of the query."""
     waiter = _Waiter()
     if not query.add_waiter(waiter):
-        yield from trio.lowlevel.checkpoint().__await__()
+        yield from trio.lowlevel.checkpoint().__await__()  # noqa: ASYNC105  # no coroutine here
         return
 
     def abort(_: object) -> trio.lowlevel.Abort:
@@ -60,4 +60,4 @@ def wait(query: Query[Any]) -> Generator[Any, Any, None]:
         query.remove_waiter(waiter, last_cancels=True)
         return trio.lowlevel.Abort.SUCCEEDED
 
-    yield from trio.lowlevel.wait_task_rescheduled(abort).__await__()
+    yield from trio.lowlevel.wait_task_rescheduled(abort).__await__()  # noqa: ASYNC105  # as above
