@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import os
-import re
 from contextlib import suppress
 from pathlib import Path
 from typing import Final
 
+from polars_async._upstream import POOL_THREAD
 from polars_async.errors import ForkedProcessError
 
 _THREADS: Final = Path("/proc/self/task")
-_POLARS_THREAD: Final = re.compile(r"polars-\d|tokio-rt-worker|async-executor")
-"""Its three pools. The thread polars-ooc-cleaner is there from the import on, and is not missed."""
 
 
 class _Process:
@@ -41,7 +39,7 @@ def _polars_threads_run() -> bool:
     with suppress(OSError):
         for thread in _THREADS.iterdir():
             with suppress(OSError):  # the thread may end while it is looked at
-                if _POLARS_THREAD.match((thread / "comm").read_text()):
+                if POOL_THREAD.match((thread / "comm").read_text()):
                     return True
     return False
 

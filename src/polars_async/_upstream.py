@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
@@ -19,7 +20,11 @@ else:
     except ImportError:
         InProcessQuery = object
 
-__all__ = ["AUTO_ENGINE", "PACKAGE_FOLDER", "InProcessQuery", "affinity_override"]
+__all__ = ["AUTO_ENGINE", "PACKAGE_FOLDER", "POOL_THREAD", "InProcessQuery", "affinity_override"]
+
+POOL_THREAD: Final = re.compile(r"polars-\d|tokio-rt-worker|async-executor")
+"""The names of the threads of Polars' three pools, which start with its first query. The thread
+polars-ooc-cleaner is there from the import on; no query runs on it."""
 
 PACKAGE_FOLDER: Final = f"{Path(pl.__file__).parent}{os.sep}"
 """The folder of the installed Polars, to find the first frame outside of it."""

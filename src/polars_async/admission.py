@@ -6,6 +6,7 @@ from collections import OrderedDict
 from typing import TYPE_CHECKING, Any
 
 from polars_async._native import RLock, allocate_lock
+from polars_async._nesting import in_query
 from polars_async.query import State
 
 if TYPE_CHECKING:
@@ -44,9 +45,14 @@ class Admission:
         return len(self._line)
 
     def enter(self, query: Query[Any]) -> bool:
-        """Give `query` a slot, or a place at the end of the line."""
+        """
+        Give `query` a slot, or a place at the end of the line.
+
+        What a running query asks for itself runs beyond the slots: it may wait for it, and the line
+        would then wait for both.
+        """
         with self.lock:
-            if len(self._running) < self.max_running:
+            if len(self._running) < self.max_running or in_query():
                 self._start(query)
                 return True
             self._line[query] = None
@@ -61,7 +67,7 @@ class Admission:
         """Take back the slot of a query that really ended; it goes to the one given, if any."""
         with self.lock:
             self._running.discard(query)
-            if not self._line:
+            if not self._line or len(self._running) >= self.max_running:
                 if not self._running:
                     self._open_gates()
                 return None

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from polars_async._native import SimpleQueue, start_new_thread
+from polars_async._nesting import enter_worker
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -47,6 +48,7 @@ class ThreadExecutor:
 
 
 def _work(jobs: SimpleQueue[Callable[[], None] | None]) -> None:
+    enter_worker()
     while (job := jobs.get()) is not None:
         job()
         del job  # else the last query's frames would live until the next

@@ -1,0 +1,41 @@
+"""Whether this thread is in the midst of a query, which a query it asks for must not wait for."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Final
+
+from polars_async import _native
+from polars_async._upstream import POOL_THREAD
+
+_NAME: Final = Path("/proc/thread-self/comm")
+
+
+class _ThisThread(_native.local):
+    in_query: bool | None = None
+
+
+_this_thread: Final = _ThisThread()
+
+
+def enter_worker() -> None:
+    """Note that all this thread ever does is run queries."""
+    _this_thread.in_query = True
+
+
+def in_query() -> bool:
+    """
+    Tell whether a Python UDF asks, on a worker's thread or on one of Polars' own.
+
+    Polars' own threads are known by their names, which Linux alone tells in this way.
+    """
+    if _this_thread.in_query is None:
+        _this_thread.in_query = _is_polars_own()
+    return _this_thread.in_query
+
+
+def _is_polars_own() -> bool:
+    try:
+        return POOL_THREAD.match(_NAME.read_text()) is not None
+    except OSError:
+        return False
