@@ -287,12 +287,12 @@ def collect_each(
 ) -> list[pl.DataFrame]:
     """Collect `frames` as one query, or one by one on an engine that has no other way."""
     if isinstance(engine, pl.GPUEngine) or type(engine).collect_all is pl.Engine.collect_all:
-        return [frame.collect(engine=engine, optimizations=optimizations) for frame in frames]
+        return [engine.collect(frame, optimizations=optimizations) for frame in frames]
     return pl.collect_all(frames, engine=engine, optimizations=optimizations)
 
 
 def _collect(lf: pl.LazyFrame, engine: pl.Engine, optimizations: pl.QueryOptFlags) -> pl.DataFrame:
-    return lf.collect(engine=engine, optimizations=optimizations)
+    return engine.collect(lf, optimizations=optimizations)
 
 
 def _check_frame(lf: object) -> None:

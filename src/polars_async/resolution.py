@@ -45,6 +45,7 @@ _ASKERS: Final[dict[EngineSource, str]] = {
     "environment": AFFINITY_VARIABLE,
     "default": "the collector's default_engine",
 }
+_PATHS: Final[tuple[QueryPath, ...]] = get_args(QueryPath)
 _SWITCHED_OFF: Final[dict[QueryPath, Reason]] = {
     "async": Reason.ASYNC_PATH,
     "background": Reason.BACKGROUND_PATH,
@@ -147,8 +148,8 @@ def resolve_engine(
     >>> pa.resolve_engine("streaming").message
     'the streaming engine runs: asked for by the argument engine'
     """
-    if path not in get_args(QueryPath):
-        raise ValueError(f"path must be one of {_listed(get_args(QueryPath))}, got {path!r}")
+    if path not in _PATHS:
+        raise ValueError(f"path must be one of {_listed(_PATHS)}, got {path!r}")
     asked = _who_asks(engine, path, default_engine)
     if asked.name != "gpu" and not isinstance(asked.engine, pl.GPUEngine):
         return asked
@@ -251,7 +252,8 @@ def _level_of_caller() -> int:
 
 
 def _own_request(engine: EngineRequest) -> EngineRequest:
-    while isinstance(engine, DeferringEngine):
+    # Names first: to ask an abstract class takes longer than all the rest.
+    while not isinstance(engine, str) and isinstance(engine, DeferringEngine):
         engine = engine.asks_for
     return engine
 

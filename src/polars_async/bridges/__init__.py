@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import sys
+from functools import cache
 from typing import TYPE_CHECKING, Protocol
-
-from polars_async.bridges import asyncio as _asyncio
 
 if TYPE_CHECKING:
     from collections.abc import Generator
@@ -27,16 +26,27 @@ class Bridge(Protocol):
 
 def current() -> Bridge:
     """Find the bridge into the loop that runs on this thread."""
-    if "trio" not in sys.modules:
-        return _asyncio
+    return _trio() if "trio" in sys.modules and _trio_runs() else _asyncio()
+
+
+def _trio_runs() -> bool:
     import sniffio  # noqa: PLC0415  # comes with trio
 
     try:
-        library = sniffio.current_async_library()
+        return sniffio.current_async_library() == "trio"
     except sniffio.AsyncLibraryNotFoundError:
-        library = "asyncio"  # which says itself that it does not run
-    if library != "trio":
-        return _asyncio
+        return False
+
+
+@cache
+def _trio() -> Bridge:
     from polars_async.bridges import trio  # noqa: PLC0415  # optional
 
     return trio
+
+
+@cache
+def _asyncio() -> Bridge:
+    from polars_async.bridges import asyncio  # noqa: PLC0415  # takes longer than all the rest
+
+    return asyncio

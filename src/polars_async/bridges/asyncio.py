@@ -26,7 +26,13 @@ class _Waiter:
     __slots__ = ("future", "loop", "mailbox")
 
     def __init__(self) -> None:
-        self.loop = asyncio.get_running_loop()
+        try:
+            self.loop = asyncio.get_running_loop()
+        except RuntimeError:
+            raise RuntimeError(
+                "neither asyncio nor trio runs in this thread: call result() here, or await the "
+                "handle in a coroutine that one of them runs"
+            ) from None
         self.future: asyncio.Future[None] = self.loop.create_future()
         mailbox = _mailboxes.get(self.loop)
         if mailbox is None:
