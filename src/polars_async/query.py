@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import enum
 import logging
-from contextvars import copy_context
-from functools import partial
 from typing import TYPE_CHECKING, Generic, Protocol, TypeVar, cast
 
 if TYPE_CHECKING:
@@ -61,7 +59,7 @@ class Query(Generic[T]):
         self.resolution = resolution
         self.state = State.WAITING
         self._admission = admission
-        self._work: Callable[[], T] | None = partial(copy_context().run, work)
+        self._work: Callable[[], T] | None = work
         self._value: T | None = None
         self._error: BaseException | None = None
         self._traceback: TracebackType | None = None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from contextlib import suppress
 from typing import TYPE_CHECKING
 from weakref import WeakKeyDictionary
 
@@ -40,9 +39,10 @@ class _Waiter:
         self.mailbox = mailbox
 
     def wake(self) -> None:
-        # A loop that was closed meanwhile took its tasks with it: nobody waits there any more.
-        with suppress(RuntimeError):
+        try:
             self.mailbox.post(self.future, self.loop.call_soon_threadsafe)
+        except RuntimeError:
+            pass  # the loop was closed meanwhile, and took its tasks with it
 
 
 def _resolve(future: asyncio.Future[None]) -> None:

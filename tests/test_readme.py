@@ -1,0 +1,50 @@
+"""Every snippet of the README runs, and prints what stands below it."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+BLOCK = re.compile(r"```(\w+)\n(.*?)```\n", re.DOTALL)
+BLOCKS = BLOCK.findall(README)
+PROGRAMS = [
+    (code, BLOCKS[place + 1][1])
+    for place, (language, code) in enumerate(BLOCKS)
+    if language == "python"
+]
+
+
+@pytest.mark.parametrize(("code", "output"), PROGRAMS)
+def test_snippet_prints_what_the_readme_says(code, output, tmp_path):
+    program = tmp_path / "snippet.py"
+    program.write_text(code)
+    done = subprocess.run(
+        [sys.executable, "-W", "error", program], capture_output=True, text=True, check=False
+    )
+    assert (done.stdout, done.stderr, done.returncode) == (output, "", 0)
+
+
+def test_every_program_is_followed_by_its_output():
+    languages = [language for language, _ in BLOCKS]
+    assert languages.count("python") == languages.count("text") == len(PROGRAMS) > 4
+    for first, second in zip(languages, [*languages[1:], None], strict=True):
+        assert (first == "python") == (second == "text")
+
+
+@pytest.mark.parametrize("command", ["ci/demo", "ci/test"])
+def test_commands_of_the_readme_can_be_run(command):
+    assert f"\n{command} " in README
+    path = ROOT / command
+    assert path.stat().st_mode & 0o111
+    subprocess.run(["bash", "-n", path], check=True)
+
+
+def test_sections_that_are_linked_exist():
+    headings = {
+        heading.lower().replace(" ", "-") for heading in re.findall(r"^#+ (.*)$", README, re.M)
+    }
+    assert set(re.findall(r"\]\(#(.*?)\)", README)) <= headings
