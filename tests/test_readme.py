@@ -45,6 +45,7 @@ def test_commands_of_the_readme_can_be_run(command):
 
 def test_sections_that_are_linked_exist():
     headings = {
-        heading.lower().replace(" ", "-") for heading in re.findall(r"^#+ (.*)$", README, re.M)
+        heading.lower().replace(" ", "-")
+        for heading in re.findall(r"^#+ (.*)$", README, re.MULTILINE)
     }
     assert set(re.findall(r"\]\(#(.*?)\)", README)) <= headings
