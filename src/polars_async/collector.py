@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from contextvars import copy_context
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final, Literal, TypeVar, overload
 from weakref import WeakSet, finalize
@@ -271,8 +270,8 @@ class Collector:
         resolution = self.resolve_engine(engine, path=path)
         warn_of(resolution)
         lane = self._gpu if isinstance(resolution.engine, pl.GPUEngine) else self._cpu
-        in_context = partial(copy_context().run, work, frames, resolution.engine, optimizations)
-        query = Query(in_context, resolution, lane.admission)
+        job = partial(work, frames, resolution.engine, optimizations)
+        query = Query(job, resolution, lane.admission)
         lane.submit(query)
         return query
 

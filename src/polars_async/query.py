@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import enum
 import logging
+from contextvars import copy_context
 from typing import TYPE_CHECKING, Generic, Protocol, TypeVar, cast
 
 if TYPE_CHECKING:
@@ -46,6 +47,7 @@ class Query(Generic[T]):
     __slots__ = (
         "__weakref__",
         "_admission",
+        "_context",
         "_error",
         "_traceback",
         "_value",
@@ -60,6 +62,7 @@ class Query(Generic[T]):
         self.state = State.WAITING
         self._admission = admission
         self._work: Callable[[], T] | None = work
+        self._context = copy_context()
         self._value: T | None = None
         self._error: BaseException | None = None
         self._traceback: TracebackType | None = None
@@ -74,7 +77,7 @@ class Query(Generic[T]):
         """Run the work on this thread and keep its outcome, which `settle` then makes known."""
         work, self._work = cast("Callable[[], T]", self._work), None
         try:
-            self._value = work()
+            self._value = self._context.run(work)
         except BaseException as error:  # noqa: BLE001  # a panic and SystemExit are outcomes too
             self._error = error
             # Without this frame, which holds the query that holds the error.
