@@ -58,6 +58,12 @@ class Admission:
             self._line[query] = None
             return False
 
+    def forget(self, query: Query[Any]) -> None:
+        """Take back what `enter` may have given to a query that never was to start."""
+        with self.lock:
+            self._running.discard(query)
+            self._line.pop(query, None)
+
     def leave(self, query: Query[Any]) -> None:
         """Take a waiting query out of the line."""
         with self.lock:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING, Literal, overload
 
 from polars_async._native import allocate_lock
@@ -20,6 +21,14 @@ if TYPE_CHECKING:
 class _Default:
     lock = allocate_lock()
     collector: Collector | None = None
+
+    @classmethod
+    def after_fork(cls) -> None:
+        cls.lock = allocate_lock()  # a thread that stayed behind may hold the old one
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_Default.after_fork)
 
 
 def default_collector() -> Collector:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import os
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final, Literal, TypeVar, overload
-from weakref import WeakSet, finalize
+from weakref import finalize
 
 import polars as pl
 
 from polars_async import _fork
+from polars_async._nesting import in_query
 from polars_async.background import BackgroundQuery
 from polars_async.handle import QueryHandle
 from polars_async.lane import Lane
@@ -29,8 +30,6 @@ F = TypeVar("F")
 
 DEFAULT_OPTIMIZATIONS: Final = pl.QueryOptFlags()
 _DEFAULT_RUNNING: Final = min(4, max(2, os.cpu_count() or 2))
-
-_collectors: Final[WeakSet[Collector]] = WeakSet()
 
 
 class Collector:
@@ -80,7 +79,6 @@ class Collector:
         self._cpu: Final = Lane(max_running or _DEFAULT_RUNNING)
         self._gpu: Final = Lane(1)
         finalize(self, _close_lanes, (self._cpu, self._gpu)).atexit = False
-        _collectors.add(self)
 
     @overload
     def collect_async(
@@ -240,7 +238,16 @@ class Collector:
             Whether to block the calling thread until all queries have really ended.
         cancel_waiting
             Whether queries that did not start yet are cancelled; else they still run.
+
+        Raises
+        ------
+        RuntimeError
+            A Python UDF called it and asked to wait, for its own query, too.
         """
+        if wait and in_query():
+            raise RuntimeError(
+                "close() was called inside a query, and would wait for it: pass wait=False"
+            )
         lanes = (self._cpu, self._gpu)
         _close_lanes(lanes, cancel_waiting=cancel_waiting)
         if wait:
@@ -274,11 +281,6 @@ class Collector:
         query = Query(job, resolution, lane.admission)
         lane.submit(query)
         return query
-
-    def abandon_after_fork(self) -> None:
-        """Fail the queries whose threads stayed behind; for a forked child alone."""
-        for lane in (self._cpu, self._gpu):
-            lane.abandon(_fork.lost())
 
 
 def collect_each(
@@ -335,12 +337,3 @@ def _handle_class(*, gevent: bool) -> type[QueryHandle[Any]]:
 def _close_lanes(lanes: tuple[Lane, ...], *, cancel_waiting: bool = False) -> None:
     for lane in lanes:
         lane.close(cancel_waiting=cancel_waiting)
-
-
-def _abandon_all() -> None:
-    for collector in list(_collectors):
-        collector.abandon_after_fork()
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_abandon_all)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from concurrent.futures import CancelledError
 from threading import TIMEOUT_MAX
-from typing import TYPE_CHECKING, Generic, TypeVar
+from typing import TYPE_CHECKING, ClassVar, Generic, TypeVar
 
 from polars_async import bridges
 from polars_async._native import allocate_lock
@@ -106,6 +106,8 @@ class QueryHandle(Generic[T]):
 
 class _ThreadWaiter:
     __slots__ = ("_lock",)
+
+    survives_fork: ClassVar[bool] = False
 
     def __init__(self) -> None:
         self._lock = allocate_lock()

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import os
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
+from weakref import WeakSet
 
+from polars_async import _fork
 from polars_async.admission import Admission
 from polars_async.errors import CollectorClosedError
 from polars_async.executors.threads import ThreadExecutor
+from polars_async.query import wake
 
 if TYPE_CHECKING:
     from polars_async.query import Query
+
+
+_lanes: Final[WeakSet[Lane]] = WeakSet()
 
 
 class Lane:
@@ -22,11 +29,12 @@ class Lane:
     by its threads alone, so that a collector nobody holds any more ends when its queries have.
     """
 
-    __slots__ = ("_executor", "admission")
+    __slots__ = ("__weakref__", "_executor", "admission")
 
     def __init__(self, max_running: int) -> None:
         self.admission = Admission(max_running)
         self._executor = ThreadExecutor()
+        _lanes.add(self)
 
     def submit(self, query: Query[Any]) -> None:
         """Run `query` at once where a slot is free, or else when its turn comes."""
@@ -36,21 +44,24 @@ class Lane:
                 raise CollectorClosedError(
                     "this collector was closed and takes no more queries: make a new one"
                 )
-            if admission.enter(query):
-                try:
+            try:
+                if admission.enter(query):
                     self._executor.start(partial(self._serve, query), at_once=admission.running)
-                except BaseException:
-                    admission.release(query)
-                    raise
+            except BaseException:  # no thread to be had, or Ctrl-C in between
+                admission.forget(query)
+                raise
 
     def _serve(self, query: Query[Any]) -> None:
         following: Query[Any] | None = query
         while following is not None:
             query = following
             query.run()
-            # The slot first: whoever is woken may ask at once for what this one leaves behind.
-            following = self.admission.release(query)
-            query.settle()
+            # Done before it is gone: `close` trusts in that, and a fork may come in between. And
+            # gone before anybody wakes, who may ask at once for the slot.
+            with self.admission.lock:
+                waiters = query.end()
+                following = self.admission.release(query)
+            wake(waiters)
 
     def close(self, *, cancel_waiting: bool) -> None:
         """Take no more queries, and let the threads end with the last of those here."""
@@ -68,4 +79,13 @@ class Lane:
         """Start afresh in a forked child, which has neither the threads nor their queries."""
         self._executor = ThreadExecutor()
         for query in self.admission.reset():
-            query.fail(error)
+            query.lose(error)
+
+
+def _abandon_all() -> None:
+    for lane in list(_lanes):
+        lane.abandon(_fork.lost())
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_abandon_all)

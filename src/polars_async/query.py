@@ -5,10 +5,10 @@ from __future__ import annotations
 import enum
 import logging
 from contextvars import copy_context
-from typing import TYPE_CHECKING, Generic, Protocol, TypeVar, cast
+from typing import TYPE_CHECKING, ClassVar, Generic, Protocol, TypeVar, cast
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable
     from types import TracebackType
 
     from polars_async.admission import Admission
@@ -30,6 +30,9 @@ class State(enum.Enum):
 
 class Waiter(Protocol):
     """Somebody who waits for a query, in a loop or a thread."""
+
+    survives_fork: ClassVar[bool]
+    """Whether it still waits in a forked child."""
 
     def wake(self) -> None:
         """Have the waiter look again. Any thread may call it, and it never raises."""
@@ -74,7 +77,7 @@ class Query(Generic[T]):
         return self.state is State.ENDED or self.state is State.CANCELLED
 
     def run(self) -> None:
-        """Run the work on this thread and keep its outcome, which `settle` then makes known."""
+        """Run the work on this thread and keep its outcome, which `end` then makes final."""
         work, self._work = cast("Callable[[], T]", self._work), None
         try:
             self._value = self._context.run(work)
@@ -83,34 +86,32 @@ class Query(Generic[T]):
             # Without this frame, which holds the query that holds the error.
             self._traceback = error.__traceback__ and error.__traceback__.tb_next
 
-    def settle(self) -> None:
-        """Make the outcome known, unless everybody had let go of the query before."""
+    def end(self) -> list[Waiter]:
+        """Make the outcome final, unless everybody had let go before; gives whom to wake."""
         with self._admission.lock:
-            if self.done:
-                self._value = self._error = self._traceback = None
-                return
-            self.state = State.ENDED
-            waiters, self._waiters = self._waiters, []
-        _wake(waiters)
+            if not self.done:
+                self.state = State.ENDED
+                waiters, self._waiters = self._waiters, []
+                return waiters
+        # After the lock, since a large result takes its time to be freed.
+        self._value = self._error = self._traceback = None
+        return []
 
-    def fail(self, error: BaseException) -> None:
-        """End a query whose thread was lost in a fork; the loops of its waiters were, too."""
-        self._waiters.clear()
+    def lose(self, error: BaseException) -> None:
+        """End a query whose thread stayed behind in a fork, with an error of our own."""
         self._work = None
         self._error = error
-        self.settle()
+        wake([waiter for waiter in self.end() if waiter.survives_fork])
 
     def cancel(self) -> bool:
         """Take the query out of the line, or let go of a running one; False if it had ended."""
         with self._admission.lock:
             if self.done:
                 return False
-            if self.state is State.WAITING:
-                self._admission.leave(self)
-                self._work = None
-            self.state = State.CANCELLED
+            dropped = self._let_go()
             waiters, self._waiters = self._waiters, []
-        _wake(waiters)
+        del dropped
+        wake(waiters)
         return True
 
     def add_waiter(self, waiter: Waiter) -> bool:
@@ -127,9 +128,18 @@ class Query(Generic[T]):
             if self.done:
                 return False
             self._waiters.remove(waiter)
-            if last_cancels and not self._waiters:
-                self.cancel()
-            return True
+            dropped = self._let_go() if last_cancels and not self._waiters else None
+        del dropped
+        return True
+
+    def _let_go(self) -> object:
+        """With the lock held, make it cancelled; gives what is to be dropped without the lock."""
+        dropped = None
+        if self.state is State.WAITING:
+            self._admission.leave(self)
+            dropped, self._work = self._work, None
+        self.state = State.CANCELLED
+        return dropped
 
     def outcome(self, cancelled: type[BaseException]) -> T:
         """Give the result of a query that is done, or raise its error."""
@@ -144,7 +154,8 @@ class Query(Generic[T]):
             del self  # the frame that the traceback now holds, which else held the error
 
 
-def _wake(waiters: list[Waiter]) -> None:
+def wake(waiters: Iterable[Waiter]) -> None:
+    """Tell `waiters` that their query is done."""
     for waiter in waiters:
         try:
             waiter.wake()

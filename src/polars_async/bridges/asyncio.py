@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 from weakref import WeakKeyDictionary
 
 from polars_async.bridges.mailbox import Mailbox
@@ -23,6 +23,8 @@ _mailboxes: Final[WeakKeyDictionary[asyncio.AbstractEventLoop, Mailbox[asyncio.F
 
 class _Waiter:
     __slots__ = ("future", "loop", "mailbox")
+
+    survives_fork: ClassVar[bool] = False
 
     def __init__(self) -> None:
         try:

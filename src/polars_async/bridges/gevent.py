@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import deque
 from concurrent.futures import CancelledError
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 from gevent import Timeout, get_hub
 from gevent.event import AsyncResult
@@ -96,6 +96,8 @@ _of_this_thread = _native.local()
 
 
 class _Waiter:
+    survives_fork: ClassVar[bool] = True  # greenlets go on in the child, and their hub with them
+
     def __init__(self) -> None:
         loop = get_hub().loop
         mailbox: _Mailbox | None = getattr(_of_this_thread, "mailbox", None)
@@ -111,12 +113,13 @@ class _Waiter:
 def _block(query: Query[Any], timeout: float | None) -> bool:
     """Let other greenlets run until `query` is done; False if `timeout` seconds pass before."""
     waiter = _Waiter()
-    if not query.add_waiter(waiter):
-        return True
-    try:
-        with waiter.mailbox:
+    # The watcher first: what is sent to one that does not run yet is lost.
+    with waiter.mailbox:
+        if not query.add_waiter(waiter):
+            return True
+        try:
             waiter.result.wait(timeout)
-    except BaseException:
-        query.remove_waiter(waiter, last_cancels=True)
-        raise
+        except BaseException:
+            query.remove_waiter(waiter, last_cancels=True)
+            raise
     return not query.remove_waiter(waiter, last_cancels=False)

@@ -32,7 +32,13 @@ class Mailbox(Generic[T]):
         self._items.append(item)
         if not self._armed:
             self._armed = True
-            call_soon(self._empty)
+            try:
+                call_soon(self._empty)
+            except BaseException:
+                # The loop is over. What is left for it holds it, and would keep it for ever.
+                self._armed = False
+                self._items.clear()
+                raise
 
     def _empty(self) -> None:
         self._armed = False

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from concurrent.futures import CancelledError
 from contextlib import suppress
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 from weakref import WeakKeyDictionary
 
 import trio
@@ -22,6 +22,8 @@ CANCELLED: type[BaseException] = CancelledError
 
 class _Waiter:
     __slots__ = ("mailbox", "task", "token")
+
+    survives_fork: ClassVar[bool] = False
 
     def __init__(self) -> None:
         self.token = trio.lowlevel.current_trio_token()
