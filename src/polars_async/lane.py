@@ -62,6 +62,7 @@ class Lane:
                 waiters = query.end()
                 following = self.admission.release(query)
             wake(waiters)
+            query.drop_unwanted()
 
     def close(self, *, cancel_waiting: bool) -> None:
         """Take no more queries, and let the threads end with the last of those here."""

@@ -89,13 +89,16 @@ class Query(Generic[T]):
     def end(self) -> list[Waiter]:
         """Make the outcome final, unless everybody had let go before; gives whom to wake."""
         with self._admission.lock:
-            if not self.done:
-                self.state = State.ENDED
-                waiters, self._waiters = self._waiters, []
-                return waiters
-        # After the lock, since a large result takes its time to be freed.
-        self._value = self._error = self._traceback = None
-        return []
+            if self.done:
+                return []
+            self.state = State.ENDED
+            waiters, self._waiters = self._waiters, []
+            return waiters
+
+    def drop_unwanted(self) -> None:
+        """Free what a query gave that was let go; without the lock, since that takes its time."""
+        if self.state is State.CANCELLED:
+            self._value = self._error = self._traceback = None
 
     def lose(self, error: BaseException) -> None:
         """End a query whose thread stayed behind in a fork, with an error of our own."""
