@@ -1,0 +1,564 @@
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import re
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import packaging.requirements  # noqa: F401  # importable whatever a test makes of sys.path
+import polars as pl
+import pytest
+from nvml_stub import DRIVER_NOT_LOADED, Gpu, compile_stub, describe
+
+from polars_async import Reason, _cudf, _probe, cli, gpu_status, resolution, resolve_engine
+from polars_async._nvml import Host, HostDevice
+from polars_async.reasons import Fault
+
+AFFINITY = "POLARS_ENGINE_AFFINITY"
+POLICY = "POLARS_ASYNC_GPU"
+PATHS = ["sync", "async", "background", "batches"]
+MAY_DOWNGRADE = PATHS[1:]
+GIBIBYTE = 2**30
+UUIDS = [f"GPU-{digit * 8}-d72c-4106-c12f-20bd9faed9f6" for digit in "abc"]
+
+K620 = {"name": "Quadro K620", "uuid": UUIDS[0], "compute_capability": (5, 0)}
+H100 = {
+    "name": "NVIDIA H100 80GB HBM3",
+    "uuid": UUIDS[1],
+    "compute_capability": (9, 0),
+    "memory_total": 80 * GIBIBYTE,
+    "memory_free": 79 * GIBIBYTE + GIBIBYTE // 2,
+}
+GB10 = {"name": "NVIDIA GB10", "uuid": UUIDS[2], "compute_capability": (12, 1)}
+
+NO_DRIVER = Host(fault=Fault(Reason.NO_DRIVER, "the driver sleeps", "wake it up"))
+
+
+def host_of(*devices):
+    listed = tuple(HostDevice(index=index, **each) for index, each in enumerate(devices))
+    return Host(devices=listed, driver_version="580.65.06", cuda_version=(13, 0))
+
+
+def install_cudf(folder, polars="", module=""):
+    """Put a fake cudf-polars into a folder."""
+    info = folder / "cudf_polars_cu13-26.10.2.dist-info"
+    info.mkdir()
+    lines = ["Metadata-Version: 2.4", "Name: cudf-polars-cu13", "Version: 26.10.2"]
+    (info / "METADATA").write_text("\n".join([*lines, f"Requires-Dist: polars{polars}\n"]))
+    (folder / "cudf_polars").mkdir()
+    (folder / "cudf_polars" / "__init__.py").write_text(module)
+    importlib.invalidate_caches()
+
+
+@pytest.fixture(autouse=True)
+def _own_environment(monkeypatch):
+    for name in (AFFINITY, POLICY, "CUDA_VISIBLE_DEVICES", "CUDA_DEVICE_ORDER"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setattr(_probe, "probe", _probe.Probe())
+    monkeypatch.setattr(_cudf, "_import_failure", None)
+
+
+@pytest.fixture
+def site(tmp_path, monkeypatch):
+    """Give a folder on sys.path, and hide a cudf-polars that is really installed."""
+    kept = [each for each in sys.path if not any(Path(each or ".").glob("cudf_polars*"))]
+    monkeypatch.setattr(sys, "path", [str(tmp_path), *kept])
+    monkeypatch.setitem(sys.modules, "cudf_polars", None)
+    del sys.modules["cudf_polars"]
+    return tmp_path
+
+
+@pytest.fixture
+def doctor(site, monkeypatch, capsys):  # noqa: ARG001  # usefixtures does nothing for a fixture
+    """Run doctor in this process, on a host that is not there, in an environment."""
+
+    def run(*arguments, host=NO_DRIVER, **environment):
+        for name, value in environment.items():
+            monkeypatch.setenv(name, value)
+        _probe.probe.stand_in(host)
+        status = cli.main(["doctor", *arguments])
+        printed, errors = capsys.readouterr()
+        assert errors == ""
+        return status, printed
+
+    return run
+
+
+@pytest.fixture
+def diagnosis(doctor):
+    """Run ``doctor --json``, and check what is the same for every answer."""
+
+    def run(**given):
+        status, printed = doctor("--json", **given)
+        report = json.loads(printed)
+        assert report["exit_status"] == status == (2 if report["problems"] else 0)
+        return report
+
+    return run
+
+
+@pytest.fixture
+def usable(site):
+    install_cudf(site)
+    return host_of(H100)
+
+
+def unwrapped(text):
+    return " ".join(text.split())
+
+
+# Exit status
+
+
+@pytest.mark.parametrize("affinity", [None, "auto", "in-memory", "streaming", "cpu"])
+@pytest.mark.parametrize("policy", [None, "downgrade", "offload"])
+def test_missing_gpu_that_nothing_asks_for_is_no_fault(diagnosis, affinity, policy):
+    asked = {AFFINITY: affinity, POLICY: policy}
+    report = diagnosis(**{name: value for name, value in asked.items() if value is not None})
+    assert report["problems"] == []
+    assert report["gpu"]["reason"] == "no-driver"
+
+
+@pytest.mark.parametrize("policy", [None, "downgrade", "offload", "require"])
+def test_missing_gpu_that_the_affinity_asks_for_is_one_problem(diagnosis, policy):
+    report = diagnosis(**{AFFINITY: "gpu"}, **({} if policy is None else {POLICY: policy}))
+    assert report["problems"] == [
+        "POLARS_ENGINE_AFFINITY=gpu asks for a GPU, but the driver sleeps: wake it up"
+    ]
+
+
+@pytest.mark.parametrize("affinity", [None, "streaming"])
+def test_missing_gpu_that_the_policy_requires_is_one_problem(diagnosis, affinity):
+    asked = {} if affinity is None else {AFFINITY: affinity}
+    report = diagnosis(**asked, **{POLICY: "require"})
+    assert report["problems"] == [
+        "POLARS_ASYNC_GPU=require asks for a GPU, but the driver sleeps: wake it up"
+    ]
+    assert not any("error" in each for each in report["paths"].values())
+
+
+@pytest.mark.parametrize("affinity", [None, "gpu"])
+@pytest.mark.parametrize("policy", ["downgrade", "offload", "require"])
+def test_usable_gpu_is_never_a_problem(diagnosis, usable, affinity, policy):
+    asked = {} if affinity is None else {AFFINITY: affinity}
+    assert diagnosis(host=usable, **asked, **{POLICY: policy})["problems"] == []
+
+
+@pytest.mark.parametrize("name", ["foo", "", "GPU", " gpu"])
+def test_affinity_that_names_no_engine_is_a_problem(diagnosis, name):
+    report = diagnosis(**{AFFINITY: name})
+    assert report["affinity"] == {"value": name, "source": "environment", "valid": False}
+    [problem] = report["problems"]
+    assert problem == (
+        f"POLARS_ENGINE_AFFINITY={name!r} is not valid: unset it or set it to one of "
+        "'auto', 'in-memory', 'streaming', 'gpu'"
+    )
+    assert {each["reason"] for each in report["paths"].values()} == {"unknown-affinity"}
+
+
+@pytest.mark.parametrize("policy", ["maybe", "", "Require"])
+def test_policy_that_is_none_is_a_problem_though_no_gpu_is_asked_for(diagnosis, policy):
+    report = diagnosis(**{POLICY: policy})
+    assert report["gpu_policy"] == {"value": policy, "source": "environment", "valid": False}
+    [problem] = report["problems"]
+    assert problem == (
+        f"POLARS_ASYNC_GPU={policy!r} is not valid: unset it or set it to one of "
+        "'downgrade', 'offload', 'require'"
+    )
+
+
+def test_every_problem_is_told_once(diagnosis):
+    first, second = diagnosis(**{AFFINITY: "foo", POLICY: "maybe"})["problems"]
+    assert AFFINITY in first
+    assert POLICY in second
+    policy, gpu = diagnosis(**{AFFINITY: "gpu", POLICY: "maybe"})["problems"]
+    assert policy == second
+    assert gpu.startswith("POLARS_ENGINE_AFFINITY=gpu asks for a GPU, but ")
+
+
+# What is told
+
+
+@pytest.mark.parametrize("affinity", ["auto", "streaming", "gpu", "foo"])
+@pytest.mark.parametrize("policy", ["downgrade", "offload"])
+def test_each_path_tells_its_resolution(diagnosis, usable, affinity, policy):
+    report = diagnosis(host=usable, **{AFFINITY: affinity, POLICY: policy})
+    for path in PATHS:
+        decided = resolve_engine(path=path)
+        assert report["paths"][path] == {
+            "engine": decided.name,
+            "downgraded": decided.downgraded,
+            "reason": decided.reason,
+            "message": decided.message,
+        }
+
+
+def test_downgrade_by_policy_is_told_and_no_fault(doctor, diagnosis, usable):
+    paths = diagnosis(host=usable, **{AFFINITY: "gpu"})["paths"]
+    assert [path for path in PATHS if paths[path]["downgraded"]] == MAY_DOWNGRADE
+    status, printed = doctor(host=usable)
+    assert status == 0
+    assert "  async         in-memory, downgraded\n" in printed
+    assert printed.endswith(
+        "\n\nNothing to mend.\n"
+        "But the GPU is not used on these paths: async, background, batches (see above).\n"
+    )
+
+
+def test_offloaded_gpu_is_told_on_every_path(doctor, usable):
+    status, printed = doctor(host=usable, **{AFFINITY: "gpu", POLICY: "offload"})
+    assert status == 0
+    for path in PATHS:
+        assert re.search(rf"^  {path} +gpu$", printed, re.MULTILINE)
+    assert printed.endswith("\n\nNothing to mend.\n")
+
+
+def test_query_that_would_fail_is_told_on_every_path(doctor, diagnosis):
+    asked = {AFFINITY: "gpu", POLICY: "require"}
+    paths = diagnosis(**asked)["paths"]
+    for path in PATHS:
+        assert list(paths[path]) == ["error"]
+        assert re.match("EngineUnavailableError: .*wake it up", paths[path]["error"])
+    _, printed = doctor(**asked)
+    assert printed.count("nothing: the query fails\n") == len(PATHS)
+    assert unwrapped(printed).count(paths["sync"]["error"]) == len(PATHS)
+
+
+@pytest.mark.usefixtures("usable")
+def test_everything_that_was_found_is_in_the_text(doctor):
+    status, printed = doctor(host=host_of(K620, H100, GB10), CUDA_VISIBLE_DEVICES="1,2")
+    assert status == 0
+    text = unwrapped(printed)
+    assert f"Polars {pl.__version__} cudf-polars cudf-polars-cu13 26.10.2, compatible" in text
+    assert "engine auto (POLARS_ENGINE_AFFINITY is not set)" in text
+    assert "GPU policy downgrade (POLARS_ASYNC_GPU is not set)" in text
+    found = gpu_status()
+    for message in [found.message, *(each.message for each in found.devices)]:
+        assert message in text
+    for path in PATHS:
+        assert resolve_engine(path=path).message in text
+    assert f"usable yes {found.message} driver 580.65.06 CUDA 13.0 environment" in text
+    assert "environment CUDA_VISIBLE_DEVICES='1,2' GPU 0" in text
+    assert f"GPU 0 Quadro K620: not usable, not taken {UUIDS[0]} compute capability 5.0" in text
+    assert f"GPU 1 NVIDIA H100 80GB HBM3: usable, taken {UUIDS[1]} compute capability 9.0" in text
+    assert "memory 80.0 GiB total, 79.5 GiB free" in text
+    assert f"GPU 2 NVIDIA GB10: usable, not taken {UUIDS[2]} compute capability 12.1" in text
+    assert text.count("memory unknown") == 2
+
+
+def test_unknown_facts_of_a_gpu_are_told_as_unknown(doctor):
+    _, printed = doctor(host=Host(devices=(HostDevice(index=0),)))
+    assert "driver unknown CUDA unknown GPU 0 name unknown: usable, taken uuid unknown " in (
+        unwrapped(printed)
+    )
+    assert "compute capability unknown memory unknown" in unwrapped(printed)
+
+
+def test_settings_and_problems_are_in_the_text(doctor):
+    status, printed = doctor(**{AFFINITY: "foo", POLICY: "maybe"})
+    assert status == 2
+    assert "  engine        POLARS_ENGINE_AFFINITY='foo', which is not valid\n" in printed
+    assert "  GPU policy    POLARS_ASYNC_GPU='maybe', which is not valid\n" in printed
+    assert printed.endswith(
+        """
+2 problems:
+  1. POLARS_ENGINE_AFFINITY='foo' is not valid: unset it or set it to one of
+     'auto', 'in-memory', 'streaming', 'gpu'
+  2. POLARS_ASYNC_GPU='maybe' is not valid: unset it or set it to one of
+     'downgrade', 'offload', 'require'
+"""
+    )
+    _, printed = doctor(**{AFFINITY: "gpu", POLICY: "require"})
+    assert "  engine        POLARS_ENGINE_AFFINITY='gpu'\n" in printed
+    assert "\n\n1 problem:\n  1. POLARS_ENGINE_AFFINITY=gpu asks for a GPU, but" in printed
+    _, printed = doctor(**{AFFINITY: "gpu", POLICY: "downgrade"})
+    assert unwrapped(printed).endswith("but the driver sleeps: wake it up")
+
+
+@pytest.mark.usefixtures("usable")
+@pytest.mark.parametrize(("columns", "width"), [(10, 60), (70, 70), (80, 80), (200, 100)])
+@pytest.mark.parametrize("affinity", ["gpu", "foo"])
+def test_text_fits_the_terminal_and_breaks_nothing_that_is_copied(doctor, columns, width, affinity):
+    asked = {AFFINITY: affinity, "CUDA_VISIBLE_DEVICES": "0"}
+    _, printed = doctor(host=host_of(H100, GB10), COLUMNS=str(columns), **asked)
+    lines = printed.splitlines()
+    assert f"CUDA_VISIBLE_DEVICES={UUIDS[2]}" in printed.split()
+    unwrapped_lines = ("  (What a program", "But the GPU is not used")
+    for line in lines:
+        one_word = len(line.split()) == 1
+        assert len(line) <= width or one_word or line.startswith(unwrapped_lines), line
+    assert max(map(len, lines)) <= max(80, width)
+
+
+@pytest.mark.parametrize(
+    ("polars", "reason", "words"),
+    [
+        ("", None, "cudf-polars-cu13 26.10.2, compatible"),
+        ("<1", "cudf-incompatible", "cudf-polars-cu13 26.10.2 needs Polars <1 and Polars "),
+    ],
+)
+def test_cudf_polars_is_told_where_no_gpu_is(diagnosis, site, polars, reason, words):
+    install_cudf(site, polars=polars)
+    report = diagnosis()
+    assert report["gpu"]["reason"] == "no-driver"
+    found = report["cudf_polars"]
+    assert found["installed"] is True
+    assert found["reason"] == reason
+    assert found["message"].startswith(words)
+    versions = report["versions"]["cudf_polars"], report["gpu"]["cudf_polars_version"]
+    assert versions == ("26.10.2", "26.10.2")
+
+
+def test_cudf_polars_that_is_not_installed_is_told(diagnosis):
+    report = diagnosis()
+    assert report["versions"]["cudf_polars"] is None
+    expected = {"installed": False, "reason": None, "message": "not installed"}
+    assert report["cudf_polars"] == expected
+
+
+def test_cudf_polars_is_not_imported(diagnosis, site):
+    install_cudf(site, module="raise SystemExit('imported')")
+    assert diagnosis(host=host_of(H100))["gpu"]["usable"]
+    assert "cudf_polars" not in sys.modules
+
+
+def test_engine_object_set_by_the_program_itself_is_told_on_the_paths(diagnosis):
+    with pl.Config():
+        pl.Config.set_engine_affinity(pl.GPUEngine(raise_on_fail=True))
+        report = diagnosis()
+    assert report["affinity"]["source"] == "default"
+    assert len(report["problems"]) == len(PATHS)
+    assert "raise_on_fail=True" in report["problems"][0]
+
+
+# JSON
+
+KEYS = {
+    "": "versions cudf_polars affinity gpu_policy paths gpu problems exit_status",
+    "versions": "python polars_async polars cudf_polars",
+    "cudf_polars": "installed reason message",
+    "affinity": "value source valid",
+    "gpu_policy": "value source valid",
+    "paths": "sync async background batches",
+    "path": "engine downgraded reason message",
+    "gpu": "usable reason message devices driver_version cuda_version cudf_polars_version "
+    "environment",
+    "device": "index uuid name compute_capability memory_total memory_free taken usable reason "
+    "message",
+}
+
+
+@pytest.mark.parametrize("affinity", ["auto", "gpu", "foo"])
+@pytest.mark.parametrize("host", [NO_DRIVER, host_of(), host_of(H100, K620)])
+def test_json_has_the_documented_keys(diagnosis, affinity, host):
+    report = diagnosis(host=host, **{AFFINITY: affinity})
+    keys = {name: each.split() for name, each in KEYS.items()}
+    assert list(report) == keys.pop("")
+    path, device = keys.pop("path"), keys.pop("device")
+    assert {name: list(report[name]) for name in keys} == keys
+    assert all(list(each) == path for each in report["paths"].values())
+    assert all(list(each) == device for each in report["gpu"]["devices"])
+    assert len(report["gpu"]["devices"]) == len(host.devices)
+
+
+def test_help_documents_every_key_and_no_line_is_too_long(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(["doctor", "--help"])
+    assert stopped.value.code == 0
+    text = capsys.readouterr().out
+    documented = set(re.findall(r"\w+", text[text.index("--json writes") :]))
+    assert {key for keys in KEYS.values() for key in keys.split()} <= documented
+    assert "error alone" in text
+    assert max(map(len, text.splitlines())) <= 80
+
+
+def test_json_gives_numbers_where_the_text_gives_words(diagnosis, usable):
+    gpu = diagnosis(host=usable)["gpu"]
+    [device] = gpu["devices"]
+    assert gpu["cuda_version"] == [13, 0]
+    assert device["compute_capability"] == [9, 0]
+    assert device["memory_total"] == 80 * GIBIBYTE
+    assert device["taken"] is device["usable"] is True
+    assert device["reason"] is None
+
+
+def test_json_of_a_bare_host(diagnosis):
+    report = diagnosis()
+    assert report["versions"]["python"] == ".".join(map(str, sys.version_info[:3]))
+    assert report["versions"]["polars"] == pl.__version__
+    assert report["affinity"] == {"value": "auto", "source": "default", "valid": True}
+    assert report["gpu_policy"] == {"value": "downgrade", "source": "default", "valid": True}
+    assert report["gpu"]["environment"] == {"CUDA_VISIBLE_DEVICES": None, "CUDA_DEVICE_ORDER": None}
+
+
+# What fails in doctor itself
+
+
+def broken(*_, **__):
+    raise RuntimeError("it\nbroke")
+
+
+def test_unexpected_error_of_the_gpu_is_a_line(doctor, diagnosis, monkeypatch):
+    monkeypatch.setattr(cli, "gpu_status", broken)
+    report = diagnosis()
+    assert report["gpu"]["message"] == "asking about it failed (RuntimeError: it\nbroke)"
+    assert list(report["gpu"]) == KEYS["gpu"].split()
+    assert report["problems"] == []
+    _, printed = doctor()
+    assert "usable no asking about it failed (RuntimeError: it broke)" in unwrapped(printed)
+    assert diagnosis(**{AFFINITY: "gpu"})["problems"] != []
+
+
+def test_unexpected_error_of_cudf_polars_is_a_line(doctor, diagnosis, monkeypatch):
+    monkeypatch.setattr(cli, "find_cudf_polars", broken)
+    report = diagnosis()
+    assert report["cudf_polars"]["installed"] is None
+    assert report["problems"] == []
+    _, printed = doctor()
+    assert "cudf-polars looking for it failed (RuntimeError: it broke)" in unwrapped(printed)
+
+
+def test_unexpected_error_of_a_path_is_a_line_and_one_problem(doctor, diagnosis, monkeypatch):
+    monkeypatch.setattr(resolution, "resolve_engine", broken)
+    report = diagnosis()
+    assert report["problems"] == ["RuntimeError: it\nbroke"]
+    status, printed = doctor()
+    assert status == 2
+    assert printed.endswith("\n\n1 problem:\n  1. RuntimeError: it broke\n")
+
+
+def test_warnings_of_what_is_asked_are_not_shown(doctor, monkeypatch):
+    def warn():
+        warnings.warn("the pynvml package is deprecated", FutureWarning, stacklevel=1)
+        return gpu_status()
+
+    monkeypatch.setattr(cli, "gpu_status", warn)
+    assert doctor()[0] == 0  # the suite makes errors of warnings
+    assert "deprecated" not in doctor()[1]
+
+
+# The command line
+
+
+def test_without_a_command_the_help_goes_to_stderr(capsys):
+    assert cli.main([]) == 2
+    printed, errors = capsys.readouterr()
+    assert printed == ""
+    assert errors.startswith("usage: polars-async [-h]")
+    assert "tell what would run here, and why" in errors
+
+
+@pytest.mark.parametrize("arguments", [["nurse"], ["doctor", "--yaml"]])
+def test_wrong_arguments_are_told_as_argparse_does(arguments, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(arguments)
+    assert stopped.value.code == 2
+    assert "polars-async" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("found", "told"), [("1.2.3", "1.2.3"), (None, "of unknown version")])
+def test_version(monkeypatch, capsys, found, told):
+    def version(name):
+        assert name == "polars-async"
+        if found is None:
+            raise importlib.metadata.PackageNotFoundError(name)
+        return found
+
+    monkeypatch.setattr(importlib.metadata, "version", version)
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(["--version"])
+    assert stopped.value.code == 0
+    assert capsys.readouterr().out == f"polars-async {told}\n"
+
+
+# In a process of its own
+
+
+@pytest.fixture(scope="session")
+def stub_library(tmp_path_factory):
+    return compile_stub(tmp_path_factory.mktemp("nvml_stub"))
+
+
+@pytest.fixture
+def process(tmp_path, stub_library):
+    """Run ``python -m polars_async`` over the stub of the driver's library."""
+    install_cudf(tmp_path)
+    path = os.pathsep.join(filter(None, [str(tmp_path), os.environ.get("PYTHONPATH")]))
+
+    def run(*arguments, host, **environment):
+        return subprocess.run(
+            [sys.executable, "-W", "error", "-m", "polars_async", *arguments],
+            env={
+                **os.environ,
+                "PYTHONPATH": path,
+                "LD_LIBRARY_PATH": str(stub_library.parent),
+                "NVML_STUB": host,
+                **environment,
+            },
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=50,
+        )
+
+    return run
+
+
+GPU_HERE = describe(Gpu(uuid=UUIDS[1]))
+NO_GPU_HERE = describe(init=DRIVER_NOT_LOADED)
+
+
+@pytest.mark.parametrize(
+    ("host", "environment", "status", "last"),
+    [
+        (NO_GPU_HERE, {}, 0, "Nothing to mend."),
+        (GPU_HERE, {}, 0, "Nothing to mend."),
+        (NO_GPU_HERE, {AFFINITY: "gpu"}, 2, "1 problem:"),
+        (NO_GPU_HERE, {POLICY: "require"}, 2, "1 problem:"),
+        (GPU_HERE, {AFFINITY: "gpu"}, 0, "But the GPU is not used on these paths: "),
+        (GPU_HERE, {AFFINITY: "gpu", POLICY: "require"}, 0, "Nothing to mend."),
+        (GPU_HERE, {AFFINITY: "gpu", POLICY: "maybe"}, 2, "1 problem:"),
+    ],
+)
+def test_process_exits_with_its_status_and_prints_nothing_else(
+    process, host, environment, status, last
+):
+    done = process("doctor", host=host, **environment)
+    assert (done.returncode, done.stderr) == (status, "")
+    assert f"\n{last}" in done.stdout
+
+
+def test_process_asks_the_real_driver(process):
+    done = process("doctor", "--json", host=describe(Gpu(uuid=UUIDS[1]), Gpu(memory="1024/512")))
+    gpu = json.loads(done.stdout)["gpu"]
+    assert gpu["usable"]
+    assert [each["uuid"] for each in gpu["devices"]] == [UUIDS[1], Gpu().uuid]
+    assert [each["memory_free"] for each in gpu["devices"]] == [85000000000, 512]
+
+
+def test_process_with_a_wrong_affinity_adds_nothing_to_what_polars_says(process):
+    done = process("doctor", host=NO_GPU_HERE, **{AFFINITY: "foo"})
+    assert done.returncode == 2
+    assert AFFINITY in done.stderr  # Polars' own, when it is imported
+    assert "polars_async" not in done.stderr
+    assert "\n1 problem:\n  1. POLARS_ENGINE_AFFINITY='foo' is not valid" in done.stdout
+
+
+def test_process_keeps_quiet_about_the_deprecated_pynvml(process, tmp_path):
+    source = "import warnings; warnings.warn('pynvml is deprecated', FutureWarning)\n"
+    (tmp_path / "pynvml.py").write_text(f"{source}raise ImportError('not this one')\n")
+    done = process("doctor", host=GPU_HERE)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "install nvidia-ml-py" in unwrapped(done.stdout)
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["doctor", "--help"], ["--version"]])
+def test_process_answers_without_asking_the_driver(process, arguments):
+    done = process(*arguments, host="")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "polars-async" in done.stdout
