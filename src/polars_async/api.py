@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Literal, overload
 
 from polars_async._native import allocate_lock
 from polars_async.collector import DEFAULT_OPTIMIZATIONS, Collector
+from polars_async.resolution import engine_object
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -109,6 +110,7 @@ def collect_async(
     >>> asyncio.run(main()).item()
     3
     """
+    _check_named(engine)
     collector = default_collector()
     if gevent:
         return collector.collect_async(lf, gevent=True, engine=engine, optimizations=optimizations)
@@ -163,9 +165,16 @@ def collect_all_async(
     ValueError, EngineUnavailableError, ForkedProcessError
         As for `collect_async`.
     """
+    _check_named(engine)
     collector = default_collector()
     if gevent:
         return collector.collect_all_async(
             lazy_frames, gevent=True, engine=engine, optimizations=optimizations
         )
     return collector.collect_all_async(lazy_frames, engine=engine, optimizations=optimizations)
+
+
+def _check_named(engine: EngineRequest | None) -> None:
+    # The methods of a collector take None for its own engine; Polars' functions do not.
+    if engine is None:
+        engine_object(engine)

@@ -74,7 +74,9 @@ class Collector:
         engine_object(engine)
         engine_object(default_engine)
         self.engine: Final = engine
-        self._gpu_policy: Final = gpu_policy(gpu)
+        if gpu is not None:
+            gpu_policy(gpu)
+        self._gpu_policy: Final = gpu
         self._default_engine: Final = default_engine
         self._cpu: Final = Lane(max_running or _DEFAULT_RUNNING)
         self._gpu: Final = Lane(1)

@@ -46,6 +46,7 @@ _ASKERS: Final[dict[EngineSource, str]] = {
     "default": "the collector's default_engine",
 }
 _PATHS: Final[tuple[QueryPath, ...]] = get_args(QueryPath)
+_POLICIES: Final[tuple[GpuPolicy, ...]] = get_args(GpuPolicy)
 _SWITCHED_OFF: Final[dict[QueryPath, Reason]] = {
     "async": Reason.ASYNC_PATH,
     "background": Reason.BACKGROUND_PATH,
@@ -137,7 +138,8 @@ def resolve_engine(
     Raises
     ------
     ValueError
-        `engine`, `path` or `gpu` is none of the values listed here.
+        `engine`, `path` or `gpu` is none of the values listed here; or the GPU engine is asked for
+        and ``POLARS_ASYNC_GPU`` is none.
     EngineUnavailableError
         The GPU engine cannot run and the CPU was forbidden, by ``gpu="require"`` or by
         ``pl.GPUEngine(raise_on_fail=True)``.
@@ -150,10 +152,12 @@ def resolve_engine(
     """
     if path not in _PATHS:
         raise ValueError(f"path must be one of {_listed(_PATHS)}, got {path!r}")
+    if gpu is not None:
+        _checked_policy("gpu", gpu)
     asked = _who_asks(engine, path, default_engine)
     if asked.name != "gpu" and not isinstance(asked.engine, pl.GPUEngine):
         return asked
-    return _gpu_rule(asked, path, gpu_policy(gpu))
+    return _gpu_rule(asked, path, gpu)
 
 
 def _who_asks(engine: EngineRequest, path: QueryPath, default: EngineRequest) -> Resolution:
@@ -178,49 +182,55 @@ def _who_asks(engine: EngineRequest, path: QueryPath, default: EngineRequest) ->
     )
 
 
-def _gpu_rule(asked: Resolution, path: QueryPath, policy: GpuPolicy) -> Resolution:
+def _gpu_rule(asked: Resolution, path: QueryPath, gpu: GpuPolicy | None) -> Resolution:
     """Let the GPU engine through, or say what rules it out and what runs instead."""
+    policy = gpu_policy(gpu)
     status = gpu_status()
     reason: Reason | None
     if path != "sync" and policy == "downgrade":
-        reason = _SWITCHED_OFF[path]
-        why = f"GPU execution is switched off on the {path} path"
-        remedy = (
-            f"a Collector(gpu='offload') or {GPU_POLICY_VARIABLE}=offload runs it on a thread"
+        reason, why = _SWITCHED_OFF[path], f"GPU execution is switched off on the {path} path"
+        hint = (
+            f"; a Collector(gpu='offload') or {GPU_POLICY_VARIABLE}=offload runs it on a thread"
             if status.usable
-            else f"no GPU is usable here either, since {status.message}"
+            else f"; nor is a GPU usable here, as {status.message}"
         )
     elif status.usable:
         return replace(asked, gpu=status)
     else:
-        reason, why, remedy = status.reason, "no GPU is usable here", status.message
-    but = f"the GPU engine was asked for by {_ASKERS[asked.source]}, but {why}"
+        reason, why, hint = status.reason, status.message, ""
+    but = f"{_ASKERS[asked.source]} asks for the GPU engine, but {why}"
     if policy == "require" or _forbids_cpu(asked.engine):
-        who = "gpu='require'" if policy == "require" else "raise_on_fail=True"
-        raise EngineUnavailableError(f"{but} and {who} forbids the CPU: {remedy}")
+        if policy == "require":
+            who = f"{GPU_POLICY_VARIABLE}=require" if gpu is None else "gpu='require'"
+        else:
+            who = "raise_on_fail=True"
+        raise EngineUnavailableError(f"{but}; {who} forbids the in-memory engine instead{hint}")
     return replace(
         asked,
         engine=_IN_MEMORY,
         name=_IN_MEMORY.name,
         downgraded=True,
         reason=reason,
-        message=f"{but}, so {_runs(_IN_MEMORY.name)} instead: {remedy}",
+        message=f"{but}; {_runs(_IN_MEMORY.name)} instead{hint}",
         gpu=status,
     )
 
 
 def gpu_policy(policy: GpuPolicy | None) -> GpuPolicy:
     """Give `policy`, checked, or where it is None the default of the process."""
-    value: str = policy or os.environ.get(GPU_POLICY_VARIABLE, "downgrade")
-    known: tuple[GpuPolicy, ...] = get_args(GpuPolicy)
-    for one in known:
-        if value == one:
-            return one
-    name = "gpu" if policy else GPU_POLICY_VARIABLE
-    raise ValueError(f"{name} must be one of {_listed(known)}, got {value!r}")
+    if policy is not None:
+        return _checked_policy("gpu", policy)
+    return _checked_policy(GPU_POLICY_VARIABLE, os.environ.get(GPU_POLICY_VARIABLE, "downgrade"))
 
 
-def engine_object(engine: EngineRequest) -> pl.Engine:
+def _checked_policy(name: str, value: str) -> GpuPolicy:
+    for known in _POLICIES:
+        if value == known:
+            return known
+    raise ValueError(f"{name} must be one of {_listed(_POLICIES)}, got {value!r}")
+
+
+def engine_object(engine: EngineRequest | None) -> pl.Engine:
     """Turn the name of an engine into an engine; an engine is given back as it is."""
     if isinstance(engine, pl.Engine):
         return engine
@@ -293,7 +303,7 @@ def _as_asked(request: EngineRequest, source: EngineSource) -> Resolution:
 
 
 def _runs(name: str) -> str:
-    return "Polars chooses the engine that runs" if name == "auto" else f"the {name} engine runs"
+    return "the engine that Polars chooses runs" if name == "auto" else f"the {name} engine runs"
 
 
 def _forbids_cpu(engine: pl.Engine) -> bool:
