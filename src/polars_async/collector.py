@@ -278,7 +278,8 @@ class Collector:
         _fork.check()
         resolution = self.resolve_engine(engine, path=path)
         warn_of(resolution)
-        lane = self._gpu if isinstance(resolution.engine, pl.GPUEngine) else self._cpu
+        on_gpu = resolution.gpu is not None and not resolution.downgraded
+        lane = self._gpu if on_gpu else self._cpu
         job = partial(work, frames, resolution.engine, optimizations)
         query = Query(job, resolution, lane.admission)
         lane.submit(query)

@@ -155,7 +155,10 @@ def resolve_engine(
     if gpu is not None:
         _checked_policy("gpu", gpu)
     asked = _who_asks(engine, path, default_engine)
-    if asked.name != "gpu" and not isinstance(asked.engine, pl.GPUEngine):
+    # By name where that tells: to ask an abstract class takes longer than all the rest.
+    if asked.name in _ENGINES or not (
+        asked.name == "gpu" or isinstance(asked.engine, pl.GPUEngine)
+    ):
         return asked
     return _gpu_rule(asked, path, gpu)
 
@@ -262,7 +265,6 @@ def _level_of_caller() -> int:
 
 
 def _own_request(engine: EngineRequest) -> EngineRequest:
-    # Names first: to ask an abstract class takes longer than all the rest.
     while not isinstance(engine, str) and isinstance(engine, DeferringEngine):
         engine = engine.asks_for
     return engine
