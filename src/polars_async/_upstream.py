@@ -51,7 +51,7 @@ def _find_auto_engine() -> pl.Engine:
     try:
         module = importlib.import_module("polars.lazyframe.engine")
         engine: pl.Engine = module._AutoEngine()  # noqa: SLF001
-    except (ImportError, AttributeError):
+    except (ImportError, AttributeError, TypeError):
         return pl.InMemoryEngine()
     return engine
 

@@ -72,7 +72,7 @@ class Collector:
         if max_running is not None and max_running < 1:
             raise ValueError(f"max_running must be 1 or more, got {max_running!r}")
         engine_object(engine)
-        engine_object(default_engine)
+        engine_object(default_engine, "default_engine")
         self.engine: Final = engine
         if gpu is not None:
             gpu_policy(gpu)

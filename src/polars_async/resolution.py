@@ -6,6 +6,7 @@ import inspect
 import os
 import warnings
 from abc import abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -40,10 +41,10 @@ _ENGINES: Final[dict[str, pl.Engine]] = {
     "streaming": pl.StreamingEngine(),
 }
 _ASKERS: Final[dict[EngineSource, str]] = {
-    "argument": "the argument engine",
+    "argument": "the engine argument",
     "config": "Config.set_engine_affinity",
     "environment": AFFINITY_VARIABLE,
-    "default": "the collector's default_engine",
+    "default": "default_engine",
 }
 _PATHS: Final[tuple[QueryPath, ...]] = get_args(QueryPath)
 _POLICIES: Final[tuple[GpuPolicy, ...]] = get_args(GpuPolicy)
@@ -120,7 +121,8 @@ def resolve_engine(
     Parameters
     ----------
     engine
-        ``"auto"``, ``"in-memory"``, ``"streaming"``, ``"gpu"`` or a ``pl.Engine`` object.
+        ``"auto"``, ``"in-memory"``, ``"streaming"``, ``"gpu"`` or a ``pl.Engine`` object. An
+        `AsyncEngine`, here or as affinity, asks for the engine of its collector, if that has one.
     path
         How the query is asked for: ``"sync"``, ``"async"``, ``"background"`` or ``"batches"``.
     gpu
@@ -148,7 +150,7 @@ def resolve_engine(
     --------
     >>> import polars_async as pa
     >>> pa.resolve_engine("streaming").message
-    'the streaming engine runs: asked for by the argument engine'
+    'the streaming engine runs: asked for by the engine argument'
     """
     if path not in _PATHS:
         raise ValueError(f"path must be one of {_listed(_PATHS)}, got {path!r}")
@@ -180,7 +182,7 @@ def _who_asks(engine: EngineRequest, path: QueryPath, default: EngineRequest) ->
         instead,
         requested=name,
         reason=Reason.UNKNOWN_AFFINITY,
-        message=f"{AFFINITY_VARIABLE}={name!r} names no engine, so {_runs(instead.name)} instead: "
+        message=f"{AFFINITY_VARIABLE}={name!r} names no engine, so {_runs(instead.name)}: "
         f"set it to one of {_listed(ENGINE_NAMES)}",
     )
 
@@ -192,29 +194,30 @@ def _gpu_rule(asked: Resolution, path: QueryPath, gpu: GpuPolicy | None) -> Reso
     reason: Reason | None
     if path != "sync" and policy == "downgrade":
         reason, why = _SWITCHED_OFF[path], f"GPU execution is switched off on the {path} path"
-        hint = (
-            f"; a Collector(gpu='offload') or {GPU_POLICY_VARIABLE}=offload runs it on a thread"
-            if status.usable
-            else f"; nor is a GPU usable here, as {status.message}"
+        remedy = (
+            f"to use the GPU, set {GPU_POLICY_VARIABLE}=offload or make a Collector(gpu='offload')"
         )
+        if not status.usable:
+            remedy = f"{remedy}, and mind that {status.message}"
     elif status.usable:
         return replace(asked, gpu=status)
     else:
-        reason, why, hint = status.reason, status.message, ""
-    but = f"{_ASKERS[asked.source]} asks for the GPU engine, but {why}"
+        reason, why, remedy = status.reason, "no GPU is usable here", status.message
+    asks = f"{_ASKERS[asked.source]} asks for the GPU engine"
+    if asked.reason is not None:
+        asks = f"{asked.message}; {asks}"
     if policy == "require" or _forbids_cpu(asked.engine):
+        forbids = "raise_on_fail=True"
         if policy == "require":
-            who = f"{GPU_POLICY_VARIABLE}=require" if gpu is None else "gpu='require'"
-        else:
-            who = "raise_on_fail=True"
-        raise EngineUnavailableError(f"{but}; {who} forbids the in-memory engine instead{hint}")
+            forbids = f"{GPU_POLICY_VARIABLE}=require" if gpu is None else "gpu='require'"
+        raise EngineUnavailableError(f"{asks} and {forbids} forbids any other, but {why}: {remedy}")
     return replace(
         asked,
         engine=_IN_MEMORY,
         name=_IN_MEMORY.name,
         downgraded=True,
         reason=reason,
-        message=f"{but}; {_runs(_IN_MEMORY.name)} instead{hint}",
+        message=f"{asks}, but {why}, so {_runs(_IN_MEMORY.name)}: {remedy}",
         gpu=status,
     )
 
@@ -223,7 +226,7 @@ def gpu_policy(policy: GpuPolicy | None) -> GpuPolicy:
     """Give `policy`, checked, or where it is None the default of the process."""
     if policy is not None:
         return _checked_policy("gpu", policy)
-    return _checked_policy(GPU_POLICY_VARIABLE, os.environ.get(GPU_POLICY_VARIABLE, "downgrade"))
+    return _checked_policy(GPU_POLICY_VARIABLE, os.environ.get(GPU_POLICY_VARIABLE) or "downgrade")
 
 
 def _checked_policy(name: str, value: str) -> GpuPolicy:
@@ -233,7 +236,7 @@ def _checked_policy(name: str, value: str) -> GpuPolicy:
     raise ValueError(f"{name} must be one of {_listed(_POLICIES)}, got {value!r}")
 
 
-def engine_object(engine: EngineRequest | None) -> pl.Engine:
+def engine_object(engine: EngineRequest | None, parameter: str = "engine") -> pl.Engine:
     """Turn the name of an engine into an engine; an engine is given back as it is."""
     if isinstance(engine, pl.Engine):
         return engine
@@ -244,7 +247,9 @@ def engine_object(engine: EngineRequest | None) -> pl.Engine:
         if engine == name:
             return known
     names = _listed(ENGINE_NAMES)
-    raise ValueError(f"engine must be one of {names} or a polars.Engine object, got {engine!r}")
+    raise ValueError(
+        f"{parameter} must be one of {names} or a polars.Engine object, got {engine!r}"
+    )
 
 
 def warn_of(resolution: Resolution) -> None:
@@ -305,12 +310,15 @@ def _as_asked(request: EngineRequest, source: EngineSource) -> Resolution:
 
 
 def _runs(name: str) -> str:
-    return "the engine that Polars chooses runs" if name == "auto" else f"the {name} engine runs"
+    if name == "auto":
+        return "the engine that Polars chooses runs"
+    return f"the {'GPU' if name == 'gpu' else name} engine runs"
 
 
 def _forbids_cpu(engine: pl.Engine) -> bool:
     # GPUEngine declares an attribute raise_on_fail and sets it in its config alone.
-    return bool(getattr(engine, "config", {}).get("raise_on_fail", False))
+    config = getattr(engine, "config", None)
+    return isinstance(config, Mapping) and bool(config.get("raise_on_fail"))
 
 
 def _listed(values: Iterable[str]) -> str:

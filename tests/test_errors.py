@@ -1,0 +1,43 @@
+from __future__ import annotations
+
+import pickle
+from inspect import getmembers, isclass
+
+import polars as pl
+import pytest
+
+import polars_async as pa
+from polars_async import errors
+
+BASES = {
+    "PolarsAsyncError": Exception,
+    "EngineUnavailableError": pa.PolarsAsyncError,
+    "CollectorClosedError": pa.PolarsAsyncError,
+    "ForkedProcessError": pa.PolarsAsyncError,
+    "EngineDowngradeWarning": UserWarning,
+}
+DEFINED = {
+    name: each for name, each in getmembers(errors, isclass) if each.__module__ == errors.__name__
+}
+
+
+@pytest.mark.parametrize("name", BASES)
+def test_each_has_the_base_that_callers_catch(name):
+    assert DEFINED[name].__bases__ == (BASES[name],)
+
+
+@pytest.mark.parametrize("name", DEFINED)
+def test_each_is_public_and_survives_a_pickle(name):
+    assert getattr(pa, name) is DEFINED[name]
+    assert name in pa.__all__
+
+    back = pickle.loads(pickle.dumps(DEFINED[name]("what, why: remedy")))
+    assert type(back) is DEFINED[name]
+    assert str(back) == "what, why: remedy"
+
+
+def test_every_error_is_caught_by_the_base_and_none_by_that_of_polars():
+    raised = {each for each in DEFINED.values() if not issubclass(each, Warning)}
+
+    assert all(issubclass(each, pa.PolarsAsyncError) for each in raised)
+    assert not any(issubclass(each, pl.exceptions.PolarsError) for each in raised)

@@ -1,0 +1,249 @@
+"""Whether Polars' private API is still what polars-async takes it for, and what if it is gone."""
+
+from __future__ import annotations
+
+import inspect
+import io
+import json
+import os
+import subprocess
+import sys
+import traceback
+from itertools import dropwhile
+from pathlib import Path
+
+import polars as pl
+import pytest
+from polars.lazyframe import engine, engine_config, in_process
+
+import polars_async as pa
+from polars_async import _upstream
+
+QUERY = pl.LazyFrame({"a": [1, 2]}).sum()
+
+linux = pytest.mark.skipif(
+    not Path("/proc/self/task").exists(), reason="Linux alone lists the threads of a process"
+)
+
+
+def run(script, *arguments, **environment):
+    command = [sys.executable, "-W", "error", "-c", script, *map(str, arguments)]
+    environment = {**os.environ, **environment}
+    done = subprocess.run(
+        command, env=environment, capture_output=True, text=True, check=True, timeout=50
+    )
+    return json.loads(done.stdout)
+
+
+# Polars' own
+
+
+def test_every_name_is_polars_own_or_tested_here():
+    assert set(_upstream.__all__) == {
+        "AUTO_ENGINE",
+        "InProcessQuery",
+        "PACKAGE_FOLDER",
+        "POOL_THREAD",
+        "affinity_override",
+    }
+
+
+def test_background_query_is_polars_own():
+    assert _upstream.InProcessQuery is in_process.InProcessQuery
+    assert isinstance(
+        QUERY.collect(background=True, engine=pa.AsyncEngine()), _upstream.InProcessQuery
+    )
+
+
+def test_background_query_replaces_all_that_polars_own_can_do():
+    public = {name for name in vars(in_process.InProcessQuery) if not name.startswith("_")}
+
+    assert public == {"cancel", "fetch", "fetch_blocking"}
+    for name in public:
+        own, theirs = getattr(pa.BackgroundQuery, name), getattr(in_process.InProcessQuery, name)
+        assert own is not theirs
+        assert list(inspect.signature(own).parameters) == list(inspect.signature(theirs).parameters)
+
+
+def test_affinity_override_is_polars_own():
+    assert _upstream.affinity_override is engine_config.get_engine_affinity_override
+
+    with pl.Config():
+        assert _upstream.affinity_override() is None
+        own = pl.StreamingEngine()
+        pl.Config.set_engine_affinity(own)
+        assert _upstream.affinity_override() is own
+        pl.Config.set_engine_affinity("streaming")
+        assert _upstream.affinity_override() is None
+
+
+def test_auto_engine_is_polars_own():
+    assert type(_upstream.AUTO_ENGINE) is engine._AutoEngine
+    assert _upstream.AUTO_ENGINE.name == "auto"
+
+
+def test_auto_engine_does_not_ask_the_affinity():
+    class Refusing(pl.InMemoryEngine):
+        def collect(self, *_, **__):
+            raise AssertionError("the affinity was asked")
+
+    with pl.Config(engine_affinity=Refusing()):
+        with pytest.raises(AssertionError, match="the affinity was asked"):
+            QUERY.collect(engine="auto")
+        assert QUERY.collect(engine=_upstream.AUTO_ENGINE).item() == 3
+
+
+class Spy(pl.InMemoryEngine):
+    """An engine that notes the files of the frames between itself and the test."""
+
+    files: list[str]
+
+    def collect(self, *args, **options):
+        called = [frame.filename for frame in traceback.extract_stack()[:-1]]
+        self.files = list(dropwhile(lambda name: name != __file__, called))
+        return super().collect(*args, **options)
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda spy: QUERY.collect(engine=spy),
+        lambda spy: QUERY.collect(engine=spy, background=False, optimizations=pl.QueryOptFlags()),
+        lambda spy: QUERY.execute(engine=spy),
+        lambda spy: QUERY.sink_csv(io.BytesIO(), engine=spy),
+        lambda spy: QUERY.sink_batches(lambda _: None, engine=spy),
+    ],
+    ids=["collect", "options", "execute", "sink_csv", "sink_batches"],
+)
+def test_package_folder_holds_every_frame_of_polars(call):
+    spy = Spy()
+
+    call(spy)
+
+    polars = [name for name in spy.files if name != __file__]
+    assert polars
+    assert all(name.startswith(_upstream.PACKAGE_FOLDER) for name in polars)
+    assert spy.files[: -len(polars)] == [__file__] * 2
+
+
+def test_package_folder_is_no_mere_beginning_of_a_name():
+    assert f"{Path(pl.__file__).parent}{os.sep}" == _upstream.PACKAGE_FOLDER
+
+
+THREADS = """
+import json, pathlib, re, sys, time
+import polars as pl
+
+def threads():
+    found = {}
+    for thread in pathlib.Path("/proc/self/task").iterdir():
+        try:
+            found[thread.name] = (thread / "comm").read_text().strip()
+        except OSError:
+            pass  # it has ended since
+    return found
+
+before = threads()
+frame = pl.LazyFrame({"a": range(10_000)})
+frame.sink_parquet(sys.argv[1])
+for engine in ("in-memory", "streaming"):
+    frame.group_by(pl.col("a") % 7).agg(pl.len()).sort("a").collect(engine=engine)
+    pl.scan_parquet(sys.argv[1]).collect(engine=engine)
+deadline = time.monotonic() + 20
+while True:
+    # A thread has the name of the process until it names itself.
+    new = [name for thread, name in threads().items() if thread not in before]
+    if not {before[min(before, key=int)]} & {*new} or time.monotonic() > deadline:
+        break
+    time.sleep(0.01)
+print(json.dumps([[*before.values()], new]))
+"""
+
+
+@linux
+def test_threads_of_polars_pools_are_known_by_their_names(tmp_path):
+    before, after = run(THREADS, tmp_path / "frame.parquet", POLARS_MAX_THREADS="11")
+
+    assert not [name for name in before if _upstream.POOL_THREAD.match(name)]
+    # The allocator has a thread of its own, on which no query runs.
+    pools = [name for name in after if not name.startswith("jemalloc")]
+    assert [name for name in pools if not _upstream.POOL_THREAD.match(name)] == []
+    kinds = {_upstream.POOL_THREAD.match(name).group() for name in pools}
+    assert {kind.rstrip("0123456789") for kind in kinds} == {
+        "polars-",
+        "tokio-rt-worker",
+        "async-executor",
+    }
+
+
+@linux
+def test_udf_runs_on_a_thread_that_is_known_by_its_name():
+    names = set()
+
+    def note(values):
+        names.add(Path("/proc/thread-self/comm").read_text(encoding="utf-8"))
+        return values
+
+    columns = [pl.col("a").map_batches(note, return_dtype=pl.Int64).alias(str(i)) for i in range(8)]
+    pl.LazyFrame({"a": range(1000)}).select(columns).collect(engine="in-memory")
+
+    assert names
+    assert all(_upstream.POOL_THREAD.match(name) for name in names)
+
+
+# Without it
+
+GUARDED = """
+import json, sys
+import polars as pl
+from polars.lazyframe import engine, engine_config, in_process
+{breakage}
+import polars_async as pa
+from polars_async import _upstream
+
+query, plugin = pl.LazyFrame({{"a": [1, 2]}}).sum(), pa.AsyncEngine()
+answers = [
+    pa.collect_async(query).result(30),
+    *pa.collect_all_async([query], engine="streaming").result(30),
+    query.collect(engine=plugin),
+    *query.collect_batches(engine=plugin),
+    query.collect(engine=plugin, background=True).fetch_blocking(),
+    query.collect_async(engine=plugin).result(30),
+]
+print(json.dumps([
+    [answer.item() for answer in answers],
+    _upstream.InProcessQuery.__module__,
+    str(_upstream.affinity_override()),
+    pa.resolve_engine(path="sync").name,
+    pa.resolve_engine().name,
+]))
+"""
+WHOLE = {"query": "polars.lazyframe.in_process", "sync": "auto"}
+
+
+@pytest.mark.parametrize(
+    ("breakage", "stands_in"),
+    [
+        ("", {}),
+        ("del in_process.InProcessQuery", {"query": "builtins"}),
+        ("sys.modules[in_process.__name__] = None", {"query": "builtins"}),
+        ("del engine_config.get_engine_affinity_override", {}),
+        ("sys.modules[engine_config.__name__] = None", {}),
+        ("del engine._AutoEngine", {"sync": "in-memory"}),
+        ("sys.modules[engine.__name__] = None", {"sync": "in-memory"}),
+    ],
+    ids=lambda each: each if isinstance(each, str) else "",
+)
+def test_queries_run_without_what_polars_took_away(breakage, stands_in):
+    found = run(GUARDED.format(breakage=breakage))
+
+    expected = {**WHOLE, **stands_in}
+    assert found == [[3] * 6, expected["query"], "None", expected["sync"], "in-memory"]
+
+
+def test_object_of_config_is_not_seen_where_polars_does_not_tell_of_it():
+    breakage = """
+pl.Config.set_engine_affinity(pl.StreamingEngine())
+del engine_config.get_engine_affinity_override
+"""
+    assert run(GUARDED.format(breakage=breakage))[2:] == ["None", "auto", "in-memory"]

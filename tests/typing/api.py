@@ -1,0 +1,200 @@
+"""What users write, to be checked by mypy and pyright; nothing here is ever run."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING, assert_type
+
+import polars as pl
+
+import polars_async as pa
+from polars_async.bridges.gevent import GeventHandle
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Iterable, Iterator
+
+lf = pl.LazyFrame({"a": [1, 2]})
+
+
+# The drop-in functions
+
+
+async def awaits() -> None:
+    assert_type(pa.collect_async(lf), pa.QueryHandle[pl.DataFrame])
+    assert_type(await pa.collect_async(lf), pl.DataFrame)
+    assert_type(await pa.collect_async(lf, engine="gpu", gevent=False), pl.DataFrame)
+    assert_type(await pa.collect_async(lf, engine=pl.GPUEngine(raise_on_fail=True)), pl.DataFrame)
+    assert_type(await pa.collect_async(lf, optimizations=pl.QueryOptFlags.none()), pl.DataFrame)
+
+    assert_type(pa.collect_all_async([lf, lf]), pa.QueryHandle[list[pl.DataFrame]])
+    assert_type(await pa.collect_all_async((lf, lf), engine="streaming"), list[pl.DataFrame])
+    assert_type(await pa.collect_all_async(each for each in (lf, lf)), list[pl.DataFrame])
+
+
+async def uses_the_tools_of_asyncio() -> None:
+    one, all_ = pa.collect_async(lf), pa.collect_all_async([lf])
+
+    assert_type(await asyncio.gather(one, all_), tuple[pl.DataFrame, list[pl.DataFrame]])
+    assert_type(await asyncio.wait_for(one, timeout=1.5), pl.DataFrame)
+    assert_type(await asyncio.shield(asyncio.ensure_future(one)), pl.DataFrame)
+    assert_type(await total(one), int)
+
+
+async def total(frame: Awaitable[pl.DataFrame]) -> int:
+    return (await frame).height
+
+
+def greenlets() -> None:
+    one = pa.collect_async(lf, gevent=True)
+    assert_type(one, GeventHandle[pl.DataFrame])
+    assert_type(one.get(), pl.DataFrame)
+    assert_type(one.get(block=False), pl.DataFrame)
+    assert_type(one.get(True, 1.5), pl.DataFrame)
+
+    several = pa.collect_all_async([lf], gevent=True, engine="streaming")
+    assert_type(several, GeventHandle[list[pl.DataFrame]])
+    assert_type(several.get(timeout=None), list[pl.DataFrame])
+
+
+# The handle
+
+
+def plain_threads(handle: pa.QueryHandle[pl.DataFrame]) -> None:
+    assert_type(handle.result(), pl.DataFrame)
+    assert_type(handle.result(timeout=2), pl.DataFrame)
+    assert_type(handle.done(), bool)
+    assert_type(handle.cancel(), bool)
+    assert_type(handle.resolution, pa.Resolution)
+
+
+# The collector
+
+
+def configured() -> pa.Collector:
+    pa.Collector()
+    pa.Collector(engine=pl.StreamingEngine(), default_engine="streaming", max_running=None)
+    return pa.Collector(engine="auto", gpu="offload", default_engine="in-memory", max_running=2)
+
+
+async def collects(collector: pa.Collector, frames: Iterable[pl.LazyFrame]) -> None:
+    assert_type(await collector.collect_async(lf), pl.DataFrame)
+    assert_type(await collector.collect_async(lf, engine=None), pl.DataFrame)
+    assert_type(collector.collect_async(lf, gevent=True), GeventHandle[pl.DataFrame])
+    assert_type(await collector.collect_all_async(frames, engine="gpu"), list[pl.DataFrame])
+    assert_type(collector.collect_all_async(frames, gevent=True), GeventHandle[list[pl.DataFrame]])
+    assert_type(collector.resolve_engine("gpu", path="background"), pa.Resolution)
+
+
+def in_the_background(collector: pa.Collector) -> None:
+    query = collector.collect_background(lf)
+    assert_type(query, pa.BackgroundQuery)
+    assert_type(query.fetch(), pl.DataFrame | None)
+    assert_type(query.fetch_blocking(), pl.DataFrame)
+    query.cancel()
+
+
+def closes() -> None:
+    with pa.Collector(max_running=1) as collector:
+        assert_type(collector, pa.Collector)
+    collector.close()
+    collector.close(wait=False, cancel_waiting=False)
+
+
+# The plug-in
+
+
+async def plugs_in(collector: pa.Collector) -> None:
+    engine = pa.AsyncEngine()
+    assert_type(pa.AsyncEngine(collector).collector, pa.Collector)
+
+    assert_type(lf.collect(engine=engine), pl.DataFrame)
+    assert_type(await lf.collect_async(engine=engine), pl.DataFrame)
+    assert_type(pl.collect_all([lf], engine=engine), list[pl.DataFrame])
+    assert_type(await pl.collect_all_async([lf], engine=engine), list[pl.DataFrame])
+    batches: Iterator[pl.DataFrame] = lf.collect_batches(engine=engine)
+    assert_type(next(batches), pl.DataFrame)
+
+    pl.Config.set_engine_affinity(engine)
+    with pl.Config(engine_affinity=engine):
+        assert_type(lf.collect(), pl.DataFrame)
+
+
+def any_engine(engine: pl.Engine) -> None:
+    any_engine(pa.AsyncEngine())
+    pa.collect_async(lf, engine=engine)
+    pa.Collector(engine=engine, default_engine=engine)
+    pa.resolve_engine(engine)
+
+
+# Resolution
+
+
+def decides() -> str:
+    resolution = pa.resolve_engine(engine="gpu", path="sync", gpu="require")
+    assert_type(resolution, pa.Resolution)
+    assert_type(resolution.requested, str | pl.Engine)
+    assert_type(resolution.engine, pl.Engine)
+    assert_type(resolution.name, str)
+    assert_type(resolution.downgraded, bool)
+    assert_type(resolution.reason, pa.Reason | None)
+    assert_type(resolution.message, str)
+    assert_type(resolution.gpu, pa.GpuStatus | None)
+    match resolution.source:
+        case "argument" | "config" | "environment" | "default":
+            return explain(resolution.reason)
+
+
+def explain(reason: pa.Reason | None) -> str:
+    if reason is None:
+        return "as asked"
+    if reason in {pa.Reason.ASYNC_PATH, pa.Reason.BACKGROUND_PATH}:
+        return "offload it"
+    text: str = reason  # each is its own short name
+    return text
+
+
+def gpus() -> None:
+    status = pa.gpu_status(refresh=True)
+    assert_type(status, pa.GpuStatus)
+    assert_type(status.usable, bool)
+    assert_type(status.reason, pa.Reason | None)
+    assert_type(status.message, str)
+    assert_type(status.devices, tuple[pa.GpuDevice, ...])
+    assert_type(status.driver_version, str | None)
+    assert_type(status.cuda_version, tuple[int, int] | None)
+    assert_type(status.cudf_polars_version, str | None)
+    for device in status.devices:
+        assert_type(device.memory_free, int | None)
+        assert_type(device.compute_capability, tuple[int, int] | None)
+
+
+# Errors
+
+
+async def catches() -> None:
+    try:
+        await pa.collect_async(lf, engine="gpu")
+    except (pa.EngineUnavailableError, pa.CollectorClosedError, pa.ForkedProcessError) as error:
+        base: pa.PolarsAsyncError = error
+        raise base from None
+    warning: type[UserWarning] = pa.EngineDowngradeWarning
+    raise warning
+
+
+# Mistakes: each ignore has to be needed, or else mypy says so
+
+
+def mistakes(frame: pl.DataFrame, collector: pa.Collector) -> None:
+    pa.collect_async(frame)  # type: ignore[call-overload]
+    pa.collect_async(lf, "gpu")  # type: ignore[call-overload]
+    pa.collect_async(lf, engine=None)  # type: ignore[call-overload]
+    pa.collect_all_async(lf)  # type: ignore[call-overload]
+    pa.collect_async(lf).get()  # type: ignore[attr-defined]
+    pa.resolve_engine(path="eager")  # type: ignore[arg-type]
+    pa.resolve_engine(gpu="always")  # type: ignore[arg-type]
+    pa.Collector("gpu")  # type: ignore[call-arg]
+    pa.Collector(gpu="always")  # type: ignore[arg-type]
+    pa.AsyncEngine("gpu")  # type: ignore[arg-type]
+    pa.resolve_engine().name = "gpu"  # type: ignore[misc]
+    pa.gpu_status().usable = True  # type: ignore[misc]
+    collector.engine = "gpu"  # type: ignore[misc]
