@@ -2,15 +2,18 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import sys
 import threading
 import weakref
+from concurrent.futures import CancelledError
 
 import gevent
 import pytest
 from conftest import TINY
 
+from polars_async import Collector, CollectorClosedError
 from polars_async.admission import Admission
-from polars_async.query import Query
+from polars_async.query import Query, State
 
 
 def test_query_that_ends_just_before_the_greenlet_waits_wakes_it(collector, blocked, monkeypatch):
@@ -19,7 +22,7 @@ def test_query_that_ends_just_before_the_greenlet_waits_wakes_it(collector, bloc
     def add_then_end(query, waiter):
         told = threading.Event()
         post = waiter.mailbox.post
-        waiter.mailbox.post = lambda item: (post(item), told.set())
+        monkeypatch.setattr(waiter.mailbox, "post", lambda item: (post(item), told.set()))
         added = add_waiter(query, waiter)
         blocked.gate.set()
         assert told.wait(30)
@@ -73,7 +76,8 @@ def test_closed_loop_is_not_kept_alive_by_what_it_was_still_to_be_told(collector
 
 
 FORK = """
-import gc, os, signal, sys, threading
+import gc, os, signal, sys, threading, warnings
+warnings.simplefilter("ignore", DeprecationWarning)  # of a fork beside threads, from 3.12 on
 case = sys.argv[1]
 if case == "greenlet":
     import gevent.monkey; gevent.monkey.patch_all()
@@ -151,3 +155,260 @@ def test_handle_pending_at_a_fork_resolves_in_child_and_parent(run_script, case,
     _, outcome, *parent = run_script(FORK, case)
     assert outcome in told
     assert parent == ["parent", "1"]
+
+
+# Two threads let loose on one query, some thousand times
+
+
+@pytest.fixture
+def _switch_often():
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    yield
+    sys.setswitchinterval(before)
+
+
+class Together:
+    """Threads that begin each of their turns at the same time."""
+
+    def __init__(self, *turns):
+        self._start, self._end = (threading.Barrier(len(turns) + 1) for _ in range(2))
+        self._over = False
+        self._errors = []
+        self._threads = [threading.Thread(target=self._run, args=(turn,)) for turn in turns]
+        for thread in self._threads:
+            thread.start()
+
+    def _run(self, turn):
+        while True:
+            self._start.wait(30)
+            if self._over:
+                return
+            try:
+                turn()
+            except BaseException as error:  # noqa: BLE001  # told to the test
+                self._errors.append(error)
+            self._end.wait(30)
+
+    def turn(self):
+        self._start.wait(30)
+        self._end.wait(30)
+        assert self._errors == []
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self._over = True
+        self._start.wait(30)
+        for thread in self._threads:
+            thread.join(30)
+
+
+class Told:
+    """A waiter that counts how often it is woken."""
+
+    survives_fork = False
+
+    def __init__(self):
+        self.times = 0
+
+    def wake(self):
+        self.times += 1
+
+
+def query_of(admission, value):
+    query = Query(lambda: value, None, admission)
+    assert admission.enter(query)
+    query.run()
+    return query
+
+
+def end(query):
+    with query._admission.lock:
+        waiters = query.end()
+        query._admission.release(query)
+    for waiter in waiters:
+        waiter.wake()
+    query.drop_unwanted()
+
+
+@pytest.mark.usefixtures("_switch_often")
+def test_of_an_end_and_a_cancellation_one_is_first():
+    admission = Admission(1)
+    query = told = cancelled = None
+
+    def cancel():
+        nonlocal cancelled
+        cancelled = query.cancel()
+
+    with Together(lambda: end(query), cancel) as together:
+        for i in range(2000):
+            query, told = query_of(admission, i), Told()
+            assert query.add_waiter(told)
+            together.turn()
+            assert told.times == 1
+            assert admission.running == admission.waiting == 0
+            assert query.done
+            if cancelled:
+                assert query._value is None
+                with pytest.raises(CancelledError):
+                    query.outcome(CancelledError)
+            else:
+                assert query.outcome(CancelledError) == i
+            assert not query.cancel()
+
+
+@pytest.mark.usefixtures("_switch_often")
+def test_waiter_that_comes_at_the_end_is_told_in_one_of_two_ways():
+    admission = Admission(1)
+    query = told = added = None
+
+    def add():
+        nonlocal added
+        added = query.add_waiter(told)
+
+    with Together(lambda: end(query), add) as together:
+        for i in range(2000):
+            query, told = query_of(admission, i), Told()
+            together.turn()
+            assert told.times == (1 if added else 0)
+            assert query.outcome(CancelledError) == i
+            assert not query._waiters
+
+
+@pytest.mark.usefixtures("_switch_often")
+def test_last_waiter_that_leaves_at_the_end_cancels_or_comes_too_late():
+    admission = Admission(1)
+    query = told = left = None
+
+    def leave():
+        nonlocal left
+        left = query.remove_waiter(told, last_cancels=True)
+
+    with Together(lambda: end(query), leave) as together:
+        for i in range(2000):
+            query, told = query_of(admission, i), Told()
+            query.add_waiter(told)
+            together.turn()
+            assert told.times == (0 if left else 1)
+            assert admission.running == 0
+            if left:
+                with pytest.raises(CancelledError):
+                    query.outcome(CancelledError)
+            else:
+                assert query.outcome(CancelledError) == i
+
+
+@pytest.mark.usefixtures("_switch_often")
+def test_two_last_waiters_that_leave_at_once_cancel_the_query_once():
+    admission = Admission(1)
+    query, told = None, [Told(), Told()]
+    turns = [lambda each=each: query.remove_waiter(each, last_cancels=True) for each in told]
+    with Together(*turns) as together:
+        for i in range(1000):
+            query = query_of(admission, i)
+            for each in told:
+                query.add_waiter(each)
+            together.turn()
+            assert query.done
+            assert not query._waiters
+            end(query)
+            assert admission.running == 0
+
+
+@pytest.mark.usefixtures("_switch_often")
+@pytest.mark.parametrize("cancel_waiting", [True, False])
+def test_query_submitted_while_the_collector_closes_resolves_or_is_refused(cancel_waiting):
+    collector, handles, refused = None, [], 0
+
+    def submit():
+        nonlocal refused
+        for _ in range(4):
+            try:
+                handles.append(collector.collect_async(TINY))
+            except CollectorClosedError:
+                refused += 1
+
+    def close():
+        collector.close(cancel_waiting=cancel_waiting)
+
+    with Together(submit, submit, close) as together:
+        for _ in range(200):
+            collector, refused = Collector(max_running=1), 0
+            handles.clear()
+            together.turn()
+            assert len(handles) + refused == 8
+            for handle in handles:
+                assert handle.done()  # that is what close waited for
+                try:
+                    assert handle.result(0).item() == 1
+                except CancelledError:
+                    assert cancel_waiting
+            admission = collector._cpu.admission
+            assert admission.running == admission.waiting == 0
+
+
+@pytest.mark.usefixtures("_switch_often")
+def test_cancelled_and_finished_queries_give_their_slots_back():
+    with Collector(max_running=2) as collector:
+        handles = []
+
+        def submit():
+            handles.append(collector.collect_async(TINY))
+
+        def cancel():
+            if handles:
+                handles[-1].cancel()
+
+        with Together(submit, submit, cancel, cancel) as together:
+            for _ in range(500):
+                together.turn()
+        assert collector.collect_async(TINY).result(30).item() == 1
+        for handle in handles:
+            try:
+                assert handle.result(30).item() == 1
+            except CancelledError:
+                pass
+    assert collector._cpu.admission.running == collector._cpu.admission.waiting == 0
+
+
+def test_slot_is_free_when_whoever_waits_is_woken(collector, blocked):
+    told, running, woken = Told(), [], threading.Event()
+    told.wake = lambda: (running.append(collector._cpu.admission.running), woken.set())
+    handle = collector.collect_async(blocked.lf)
+    handle._query.add_waiter(told)
+    blocked.gate.set()
+    assert woken.wait(30)
+    assert running == [0]
+
+
+@pytest.mark.parametrize("operation", ["add_waiter", "remove_waiter", "cancel"])
+def test_state_cannot_change_between_the_look_at_it_and_the_act(monkeypatch, operation):
+    query, told, states = query_of(Admission(1), 1), Told(), []
+    told.wake = lambda: states.append(query.state)
+    if operation != "add_waiter":
+        query.add_waiter(told)
+    other = threading.Thread(target=end, args=(query,))
+    done, main = Query.done.fget, threading.current_thread()
+
+    def done_and_interrupt(query):
+        found = done(query)
+        if threading.current_thread() is main and other.ident is None:
+            other.start()
+            other.join(0.2)  # where nothing holds it off, this is time enough for the end
+        return found
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Query, "done", property(done_and_interrupt))
+        acts = {
+            "add_waiter": lambda: query.add_waiter(told),
+            "remove_waiter": lambda: query.remove_waiter(told, last_cancels=True),
+            "cancel": query.cancel,
+        }
+        assert acts[operation]()
+        other.join(30)
+    assert len(states) == (0 if operation == "remove_waiter" else 1)
+    assert query.state is (State.ENDED if operation == "add_waiter" else State.CANCELLED)
+    assert [query.state] * len(states) == states
+    assert query._value == (1 if operation == "add_waiter" else None)

@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import sys
 from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from math import inf
+from time import monotonic
+from typing import TYPE_CHECKING, Any, Final
 
 if TYPE_CHECKING:
-    from _thread import RLock, allocate_lock, start_new_thread
+    from _thread import LockType, RLock, allocate_lock, start_new_thread
     from queue import SimpleQueue
     from threading import local
 else:
@@ -29,4 +31,18 @@ else:
     start_new_thread = _original("_thread", "start_new_thread")
     SimpleQueue = _original("queue", "SimpleQueue")
 
-__all__ = ["RLock", "SimpleQueue", "allocate_lock", "local", "start_new_thread"]
+_SLICE: Final = 0.1
+"""Seconds that a signal waits at most. Polars installs its SIGINT handler with SA_RESTART, so that
+a wait without an end of its own is resumed, and Python never gets to see Ctrl-C."""
+
+
+def wait_for(lock: LockType, timeout: float | None = None) -> bool:
+    """Acquire `lock`, open to Ctrl-C; False if `timeout` seconds pass before."""
+    end = inf if timeout is None else monotonic() + timeout
+    while not lock.acquire(timeout=min(max(end - monotonic(), 0.0), _SLICE)):
+        if monotonic() >= end:
+            return False
+    return True
+
+
+__all__ = ["RLock", "SimpleQueue", "allocate_lock", "local", "start_new_thread", "wait_for"]

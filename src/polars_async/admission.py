@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from typing import TYPE_CHECKING, Any
 
-from polars_async._native import RLock, allocate_lock
+from polars_async._native import RLock, allocate_lock, wait_for
 from polars_async._nesting import in_query
 from polars_async.query import State
 
@@ -24,11 +24,12 @@ class Admission:
     a signal handler or a finaliser may come in at any instruction and cancel a query.
     """
 
-    __slots__ = ("_gates", "_line", "_running", "closed", "lock", "max_running")
+    __slots__ = ("_exclusive", "_gates", "_line", "_running", "closed", "lock", "max_running")
 
-    def __init__(self, max_running: int) -> None:
+    def __init__(self, max_running: int, *, exclusive: bool = False) -> None:
         self.lock = RLock()
         self.max_running = max_running
+        self._exclusive = exclusive
         self.closed = False
         self._running: set[Query[Any]] = set()
         self._gates: list[LockType] = []
@@ -49,10 +50,10 @@ class Admission:
         Give `query` a slot, or a place at the end of the line.
 
         What a running query asks for itself runs beyond the slots: it may wait for it, and the line
-        would then wait for both.
+        would then wait for both. Not so where the slots are exclusive, as the GPU is.
         """
         with self.lock:
-            if len(self._running) < self.max_running or in_query():
+            if len(self._running) < self.max_running or (not self._exclusive and in_query()):
                 self._start(query)
                 return True
             self._line[query] = None
@@ -94,7 +95,7 @@ class Admission:
                 return
             gate.acquire()
             self._gates.append(gate)
-        gate.acquire()
+        wait_for(gate)
 
     def reset(self) -> list[Query[Any]]:
         """Forget, and give, every query; for a forked child, where nobody else is left."""

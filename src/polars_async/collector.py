@@ -79,7 +79,7 @@ class Collector:
         self._gpu_policy: Final = gpu
         self._default_engine: Final = default_engine
         self._cpu: Final = Lane(max_running or _DEFAULT_RUNNING)
-        self._gpu: Final = Lane(1)
+        self._gpu: Final = Lane(1, exclusive=True)
         finalize(self, _close_lanes, (self._cpu, self._gpu)).atexit = False
 
     @overload

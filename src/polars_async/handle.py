@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from concurrent.futures import CancelledError
-from threading import TIMEOUT_MAX
 from typing import TYPE_CHECKING, ClassVar, Generic, TypeVar
 
 from polars_async import bridges
-from polars_async._native import allocate_lock
+from polars_async._native import allocate_lock, wait_for
 
 if TYPE_CHECKING:
     from collections.abc import Generator
@@ -117,9 +116,7 @@ class _ThreadWaiter:
         self._lock.release()
 
     def wait(self, timeout: float | None) -> bool:
-        if timeout is None:
-            return self._lock.acquire()
-        return self._lock.acquire(timeout=min(max(timeout, 0.0), TIMEOUT_MAX))
+        return wait_for(self._lock, timeout)
 
 
 def _block(query: Query[Any], timeout: float | None) -> bool:

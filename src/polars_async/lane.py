@@ -31,8 +31,8 @@ class Lane:
 
     __slots__ = ("__weakref__", "_executor", "admission")
 
-    def __init__(self, max_running: int) -> None:
-        self.admission = Admission(max_running)
+    def __init__(self, max_running: int, *, exclusive: bool = False) -> None:
+        self.admission = Admission(max_running, exclusive=exclusive)
         self._executor = ThreadExecutor()
         _lanes.add(self)
 
@@ -63,6 +63,7 @@ class Lane:
                 following = self.admission.release(query)
             wake(waiters)
             query.drop_unwanted()
+        del query  # as in Query.run
 
     def close(self, *, cancel_waiting: bool) -> None:
         """Take no more queries, and let the threads end with the last of those here."""

@@ -85,6 +85,8 @@ class Query(Generic[T]):
             self._error = error
             # Without this frame, which holds the query that holds the error.
             self._traceback = error.__traceback__ and error.__traceback__.tb_next
+        finally:
+            del self, work  # the frames of the traceback lead back here all the same
 
     def end(self) -> list[Waiter]:
         """Make the outcome final, unless everybody had let go before; gives whom to wake."""

@@ -1,0 +1,397 @@
+from __future__ import annotations
+
+import contextvars
+import gc
+import threading
+import weakref
+from concurrent.futures import CancelledError, ThreadPoolExecutor
+
+import polars as pl
+import pytest
+from conftest import TINY, Blocked
+from polars.io.plugins import register_io_source
+
+from polars_async import Collector, CollectorClosedError
+from polars_async.executors import threads
+
+
+@pytest.fixture
+def ended(monkeypatch):
+    """A semaphore that is released whenever a worker's thread ends."""
+    semaphore = threading.Semaphore(0)
+    work = threads._work
+
+    def work_and_tell(jobs):
+        work(jobs)
+        semaphore.release()
+
+    monkeypatch.setattr(threads, "_work", work_and_tell)
+    return semaphore
+
+
+def numbered(count):
+    return [pl.LazyFrame({"a": [i]}) for i in range(count)]
+
+
+# collect_all_async
+
+
+def test_collect_all_reads_a_common_source_once(collector):
+    reads = []
+
+    def read(with_columns, predicate, n_rows, batch_size):  # noqa: ARG001
+        reads.append(1)
+        yield pl.DataFrame({"a": [1, 2, 3]})
+
+    source = register_io_source(read, schema={"a": pl.Int64}, is_pure=True)
+    frames = [source.sum(), source.max(), source.min()]
+    found = collector.collect_all_async(frames).result()
+    assert [each.item() for each in found] == [6, 3, 1]
+    assert len(reads) == 1
+
+
+def test_collect_all_keeps_order_and_takes_any_iterable(collector):
+    for frames in (numbered(20), tuple(numbered(20)), (each for each in numbered(20))):
+        found = collector.collect_all_async(frames).result()
+        assert [each.item() for each in found] == list(range(20))
+
+
+@pytest.mark.parametrize("engine", ["in-memory", "streaming", "auto"])
+def test_collect_all_of_nothing_is_an_empty_list(collector, engine):
+    assert collector.collect_all_async([], engine=engine).result() == []
+
+
+@pytest.mark.parametrize(
+    ("frames", "message"),
+    [
+        ([TINY, 5], r"lazy_frames\[1\] must be a LazyFrame, got int$"),
+        ([None], r"lazy_frames\[0\] must be a LazyFrame, got NoneType$"),
+        ([TINY, TINY, TINY.collect()], r"lazy_frames\[2\].*DataFrame: call its lazy\(\) first"),
+        (TINY, "iterable of LazyFrames, got polars.*LazyFrame: put a single frame in a list"),
+        (TINY.collect(), "iterable of LazyFrames, got .*DataFrame: .*put a single frame in a list"),
+        (5, "iterable of LazyFrames, got int"),
+    ],
+)
+def test_collect_all_of_what_is_no_lazy_frame_is_refused(collector, frames, message):
+    with pytest.raises(TypeError, match=message):
+        collector.collect_all_async(frames)
+    assert not collector._cpu._executor._threads
+
+
+@pytest.mark.parametrize("method", ["collect_async", "collect_background"])
+@pytest.mark.parametrize(
+    ("frame", "message"),
+    [
+        ([TINY], "lf must be a LazyFrame, got list"),
+        (TINY.collect(), r"lf must be a LazyFrame, got .*DataFrame: call its lazy\(\) first"),
+        (None, "lf must be a LazyFrame, got NoneType"),
+    ],
+)
+def test_what_is_no_lazy_frame_is_refused_before_anything_runs(collector, method, frame, message):
+    with pytest.raises(TypeError, match=message):
+        getattr(collector, method)(frame)
+    assert not collector._cpu._executor._threads
+
+
+# Slots and the line
+
+
+@pytest.mark.parametrize("slots", [1, 2, 3])
+def test_no_more_than_max_running_queries_run_at_once(slots):
+    full = threading.Barrier(slots)
+    lock = threading.Lock()
+    running, most = 0, 0
+
+    def run(df):
+        nonlocal running, most
+        with lock:
+            running += 1
+            most = max(most, running)
+        full.wait(30)  # so that as many as may do run at once
+        with lock:
+            running -= 1
+        full.wait(30)
+        return df
+
+    with Collector(max_running=slots) as collector:
+        handles = [collector.collect_async(TINY.map_batches(run)) for _ in range(slots * 10)]
+        assert collector._cpu.admission.running == slots
+        assert collector._cpu.admission.waiting == slots * 9
+        for handle in handles:
+            handle.result(30)
+        assert collector._cpu._executor._threads == slots
+    assert most == slots
+
+
+def test_queries_run_in_the_order_they_came(collector, blocked):
+    order = []
+
+    def note(i):
+        return TINY.map_batches(lambda df: (order.append(i), df)[1])
+
+    collector.collect_async(blocked.lf)
+    handles = [collector.collect_async(note(i)) for i in range(50)]
+    for i in range(0, 50, 7):
+        handles[i].cancel()
+    blocked.gate.set()
+    collector.close(cancel_waiting=False)
+    assert order == [i for i in range(50) if i % 7]
+
+
+def test_failed_queries_give_their_slots_back(collector):
+    def fail(df):  # noqa: ARG001
+        raise ValueError
+
+    handles = [collector.collect_async(TINY.map_batches(fail)) for _ in range(20)]
+    for handle in handles:
+        with pytest.raises(ValueError, match=r"^$"):
+            handle.result()
+    assert collector.collect_async(TINY).result().item() == 1
+    assert not collector._cpu.admission.running
+
+
+def test_thread_that_cannot_start_is_an_error_and_costs_no_slot(collector, monkeypatch):
+    def start_new_thread(*_):
+        raise RuntimeError("can't start new thread")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(threads, "start_new_thread", start_new_thread)
+        for _ in range(3):
+            with pytest.raises(RuntimeError, match="can't start new thread"):
+                collector.collect_async(TINY)
+    assert not collector._cpu.admission.running
+    assert collector.collect_async(TINY).result().item() == 1
+    assert collector._cpu._executor._threads == 1
+
+
+def test_context_of_the_caller_reaches_udfs(collector, blocked):
+    variable = contextvars.ContextVar("variable", default="unset")
+    seen = []
+
+    def note(each):
+        seen.append(variable.get())
+        variable.set("changed in the query")
+        return each
+
+    collector.collect_async(blocked.lf)
+    for value, lf in (
+        ("first", TINY.map_batches(note)),
+        ("second", TINY.select(pl.col("a").map_batches(note, return_dtype=pl.Int64))),
+    ):
+        token = variable.set(value)
+        collector.collect_async(lf)
+        variable.reset(token)
+    blocked.gate.set()
+    collector.collect_async(TINY).result()
+    assert seen == ["first", "second"]
+    assert variable.get() == "unset"
+
+
+def test_queries_from_many_threads_all_resolve():
+    with Collector(max_running=2) as collector, ThreadPoolExecutor(8) as pool:
+
+        def ask(i):
+            return collector.collect_async(pl.LazyFrame({"a": [i]})).result(30).item()
+
+        assert list(pool.map(ask, range(400))) == list(range(400))
+        assert not collector._cpu.admission.running
+
+
+# Engines
+
+
+class Minimal(pl.Engine):
+    """The least that `pl.Engine` lets one write."""
+
+    def collect(self, lf, *, optimizations, background=False, post_opt_callback=None):
+        assert not background
+        assert post_opt_callback is None
+        return lf.with_columns(by=pl.lit("minimal")).collect(
+            engine="in-memory", optimizations=optimizations
+        )
+
+    def execute(self, lf, *, optimizations):
+        raise NotImplementedError
+
+
+def minimal():
+    missing = dict.fromkeys(Minimal.__abstractmethods__, None)
+    return type("Minimal", (Minimal,), missing)()
+
+
+def test_engine_that_can_only_collect_runs_async_queries(collector):
+    frame = collector.collect_async(TINY, engine=minimal()).result()
+    assert frame.row(0) == (1, "minimal")
+    found = collector.collect_all_async(numbered(3), engine=minimal()).result()
+    assert [each.row(0) for each in found] == [(i, "minimal") for i in range(3)]
+    assert collector.collect_all_async([], engine=minimal()).result() == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"max_running": 0}, ValueError, "max_running must be 1 or more, got 0"),
+        ({"max_running": -1}, ValueError, "max_running must be 1 or more, got -1"),
+        ({"engine": "warp"}, ValueError, "warp"),
+        ({"default_engine": "warp"}, ValueError, "warp"),
+        ({"gpu": "sometimes"}, ValueError, "sometimes"),
+    ],
+)
+def test_bad_arguments_are_refused(arguments, error, message):
+    with pytest.raises(error, match=message):
+        Collector(**arguments)
+
+
+def test_query_on_an_engine_that_is_none_is_refused(collector):
+    with pytest.raises(ValueError, match="warp"):
+        collector.collect_async(TINY, engine="warp")
+    assert not collector._cpu.admission.running
+
+
+# close
+
+
+def test_nothing_starts_before_the_first_query_and_all_ends_with_close(ended):
+    collector = Collector(max_running=3)
+    assert not collector._cpu._executor._threads
+    assert not collector._gpu._executor._threads
+    queries = [Blocked() for _ in range(3)]
+    for query in queries:
+        collector.collect_async(query.lf)
+        assert query.started.wait(30)
+        query.gate.set()
+    assert 1 <= collector._cpu._executor._threads <= 3
+    started = collector._cpu._executor._threads
+    collector.close()
+    for _ in range(started):
+        assert ended.acquire(timeout=30)
+
+
+def test_threads_end_after_a_collector_nobody_holds_and_its_queries_with_it(ended, blocked):
+    collector = Collector(max_running=1)
+    lanes = [weakref.ref(collector._cpu), weakref.ref(collector._gpu)]
+    handles = [collector.collect_async(each) for each in (blocked.lf, TINY, TINY)]
+    assert blocked.started.wait(30)
+    gone = weakref.ref(collector)
+    del collector
+    gc.collect()
+    assert gone() is None
+    assert not ended.acquire(blocking=False)
+    blocked.gate.set()
+    assert [handle.result(30).item() for handle in handles] == [1, 1, 1]
+    assert ended.acquire(timeout=30)
+    del handles
+    gc.collect()
+    assert [lane() for lane in lanes] == [None, None]
+
+
+@pytest.mark.parametrize("wait", [True, False])
+@pytest.mark.parametrize("cancel_waiting", [True, False])
+def test_close_waits_and_cancels_as_asked(collector, blocked, ended, wait, cancel_waiting):
+    running = collector.collect_async(blocked.lf)
+    waiting = [collector.collect_async(TINY) for _ in range(3)]
+    assert blocked.started.wait(30)
+    closed = threading.Event()
+
+    def close():
+        collector.close(wait=wait, cancel_waiting=cancel_waiting)
+        closed.set()
+
+    threading.Thread(target=close).start()
+    if wait:
+        for handle in waiting if cancel_waiting else []:
+            with pytest.raises(CancelledError):
+                handle.result(30)
+        while not (collector._cpu.admission.closed and collector._cpu.admission._gates):
+            pass  # until it waits; nobody is told
+        assert not closed.is_set()
+    else:
+        assert closed.wait(30)
+    assert not running.done()
+    assert [handle.done() for handle in waiting] == [cancel_waiting] * 3
+    with pytest.raises(CollectorClosedError, match="closed and takes no more queries"):
+        collector.collect_async(TINY)
+    blocked.gate.set()
+    assert closed.wait(30)
+    assert running.result(30).item() == 1
+    if wait:
+        assert all(handle.done() for handle in waiting)
+    if not cancel_waiting:
+        assert [handle.result(30).item() for handle in waiting] == [1] * 3
+    assert ended.acquire(timeout=30)
+
+
+@pytest.mark.parametrize("method", ["collect_async", "collect_background", "collect_all_async"])
+def test_closed_collector_takes_no_query(method):
+    collector = Collector()
+    for _ in range(2):
+        collector.close()
+        with pytest.raises(CollectorClosedError):
+            getattr(collector, method)([TINY] if "all" in method else TINY)
+    assert not collector._cpu._executor._threads
+
+
+def test_many_threads_close_at_once_and_all_wait(collector, blocked):
+    handle = collector.collect_async(blocked.lf)
+    waiting = collector.collect_async(TINY)
+    with ThreadPoolExecutor(8) as pool:
+        futures = [
+            pool.submit(lambda: (collector.close(), handle.done(), waiting.done()))
+            for _ in range(8)
+        ]
+        while len(collector._cpu.admission._gates) < 8:
+            pass  # nobody is told
+        blocked.gate.set()
+        assert [future.result(30) for future in futures] == [(None, True, True)] * 8
+
+
+def test_close_without_waiting_and_then_with(collector, blocked):
+    handles = [collector.collect_async(each) for each in (blocked.lf, TINY)]
+    for cancel_waiting in (False, True):  # the second call changes nothing more
+        collector.close(wait=False, cancel_waiting=cancel_waiting)
+        assert not any(handle.done() for handle in handles)
+    blocked.gate.set()
+    collector.close()
+    assert [handle.result(0).item() for handle in handles] == [1, 1]
+
+
+def test_context_manager_closes_and_lets_the_error_through(blocked):
+    collector = Collector(max_running=1)
+    handle = collector.collect_async(blocked.lf)
+    waiting = collector.collect_async(TINY)
+    blocked.gate.set()
+    with pytest.raises(KeyError), collector as entered:
+        raise {collector: KeyError}[entered]
+    assert handle.done()
+    assert waiting.done()
+    with pytest.raises(CollectorClosedError):
+        collector.collect_async(TINY)
+
+
+def test_close_that_waits_inside_a_udf_is_refused(collector):
+    def close(df):
+        collector.close()
+        return df
+
+    for lf in (TINY.map_batches(close), nested_on_pool(close)):
+        with pytest.raises(RuntimeError, match="pass wait=False"):
+            collector.collect_async(lf).result()
+    assert collector.collect_async(TINY).result().item() == 1
+
+
+def test_close_inside_a_udf_that_does_not_wait(collector):
+    def close(df):
+        collector.close(wait=False)
+        return df
+
+    assert collector.collect_async(TINY.map_batches(close)).result().item() == 1
+    with pytest.raises(CollectorClosedError):
+        collector.collect_async(TINY)
+
+
+def nested_on_pool(udf):
+    """Two expressions, which Polars runs on the threads of its own pool."""
+    both = pl.LazyFrame({"a": [1], "b": [1]})
+    return both.select(
+        *(pl.col(each).map_batches(udf, return_dtype=pl.Int64) for each in ("a", "b"))
+    )

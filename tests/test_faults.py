@@ -1,0 +1,450 @@
+"""What goes wrong around a query stays there: every await ends, nothing is said, the next works."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import logging
+import subprocess
+import sys
+from concurrent.futures import CancelledError
+
+import gevent
+import polars as pl
+import pytest
+import trio
+import trio.testing
+from conftest import TINY
+
+from polars_async import _native, bridges
+from polars_async.bridges import asyncio as asyncio_bridge
+from polars_async.bridges import gevent as gevent_bridge
+from polars_async.bridges import trio as trio_bridge
+from polars_async.executors import threads
+from polars_async.query import Query
+
+PANIC = pl.select(1).lazy().select(pl.int_range(0, 2**62))
+
+
+class Gate:
+    """An event that is real under gevent's patch, too, where this file runs a second time."""
+
+    def __init__(self):
+        self._keys = _native.SimpleQueue()
+
+    def set(self):
+        self._keys.put(None)
+
+    def wait(self):
+        self._keys.get(timeout=20)
+        self._keys.put(None)
+
+    def is_set(self):
+        return not self._keys.empty()
+
+
+class Blocked:
+    """A query that runs until the test lets it go on."""
+
+    def __init__(self):
+        self.started = Gate()
+        self.gate = Gate()
+        self.lf = TINY.map_batches(self._wait)
+
+    def _wait(self, df):
+        self.started.set()
+        self.gate.wait()
+        return df
+
+
+async def caught(handle):
+    try:
+        return await handle
+    except BaseException as error:  # noqa: BLE001  # every kind is what the tests are about
+        return error
+
+
+async def plainly(handle):
+    return await handle
+
+
+class Asyncio:
+    gevent = False
+    bridge = asyncio_bridge
+
+    def outcome(self, handle):
+        """Give what the await of `handle` in a new loop gives or raises."""
+        return asyncio.run(caught(handle))
+
+    def abandon(self, handle, meanwhile=lambda: None):
+        """Wait for `handle` in a new loop, do `meanwhile`, cancel the wait, and end the loop."""
+
+        async def main():
+            task = asyncio.create_task(plainly(handle))
+            await asyncio.sleep(0)
+            meanwhile()
+            task.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await task
+
+        asyncio.run(main())
+
+    def within(self, call):
+        """Call `call` inside of a new loop, which then ends."""
+
+        async def main():
+            return call()
+
+        return asyncio.run(main())
+
+
+class Trio:
+    gevent = False
+    bridge = trio_bridge
+
+    def outcome(self, handle):
+        return trio.run(caught, handle)
+
+    def abandon(self, handle, meanwhile=lambda: None):
+        async def main():
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(plainly, handle)
+                await trio.testing.wait_all_tasks_blocked()
+                meanwhile()
+                nursery.cancel_scope.cancel()
+
+        trio.run(main)
+
+    def within(self, call):
+        async def main():
+            await trio.lowlevel.checkpoint()
+            return call()
+
+        return trio.run(main)
+
+
+class Gevent:
+    gevent = True
+    bridge = gevent_bridge
+
+    def outcome(self, handle):
+        def get():
+            try:
+                return handle.get()
+            except BaseException as error:  # noqa: BLE001  # as above
+                return error
+
+        return self.within(lambda: gevent.spawn(get).get())
+
+    def abandon(self, handle, meanwhile=lambda: None):
+        def main():
+            greenlet = gevent.spawn(handle.get)
+            gevent.sleep(0)
+            meanwhile()
+            greenlet.kill()
+
+        self.within(main)
+
+    def within(self, call):
+        outcome = _native.SimpleQueue()
+
+        def thread():
+            outcome.put(call())
+            gevent.get_hub().destroy(destroy_loop=True)
+            outcome.put(None)
+
+        _native.start_new_thread(thread, ())
+        value = outcome.get(timeout=40)
+        outcome.get(timeout=20)
+        return value
+
+
+@pytest.fixture(params=[Asyncio, Trio, Gevent], ids=["asyncio", "trio", "gevent"])
+def loop(request):
+    return request.param()
+
+
+@pytest.fixture
+def blocked():
+    query = Blocked()
+    yield query
+    query.gate.set()
+
+
+@pytest.fixture(autouse=True)
+def quiet(capfd):
+    """Nothing goes to stderr, and nothing is logged at WARNING or above, by any loop either."""
+    heard = []
+    handler = logging.Handler(logging.WARNING)
+    handler.emit = lambda record: heard.append(record.getMessage())
+    logging.getLogger().addHandler(handler)
+    yield heard
+    gc.collect()  # what was never retrieved is told of now
+    logging.getLogger().removeHandler(handler)
+    assert (heard, capfd.readouterr().err) == ([], "")
+
+
+@pytest.fixture
+def works_after(collector, loop):
+    """Show that the next query works in every way, and that all slots are free in the end."""
+
+    def show():
+        assert collector.collect_async(TINY).result(20).item() == 1
+        assert loop.outcome(collector.collect_async(TINY, gevent=loop.gevent)).item() == 1
+        collector.close()
+        assert (collector._cpu.admission.running, collector._cpu.admission.waiting) == (0, 0)
+
+    return show
+
+
+def raising(error):
+    def udf(_):
+        raise error
+
+    return TINY.map_batches(udf)
+
+
+def test_panic_arrives_as_an_exception(loop, collector, works_after, capfd):
+    handle = collector.collect_async(PANIC, gevent=loop.gevent)
+    error = loop.outcome(handle)
+    assert (type(error).__module__, type(error).__name__) == ("pyo3_runtime", "PanicException")
+    with pytest.raises(type(error)):
+        handle.result(20)
+    assert "panicked at" in capfd.readouterr().err  # Rust says it at once
+    works_after()
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [KeyboardInterrupt, SystemExit, GeneratorExit, asyncio.CancelledError],
+)
+def test_exception_that_is_no_error_arrives_unchanged(loop, collector, works_after, kind):
+    raised = kind.__new__(kind)
+    handle = collector.collect_async(raising(raised), gevent=loop.gevent)
+    assert loop.outcome(handle) is raised
+    assert loop.outcome(handle) is raised
+    with pytest.raises(kind):
+        handle.result(20)
+    works_after()
+
+
+def test_stop_iteration_arrives_where_no_coroutine_has_its_own_use_for_it(
+    loop, collector, works_after
+):
+    raised = StopIteration(7)
+    handle = collector.collect_async(raising(raised), gevent=loop.gevent)
+    error = loop.outcome(handle)
+    if not loop.gevent:
+        assert type(error) is RuntimeError
+        error = error.__cause__
+    assert error is raised
+    with pytest.raises(StopIteration):
+        handle.result(20)
+    works_after()
+
+
+def test_cancelled_wait_takes_a_waiting_query_out_of_the_line(
+    loop, collector, blocked, works_after
+):
+    ran = Gate()
+    collector.collect_async(blocked.lf)
+    handle = collector.collect_async(TINY.map_batches(lambda df: (ran.set(), df)[1]), gevent=True)
+    loop.abandon(handle)
+    assert collector._cpu.admission.waiting == 0
+    assert handle.done()
+    blocked.gate.set()
+    works_after()
+    assert not ran.is_set()
+    with pytest.raises(CancelledError):
+        handle.result(20)
+
+
+def test_cancelled_wait_lets_go_of_a_running_query_which_keeps_its_slot_until_it_ends(
+    loop, collector, blocked, works_after
+):
+    handle = collector.collect_async(blocked.lf, gevent=True)
+    blocked.started.wait()
+    loop.abandon(handle)
+    assert handle.done()
+    assert collector._cpu.admission.running == 1
+    blocked.gate.set()
+    works_after()
+    with pytest.raises(CancelledError):
+        handle.result(20)
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
+def test_error_of_a_query_that_was_let_go_is_not_reported(loop, collector, works_after, error):
+    started, gate = Gate(), Gate()
+
+    def udf(_):
+        started.set()
+        gate.wait()
+        raise error
+
+    handle = collector.collect_async(TINY.map_batches(udf), gevent=True)
+    started.wait()
+    loop.abandon(handle)
+    gate.set()
+    works_after()
+
+
+def test_cancelled_wait_is_quiet_when_the_result_is_on_its_way(
+    loop, collector, blocked, works_after, monkeypatch
+):
+    told = Gate()
+    wake = loop.bridge._Waiter.wake
+    monkeypatch.setattr(loop.bridge._Waiter, "wake", lambda waiter: (wake(waiter), told.set()))
+    handle = collector.collect_async(blocked.lf, gevent=True)
+    loop.abandon(handle, lambda: (blocked.gate.set(), told.wait()))
+    assert handle.result(20).item() == 1
+    works_after()
+
+
+def test_loop_that_ends_with_the_result_on_its_way_loses_nothing(
+    loop, collector, blocked, works_after, monkeypatch
+):
+    ended, over = Gate(), Gate()
+    wake = loop.bridge._Waiter.wake
+
+    def wake_late(waiter):
+        ended.set()
+        over.wait()
+        wake(waiter)
+
+    handle = collector.collect_async(blocked.lf, gevent=True)
+    with monkeypatch.context() as patch:
+        patch.setattr(loop.bridge._Waiter, "wake", wake_late)
+        loop.abandon(handle, lambda: (blocked.gate.set(), ended.wait()))
+        over.set()
+        assert handle.result(20).item() == 1
+        assert loop.outcome(handle).item() == 1
+    works_after()  # in the one thread there is, so that it had its say
+
+
+def test_asyncio_loop_closed_under_a_task_loses_nothing(collector, blocked):
+    handle = collector.collect_async(blocked.lf)
+    loop = asyncio.new_event_loop()
+    task = loop.create_task(plainly(handle))
+    task._log_destroy_pending = False  # asyncio's own word on a task that is left behind
+    loop.run_until_complete(asyncio.sleep(0))
+    loop.close()
+    blocked.gate.set()
+    assert handle.result(20).item() == 1
+    assert asyncio.run(plainly(handle)).item() == 1
+    assert asyncio.run(plainly(collector.collect_async(TINY))).item() == 1
+    assert not task.done()
+
+
+def test_gevent_hub_destroyed_under_a_greenlet_loses_nothing(collector, blocked):
+    handle = collector.collect_async(blocked.lf, gevent=True)
+    left = []
+
+    def leave():
+        left.append(gevent.spawn(handle.get))
+        gevent.sleep(0)
+
+    Gevent().within(leave)
+    blocked.gate.set()
+    assert handle.result(20).item() == 1
+    assert Gevent().outcome(handle).item() == 1
+    assert collector.collect_async(TINY, gevent=True).get().item() == 1
+
+
+def test_gevent_hub_replaced_in_one_thread_is_told_too(collector):
+    def replaced():
+        outcomes = []
+        for _ in range(2):
+            blocked = Blocked()
+            handle = collector.collect_async(blocked.lf, gevent=True)
+            gevent.spawn(blocked.gate.set)
+            outcomes.append(handle.get(timeout=20).item())
+            gevent.get_hub().destroy(destroy_loop=True)
+        return outcomes
+
+    assert Gevent().within(replaced) == [1, 1]
+
+
+@pytest.mark.parametrize("after", [Asyncio, Trio, Gevent])
+def test_handle_made_in_one_loop_is_awaited_in_another(
+    loop, collector, blocked, works_after, after
+):
+    handle = loop.within(lambda: collector.collect_async(blocked.lf, gevent=True))
+    blocked.started.wait()
+    blocked.gate.set()
+    assert after().outcome(handle).item() == 1
+    assert loop.outcome(handle).item() == 1
+    works_after()
+
+
+def test_query_runs_on_when_one_of_two_loops_lets_go(
+    loop, collector, blocked, works_after, monkeypatch
+):
+    handle = collector.collect_async(blocked.lf, gevent=True)
+    waits, other = Gate(), _native.SimpleQueue()
+    add_waiter = Query.add_waiter
+    with monkeypatch.context() as patch:
+        patch.setattr(Query, "add_waiter", lambda *to: (add_waiter(*to), waits.set())[0])
+        _native.start_new_thread(lambda: other.put(loop.outcome(handle)), ())
+        waits.wait()
+    loop.abandon(handle)
+    blocked.gate.set()
+    assert other.get(timeout=20).item() == 1
+    works_after()
+
+
+def test_waiter_that_cannot_be_told_is_logged_and_costs_nobody_else_the_result(
+    loop, collector, blocked, works_after, quiet
+):
+    class Broken:
+        def wake(self):
+            raise ValueError
+
+    handle = collector.collect_async(blocked.lf, gevent=True)
+    handle._query.add_waiter(Broken())
+    blocked.started.wait()
+    blocked.gate.set()
+    assert loop.outcome(handle).item() == 1
+    works_after()
+    assert quiet == ["a waiter could not be told that its query is done"]
+    quiet.clear()
+
+
+def test_thread_that_cannot_be_had_gives_the_slot_back(collector, works_after, monkeypatch):
+    def no_more(*_):
+        raise RuntimeError("can't start new thread")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(threads, "start_new_thread", no_more)
+        with pytest.raises(RuntimeError, match="start new thread"):
+            collector.collect_async(TINY, gevent=True)
+    works_after()
+
+
+def test_await_where_no_loop_runs_says_so_and_loses_nothing(collector):
+    handle = collector.collect_async(TINY)
+    with pytest.raises(RuntimeError, match="neither asyncio nor trio runs in this thread"):
+        next(handle.__await__())
+    assert handle.result(20).item() == 1
+    assert bridges.current() is asyncio_bridge
+
+
+PATCHED = """
+import sys, warnings
+warnings.simplefilter("ignore")  # gevent's own, on what was imported before
+if sys.argv[1] == "after":
+    import polars_async.api, polars_async.bridges.gevent
+import gevent.monkey
+gevent.monkey.patch_all()
+import pytest
+these = "gevent and not asyncio and not trio and not patched"
+sys.exit(pytest.main([sys.argv[2], "-k", these, "-q", "-p", "no:cacheprovider"]))
+"""
+
+
+@pytest.mark.parametrize("patched", ["before", "after"])
+def test_all_of_this_holds_where_gevent_has_patched_the_interpreter(patched):
+    command = [sys.executable, "-c", PATCHED, patched, __file__]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=50, check=False)
+    assert run.returncode == 0, run.stdout + run.stderr
+    assert " passed" in run.stdout
