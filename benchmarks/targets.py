@@ -1,6 +1,7 @@
 """
-Round trip, fan-out, loop stall, resolution and import, beside Polars' own: ``ci/bench``.
+Round trip, fan-out, loop stall, resolution and import, beside Polars' own.
 
+``python -m benchmarks.targets``, in an environment with the group ``bench`` of pyproject.toml.
 The contenders take turns within one run, after a turn that does not count; what is printed is the
 median with the smallest and the largest, and the ratio turn by turn. ``P1`` and so on are the rows
 of the project's targets.
