@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import asyncio
 import contextvars
 import gc
 import threading
@@ -395,3 +396,22 @@ def nested_on_pool(udf):
     return both.select(
         *(pl.col(each).map_batches(udf, return_dtype=pl.Int64) for each in ("a", "b"))
     )
+
+
+@pytest.mark.parametrize("together", [False, True])
+def test_loop_ticks_while_a_query_runs(collector, blocked, together):
+    async def main():
+        if together:
+            handle = collector.collect_all_async([blocked.lf, TINY])
+        else:
+            handle = collector.collect_async(blocked.lf)
+        ticks = 0
+        while ticks < 100 or not blocked.started.is_set():
+            await asyncio.sleep(0)
+            ticks += 1
+        assert not handle.done()
+        blocked.gate.set()
+        return await handle
+
+    answer = asyncio.run(main())
+    assert (answer[0] if together else answer).item() == 1
