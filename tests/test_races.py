@@ -79,6 +79,7 @@ FORK = """
 import gc, os, signal, sys, threading, warnings
 warnings.simplefilter("ignore", DeprecationWarning)  # of a fork beside threads, from 3.12 on
 case = sys.argv[1]
+waitpid = os.waitpid  # that of gevent sometimes misses the child's end
 if case == "greenlet":
     import gevent.monkey; gevent.monkey.patch_all()
 import polars as pl, polars_async as pa
@@ -136,7 +137,7 @@ if not child:
     except pa.ForkedProcessError:
         print("child ForkedProcessError", flush=True)
     os._exit(0)
-assert os.waitpid(child, 0)[1] == 0, "the child hung"
+assert waitpid(child, 0)[1] == 0, "the child hung"
 gate.release() if case != "released" else go.release()
 print("parent", wait().item())
 """
