@@ -25,8 +25,9 @@ class Lane:
     Where the queries of one kind go: those for the CPU, or those for the GPU.
 
     A thread that ends a query takes the next from the line itself, so queries that follow each
-    other need no hand-over, and there are never more threads than slots. A running lane is held
-    by its threads alone, so that a collector nobody holds any more ends when its queries have.
+    other need no hand-over, and there are never more threads than queries that ran at once. A
+    running lane is held by its threads alone, so that a collector nobody holds any more ends when
+    its queries have.
     """
 
     __slots__ = ("__weakref__", "_executor", "admission")
