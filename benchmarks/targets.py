@@ -16,13 +16,13 @@ import sys
 import time
 import timeit
 from dataclasses import dataclass
-from statistics import median
 from typing import TYPE_CHECKING, Any, Final
 
 import gevent
 import polars as pl
 
 import polars_async as pa
+from benchmarks import report
 from benchmarks.stall import StallMeter
 
 if TYPE_CHECKING:
@@ -50,8 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--turns", type=int, default=9, help="turns that count (default: 9)")
     parser.add_argument("--rows", type=int, default=6_000_000, help="of each heavy query")
     options = parser.parse_args(arguments)
-    print(f"Polars {pl.__version__}, Python {sys.version.split()[0]}, {options.turns} turns")
-    print(f"{'':>4} {'what':<42} {'native':>26} {'polars-async':>26} {'ratio':>18}  target")
+    report.head(f"{options.turns} turns")
     for contest in [*_latency(), *_stalls(options.rows)]:
         _report(contest, options.turns)
     _report_alone("P9", "resolve_engine(), nothing asked", "us", _resolution, "<= 5 us")
@@ -183,10 +182,13 @@ def _report(contest: Contest, turns: int) -> None:
     pairs = [(contest.native(), contest.own()) for _ in range(turns)]
     native, own = ([pair[side] for pair in pairs] for side in (0, 1))
     ratios = [one / other for other, one in pairs]
-    print(
-        f"{contest.row:>4} {contest.what:<42} {_spread(native, contest.unit):>26} "
-        f"{_spread(own, contest.unit):>26} {_spread(ratios, '', 2):>18}  {contest.target}",
-        flush=True,
+    report.line(
+        contest.row,
+        contest.what,
+        report.spread(native, contest.unit),
+        report.spread(own, contest.unit),
+        report.spread(ratios, digits=2),
+        contest.target,
     )
 
 
@@ -194,16 +196,8 @@ def _report_alone(
     row: str, what: str, unit: str, measure: Callable[[], float], target: str
 ) -> None:
     measure()
-    figures = _spread([measure() for _ in range(7)], unit, 1)
-    print(f"{row:>4} {what:<42} {'':>26} {figures:>26} {'':>18}  {target}", flush=True)
-
-
-def _spread(figures: Sequence[float], unit: str, digits: int = 0) -> str:
-    """Write median, smallest and largest."""
-    middle, low, high = (
-        f"{figure:.{digits}f}" for figure in (median(figures), min(figures), max(figures))
-    )
-    return f"{middle} [{low}-{high}] {unit}".rstrip()
+    figures = report.spread([measure() for _ in range(7)], unit, 1)
+    report.line(row, what, "", figures, "", target)
 
 
 if __name__ == "__main__":

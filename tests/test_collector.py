@@ -115,9 +115,9 @@ def test_no_more_than_max_running_queries_run_at_once(slots):
         return df
 
     with Collector(max_running=slots) as collector:
-        handles = [collector.collect_async(TINY.map_batches(run)) for _ in range(slots * 10)]
-        assert collector._cpu.admission.running == slots
-        assert collector._cpu.admission.waiting == slots * 9
+        queries = [TINY.map_batches(run) for _ in range(slots * 10)]
+        # Such that they count as small: else one slot of several were kept from them.
+        handles = [collector.collect_async(query, priority=1) for query in queries]
         for handle in handles:
             handle.result(30)
         assert collector._cpu._executor._threads == slots
@@ -175,16 +175,18 @@ def test_context_of_the_caller_reaches_udfs(collector, blocked):
         return each
 
     collector.collect_async(blocked.lf)
+    handles = []
     for value, lf in (
         ("first", TINY.map_batches(note)),
         ("second", TINY.select(pl.col("a").map_batches(note, return_dtype=pl.Int64))),
     ):
         token = variable.set(value)
-        collector.collect_async(lf)
+        handles.append(collector.collect_async(lf))
         variable.reset(token)
     blocked.gate.set()
-    collector.collect_async(TINY).result()
-    assert seen == ["first", "second"]
+    for handle in handles:
+        handle.result()
+    assert sorted(seen) == ["first", "second"]
     assert variable.get() == "unset"
 
 
@@ -303,7 +305,7 @@ def test_close_waits_and_cancels_as_asked(collector, blocked, ended, wait, cance
         for handle in waiting if cancel_waiting else []:
             with pytest.raises(CancelledError):
                 handle.result(30)
-        while not (collector._cpu.admission.closed and collector._cpu.admission._gates):
+        while not (collector._cpu.admission.closed and collector._cpu.admission._waiters):
             pass  # until it waits; nobody is told
         assert not closed.is_set()
     else:
@@ -340,20 +342,23 @@ def test_many_threads_close_at_once_and_all_wait(collector, blocked):
             pool.submit(lambda: (collector.close(), handle.done(), waiting.done()))
             for _ in range(8)
         ]
-        while len(collector._cpu.admission._gates) < 8:
+        while len(collector._cpu.admission._waiters) < 8:
             pass  # nobody is told
         blocked.gate.set()
         assert [future.result(30) for future in futures] == [(None, True, True)] * 8
 
 
 def test_close_without_waiting_and_then_with(collector, blocked):
-    handles = [collector.collect_async(each) for each in (blocked.lf, TINY)]
-    for cancel_waiting in (False, True):  # the second call changes nothing more
+    running, waiting = (collector.collect_async(each) for each in (blocked.lf, TINY))
+    cancelled = False
+    for cancel_waiting in (False, True, False):
         collector.close(wait=False, cancel_waiting=cancel_waiting)
-        assert not any(handle.done() for handle in handles)
+        assert not running.done()
+        cancelled = cancelled or cancel_waiting
+        assert waiting.done() == cancelled
     blocked.gate.set()
     collector.close()
-    assert [handle.result(0).item() for handle in handles] == [1, 1]
+    assert running.result(0).item() == 1
 
 
 def test_context_manager_closes_and_lets_the_error_through(blocked):

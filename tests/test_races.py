@@ -13,6 +13,8 @@ from conftest import TINY
 
 from polars_async import Collector, CollectorClosedError
 from polars_async.admission import Admission
+from polars_async.events import Reporter
+from polars_async.expectations import Expectations
 from polars_async.query import Query, State
 
 
@@ -219,19 +221,21 @@ class Told:
 
 
 def query_of(admission, value):
-    query = Query(lambda: value, None, admission)
-    assert admission.enter(query)
+    query = Query(lambda: value, None, admission, Reporter(None))
+    assert admission.enter(query).query is query
     query.run()
     return query
 
 
 def end(query):
-    with query._admission.lock:
+    admission = query._admission
+    with admission.lock:
+        (slot,) = admission._slots
         waiters = query.end()
-        query._admission.release(query)
+        admission.release(slot)
     for waiter in waiters:
         waiter.wake()
-    query.drop_unwanted()
+    query.after_end(Expectations(), alone=True)
 
 
 @pytest.mark.usefixtures("_switch_often")

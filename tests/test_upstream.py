@@ -14,6 +14,7 @@ from pathlib import Path
 
 import polars as pl
 import pytest
+from polars.io.plugins import register_io_source
 from polars.lazyframe import engine, engine_config, in_process
 
 import polars_async as pa
@@ -44,8 +45,56 @@ def test_every_name_is_polars_own_or_tested_here():
         "InProcessQuery",
         "PACKAGE_FOLDER",
         "POOL_THREAD",
+        "PlanSources",
         "affinity_override",
+        "plan_sources",
     }
+
+
+@pytest.fixture
+def parquet(tmp_path):
+    path = tmp_path / "three.parquet"
+    pl.DataFrame({"a": [1, 2, 3]}).write_parquet(path)
+    return path
+
+
+def looked_at(lf):
+    lf.explain(optimized=False)  # first, as plan_sources asks
+    return _upstream.plan_sources(lf)
+
+
+def test_plan_tells_the_frames_and_files_that_it_reads(parquet):
+    frame = pl.DataFrame({"a": range(1000)})
+    plan = frame.lazy().filter(pl.col("a") > 1).group_by("a").len()
+    assert looked_at(plan) == (frame.estimated_size(), [], True)
+    assert looked_at(pl.scan_parquet(parquet).sum()) == (0, [str(parquet)], True)
+    joined = plan.join(pl.scan_parquet(parquet), on="a").sort("a").unique()
+    assert looked_at(joined) == (frame.estimated_size(), [str(parquet)], True)
+    sink = plan.sink_parquet(parquet, lazy=True)
+    assert looked_at(sink)[0] == frame.estimated_size()
+
+
+def test_plan_says_where_it_keeps_its_sources_to_itself():
+    source = register_io_source(lambda *_: iter(()), schema={"a": pl.Int64})
+    for plan in (source, QUERY.map_batches(lambda df: df)):
+        assert not looked_at(plan).complete
+
+
+def test_plan_of_a_polars_that_shows_none_is_unknown(monkeypatch):
+    class Closed:
+        def visit(self):
+            raise AttributeError
+
+    plan = QUERY.sum()
+    monkeypatch.setattr(plan, "_ldf", Closed())
+    assert _upstream.plan_sources(plan) == (0, [], False)
+
+
+def test_plan_is_walked_without_opening_a_file_again(parquet):
+    plan = pl.scan_parquet(parquet).sum()
+    plan.explain(optimized=False)
+    parquet.unlink()
+    assert _upstream.plan_sources(plan) == (0, [str(parquet)], True)
 
 
 def test_background_query_is_polars_own():
@@ -196,6 +245,7 @@ def test_udf_runs_on_a_thread_that_is_known_by_its_name():
 GUARDED = """
 import json, sys
 import polars as pl
+from polars.io.plugins import register_io_source
 from polars.lazyframe import engine, engine_config, in_process
 {breakage}
 import polars_async as pa
@@ -225,8 +275,8 @@ WHOLE = {"query": "polars.lazyframe.in_process", "sync": "auto"}
     ("breakage", "stands_in"),
     [
         ("", {}),
-        ("del in_process.InProcessQuery", {"query": "builtins"}),
-        ("sys.modules[in_process.__name__] = None", {"query": "builtins"}),
+        ("del in_process.InProcessQuery", {"query": "polars_async._upstream"}),
+        ("sys.modules[in_process.__name__] = None", {"query": "polars_async._upstream"}),
         ("del engine_config.get_engine_affinity_override", {}),
         ("sys.modules[engine_config.__name__] = None", {}),
         ("del engine._AutoEngine", {"sync": "in-memory"}),

@@ -10,6 +10,7 @@ from __future__ import annotations
 import sys
 from importlib import import_module
 from math import inf
+from queue import Empty
 from time import monotonic
 from typing import TYPE_CHECKING, Any, Final
 
@@ -35,6 +36,9 @@ _SLICE: Final = 0.1
 """Seconds that a signal waits at most. Polars installs its SIGINT handler with SA_RESTART, so that
 a wait without an end of its own is resumed, and Python never gets to see Ctrl-C."""
 
+_LONGEST: Final = 86_400.0
+"""Seconds that one wait takes at most; the interpreter refuses those of centuries."""
+
 
 def wait_for(lock: LockType, timeout: float | None = None) -> bool:
     """Acquire `lock`, open to Ctrl-C; False if `timeout` seconds pass before."""
@@ -45,4 +49,20 @@ def wait_for(lock: LockType, timeout: float | None = None) -> bool:
     return True
 
 
-__all__ = ["RLock", "SimpleQueue", "allocate_lock", "local", "start_new_thread", "wait_for"]
+def when_put(queue: SimpleQueue[None], timeout: float) -> None:
+    """Wait until something is put into `queue`, `timeout` seconds at most."""
+    try:
+        queue.get(timeout=min(timeout, _LONGEST))
+    except Empty:
+        pass
+
+
+__all__ = [
+    "RLock",
+    "SimpleQueue",
+    "allocate_lock",
+    "local",
+    "start_new_thread",
+    "wait_for",
+    "when_put",
+]

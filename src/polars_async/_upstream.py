@@ -6,7 +6,7 @@ import importlib
 import os
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 import polars as pl
 
@@ -18,9 +18,20 @@ else:
     try:
         from polars.lazyframe.in_process import InProcessQuery
     except ImportError:
-        InProcessQuery = object
 
-__all__ = ["AUTO_ENGINE", "PACKAGE_FOLDER", "POOL_THREAD", "InProcessQuery", "affinity_override"]
+        class InProcessQuery:
+            """What Polars would call its background queries."""
+
+
+__all__ = [
+    "AUTO_ENGINE",
+    "PACKAGE_FOLDER",
+    "POOL_THREAD",
+    "InProcessQuery",
+    "PlanSources",
+    "affinity_override",
+    "plan_sources",
+]
 
 POOL_THREAD: Final = re.compile(r"polars-\d|tokio-rt-worker|async-executor")
 """The names of the threads of Polars' three pools, which start with its first query. The thread
@@ -59,3 +70,50 @@ def _find_auto_engine() -> pl.Engine:
 AUTO_ENGINE: Final = _find_auto_engine()
 """What Polars itself runs when nothing was asked for. Unlike the *name* ``"auto"`` it does not ask
 the affinity again, which would find AsyncEngine there, for ever."""
+
+
+class PlanSources(NamedTuple):
+    """What a plan reads, as far as it tells."""
+
+    frame_bytes: int
+    """Estimated size in bytes of the frames in memory."""
+    paths: list[str]
+    """What is scanned: paths and addresses, as they were given."""
+    complete: bool
+    """Whether that is all; a Python source, for one, keeps to itself what it reads."""
+
+
+def plan_sources(lf: pl.LazyFrame) -> PlanSources:
+    """
+    Walk the plan of `lf` for its sources.
+
+    It holds the GIL throughout. Where the schema of a file is not known yet, it reads the file for
+    it, and so must come after ``explain``, which does the same without the GIL.
+    """
+    frame_bytes = 0
+    paths: list[str] = []
+    complete = True
+    try:
+        plan: Any = lf._ldf.visit()  # noqa: SLF001  # pyright: ignore[reportPrivateUsage]
+        nodes = [plan.get_node()]
+    except Exception:  # noqa: BLE001  # private, so that any change in it may raise anything
+        return PlanSources(0, [], complete=False)
+    while nodes:
+        plan.set_node(nodes.pop())
+        try:
+            nodes += plan.get_inputs()
+            node: Any = plan.view_current_node()
+        except NotImplementedError:  # as Polars says of nodes that it does not show
+            complete = False
+            continue
+        try:
+            kind = type(node).__name__
+            if kind == "DataFrameScan":
+                frame_bytes += node.df.estimated_size()
+            elif kind == "Scan":
+                paths += map(str, node.paths)
+            elif kind == "PythonScan":
+                complete = False
+        except Exception:  # noqa: BLE001  # as above
+            complete = False
+    return PlanSources(frame_bytes, paths, complete)

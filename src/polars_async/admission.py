@@ -1,117 +1,312 @@
-"""Which query runs now and which waits: slots and the waiting line."""
+"""Which query runs now and which waits: slots, the line, and the count of what became of all."""
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from typing import TYPE_CHECKING, Any
+from dataclasses import asdict, dataclass
+from math import inf
+from typing import TYPE_CHECKING, Any, Final
 
-from polars_async._native import RLock, allocate_lock, wait_for
+from polars_async._native import RLock
 from polars_async._nesting import in_query
-from polars_async.query import State
+from polars_async.errors import CollectorClosedError, QueueFullError
+from polars_async.expectations import UNKNOWN
+from polars_async.query import wake
+from polars_async.scheduling import Line, kept_for_small
 
 if TYPE_CHECKING:
-    from _thread import LockType
+    from polars_async.query import Query, Waiter
+    from polars_async.scheduling import Place
 
-    from polars_async.query import Query
+_APPRAISED_TOGETHER: Final = 32
+
+
+@dataclass(slots=True)
+class Counts:
+    """What became of the queries of one admission so far."""
+
+    submitted: int = 0
+    completed: int = 0
+    failed: int = 0
+    cancelled: int = 0
+    timed_out: int = 0
+    rejected: int = 0
+    downgraded: int = 0
+    queue_seconds: float = 0.0
+    run_seconds: float = 0.0
+
+
+class Slot:
+    """A thread's right to run queries, one after the other; without one while it looks for one."""
+
+    __slots__ = ("alone", "query", "small")
+
+    def __init__(self) -> None:
+        self.query: Query[Any] | None = None
+        self.small = False
+        self.alone = True
 
 
 class Admission:
     """
-    Slots for `max_running` queries, and a line of those that wait for one.
+    `max_running` slots, and a line of the queries that wait for one.
+
+    A slot is taken by a query that finds one free, and is kept by its thread until there is nobody
+    left to take: so it is also while the thread appraises those in the line.
 
     `lock` guards all of it, and the state of every query admitted here. It is held for a few
-    instructions at a time, never while a query runs or a waiter is woken. It is reentrant because
-    a signal handler or a finaliser may come in at any instruction and cancel a query.
+    instructions at a time, never while a query runs or is appraised, or a waiter is woken. It is
+    reentrant because a signal handler or a finaliser may come in at any instruction and cancel a
+    query.
     """
 
-    __slots__ = ("_exclusive", "_gates", "_line", "_running", "closed", "lock", "max_running")
+    __slots__ = (
+        "_exclusive",
+        "_line",
+        "_paused",
+        "_slots",
+        "_waiters",
+        "closed",
+        "counts",
+        "lock",
+        "max_running",
+        "max_waiting",
+    )
 
-    def __init__(self, max_running: int, *, exclusive: bool = False) -> None:
+    def __init__(
+        self, max_running: int, max_waiting: int | None = None, *, exclusive: bool = False
+    ) -> None:
         self.lock = RLock()
         self.max_running = max_running
+        self.max_waiting = max_waiting
         self._exclusive = exclusive
         self.closed = False
-        self._running: set[Query[Any]] = set()
-        self._gates: list[LockType] = []
-        self._line: OrderedDict[Query[Any], None] = OrderedDict()
+        self.counts = Counts()
+        self._slots: set[Slot] = set()
+        self._paused: set[Slot] = set()
+        self._line: Line[Query[Any]] = Line()
+        self._waiters: list[Waiter] = []
 
     @property
     def running(self) -> int:
-        """How many slots are taken, those of queries that were let go included."""
-        return len(self._running)
+        """How many queries run, those included that were let go."""
+        return len(self.in_slots())
 
     @property
     def waiting(self) -> int:
         """How many queries stand in the line."""
         return len(self._line)
 
-    def enter(self, query: Query[Any]) -> bool:
-        """
-        Give `query` a slot, or a place at the end of the line.
+    @property
+    def threads(self) -> int:
+        """How many threads it takes now."""
+        return len(self._slots) + len(self._paused)
 
-        What a running query asks for itself runs beyond the slots: it may wait for it, and the line
-        would then wait for both. Not so where the slots are exclusive, as the GPU is.
-        """
+    def in_slots(self) -> list[Query[Any]]:
+        """List the queries that run, or pause in the midst of it."""
         with self.lock:
-            if len(self._running) < self.max_running or (not self._exclusive and in_query()):
-                self._start(query)
-                return True
-            self._line[query] = None
-            return False
-
-    def forget(self, query: Query[Any]) -> None:
-        """Take back what `enter` may have given to a query that never was to start."""
-        with self.lock:
-            self._running.discard(query)
-            self._line.pop(query, None)
-
-    def leave(self, query: Query[Any]) -> None:
-        """Take a waiting query out of the line."""
-        with self.lock:
-            del self._line[query]  # whoever waits for an empty lane waits for those that run, too
-
-    def release(self, query: Query[Any]) -> Query[Any] | None:
-        """Take back the slot of a query that really ended; it goes to the one given, if any."""
-        with self.lock:
-            self._running.discard(query)
-            if not self._line or len(self._running) >= self.max_running:
-                if not self._running:
-                    self._open_gates()
-                return None
-            following, _ = self._line.popitem(last=False)
-            self._start(following)
-            return following
+            return [slot.query for slot in (*self._slots, *self._paused) if slot.query is not None]
 
     def in_line(self) -> list[Query[Any]]:
         """List the queries that wait."""
         with self.lock:
             return list(self._line)
 
-    def wait_until_empty(self) -> None:
-        """Block the calling thread until no query runs or waits."""
-        gate = allocate_lock()
+    def enter(self, query: Query[Any]) -> Slot | None:
+        """
+        Give `query` a slot, or a place in the line, and maybe a slot to whoever is next.
+
+        What a running query asks for itself runs beyond the slots: it may wait for it, and the line
+        would then wait for both. Not so where the slots are exclusive, as the GPU is.
+
+        Raises
+        ------
+        CollectorClosedError
+            Nobody is let in any more.
+        QueueFullError
+            As many queries are here as may be.
+        """
         with self.lock:
-            if not self._running and not self._line:
+            if self.closed:
+                raise CollectorClosedError(
+                    "this collector was closed and takes no more queries: make a new one"
+                )
+            free = self.max_running - len(self._slots)
+            # The last of several slots is not given away unseen: it may be kept for small queries.
+            at_once = not self._line and (free > 1 or free == self.max_running)
+            if at_once or (not self._exclusive and in_query()):
+                slot = Slot()
+                self._slots.add(slot)
+                self._start(query, slot, small=False)
+                return slot
+            if self.max_waiting is not None:
+                self._check_room(self.max_waiting)
+            self._line.add(query, priority=query.priority)
+            if free < 1:
+                return None
+            slot = Slot()
+            self._slots.add(slot)
+            return slot
+
+    def forget(self, query: Query[Any], slot: Slot | None) -> None:
+        """Take back what `enter` may have given to a query that never was to start."""
+        with self.lock:
+            self._line.discard(query)
+            if slot is not None:
+                slot.query = None
+                self._slots.discard(slot)
+
+    def newcomers(self) -> list[Place[Query[Any]]]:
+        """Give some of the line, to be appraised without the lock."""
+        with self.lock:
+            return self._line.newcomers(_APPRAISED_TOGETHER)
+
+    def fill(self, slot: Slot, appraised: list[Place[Query[Any]]]) -> bool:
+        """
+        Sort in those `appraised`, and start the next in `slot`, or else take the slot back.
+
+        Gives whether the thread of the slot has anything more to do: to run the slot's query, or,
+        where it has none, to appraise those that came meanwhile.
+        """
+        with self.lock:
+            for place in appraised:
+                expected = place.item.expectation
+                seconds, kind = (UNKNOWN, None) if expected is None else expected
+                self._line.sort_in(place, seconds, kind)
+            if slot in self._slots and len(self._slots) <= self.max_running:
+                long_running = sum(
+                    other.query is not None and not other.small for other in self._slots
+                )
+                only_small = kept_for_small(long_running, self.max_running)
+                taken = self._line.take(only_small=only_small)
+                if taken is not None:
+                    query, small = taken
+                    self._start(query, slot, small=small)
+                    return True
+                if self._line.has_newcomers:
+                    return True
+            self._slots.discard(slot)
+            return False
+
+    def release(self, slot: Slot) -> bool:
+        """Take back the slot of a query that really ended, unless somebody waits for one."""
+        with self.lock:
+            query, slot.query = slot.query, None
+            if query is not None and query.run_seconds is not None:
+                self.counts.run_seconds += query.run_seconds
+                self._line.serve(query.run_seconds)
+            if self._line and len(self._slots) <= self.max_running and slot in self._slots:
+                return True
+            self._slots.discard(slot)
+            return False
+
+    def pause(self, query: Query[Any]) -> Slot | None:
+        """Take the slot of a query that waits for its consumer; gives one for whoever is next."""
+        with self.lock:
+            for slot in self._slots:
+                if slot.query is query:
+                    self._slots.remove(slot)
+                    self._paused.add(slot)
+                    break
+            if not self._line or len(self._slots) >= self.max_running:
+                return None
+            following = Slot()
+            self._slots.add(following)
+            return following
+
+    def resume(self, query: Query[Any]) -> None:
+        """Give a paused query a slot again, beyond all others if need be."""
+        with self.lock:
+            for slot in self._paused:
+                if slot.query is query:
+                    self._paused.remove(slot)
+                    self._slots.add(slot)
+                    break
+
+    def leave(self, query: Query[Any]) -> None:
+        """Take a waiting query out of the line."""
+        with self.lock:
+            self._line.discard(query)
+
+    def reappraise(self, fingerprint: int, seconds: float) -> None:
+        """Sort the queries of one kind anew, of which another amount of work is expected now."""
+        with self.lock:
+            self._line.reappraise(fingerprint, seconds)
+
+    def add_waiter(self, waiter: Waiter) -> bool:
+        """Have `waiter` woken when no query runs or waits; False if that is so already."""
+        with self.lock:
+            if self._is_empty():
+                return False
+            self._waiters.append(waiter)
+            return True
+
+    def remove_waiter(self, waiter: Waiter, *, last_cancels: bool) -> bool:  # noqa: ARG002  # as Query
+        """Stop waiting; False if it is over already."""
+        with self.lock:
+            if waiter not in self._waiters:
+                return False
+            self._waiters.remove(waiter)
+            return True
+
+    def tell_if_empty(self) -> None:
+        """Wake whoever waits for no query to be left, if none is."""
+        if not self._waiters:
+            return
+        with self.lock:
+            if not self._is_empty():
                 return
-            gate.acquire()
-            self._gates.append(gate)
-        wait_for(gate)
+            waiters, self._waiters = self._waiters, []
+        wake(waiters)
 
     def reset(self) -> list[Query[Any]]:
         """Forget, and give, every query; for a forked child, where nobody else is left."""
         # A thread that did not survive the fork may have held the old lock.
         self.lock = RLock()
-        lost = [*self._running, *self._line]
-        self._running.clear()
+        lost = [*self.in_slots(), *self._line]
+        self._slots.clear()
+        self._paused.clear()
         self._line.clear()
-        self._gates.clear()
+        self._waiters.clear()
         return lost
 
-    def _start(self, query: Query[Any]) -> None:
-        query.state = State.RUNNING
-        self._running.add(query)
+    def _start(self, query: Query[Any], slot: Slot, *, small: bool) -> None:
+        slot.alone = True
+        for other in self._slots:
+            if other.query is not None:
+                slot.alone = other.alone = False
+        query.start()
+        slot.query = query
+        slot.small = small
+        self.counts.queue_seconds += query.queue_seconds
 
-    def _open_gates(self) -> None:
-        for gate in self._gates:
-            gate.release()
-        self._gates.clear()
+    def _is_empty(self) -> bool:
+        return not self._line and not self.in_slots()
+
+    def _check_room(self, max_waiting: int) -> None:
+        running, waiting = self.running, self.waiting
+        if min(running, self.max_running) + waiting >= self.max_running + max_waiting:
+            raise QueueFullError(
+                f"the collector is full: {running} queries run and {waiting} wait, of at most "
+                f"max_running={self.max_running} and max_waiting={max_waiting}. Try again later, "
+                "or make a Collector with a larger max_waiting"
+            )
+
+
+def stats_of(cpu: Admission, gpu: Admission) -> dict[str, float]:
+    """Add up what `Collector.stats` explains."""
+    found: dict[str, float] = {}
+    for admission in (cpu, gpu):
+        with admission.lock:
+            running = admission.in_slots()
+            now: dict[str, float] = {
+                "running": len(running),
+                "abandoned": sum(query.done for query in running),
+                "waiting": admission.waiting,
+                **asdict(admission.counts),
+            }
+        for key, value in now.items():
+            found[key] = found.get(key, 0) + value
+        if admission is gpu:
+            found |= {"gpu_running": now["running"], "gpu_waiting": now["waiting"]}
+    limit = inf if cpu.max_waiting is None else cpu.max_waiting
+    return {**found, "max_running": cpu.max_running, "max_waiting": limit}

@@ -10,13 +10,14 @@ from polars_async.collector import DEFAULT_OPTIMIZATIONS, Collector
 from polars_async.resolution import engine_object
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Callable, Iterable
 
     import polars as pl
 
     from polars_async.bridges.gevent import GeventHandle
+    from polars_async.events import QueryEvent
     from polars_async.handle import QueryHandle
-    from polars_async.resolution import EngineRequest
+    from polars_async.resolution import EngineRequest, GpuPolicy
 
 
 class _Default:
@@ -32,8 +33,54 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_Default.after_fork)
 
 
+def configure(
+    *,
+    engine: EngineRequest = "auto",
+    gpu: GpuPolicy | None = None,
+    default_engine: EngineRequest = "in-memory",
+    max_running: int | None = None,
+    max_waiting: int | None = None,
+    on_event: Callable[[QueryEvent], object] | None = None,
+) -> Collector:
+    """
+    Make the collector that the whole process shares, before its first use.
+
+    Parameters
+    ----------
+    engine, gpu, default_engine, max_running, max_waiting, on_event
+        As for `Collector`.
+
+    Returns
+    -------
+    Collector
+        The one that `collect_async` and `collect_all_async` use from now on.
+
+    Raises
+    ------
+    RuntimeError
+        It is there already, and was not closed.
+    ValueError, TypeError
+        As for `Collector`.
+    """
+    with _Default.lock:
+        if _Default.collector is not None and not _Default.collector.closed:
+            raise RuntimeError(
+                "the default collector is in use already: call configure() before the first query, "
+                "or close() the collector that default_collector() gives"
+            )
+        _Default.collector = Collector(
+            engine=engine,
+            gpu=gpu,
+            default_engine=default_engine,
+            max_running=max_running,
+            max_waiting=max_waiting,
+            on_event=on_event,
+        )
+        return _Default.collector
+
+
 def default_collector() -> Collector:
-    """Give the collector that serves whoever brings none; made when first asked for."""
+    """Give the collector that the whole process shares; made when first asked for."""
     if _Default.collector is None:
         with _Default.lock:
             if _Default.collector is None:

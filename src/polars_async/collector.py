@@ -4,37 +4,57 @@ from __future__ import annotations
 
 import os
 from functools import partial
-from typing import TYPE_CHECKING, Any, Final, Literal, TypeVar, overload
+from typing import TYPE_CHECKING, Any, Final, Literal, TypedDict, TypeVar, overload
 from weakref import finalize
 
 import polars as pl
 
-from polars_async import _fork
+from polars_async import _fork, bridges
 from polars_async._nesting import in_query
+from polars_async.admission import stats_of
 from polars_async.background import BackgroundQuery
+from polars_async.bridges.threads import block_or_let_run
+from polars_async.events import Reporter
+from polars_async.expectations import Expectation, Expectations
 from polars_async.handle import QueryHandle
 from polars_async.lane import Lane
 from polars_async.query import Query
 from polars_async.resolution import engine_object, gpu_policy, resolve_engine, warn_of
+from polars_async.scheduling import PRIORITIES
+from polars_async.streams import Batches, Buffer, Completions, Suspension
+from polars_async.work import check_frame, checked_frames, collect, collect_each, feed
+from polars_async.work import sink as run_sink
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Iterable, Sequence
     from types import TracebackType
-    from typing import Self
+    from typing import Self, Unpack
 
     from polars_async.bridges.gevent import GeventHandle
+    from polars_async.events import QueryEvent
     from polars_async.resolution import EngineRequest, GpuPolicy, QueryPath, Resolution
+    from polars_async.streams import ResultStream
 
 T = TypeVar("T")
-F = TypeVar("F")
 
 DEFAULT_OPTIMIZATIONS: Final = pl.QueryOptFlags()
 _DEFAULT_RUNNING: Final = min(4, max(2, os.cpu_count() or 2))
+_TINY: Final = Expectation(0.0, None)
+
+
+class QueryOptions(TypedDict, total=False):
+    """What every method that schedules queries takes; `Collector.collect_async` explains it."""
+
+    engine: EngineRequest | None
+    optimizations: pl.QueryOptFlags
+    timeout: float | None
+    priority: int
+    label: str | None
 
 
 class Collector:
     """
-    Runs queries on threads of its own, a bounded number at a time.
+    Runs queries on threads of its own, a bounded number at a time, and small ones first.
 
     Nothing starts before the first query. A collector may be used from any thread, loop and
     greenlet; as a context manager it closes itself.
@@ -52,8 +72,15 @@ class Collector:
     max_running
         How many queries run at once; the others wait for their turn. One query already uses every
         thread of Polars, so that more of them cost memory and gain little. None means as many as
-        there are processors, but at least 2 and at most 4. Queries on the GPU have a lane of their
-        own, and run one at a time.
+        there are processors, but at least 2 and at most 4. Of several slots one is kept for small
+        queries. Queries on the GPU have a lane of their own, and run one at a time.
+    max_waiting
+        How many queries wait at most, for the GPU and for the CPU each; the next one is refused at
+        once with a `QueueFullError`. None sets no limit.
+    on_event
+        Called with a `QueryEvent` for all that happens to a query, on the thread where it happens,
+        which waits for it: it has to be quick, and safe to call from many threads. What it raises
+        is logged.
 
     Raises
     ------
@@ -68,9 +95,15 @@ class Collector:
         gpu: GpuPolicy | None = None,
         default_engine: EngineRequest = "in-memory",
         max_running: int | None = None,
+        max_waiting: int | None = None,
+        on_event: Callable[[QueryEvent], object] | None = None,
     ) -> None:
         if max_running is not None and max_running < 1:
             raise ValueError(f"max_running must be 1 or more, got {max_running!r}")
+        if max_waiting is not None and max_waiting < 0:
+            raise ValueError(f"max_waiting must be 0 or more, or None, got {max_waiting!r}")
+        if on_event is not None and not callable(on_event):
+            raise TypeError(f"on_event must be callable, got {on_event!r}")
         engine_object(engine)
         engine_object(default_engine, "default_engine")
         self.engine: Final = engine
@@ -78,27 +111,20 @@ class Collector:
             gpu_policy(gpu)
         self._gpu_policy: Final = gpu
         self._default_engine: Final = default_engine
-        self._cpu: Final = Lane(max_running or _DEFAULT_RUNNING)
-        self._gpu: Final = Lane(1, exclusive=True)
-        finalize(self, _close_lanes, (self._cpu, self._gpu)).atexit = False
+        self._report: Final = Reporter(on_event)
+        known = Expectations()
+        self._cpu: Final = Lane(max_running or _DEFAULT_RUNNING, max_waiting, known, self._report)
+        self._gpu: Final = Lane(1, max_waiting, known, self._report, exclusive=True)
+        self._lanes: Final = (self._cpu, self._gpu)
+        finalize(self, _close_lanes, self._lanes).atexit = False
 
     @overload
     def collect_async(
-        self,
-        lf: pl.LazyFrame,
-        *,
-        engine: EngineRequest | None = ...,
-        optimizations: pl.QueryOptFlags = ...,
-        gevent: Literal[False] = ...,
+        self, lf: pl.LazyFrame, *, gevent: Literal[False] = ..., **options: Unpack[QueryOptions]
     ) -> QueryHandle[pl.DataFrame]: ...
     @overload
     def collect_async(
-        self,
-        lf: pl.LazyFrame,
-        *,
-        engine: EngineRequest | None = ...,
-        optimizations: pl.QueryOptFlags = ...,
-        gevent: Literal[True],
+        self, lf: pl.LazyFrame, *, gevent: Literal[True], **options: Unpack[QueryOptions]
     ) -> GeventHandle[pl.DataFrame]: ...
     def collect_async(
         self,
@@ -106,6 +132,9 @@ class Collector:
         *,
         engine: EngineRequest | None = None,
         optimizations: pl.QueryOptFlags = DEFAULT_OPTIMIZATIONS,
+        timeout: float | None = None,
+        priority: int = 0,
+        label: str | None = None,
         gevent: bool = False,
     ) -> QueryHandle[pl.DataFrame]:
         """
@@ -119,48 +148,66 @@ class Collector:
             The engine to run it; None is that of the collector.
         optimizations
             The optimisation passes of Polars.
+        timeout
+            Seconds until it has to be done, those in the waiting line included; None sets no
+            limit. A query that waits then never runs; one that runs is let go, and its slot is
+            free when it really ends, since Polars cannot stop it.
+        priority
+            From -10 to 10; a higher one is served first. Above 0, a query counts as small,
+            whatever is expected of it; below 0, it never does.
+        label
+            What to call the query in events, in errors, and as the name of its thread.
         gevent
             Whether to give a handle for greenlets, with ``get(block=True, timeout=None)``.
 
         Returns
         -------
         QueryHandle
-            Awaitable; gives a DataFrame.
+            Awaitable; gives a DataFrame. Await and ``result()`` raise `QueryTimeoutError` where the
+            query was not done in time.
 
         Raises
         ------
         TypeError
             `lf` is no LazyFrame.
         ValueError
-            `engine` is no engine.
+            `engine` is no engine, or `timeout` or `priority` is out of range.
         EngineUnavailableError
             The GPU engine cannot run, and the CPU was forbidden.
+        QueueFullError
+            ``max_waiting`` queries wait already.
         CollectorClosedError
             The collector was closed.
         ForkedProcessError
             Polars cannot run in this process.
         """
-        _check_frame(lf)
         handle = _handle_class(gevent=gevent)
-        return handle(self._schedule(_collect, lf, engine, optimizations, "async"))
+        query = self._collect(
+            lf,
+            "async",
+            engine=engine,
+            optimizations=optimizations,
+            timeout=timeout,
+            priority=priority,
+            label=label,
+        )
+        return handle(query)
 
     @overload
     def collect_all_async(
         self,
         lazy_frames: Iterable[pl.LazyFrame],
         *,
-        engine: EngineRequest | None = ...,
-        optimizations: pl.QueryOptFlags = ...,
         gevent: Literal[False] = ...,
+        **options: Unpack[QueryOptions],
     ) -> QueryHandle[list[pl.DataFrame]]: ...
     @overload
     def collect_all_async(
         self,
         lazy_frames: Iterable[pl.LazyFrame],
         *,
-        engine: EngineRequest | None = ...,
-        optimizations: pl.QueryOptFlags = ...,
         gevent: Literal[True],
+        **options: Unpack[QueryOptions],
     ) -> GeventHandle[list[pl.DataFrame]]: ...
     def collect_all_async(
         self,
@@ -168,6 +215,9 @@ class Collector:
         *,
         engine: EngineRequest | None = None,
         optimizations: pl.QueryOptFlags = DEFAULT_OPTIMIZATIONS,
+        timeout: float | None = None,
+        priority: int = 0,
+        label: str | None = None,
         gevent: bool = False,
     ) -> QueryHandle[list[pl.DataFrame]]:
         """
@@ -180,7 +230,7 @@ class Collector:
         ----------
         lazy_frames
             The frames; any iterable, read at once.
-        engine, optimizations, gevent
+        engine, optimizations, timeout, priority, label, gevent
             As for `collect_async`.
 
         Returns
@@ -192,20 +242,228 @@ class Collector:
         ------
         TypeError
             One of `lazy_frames` is no LazyFrame; nothing runs then.
-        ValueError, EngineUnavailableError, CollectorClosedError, ForkedProcessError
+        ValueError, EngineUnavailableError, QueueFullError, CollectorClosedError, ForkedProcessError
             As for `collect_async`.
         """
-        frames = checked_frames(lazy_frames)
         handle = _handle_class(gevent=gevent)
-        return handle(self._schedule(collect_each, frames, engine, optimizations, "async"))
+        query = self._collect_all(
+            lazy_frames,
+            "async",
+            engine=engine,
+            optimizations=optimizations,
+            timeout=timeout,
+            priority=priority,
+            label=label,
+        )
+        return handle(query)
 
-    def collect_background(
+    def as_completed(
+        self, lazy_frames: Iterable[pl.LazyFrame], **options: Unpack[QueryOptions]
+    ) -> ResultStream[tuple[int, pl.DataFrame]]:
+        """
+        Schedule each frame as a query of its own, and give the results as they come.
+
+        Parameters
+        ----------
+        lazy_frames
+            The frames; any iterable, read at once.
+        engine, optimizations, timeout, priority, label
+            As for `collect_async`, for each query by itself.
+
+        Returns
+        -------
+        ResultStream
+            An async iterator over pairs of a frame's position and its DataFrame. The first query
+            that fails raises its error there and ends it, and the others are cancelled.
+
+        Raises
+        ------
+        TypeError
+            One of `lazy_frames` is no LazyFrame; nothing runs then.
+        ValueError, EngineUnavailableError, QueueFullError, CollectorClosedError, ForkedProcessError
+            As for `collect_async`; the queries of this call are cancelled.
+        """
+        queries: list[Query[pl.DataFrame]] = []
+        try:
+            for frame in checked_frames(lazy_frames):
+                query = self._collect(frame, "async", **options)
+                queries.append(query)
+        except BaseException:
+            for query in queries:
+                query.cancel()
+            raise
+        return Completions(queries)
+
+    def collect_batches_async(
         self,
         lf: pl.LazyFrame,
         *,
+        chunk_size: int | None = None,
+        maintain_order: bool = True,
         engine: EngineRequest | None = None,
         optimizations: pl.QueryOptFlags = DEFAULT_OPTIMIZATIONS,
-    ) -> BackgroundQuery:
+        timeout: float | None = None,
+        priority: int = 0,
+        label: str | None = None,
+    ) -> ResultStream[pl.DataFrame]:
+        """
+        Schedule a query and give its result in batches, as ``LazyFrame.collect_batches`` does.
+
+        With the streaming engine, which runs where no other is asked for, the first batches come
+        long before the end, and a consumer that is slow holds the query up: no more than two
+        batches lie ready. While it is held up, another query may use its slot.
+
+        Parameters
+        ----------
+        lf
+            The query.
+        chunk_size
+            Rows of each batch; None leaves it to Polars.
+        maintain_order
+            Whether the batches come in the order of the rows; without it they may come sooner.
+        engine, optimizations, priority, label
+            As for `collect_async`.
+        timeout
+            As for `collect_async`, until the last batch is there.
+
+        Returns
+        -------
+        ResultStream
+            An async iterator over DataFrames.
+
+        Raises
+        ------
+        TypeError, EngineUnavailableError, QueueFullError, CollectorClosedError, ForkedProcessError
+            As for `collect_async`.
+        ValueError
+            Also if `chunk_size` is less than 1.
+        """
+        check_frame(lf)
+        if chunk_size is not None and chunk_size < 1:
+            raise ValueError(f"chunk_size must be 1 or more rows, got {chunk_size!r}")
+        resolution = self._resolved(engine, "batches")
+        buffer = Buffer(self._lane(resolution))
+        options = {"chunk_size": chunk_size, "maintain_order": maintain_order}
+        work = partial(feed, lf, resolution.engine, optimizations, buffer, options)
+        query = self._submit(work, resolution, (lf,), timeout, priority, label, buffer=buffer)
+        return Batches(query, buffer)
+
+    @overload
+    def sink_async(
+        self, sink: pl.LazyFrame, *, gevent: Literal[False] = ..., **options: Unpack[QueryOptions]
+    ) -> QueryHandle[None]: ...
+    @overload
+    def sink_async(
+        self, sink: pl.LazyFrame, *, gevent: Literal[True], **options: Unpack[QueryOptions]
+    ) -> GeventHandle[None]: ...
+    def sink_async(
+        self,
+        sink: pl.LazyFrame,
+        *,
+        engine: EngineRequest | None = None,
+        optimizations: pl.QueryOptFlags = DEFAULT_OPTIMIZATIONS,
+        timeout: float | None = None,
+        priority: int = 0,
+        label: str | None = None,
+        gevent: bool = False,
+    ) -> QueryHandle[None]:
+        """
+        Schedule a sink, such as ``lf.sink_parquet(path, lazy=True)``, and give its handle at once.
+
+        As in Polars, sinks run on the streaming engine where no other is asked for.
+
+        Parameters
+        ----------
+        sink
+            What ``sink_parquet``, ``sink_ipc``, ``sink_csv``, ``sink_ndjson`` or another sink of
+            Polars gives with ``lazy=True``, and with the options that it takes.
+        engine, optimizations, timeout, priority, label, gevent
+            As for `collect_async`.
+
+        Returns
+        -------
+        QueryHandle
+            Awaitable; gives None when all is written.
+
+        Raises
+        ------
+        TypeError
+            `sink` is no LazyFrame: ``lazy=True`` was forgotten, and all is written already.
+        ValueError, EngineUnavailableError, QueueFullError, CollectorClosedError, ForkedProcessError
+            As for `collect_async`.
+        """
+        if sink is None:
+            raise TypeError(
+                "sink must be a LazyFrame, got None: the sink has run already, on this thread, "
+                "since it was not given lazy=True"
+            )
+        check_frame(sink)
+        handle = _handle_class(gevent=gevent)
+        resolution = self._resolved(engine, "batches")
+        work = partial(run_sink, sink, resolution.engine, optimizations)
+        return handle(self._submit(work, resolution, (sink,), timeout, priority, label))
+
+    @overload
+    def collect_schema_async(
+        self,
+        lf: pl.LazyFrame,
+        *,
+        timeout: float | None = ...,
+        priority: int = ...,
+        label: str | None = ...,
+        gevent: Literal[False] = ...,
+    ) -> QueryHandle[pl.Schema]: ...
+    @overload
+    def collect_schema_async(
+        self,
+        lf: pl.LazyFrame,
+        *,
+        timeout: float | None = ...,
+        priority: int = ...,
+        label: str | None = ...,
+        gevent: Literal[True],
+    ) -> GeventHandle[pl.Schema]: ...
+    def collect_schema_async(
+        self,
+        lf: pl.LazyFrame,
+        *,
+        timeout: float | None = None,
+        priority: int = 0,
+        label: str | None = None,
+        gevent: bool = False,
+    ) -> QueryHandle[pl.Schema]:
+        """
+        Find out the schema of a query, for which Polars may have to open files, without blocking.
+
+        Parameters
+        ----------
+        lf
+            The query.
+        timeout, priority, label, gevent
+            As for `collect_async`. It counts as small in any case.
+
+        Returns
+        -------
+        QueryHandle
+            Awaitable; gives a ``pl.Schema``.
+
+        Raises
+        ------
+        TypeError, ValueError, QueueFullError, CollectorClosedError, ForkedProcessError
+            As for `collect_async`.
+        """
+        check_frame(lf)
+        handle = _handle_class(gevent=gevent)
+        resolution = self._resolved("in-memory", "async")
+        return handle(
+            self._submit(
+                lf.collect_schema, resolution, (), timeout, priority, label, expectation=_TINY
+            )
+        )
+
+    def collect_background(
+        self, lf: pl.LazyFrame, **options: Unpack[QueryOptions]
+    ) -> BackgroundQuery[pl.DataFrame]:
         """
         Schedule a query to be fetched from threads, as ``LazyFrame.collect(background=True)``.
 
@@ -216,8 +474,22 @@ class Collector:
         BackgroundQuery
             With ``fetch()``, ``fetch_blocking()`` and ``cancel()``.
         """
-        _check_frame(lf)
-        return BackgroundQuery(self._schedule(_collect, lf, engine, optimizations, "background"))
+        return BackgroundQuery(self._collect(lf, "background", **options))
+
+    def collect_all_background(
+        self, lazy_frames: Iterable[pl.LazyFrame], **options: Unpack[QueryOptions]
+    ) -> BackgroundQuery[list[pl.DataFrame]]:
+        """
+        Schedule several frames as one query to be fetched from threads.
+
+        It takes and raises what `collect_all_async` does.
+
+        Returns
+        -------
+        BackgroundQuery
+            As for `collect_background`; gives a list with a DataFrame for each frame.
+        """
+        return BackgroundQuery(self._collect_all(lazy_frames, "background", **options))
 
     def resolve_engine(
         self, engine: EngineRequest | None = None, *, path: QueryPath = "async"
@@ -230,16 +502,40 @@ class Collector:
             default_engine=self._default_engine,
         )
 
+    @property
+    def closed(self) -> bool:
+        """Whether it takes no more queries."""
+        return self._cpu.admission.closed
+
+    def stats(self) -> dict[str, float]:
+        """
+        Count what this collector did and does.
+
+        Returns
+        -------
+        dict
+            ``running`` (``abandoned`` of them were let go, and hold their slot until they end),
+            ``waiting``, and since the collector was made: ``submitted``, ``completed``,
+            ``failed``, ``cancelled``, ``timed_out``, ``rejected``, ``downgraded``; the sums
+            ``queue_seconds`` and ``run_seconds``. It always holds that ``submitted`` is the sum of
+            the five outcomes, of ``waiting``, and of what runs and is not abandoned. The limits
+            are ``max_running`` and ``max_waiting`` (infinite without one). All that counts the
+            GPU's queries too; ``gpu_running`` and ``gpu_waiting`` do so alone.
+        """
+        return stats_of(self._cpu.admission, self._gpu.admission)
+
     def close(self, *, wait: bool = True, cancel_waiting: bool = True) -> None:
         """
-        Take no more queries; a second call changes nothing more.
+        Take no more queries. It may be called more than once, and from any thread.
 
         Parameters
         ----------
         wait
-            Whether to block the calling thread until all queries have really ended.
+            Whether to block the calling thread (just the greenlet, where gevent has patched
+            threads) until all queries have really ended. `aclose` is for asyncio and trio.
         cancel_waiting
-            Whether queries that did not start yet are cancelled; else they still run.
+            Whether queries that did not start yet are cancelled, and batches that nobody fetched;
+            else they still run.
 
         Raises
         ------
@@ -250,11 +546,24 @@ class Collector:
             raise RuntimeError(
                 "close() was called inside a query, and would wait for it: pass wait=False"
             )
-        lanes = (self._cpu, self._gpu)
-        _close_lanes(lanes, cancel_waiting=cancel_waiting)
+        _close_lanes(self._lanes, cancel_waiting=cancel_waiting)
         if wait:
-            for lane in lanes:
-                lane.admission.wait_until_empty()
+            for lane in self._lanes:
+                block_or_let_run(lane.admission)
+
+    async def aclose(self, *, cancel_waiting: bool = True) -> None:
+        """
+        Take no more queries, and suspend the calling task until all have really ended.
+
+        Parameters
+        ----------
+        cancel_waiting
+            As for `close`.
+        """
+        _close_lanes(self._lanes, cancel_waiting=cancel_waiting)
+        bridge = bridges.current()
+        for lane in self._lanes:
+            await Suspension(bridge, lane.admission)
 
     def __enter__(self) -> Self:
         return self
@@ -267,62 +576,96 @@ class Collector:
     ) -> None:
         self.close()
 
-    def _schedule(
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
         self,
-        work: Callable[[F, pl.Engine, pl.QueryOptFlags], T],
-        frames: F,
-        engine: EngineRequest | None,
-        optimizations: pl.QueryOptFlags,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        await self.aclose()
+
+    def _collect(
+        self,
+        lf: pl.LazyFrame,
         path: QueryPath,
-    ) -> Query[T]:
+        *,
+        engine: EngineRequest | None = None,
+        optimizations: pl.QueryOptFlags = DEFAULT_OPTIMIZATIONS,
+        timeout: float | None = None,
+        priority: int = 0,
+        label: str | None = None,
+    ) -> Query[pl.DataFrame]:
+        check_frame(lf)
+        resolution = self._resolved(engine, path)
+        work = partial(collect, lf, resolution.engine, optimizations)
+        return self._submit(work, resolution, (lf,), timeout, priority, label)
+
+    def _collect_all(
+        self,
+        lazy_frames: Iterable[pl.LazyFrame],
+        path: QueryPath,
+        *,
+        engine: EngineRequest | None = None,
+        optimizations: pl.QueryOptFlags = DEFAULT_OPTIMIZATIONS,
+        timeout: float | None = None,
+        priority: int = 0,
+        label: str | None = None,
+    ) -> Query[list[pl.DataFrame]]:
+        frames = checked_frames(lazy_frames)
+        resolution = self._resolved(engine, path)
+        work = partial(collect_each, frames, resolution.engine, optimizations)
+        return self._submit(work, resolution, frames, timeout, priority, label)
+
+    def _resolved(self, engine: EngineRequest | None, path: QueryPath) -> Resolution:
         _fork.check()
         resolution = self.resolve_engine(engine, path=path)
         warn_of(resolution)
+        return resolution
+
+    def _lane(self, resolution: Resolution) -> Lane:
         on_gpu = resolution.gpu is not None and not resolution.downgraded
-        lane = self._gpu if on_gpu else self._cpu
-        job = partial(work, frames, resolution.engine, optimizations)
-        query = Query(job, resolution, lane.admission)
-        lane.submit(query)
-        return query
+        return self._gpu if on_gpu else self._cpu
 
-
-def collect_each(
-    frames: list[pl.LazyFrame], engine: pl.Engine, optimizations: pl.QueryOptFlags
-) -> list[pl.DataFrame]:
-    """Collect `frames` as one query, or one by one on an engine that has no other way."""
-    if isinstance(engine, pl.GPUEngine) or type(engine).collect_all is pl.Engine.collect_all:
-        return [engine.collect(frame, optimizations=optimizations) for frame in frames]
-    return pl.collect_all(frames, engine=engine, optimizations=optimizations)
-
-
-def _collect(lf: pl.LazyFrame, engine: pl.Engine, optimizations: pl.QueryOptFlags) -> pl.DataFrame:
-    return engine.collect(lf, optimizations=optimizations)
-
-
-def _check_frame(lf: object) -> None:
-    if not isinstance(lf, pl.LazyFrame):
-        raise TypeError(f"lf must be a LazyFrame, got {_described(lf)}")
-
-
-def checked_frames(lazy_frames: Iterable[pl.LazyFrame]) -> list[pl.LazyFrame]:
-    """Read `lazy_frames`, every one of which has to be a LazyFrame."""
-    if isinstance(lazy_frames, (pl.LazyFrame, pl.DataFrame)) or not hasattr(
-        lazy_frames, "__iter__"
-    ):
-        raise TypeError(
-            f"lazy_frames must be an iterable of LazyFrames, got {_described(lazy_frames)}: "
-            "put a single frame in a list"
+    def _submit(
+        self,
+        work: Callable[[], T],
+        resolution: Resolution,
+        frames: Sequence[pl.LazyFrame],
+        timeout: float | None,
+        priority: int,
+        label: str | None,
+        *,
+        expectation: Expectation | None = None,
+        buffer: Buffer | None = None,
+    ) -> Query[T]:
+        if timeout is not None and not timeout > 0:
+            raise ValueError(f"timeout must be more than 0 seconds, or None, got {timeout!r}")
+        if priority != 0 and priority not in PRIORITIES:
+            lowest, highest = PRIORITIES[0], PRIORITIES[-1]
+            raise ValueError(
+                f"priority must be a whole number from {lowest} to {highest}, got {priority!r}"
+            )
+        lane = self._lane(resolution)
+        query = Query(
+            work,
+            resolution,
+            lane.admission,
+            self._report,
+            frames=frames,
+            priority=priority,
+            label=label,
+            expectation=expectation,
+            is_stream=buffer is not None,
         )
-    frames = list(lazy_frames)
-    for position, frame in enumerate(frames):
-        if not isinstance(frame, pl.LazyFrame):
-            raise TypeError(f"lazy_frames[{position}] must be a LazyFrame, got {_described(frame)}")
-    return frames
-
-
-def _described(value: object) -> str:
-    name = f"{type(value).__module__}.{type(value).__qualname__}".removeprefix("builtins.")
-    return f"{name}: call its lazy() first" if isinstance(value, pl.DataFrame) else name
+        if buffer is not None:
+            buffer.bind(query)
+        lane.submit(query)
+        if timeout is not None:
+            query.expire_in(timeout)
+        return query
 
 
 def _handle_class(*, gevent: bool) -> type[QueryHandle[Any]]:

@@ -9,9 +9,9 @@ import polars as pl
 from polars_async import _fork
 from polars_async._upstream import AUTO_ENGINE
 from polars_async.api import default_collector
-from polars_async.collector import checked_frames, collect_each
 from polars_async.errors import EngineUnavailableError
 from polars_async.resolution import DeferringEngine, warn_of
+from polars_async.work import checked_frames, collect_each
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
@@ -87,7 +87,7 @@ class AsyncEngine(DeferringEngine):
         optimizations: pl.QueryOptFlags,
         background: Literal[True],
         post_opt_callback: Callable[..., Any] | None = ...,
-    ) -> BackgroundQuery: ...
+    ) -> BackgroundQuery[pl.DataFrame]: ...
     @overload
     def collect(
         self,
@@ -96,7 +96,7 @@ class AsyncEngine(DeferringEngine):
         optimizations: pl.QueryOptFlags,
         background: bool,
         post_opt_callback: Callable[..., Any] | None = ...,
-    ) -> pl.DataFrame | BackgroundQuery: ...
+    ) -> pl.DataFrame | BackgroundQuery[pl.DataFrame]: ...
     def collect(
         self,
         lf: pl.LazyFrame,
@@ -104,7 +104,7 @@ class AsyncEngine(DeferringEngine):
         optimizations: pl.QueryOptFlags,
         background: bool = False,
         post_opt_callback: Callable[..., Any] | None = None,
-    ) -> pl.DataFrame | BackgroundQuery:
+    ) -> pl.DataFrame | BackgroundQuery[pl.DataFrame]:
         """See ``LazyFrame.collect``; in the background it runs on the collector."""
         if background:
             return self.collector.collect_background(lf, optimizations=optimizations)

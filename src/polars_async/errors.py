@@ -1,5 +1,7 @@
 """What polars-async raises and warns about; Polars' own exceptions pass through unchanged."""
 
+from __future__ import annotations
+
 
 class PolarsAsyncError(Exception):
     """Base of every error that polars-async itself raises."""
@@ -11,6 +13,33 @@ class EngineUnavailableError(PolarsAsyncError):
 
 class CollectorClosedError(PolarsAsyncError):
     """A query was handed to a collector after ``close()``."""
+
+
+class QueueFullError(PolarsAsyncError):
+    """As many queries run and wait as the collector may hold: try again later, or shed the load."""
+
+
+class QueryTimeoutError(PolarsAsyncError, TimeoutError):
+    """
+    A query was not done within its ``timeout=``.
+
+    Attributes
+    ----------
+    timeout, queue_seconds, run_seconds
+        What it was given, how long it waited for a slot, and how long it ran after that; None if
+        it never did. All in seconds.
+    """
+
+    def __init__(
+        self, message: str, timeout: float, queue_seconds: float, run_seconds: float | None
+    ) -> None:
+        super().__init__(message)
+        self.timeout = timeout
+        self.queue_seconds = queue_seconds
+        self.run_seconds = run_seconds
+
+    def __reduce__(self) -> tuple[type[QueryTimeoutError], tuple[object, ...]]:
+        return type(self), (self.args[0], self.timeout, self.queue_seconds, self.run_seconds)
 
 
 class ForkedProcessError(PolarsAsyncError):

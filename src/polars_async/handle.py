@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from concurrent.futures import CancelledError
-from typing import TYPE_CHECKING, ClassVar, Generic, TypeVar
+from typing import TYPE_CHECKING, Generic, TypeVar
 
 from polars_async import bridges
-from polars_async._native import allocate_lock, wait_for
+from polars_async.bridges.threads import block
 
 if TYPE_CHECKING:
     from collections.abc import Generator
@@ -37,6 +37,11 @@ class QueryHandle(Generic[T]):
         self._query = query
 
     @property
+    def label(self) -> str | None:
+        """What the caller named the query; None if nothing."""
+        return self._query.label
+
+    @property
     def resolution(self) -> Resolution:
         """Which engine runs the query, asked for by whom, and why."""
         return self._query.resolution
@@ -64,6 +69,8 @@ class QueryHandle(Generic[T]):
         ------
         BaseException
             Whatever the query raised, unchanged.
+        QueryTimeoutError
+            It was not done within the time-out that it was given.
         asyncio.CancelledError
             The query was cancelled; under trio ``concurrent.futures.CancelledError``.
         RuntimeError
@@ -89,6 +96,9 @@ class QueryHandle(Generic[T]):
         ------
         TimeoutError
             The query was not done in time. It goes on, and can be waited for again.
+        QueryTimeoutError
+            It was not done within the time-out that it was given: a TimeoutError, too, but this
+            query is over.
         concurrent.futures.CancelledError
             The query was cancelled.
         BaseException
@@ -96,36 +106,8 @@ class QueryHandle(Generic[T]):
         """
         query = self._query
         try:
-            if not _block(query, timeout):
+            if not block(query, timeout):
                 raise TimeoutError(f"the query was not done after {timeout} s; it goes on")
             return query.outcome(CancelledError)
         finally:
             del self, query  # as in __await__
-
-
-class _ThreadWaiter:
-    __slots__ = ("_lock",)
-
-    survives_fork: ClassVar[bool] = False
-
-    def __init__(self) -> None:
-        self._lock = allocate_lock()
-        self._lock.acquire()
-
-    def wake(self) -> None:
-        self._lock.release()
-
-    def wait(self, timeout: float | None) -> bool:
-        return wait_for(self._lock, timeout)
-
-
-def _block(query: Query[Any], timeout: float | None) -> bool:
-    """Wait until `query` is done; False if `timeout` seconds pass before."""
-    waiter = _ThreadWaiter()
-    if not query.add_waiter(waiter):
-        return True
-    try:
-        waiter.wait(timeout)
-    finally:
-        query.remove_waiter(waiter, last_cancels=False)
-    return query.done

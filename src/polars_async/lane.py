@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import os
 from functools import partial
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, cast
 from weakref import WeakSet
 
 from polars_async import _fork
 from polars_async.admission import Admission
-from polars_async.errors import CollectorClosedError
-from polars_async.executors.threads import ThreadExecutor
+from polars_async.events import EventKind
+from polars_async.executors.threads import ThreadExecutor, named_thread
 from polars_async.query import wake
 
 if TYPE_CHECKING:
+    from polars_async.admission import Slot
+    from polars_async.events import Reporter
+    from polars_async.expectations import Expectations
     from polars_async.query import Query
 
 
@@ -30,50 +33,60 @@ class Lane:
     its queries have.
     """
 
-    __slots__ = ("__weakref__", "_executor", "admission")
+    __slots__ = ("__weakref__", "_executor", "_expectations", "_report", "admission")
 
-    def __init__(self, max_running: int, *, exclusive: bool = False) -> None:
-        self.admission = Admission(max_running, exclusive=exclusive)
+    def __init__(
+        self,
+        max_running: int,
+        max_waiting: int | None,
+        expectations: Expectations,
+        report: Reporter,
+        *,
+        exclusive: bool = False,
+    ) -> None:
+        self.admission = Admission(max_running, max_waiting, exclusive=exclusive)
         self._executor = ThreadExecutor()
+        self._expectations = expectations
+        self._report = report
         _lanes.add(self)
 
     def submit(self, query: Query[Any]) -> None:
         """Run `query` at once where a slot is free, or else when its turn comes."""
+        self._report(EventKind.QUEUED, query)
+        if query.resolution.downgraded:
+            self._report(EventKind.DOWNGRADED, query)
         admission = self.admission
-        with admission.lock:
-            if admission.closed:
-                raise CollectorClosedError(
-                    "this collector was closed and takes no more queries: make a new one"
-                )
-            try:
-                if admission.enter(query):
-                    self._executor.start(partial(self._serve, query), at_once=admission.running)
-            except BaseException:  # no thread to be had, or Ctrl-C in between
-                admission.forget(query)
-                raise
+        slot: Slot | None = None
+        try:
+            with admission.lock:
+                admission.counts.submitted += 1
+                admission.counts.downgraded += query.resolution.downgraded
+                slot = admission.enter(query)
+                if slot is not None:
+                    self._start_thread(slot)
+        except BaseException as error:  # full, closed, no thread to be had, or Ctrl-C in between
+            with admission.lock:
+                admission.forget(query, slot)
+                admission.counts.rejected += 1
+            self._report(EventKind.REJECTED, query, error=error)
+            raise
 
-    def _serve(self, query: Query[Any]) -> None:
-        following: Query[Any] | None = query
-        while following is not None:
-            query = following
-            query.run()
-            # Done before it is gone: `close` trusts in that, and a fork may come in between. And
-            # gone before anybody wakes, who may ask at once for the slot.
-            with self.admission.lock:
-                waiters = query.end()
-                following = self.admission.release(query)
-            wake(waiters)
-            query.drop_unwanted()
-        del query  # as in Query.run
+    def pause(self, query: Query[Any]) -> None:
+        """Let others use the slot of `query` while it waits for its consumer."""
+        with self.admission.lock:
+            slot = self.admission.pause(query)
+            if slot is not None:
+                self._start_thread(slot)
 
     def close(self, *, cancel_waiting: bool) -> None:
         """Take no more queries, and let the threads end with the last of those here."""
-        with self.admission.lock:
-            if self.admission.closed:
-                return
-            self.admission.closed = True
-            waiting = self.admission.in_line()
+        admission = self.admission
+        with admission.lock:
+            admission.closed = True
             self._executor.close()
+            # A stream may wait for its consumer, and that for ever.
+            waiting = [query for query in admission.in_slots() if query.is_stream]
+            waiting += admission.in_line()
         if cancel_waiting:
             for query in waiting:
                 query.cancel()
@@ -83,6 +96,45 @@ class Lane:
         self._executor = ThreadExecutor()
         for query in self.admission.reset():
             query.lose(error)
+
+    def _start_thread(self, slot: Slot) -> None:
+        self._executor.start(partial(self._serve, slot), at_once=self.admission.threads)
+
+    def _serve(self, slot: Slot) -> None:
+        while self._fill(slot) and self._run(slot):
+            pass
+
+    def _fill(self, slot: Slot) -> bool:
+        """Find a query for `slot`; False if there is none, and the slot was taken back."""
+        admission = self.admission
+        while slot.query is None:
+            appraised = admission.newcomers()
+            for place in appraised:
+                place.item.appraise(self._expectations)
+            if not admission.fill(slot, appraised):
+                return False
+        return True
+
+    def _run(self, slot: Slot) -> bool:
+        """Run the query of `slot`; False if nobody is next, and the slot was taken back."""
+        query = cast("Query[Any]", slot.query)
+        if query.label is None:
+            query.run()
+        else:
+            with named_thread(query.label):
+                query.run()
+        # Done before it is gone: `close` trusts in that, and a fork may come in between. And gone
+        # before anybody wakes, who may ask at once for the slot.
+        with self.admission.lock:
+            waiters = query.end()
+            kept = self.admission.release(slot)
+            alone = slot.alone
+        query.report_end()
+        wake(waiters)
+        query.after_end(self._expectations, alone=alone)
+        self.admission.tell_if_empty()
+        del query, waiters  # as in Query.run
+        return kept
 
 
 def _abandon_all() -> None:

@@ -3,33 +3,45 @@
 from __future__ import annotations
 
 import enum
-import logging
 from contextvars import copy_context
-from typing import TYPE_CHECKING, ClassVar, Generic, Protocol, TypeVar, cast
+from itertools import count
+from time import perf_counter
+from typing import TYPE_CHECKING, ClassVar, Final, Generic, Protocol, TypeVar, cast
+
+from polars_async.deadlines import set_deadline
+from polars_async.errors import QueryTimeoutError
+from polars_async.events import EventKind, log
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Iterable, Sequence
     from types import TracebackType
 
+    import polars as pl
+
     from polars_async.admission import Admission
+    from polars_async.deadlines import Deadline
+    from polars_async.events import Reporter
+    from polars_async.expectations import Expectation, Expectations
     from polars_async.resolution import Resolution
 
 T = TypeVar("T")
 
-_log = logging.getLogger("polars_async")
+_ids: Final = count(1)
+_WORTH_APPRAISING: Final = 0.01
 
 
 class State(enum.Enum):
-    """Where a query is; the last two are final."""
+    """Where a query is; the last three are final."""
 
     WAITING = enum.auto()
     RUNNING = enum.auto()
     ENDED = enum.auto()
     CANCELLED = enum.auto()
+    TIMED_OUT = enum.auto()
 
 
 class Waiter(Protocol):
-    """Somebody who waits for a query, in a loop or a thread."""
+    """Somebody who waits, in a loop or a thread."""
 
     survives_fork: ClassVar[bool]
     """Whether it still waits in a forked child."""
@@ -38,46 +50,124 @@ class Waiter(Protocol):
         """Have the waiter look again. Any thread may call it, and it never raises."""
 
 
+class Awaited(Protocol):
+    """What a waiter waits for: the end of a query, for one."""
+
+    def add_waiter(self, waiter: Waiter) -> bool:
+        """Have `waiter` woken when it comes; False if it has come already."""
+        ...
+
+    def remove_waiter(self, waiter: Waiter, *, last_cancels: bool) -> bool:
+        """Stop waiting; False if it has come. `last_cancels`: the waiter was cancelled."""
+        ...
+
+
 class Query(Generic[T]):
     """
     One query of a collector.
 
     State and waiters change under the lock of the query's admission, so that of an end, a
-    cancellation and a new waiter one is always first. A final state never changes again, and is
-    read without the lock.
+    cancellation, a time-out and a new waiter one is always first. A final state never changes
+    again, and is read without the lock.
     """
 
     __slots__ = (
         "__weakref__",
         "_admission",
         "_context",
+        "_deadline",
+        "_ended",
         "_error",
+        "_frames",
+        "_late",
+        "_report",
+        "_started",
+        "_submitted",
+        "_timeout",
         "_traceback",
         "_value",
         "_waiters",
         "_work",
+        "expectation",
+        "id",
+        "is_stream",
+        "label",
+        "priority",
         "resolution",
         "state",
     )
 
-    def __init__(self, work: Callable[[], T], resolution: Resolution, admission: Admission) -> None:
+    def __init__(
+        self,
+        work: Callable[[], T],
+        resolution: Resolution,
+        admission: Admission,
+        report: Reporter,
+        *,
+        frames: Sequence[pl.LazyFrame] = (),
+        expectation: Expectation | None = None,
+        priority: int = 0,
+        label: str | None = None,
+        is_stream: bool = False,
+    ) -> None:
+        self.id = next(_ids)
         self.resolution = resolution
         self.state = State.WAITING
+        self.expectation = expectation
+        self.priority = priority
+        self.label = label
+        self.is_stream = is_stream
         self._admission = admission
+        self._report = report
         self._work: Callable[[], T] | None = work
+        self._frames: Sequence[pl.LazyFrame] = frames
         self._context = copy_context()
         self._value: T | None = None
         self._error: BaseException | None = None
         self._traceback: TracebackType | None = None
         self._waiters: list[Waiter] = []
+        self._late: QueryTimeoutError | None = None
+        self._timeout = 0.0
+        self._deadline: Deadline | None = None
+        self._submitted = perf_counter()
+        self._started: float | None = None
+        self._ended: float | None = None
 
     @property
     def done(self) -> bool:
         """Whether the state is final."""
-        return self.state is State.ENDED or self.state is State.CANCELLED
+        return self.state is not State.RUNNING and self.state is not State.WAITING
+
+    @property
+    def queue_seconds(self) -> float:
+        """How long it has waited, or waited, for a slot."""
+        return (self._started or self._ended or perf_counter()) - self._submitted
+
+    @property
+    def run_seconds(self) -> float | None:
+        """How long it has run, or ran; None if it did not start."""
+        return None if self._started is None else (self._ended or perf_counter()) - self._started
+
+    def expire_in(self, seconds: float) -> None:
+        """Have the query time out, unless it is done before."""
+        self._timeout = seconds
+        self._deadline = set_deadline(seconds, self)
+        if self.done:  # it was, before there was a deadline that it could lift
+            self._deadline.lift()
+
+    def start(self) -> None:
+        """Note, with the lock held, that it has a slot now."""
+        self.state = State.RUNNING
+        self._started = perf_counter()
+
+    def appraise(self, expectations: Expectations) -> None:
+        """Find out what is to be expected of it; never raises."""
+        if self.expectation is None:
+            self.expectation = expectations.of(self._frames, self.resolution.name)
 
     def run(self) -> None:
         """Run the work on this thread and keep its outcome, which `end` then makes final."""
+        self._report(EventKind.STARTED, self)
         work, self._work = cast("Callable[[], T]", self._work), None
         try:
             self._value = self._context.run(work)
@@ -85,39 +175,66 @@ class Query(Generic[T]):
             self._error = error
             # Without this frame, which holds the query that holds the error.
             self._traceback = error.__traceback__ and error.__traceback__.tb_next
+            if self.label is not None:
+                _name_in(error, self.label)
         finally:
             del self, work  # the frames of the traceback lead back here all the same
 
     def end(self) -> list[Waiter]:
-        """Make the outcome final, unless everybody had let go before; gives whom to wake."""
+        """Make the outcome final, unless it was let go before; gives whom to wake."""
         with self._admission.lock:
+            self._ended = perf_counter()
             if self.done:
                 return []
             self.state = State.ENDED
+            counts = self._admission.counts
+            if self._error is None:
+                counts.completed += 1
+            else:
+                counts.failed += 1
             waiters, self._waiters = self._waiters, []
-            return waiters
+        if self._deadline is not None:
+            self._deadline.lift()
+        return waiters
 
-    def drop_unwanted(self) -> None:
-        """Free what a query gave that was let go; without the lock, since that takes its time."""
-        if self.state is State.CANCELLED:
+    def report_end(self) -> None:
+        """Tell what came of it, unless it was let go, which was told then."""
+        if self.state is not State.ENDED:
+            return
+        if self._error is None:
+            self._report(EventKind.FINISHED, self, result=self._value)
+        else:
+            self._report(EventKind.FAILED, self, error=self._error)
+
+    def after_end(self, expectations: Expectations, *, alone: bool) -> None:
+        """Do what nobody has to wait for: drop what is not wanted, and learn from what it took."""
+        frames, self._frames = self._frames, ()
+        if self.state is not State.ENDED:
             self._value = self._error = self._traceback = None
+        seconds = self.run_seconds or 0.0
+        if self.expectation is None:
+            # It takes some 50 us to find out, which is too much for what is over in no time.
+            if seconds < _WORTH_APPRAISING or not frames:
+                return
+            self.expectation = expectations.of(frames, self.resolution.name)
+        corrected = expectations.learn(self.expectation, seconds, alone=alone)
+        if corrected is not None and self.expectation.fingerprint is not None:
+            self._admission.reappraise(self.expectation.fingerprint, corrected)
 
     def lose(self, error: BaseException) -> None:
         """End a query whose thread stayed behind in a fork, with an error of our own."""
         self._work = None
         self._error = error
+        self._traceback = None
         wake([waiter for waiter in self.end() if waiter.survives_fork])
 
     def cancel(self) -> bool:
         """Take the query out of the line, or let go of a running one; False if it had ended."""
-        with self._admission.lock:
-            if self.done:
-                return False
-            dropped = self._let_go()
-            waiters, self._waiters = self._waiters, []
-        del dropped
-        wake(waiters)
-        return True
+        return self._let_go(State.CANCELLED)
+
+    def expire(self) -> None:
+        """Let go of a query that is late."""
+        self._let_go(State.TIMED_OUT)
 
     def add_waiter(self, waiter: Waiter) -> bool:
         """Have `waiter` woken at the end; False if that has come already."""
@@ -133,36 +250,87 @@ class Query(Generic[T]):
             if self.done:
                 return False
             self._waiters.remove(waiter)
-            dropped = self._let_go() if last_cancels and not self._waiters else None
-        del dropped
+            if not last_cancels or self._waiters:
+                return True
+            # Still with the lock, so that nobody comes to wait for what is about to be let go.
+            dropped = self._end_as(State.CANCELLED)
+        self._was_let_go(dropped)
         return True
-
-    def _let_go(self) -> object:
-        """With the lock held, make it cancelled; gives what is to be dropped without the lock."""
-        dropped = None
-        if self.state is State.WAITING:
-            self._admission.leave(self)
-            dropped, self._work = self._work, None
-        self.state = State.CANCELLED
-        return dropped
 
     def outcome(self, cancelled: type[BaseException]) -> T:
         """Give the result of a query that is done, or raise its error."""
         if self.state is State.CANCELLED:
-            raise cancelled("the query was cancelled")
-        if self._error is None:
-            return cast("T", self._value)
+            raise cancelled(f"{self._named()} was cancelled")
         try:
+            if self._late is not None:
+                raise self._late.with_traceback(None)
+            if self._error is None:
+                return cast("T", self._value)
             # From its own traceback each time: else every await would add its frames to the last.
             raise self._error.with_traceback(self._traceback)
         finally:
             del self  # the frame that the traceback now holds, which else held the error
 
+    def _let_go(self, state: State) -> bool:
+        with self._admission.lock:
+            if self.done:
+                return False
+            dropped = self._end_as(state)
+        self._was_let_go(dropped)
+        return True
+
+    def _end_as(self, state: State) -> tuple[list[Waiter], object]:
+        """With the lock held, let it go; gives whom to wake and what to drop without the lock."""
+        dropped: object = None
+        if self.state is State.WAITING:
+            self._admission.leave(self)
+            self._ended = perf_counter()
+            dropped = self._work, self._frames
+            self._work, self._frames = None, ()
+        counts = self._admission.counts
+        if state is State.CANCELLED:
+            counts.cancelled += 1
+        else:
+            counts.timed_out += 1
+            self._late = self._timeout_error()
+        self.state = state
+        waiters, self._waiters = self._waiters, []
+        return waiters, dropped
+
+    def _was_let_go(self, ended: tuple[list[Waiter], object]) -> None:
+        if self._deadline is not None:
+            self._deadline.lift()
+        kind = EventKind.CANCELLED if self.state is State.CANCELLED else EventKind.TIMED_OUT
+        self._report(kind, self, error=self._late)
+        wake(ended[0])
+        self._admission.tell_if_empty()
+
+    def _timeout_error(self) -> QueryTimeoutError:
+        waited, ran = self.queue_seconds, self.run_seconds
+        if ran is None:
+            how = f"it waited {waited:.3f} s for a slot, and never ran"
+        else:
+            how = (
+                f"it waited {waited:.3f} s for a slot and ran for {ran:.3f} s. Polars cannot stop "
+                "it, so its slot is free when it really ends"
+            )
+        message = f"{self._named()} was not done after {self._timeout:g} s: {how}"
+        return QueryTimeoutError(message, self._timeout, waited, ran)
+
+    def _named(self) -> str:
+        return "the query" if self.label is None else f"the query {self.label!r}"
+
+
+def _name_in(error: BaseException, label: str) -> None:
+    note = f"in the query {label!r}"
+    if note not in getattr(error, "__notes__", ()):
+        error.add_note(note)
+
 
 def wake(waiters: Iterable[Waiter]) -> None:
-    """Tell `waiters` that their query is done."""
+    """Tell `waiters` that what they wait for has come."""
     for waiter in waiters:
         try:
             waiter.wake()
         except Exception:  # noqa: BLE001  # one that broke its promise must not cost the others theirs
-            _log.exception("a waiter could not be told that its query is done")
+            log.exception("a waiter could not be told that its query is done")

@@ -87,7 +87,7 @@ async def collects(collector: pa.Collector, frames: Iterable[pl.LazyFrame]) -> N
 
 def in_the_background(collector: pa.Collector) -> None:
     query = collector.collect_background(lf)
-    assert_type(query, pa.BackgroundQuery)
+    assert_type(query, pa.BackgroundQuery[pl.DataFrame])
     assert_type(query.fetch(), pl.DataFrame | None)
     assert_type(query.fetch_blocking(), pl.DataFrame)
     query.cancel()

@@ -1,4 +1,4 @@
-"""How each loop is told that a query is done."""
+"""How each loop, and a plain thread, is told that a query is done."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from collections.abc import Generator
     from typing import Any
 
-    from polars_async.query import Query
+    from polars_async.query import Awaited
 
 
 class Bridge(Protocol):
@@ -19,8 +19,8 @@ class Bridge(Protocol):
     CANCELLED: type[BaseException]
     """What the await of a cancelled query raises there."""
 
-    def wait(self, query: Query[Any]) -> Generator[Any, Any, None]:
-        """Suspend the running task until `query` is done."""
+    def wait(self, awaited: Awaited) -> Generator[Any, Any, None]:
+        """Suspend the running task until `awaited` has come."""
         ...
 
 

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from collections.abc import Generator
     from typing import Any, Final
 
-    from polars_async.query import Query
+    from polars_async.query import Awaited
 
 CANCELLED: type[BaseException] = asyncio.CancelledError
 
@@ -52,13 +52,13 @@ def _resolve(future: asyncio.Future[None]) -> None:
         future.set_result(None)
 
 
-def wait(query: Query[Any]) -> Generator[Any, Any, None]:
-    """Suspend the running task until `query` is done; its cancellation lets go of the query."""
+def wait(awaited: Awaited) -> Generator[Any, Any, None]:
+    """Suspend the running task until `awaited` has come; its cancellation lets go of a query."""
     waiter = _Waiter()
-    if not query.add_waiter(waiter):
+    if not awaited.add_waiter(waiter):
         return
     try:
         yield from waiter.future
     except BaseException:
-        query.remove_waiter(waiter, last_cancels=True)
+        awaited.remove_waiter(waiter, last_cancels=True)
         raise

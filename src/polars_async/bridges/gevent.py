@@ -14,7 +14,7 @@ from polars_async import _native
 from polars_async.handle import QueryHandle
 
 if TYPE_CHECKING:
-    from polars_async.query import Query
+    from polars_async.query import Awaited
 
 T = TypeVar("T")
 
@@ -50,7 +50,7 @@ class GeventHandle(QueryHandle[T]):
         try:
             if not query.done and not block:
                 raise Timeout
-            if not query.done and not _block(query, timeout):
+            if not query.done and not block_greenlet(query, timeout):
                 raise Timeout(timeout)
             return query.outcome(CancelledError)
         finally:
@@ -110,16 +110,16 @@ class _Waiter:
         self.mailbox.post(self.result)
 
 
-def _block(query: Query[Any], timeout: float | None) -> bool:
-    """Let other greenlets run until `query` is done; False if `timeout` seconds pass before."""
+def block_greenlet(awaited: Awaited, timeout: float | None = None) -> bool:
+    """Let other greenlets run until `awaited` has come; False if `timeout` seconds pass before."""
     waiter = _Waiter()
     # The watcher first: what is sent to one that does not run yet is lost.
     with waiter.mailbox:
-        if not query.add_waiter(waiter):
+        if not awaited.add_waiter(waiter):
             return True
         try:
             waiter.result.wait(timeout)
         except BaseException:
-            query.remove_waiter(waiter, last_cancels=True)
+            awaited.remove_waiter(waiter, last_cancels=True)
             raise
-    return not query.remove_waiter(waiter, last_cancels=False)
+    return not awaited.remove_waiter(waiter, last_cancels=False)

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from collections.abc import Generator
     from typing import Any, Final
 
-    from polars_async.query import Query
+    from polars_async.query import Awaited
 
 CANCELLED: type[BaseException] = CancelledError
 
@@ -50,16 +50,16 @@ def _reschedule(waiter: _Waiter) -> None:
         trio.lowlevel.reschedule(waiter.task)
 
 
-def wait(query: Query[Any]) -> Generator[Any, Any, None]:
-    """Suspend the running task until `query` is done; its cancellation lets go of the query."""
+def wait(awaited: Awaited) -> Generator[Any, Any, None]:
+    """Suspend the running task until `awaited` has come; its cancellation lets go of a query."""
     waiter = _Waiter()
-    if not query.add_waiter(waiter):
+    if not awaited.add_waiter(waiter):
         yield from trio.lowlevel.checkpoint().__await__()  # noqa: ASYNC105  # no coroutine here
         return
 
     def abort(_: object) -> trio.lowlevel.Abort:
         waiter.task = None
-        query.remove_waiter(waiter, last_cancels=True)
+        awaited.remove_waiter(waiter, last_cancels=True)
         return trio.lowlevel.Abort.SUCCEEDED
 
     yield from trio.lowlevel.wait_task_rescheduled(abort).__await__()  # noqa: ASYNC105  # as above

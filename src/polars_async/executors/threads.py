@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from threading import current_thread
+from typing import TYPE_CHECKING, Final
 
 from polars_async._native import SimpleQueue, start_new_thread
 from polars_async._nesting import enter_worker
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Generator
+
+_SYSTEM_NAME: Final = Path("/proc/thread-self/comm")
+_OWN_NAME: Final = "polars-async"
 
 
 class ThreadExecutor:
@@ -19,9 +25,10 @@ class ThreadExecutor:
     gevent has patched it, and the exit of the program does not wait for them.
     """
 
-    __slots__ = ("_jobs", "_threads")
+    __slots__ = ("_closed", "_jobs", "_threads")
 
     def __init__(self) -> None:
+        self._closed = False
         self._jobs: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
         self._threads = 0
 
@@ -31,6 +38,9 @@ class ThreadExecutor:
 
         `at_once` counts the jobs that run, this one included, which is how many threads it takes.
         """
+        if self._closed:  # what is left of the line may still need a thread
+            start_new_thread(_work_once, (job,))
+            return
         if self._threads < at_once:
             self._threads += 1
             try:
@@ -41,14 +51,41 @@ class ThreadExecutor:
         self._jobs.put(job)
 
     def close(self) -> None:
-        """Let each thread end after the job it is at."""
+        """Let each thread end after the job it is at, and those to come after their first."""
+        self._closed = True
         for _ in range(self._threads):
             self._jobs.put(None)
         self._threads = 0
 
 
 def _work(jobs: SimpleQueue[Callable[[], None] | None]) -> None:
+    _tell_system(_OWN_NAME)
     enter_worker()
     while (job := jobs.get()) is not None:
         job()
         del job  # else the last query's frames would live until the next
+
+
+def _work_once(job: Callable[[], None]) -> None:
+    enter_worker()
+    job()
+
+
+@contextmanager
+def named_thread(name: str) -> Generator[None]:
+    """Give this thread `name` for the time being: for Python, and for what lists threads."""
+    thread = current_thread()
+    before = thread.name
+    thread.name = name
+    _tell_system(name)
+    try:
+        yield
+    finally:
+        thread.name = before
+        _tell_system(_OWN_NAME)
+
+
+def _tell_system(name: str) -> None:
+    # Linux alone lets a thread be named in this way, with 15 bytes; and it is no more than a help.
+    with suppress(OSError):
+        _SYSTEM_NAME.write_bytes(name.encode(errors="replace")[:15])

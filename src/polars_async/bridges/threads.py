@@ -1,0 +1,51 @@
+"""The way into a plain thread, which blocks."""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING, ClassVar
+
+from polars_async._native import allocate_lock, wait_for
+
+if TYPE_CHECKING:
+    from polars_async.query import Awaited
+
+
+class _Waiter:
+    __slots__ = ("_lock",)
+
+    survives_fork: ClassVar[bool] = False
+
+    def __init__(self) -> None:
+        self._lock = allocate_lock()
+        self._lock.acquire()
+
+    def wake(self) -> None:
+        self._lock.release()
+
+    def wait(self, timeout: float | None) -> None:
+        wait_for(self._lock, timeout)
+
+
+def block(awaited: Awaited, timeout: float | None = None) -> bool:
+    """Block this thread until `awaited` has come; False if `timeout` seconds pass before."""
+    waiter = _Waiter()
+    if not awaited.add_waiter(waiter):
+        return True
+    try:
+        waiter.wait(timeout)
+    except BaseException:
+        awaited.remove_waiter(waiter, last_cancels=False)
+        raise
+    return not awaited.remove_waiter(waiter, last_cancels=False)
+
+
+def block_or_let_run(awaited: Awaited) -> None:
+    """Block this thread as above, or just this greenlet where gevent has patched the threads."""
+    monkey = sys.modules.get("gevent.monkey")
+    if monkey is not None and monkey.is_module_patched("threading"):
+        from polars_async.bridges.gevent import block_greenlet  # noqa: PLC0415  # optional
+
+        block_greenlet(awaited)
+    else:
+        block(awaited)

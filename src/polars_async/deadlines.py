@@ -1,0 +1,98 @@
+"""Time-outs: one thread for all of them, started with the first and ended after the last."""
+
+from __future__ import annotations
+
+import os
+from heapq import heapify, heappop, heappush
+from time import monotonic
+from typing import TYPE_CHECKING, Any, Final
+
+from polars_async._native import RLock, SimpleQueue, start_new_thread, when_put
+
+if TYPE_CHECKING:
+    from polars_async.query import Query
+
+_SWEPT_FROM: Final = 1000
+
+
+class Deadline:
+    """When a query has to be done; made by `set_deadline`."""
+
+    __slots__ = ("query",)
+
+    def __init__(self, query: Query[Any]) -> None:
+        self.query: Query[Any] | None = query
+
+    def lift(self) -> None:
+        """Forget the query, which is done. It takes no lock, so that a finaliser may do it."""
+        self.query = None
+
+
+class _Clock:
+    """
+    Any thread adds, under the lock; the clock's own thread takes out.
+
+    The lock is reentrant because a signal handler may come in and add a deadline of its own.
+    """
+
+    def __init__(self) -> None:
+        self.lock = RLock()
+        self.bell: SimpleQueue[None] = SimpleQueue()
+        self.deadlines: list[tuple[float, int, Deadline]] = []
+        self.number = 0
+        self.runs = False
+        self.swept_at = _SWEPT_FROM
+
+    def add(self, seconds: float, query: Query[Any]) -> Deadline:
+        deadline = Deadline(query)
+        with self.lock:
+            self.number += 1
+            entry = (monotonic() + seconds, self.number, deadline)
+            if len(self.deadlines) > self.swept_at:
+                # Most queries are done long before: their deadlines would pile up.
+                self.deadlines = [each for each in self.deadlines if each[2].query is not None]
+                heapify(self.deadlines)
+                self.swept_at = max(_SWEPT_FROM, 2 * len(self.deadlines))
+            heappush(self.deadlines, entry)
+            if not self.runs:
+                start_new_thread(self.run, ())
+                self.runs = True
+            elif self.deadlines[0] is entry:
+                self.bell.put(None)
+        return deadline
+
+    def run(self) -> None:
+        while (wait := self.expire_due()) is not None:
+            when_put(self.bell, wait)
+
+    def expire_due(self) -> float | None:
+        """Give the seconds until the next deadline; None if there is none."""
+        while True:
+            with self.lock:
+                if not self.deadlines:
+                    self.runs = False
+                    return None
+                wait = self.deadlines[0][0] - monotonic()
+                if wait > 0:
+                    return wait
+                query = heappop(self.deadlines)[2].query
+            if query is not None:
+                query.expire()
+                del query
+
+
+class _TheClock:
+    clock = _Clock()
+
+    @classmethod
+    def after_fork(cls) -> None:
+        cls.clock = _Clock()  # the thread stayed behind, and may have held the lock
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_TheClock.after_fork)
+
+
+def set_deadline(seconds: float, query: Query[Any]) -> Deadline:
+    """Have `query` expire in so many seconds, unless the deadline is lifted before."""
+    return _TheClock.clock.add(seconds, query)

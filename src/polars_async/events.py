@@ -1,0 +1,141 @@
+"""What happened to a query: for hooks, and for the logger ``polars_async``."""
+
+from __future__ import annotations
+
+import enum
+import logging
+import threading
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Final
+
+import polars as pl
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from polars_async.query import Query
+
+log: Final = logging.getLogger("polars_async")
+
+
+class EventKind(enum.StrEnum):
+    """What happened. Every query is queued first, and the last of it is one of the last five."""
+
+    QUEUED = "queued"
+    """It was handed to the collector."""
+    DOWNGRADED = "downgraded"
+    """The GPU engine was asked for, and another runs."""
+    FELL_BACK = "fell back"
+    """The engine that ran it could not, and the in-memory engine took over."""
+    STARTED = "started"
+    FINISHED = "finished"
+    FAILED = "failed"
+    CANCELLED = "cancelled"
+    TIMED_OUT = "timed out"
+    REJECTED = "rejected"
+    """The collector was full or closed."""
+
+
+_LEVELS: Final = {
+    EventKind.DOWNGRADED: logging.INFO,
+    EventKind.FELL_BACK: logging.INFO,
+    EventKind.TIMED_OUT: logging.INFO,
+    EventKind.REJECTED: logging.INFO,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class QueryEvent:
+    """
+    One thing that happened to one query.
+
+    Attributes
+    ----------
+    kind
+        What happened.
+    query_id
+        A number that no other query of this process has.
+    label
+        What the caller named the query; None if nothing.
+    engine
+        The name of the engine that runs it.
+    queue_seconds
+        How long it has waited, or waited, for a slot; 0 for one that was not let in.
+    run_seconds
+        How long it has run, or ran; None for one that did not start.
+    rows
+        How many rows it gave, over all frames; None before the end, and where it gave none.
+    error
+        What it failed with, or was refused or ended by; else None.
+    """
+
+    kind: EventKind
+    query_id: int
+    label: str | None
+    engine: str
+    queue_seconds: float
+    run_seconds: float | None
+    rows: int | None
+    error: BaseException | None
+
+    def __str__(self) -> str:
+        label = f" {self.label!r}" if self.label is not None else ""
+        parts = [f"query {self.query_id}{label} {self.kind}: {self.engine} engine"]
+        parts.append(f"waited {self.queue_seconds:.3f} s")
+        if self.run_seconds is not None:
+            parts.append(f"ran {self.run_seconds:.3f} s")
+        if self.rows is not None:
+            parts.append(f"{self.rows} rows")
+        if self.error is not None:
+            parts.append(f"{type(self.error).__name__}: {self.error}")
+        return ", ".join(parts)
+
+
+class Reporter:
+    """Tells the hook of a collector and the logger what happened."""
+
+    __slots__ = ("_on_event",)
+
+    def __init__(self, on_event: Callable[[QueryEvent], object] | None) -> None:
+        self._on_event = on_event
+
+    def __call__(
+        self,
+        kind: EventKind,
+        query: Query[Any],
+        *,
+        result: object = None,
+        error: BaseException | None = None,
+    ) -> None:
+        """Report, with no lock held. What the hook raises is logged and harms no query."""
+        level = _LEVELS.get(kind, logging.DEBUG)
+        if self._on_event is None and not log.isEnabledFor(level):
+            return
+        event = QueryEvent(
+            kind=kind,
+            query_id=query.id,
+            label=query.label,
+            engine=query.resolution.name,
+            queue_seconds=query.queue_seconds,
+            run_seconds=query.run_seconds,
+            rows=_count_rows(result),
+            error=error,
+        )
+        try:
+            log.log(level, "%s", event)
+            if self._on_event is not None:
+                self._on_event(event)
+        except KeyboardInterrupt:
+            if threading.current_thread() is threading.main_thread():
+                raise  # Ctrl-C, which is not for the hook
+            log.exception("the on_event hook was interrupted at: %s", event)
+        except BaseException:  # a worker's thread has to survive whatever it is
+            log.exception("the on_event hook raised at: %s", event)
+
+
+def _count_rows(result: object) -> int | None:
+    if isinstance(result, pl.DataFrame):
+        return result.height
+    if isinstance(result, list):
+        return sum(_count_rows(frame) or 0 for frame in result)
+    return result if isinstance(result, int) else None  # a stream counts them itself
