@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 from math import inf
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any
 
 from polars_async._native import RLock
 from polars_async._nesting import in_query
@@ -14,10 +14,9 @@ from polars_async.query import wake
 from polars_async.scheduling import Line, kept_for_small
 
 if TYPE_CHECKING:
+    from polars_async.expectations import Expectation
     from polars_async.query import Query, Waiter
     from polars_async.scheduling import Place
-
-_APPRAISED_TOGETHER: Final = 32
 
 
 @dataclass(slots=True)
@@ -38,11 +37,12 @@ class Counts:
 class Slot:
     """A thread's right to run queries, one after the other; without one while it looks for one."""
 
-    __slots__ = ("alone", "query", "small")
+    __slots__ = ("alone", "overtook", "query", "small")
 
     def __init__(self) -> None:
         self.query: Query[Any] | None = None
         self.small = False
+        self.overtook = False
         self.alone = True
 
 
@@ -136,7 +136,7 @@ class Admission:
             if at_once or (not self._exclusive and in_query()):
                 slot = Slot()
                 self._slots.add(slot)
-                self._start(query, slot, small=False)
+                self._start(query, slot, small=False, overtook=False)
                 return slot
             if self.max_waiting is not None:
                 self._check_room(self.max_waiting)
@@ -155,63 +155,68 @@ class Admission:
                 slot.query = None
                 self._slots.discard(slot)
 
-    def newcomers(self) -> list[Place[Query[Any]]]:
+    def newcomers(self, at_most: int) -> list[Place[Query[Any]]]:
         """Give some of the line, to be appraised without the lock."""
         with self.lock:
-            return self._line.newcomers(_APPRAISED_TOGETHER)
+            return self._line.newcomers(at_most)
 
-    def fill(self, slot: Slot, appraised: list[Place[Query[Any]]]) -> bool:
+    def fill(self, slot: Slot, appraised: list[Place[Query[Any]]], *, thorough: bool) -> bool:
         """
         Sort in those `appraised`, and start the next in `slot`, or else take the slot back.
 
-        Gives whether the thread of the slot has anything more to do: to run the slot's query, or,
-        where it has none, to appraise those that came meanwhile.
+        `thorough` is to take nobody but a small one while others have not been appraised. Gives
+        whether the thread of the slot has anything more to do: to run the slot's query, or, where
+        it has none, to appraise more.
         """
         with self.lock:
+            line = self._line
             for place in appraised:
                 expected = place.item.expectation
                 seconds, kind = (UNKNOWN, None) if expected is None else expected
-                self._line.sort_in(place, seconds, kind)
-            if slot in self._slots and len(self._slots) <= self.max_running:
-                long_running = sum(
-                    other.query is not None and not other.small for other in self._slots
-                )
-                only_small = kept_for_small(long_running, self.max_running)
-                taken = self._line.take(only_small=only_small)
-                if taken is not None:
-                    query, small = taken
-                    self._start(query, slot, small=small)
+                line.sort_in(place, seconds, kind)
+            if slot not in self._slots or len(self._slots) > self.max_running:
+                self._slots.discard(slot)
+                return False
+            if thorough and line.has_newcomers and not line.has_small:
+                return True
+            only_small = self._is_kept_for_small()
+            while (turn := line.take(only_small=only_small)) is not None:
+                if self._start(turn.item, slot, small=turn.small, overtook=turn.overtook):
                     return True
-                if self._line.has_newcomers:
-                    return True
-            self._slots.discard(slot)
-            return False
-
-    def release(self, slot: Slot) -> bool:
-        """Take back the slot of a query that really ended, unless somebody waits for one."""
-        with self.lock:
-            query, slot.query = slot.query, None
-            if query is not None and query.run_seconds is not None:
-                self.counts.run_seconds += query.run_seconds
-                self._line.serve(query.run_seconds)
-            if self._line and len(self._slots) <= self.max_running and slot in self._slots:
+            if line.has_newcomers:
                 return True
             self._slots.discard(slot)
             return False
 
-    def pause(self, query: Query[Any]) -> Slot | None:
-        """Take the slot of a query that waits for its consumer; gives one for whoever is next."""
+    def release(self, slot: Slot) -> bool:
+        """
+        Take back the slot of a query that really ended, unless there may be a next one for it.
+
+        With the lock held.
+        """
+        query, slot.query = slot.query, None
+        line, slots = self._line, self._slots
+        if query is not None and query.run_seconds is not None:
+            self.counts.run_seconds += query.run_seconds
+            line.serve(query.run_seconds, overtook=slot.overtook)
+        if not line or slot not in slots or len(slots) > self.max_running:
+            slots.discard(slot)
+            return False
+        if not self._is_kept_for_small():
+            unseen = line.take_unseen()
+            if unseen is not None:
+                self._start(unseen, slot, small=False, overtook=False)
+        return True
+
+    def pause(self, query: Query[Any]) -> list[Slot]:
+        """Take the slot of a query that waits for its consumer; gives those for who are next."""
         with self.lock:
             for slot in self._slots:
                 if slot.query is query:
                     self._slots.remove(slot)
                     self._paused.add(slot)
                     break
-            if not self._line or len(self._slots) >= self.max_running:
-                return None
-            following = Slot()
-            self._slots.add(following)
-            return following
+            return self._idle_slots()
 
     def resume(self, query: Query[Any]) -> None:
         """Give a paused query a slot again, beyond all others if need be."""
@@ -227,10 +232,11 @@ class Admission:
         with self.lock:
             self._line.discard(query)
 
-    def reappraise(self, fingerprint: int, seconds: float) -> None:
-        """Sort the queries of one kind anew, of which another amount of work is expected now."""
+    def reappraise(self, expectation: Expectation) -> list[Slot]:
+        """Sort in anew the queries of one kind in the line; gives the slots for who may go now."""
         with self.lock:
-            self._line.reappraise(fingerprint, seconds)
+            self._line.reappraise(expectation.fingerprint, expectation.seconds)
+            return self._idle_slots()
 
     def add_waiter(self, waiter: Waiter) -> bool:
         """Have `waiter` woken when no query runs or waits; False if that is so already."""
@@ -269,15 +275,32 @@ class Admission:
         self._waiters.clear()
         return lost
 
-    def _start(self, query: Query[Any], slot: Slot, *, small: bool) -> None:
+    def _start(self, query: Query[Any], slot: Slot, *, small: bool, overtook: bool) -> bool:
+        waited = query.start()
+        if waited is None:
+            return False
         slot.alone = True
         for other in self._slots:
             if other.query is not None:
                 slot.alone = other.alone = False
-        query.start()
         slot.query = query
         slot.small = small
-        self.counts.queue_seconds += query.queue_seconds
+        slot.overtook = overtook
+        self.counts.queue_seconds += waited
+        return True
+
+    def _is_kept_for_small(self) -> bool:
+        long_running = 0
+        for slot in self._slots:
+            if slot.query is not None and not slot.small:
+                long_running += 1
+        return kept_for_small(long_running, self.max_running)
+
+    def _idle_slots(self) -> list[Slot]:
+        idle = min(self.max_running - len(self._slots), len(self._line))
+        slots = [Slot() for _ in range(idle)]
+        self._slots.update(slots)
+        return slots
 
     def _is_empty(self) -> bool:
         return not self._line and not self.in_slots()

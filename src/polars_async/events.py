@@ -99,6 +99,11 @@ class Reporter:
     def __init__(self, on_event: Callable[[QueryEvent], object] | None) -> None:
         self._on_event = on_event
 
+    @property
+    def listens(self) -> bool:
+        """Whether anybody wants to know, which is asked once for each query."""
+        return self._on_event is not None or log.isEnabledFor(logging.INFO)
+
     def __call__(
         self,
         kind: EventKind,

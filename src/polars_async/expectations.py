@@ -40,8 +40,7 @@ class Expectation(NamedTuple):
 
 class _Plan(NamedTuple):
     seconds: float
-    text: str
-    magnitude: int
+    shape: int
 
 
 class Expectations:
@@ -60,15 +59,15 @@ class Expectations:
         """Say what to expect of a query for `frames`; never raises."""
         try:
             plans = [self._plan(frame) for frame in frames]
+            fingerprint = hash((engine, *(plan.shape for plan in plans)))
+            seconds = self._taken.get(fingerprint)
+            if seconds is None:
+                seconds = sum(plan.seconds for plan in plans)
         except BaseException:  # noqa: BLE001  # what is wrong with a plan, the query will tell
             return Expectation(UNKNOWN, None)
-        fingerprint = hash((engine, *(plan[1:] for plan in plans)))
-        seconds = self._taken.get(fingerprint)
-        if seconds is None:
-            seconds = sum(plan.seconds for plan in plans)
         return Expectation(seconds, fingerprint)
 
-    def learn(self, expected: Expectation, seconds: float, *, alone: bool) -> float | None:
+    def learn(self, expected: Expectation, seconds: float, *, alone: bool) -> Expectation | None:
         """
         Correct what was expected of a query by the `seconds` that it took.
 
@@ -76,7 +75,7 @@ class Expectations:
         others it says no more than that the query takes no longer, nor less by orders of magnitude.
         Gives the new expectation, or None where the old one was not off by half.
         """
-        if expected.fingerprint is None:
+        if expected.fingerprint is None or (seconds <= _NO_TIME and expected.seconds <= _NO_TIME):
             return None
         least = seconds if alone else seconds / _SLOWDOWN
         with self._lock:
@@ -86,7 +85,7 @@ class Expectations:
             self._taken[expected.fingerprint] = now
             if len(self._taken) > _MOST_KNOWN:
                 del self._taken[next(iter(self._taken))]
-        return None if fits else now
+        return None if fits else Expectation(now, expected.fingerprint)
 
     def _plan(self, frame: pl.LazyFrame) -> _Plan:
         # A frame that is collected again and again is looked at once.
@@ -106,8 +105,8 @@ def _look_at(frame: pl.LazyFrame) -> _Plan:
     seconds = sources.frame_bytes / _FRAME_RATE + sum(map(_file_seconds, sources.paths))
     if not sources.complete:
         seconds = max(seconds, UNKNOWN)
-    magnitude = sources.frame_bytes.bit_length()
-    return _Plan(seconds, _NUMBER.sub("0", text), magnitude)
+    shape = hash((_NUMBER.sub("0", text), sources.frame_bytes.bit_length()))
+    return _Plan(seconds, shape)
 
 
 def _file_seconds(path: str) -> float:

@@ -20,6 +20,9 @@ if TYPE_CHECKING:
     from polars_async.query import Query
 
 
+_MOST_TOGETHER: Final = 256
+"""So many newcomers a thread appraises at once; after that it takes whom it has, be it long."""
+
 _lanes: Final[WeakSet[Lane]] = WeakSet()
 
 
@@ -52,15 +55,17 @@ class Lane:
 
     def submit(self, query: Query[Any]) -> None:
         """Run `query` at once where a slot is free, or else when its turn comes."""
-        self._report(EventKind.QUEUED, query)
-        if query.resolution.downgraded:
-            self._report(EventKind.DOWNGRADED, query)
+        downgraded = query.resolution.downgraded
+        if query.reports:
+            self._report(EventKind.QUEUED, query)
+            if downgraded:
+                self._report(EventKind.DOWNGRADED, query)
         admission = self.admission
         slot: Slot | None = None
         try:
             with admission.lock:
                 admission.counts.submitted += 1
-                admission.counts.downgraded += query.resolution.downgraded
+                admission.counts.downgraded += downgraded
                 slot = admission.enter(query)
                 if slot is not None:
                     self._start_thread(slot)
@@ -68,14 +73,14 @@ class Lane:
             with admission.lock:
                 admission.forget(query, slot)
                 admission.counts.rejected += 1
-            self._report(EventKind.REJECTED, query, error=error)
+            if query.reports:
+                self._report(EventKind.REJECTED, query, error=error)
             raise
 
     def pause(self, query: Query[Any]) -> None:
         """Let others use the slot of `query` while it waits for its consumer."""
         with self.admission.lock:
-            slot = self.admission.pause(query)
-            if slot is not None:
+            for slot in self.admission.pause(query):
                 self._start_thread(slot)
 
     def close(self, *, cancel_waiting: bool) -> None:
@@ -101,18 +106,20 @@ class Lane:
         self._executor.start(partial(self._serve, slot), at_once=self.admission.threads)
 
     def _serve(self, slot: Slot) -> None:
-        while self._fill(slot) and self._run(slot):
+        while (slot.query is not None or self._fill(slot)) and self._run(slot):
             pass
 
     def _fill(self, slot: Slot) -> bool:
         """Find a query for `slot`; False if there is none, and the slot was taken back."""
         admission = self.admission
+        together = 1  # since the first may be small already
         while slot.query is None:
-            appraised = admission.newcomers()
+            appraised = admission.newcomers(together)
             for place in appraised:
                 place.item.appraise(self._expectations)
-            if not admission.fill(slot, appraised):
+            if not admission.fill(slot, appraised, thorough=together < _MOST_TOGETHER):
                 return False
+            together = min(2 * together, _MOST_TOGETHER)
         return True
 
     def _run(self, slot: Slot) -> bool:
@@ -125,14 +132,20 @@ class Lane:
                 query.run()
         # Done before it is gone: `close` trusts in that, and a fork may come in between. And gone
         # before anybody wakes, who may ask at once for the slot.
-        with self.admission.lock:
-            waiters = query.end()
-            kept = self.admission.release(slot)
+        admission = self.admission
+        with admission.lock:
             alone = slot.alone
-        query.report_end()
+            waiters = query.end()
+            kept = admission.release(slot)
+        if query.reports:
+            query.report_end()
         wake(waiters)
-        query.after_end(self._expectations, alone=alone)
-        self.admission.tell_if_empty()
+        corrected = query.after_end(self._expectations, alone=alone)
+        if corrected is not None:
+            with admission.lock:
+                for idle in admission.reappraise(corrected):
+                    self._start_thread(idle)
+        admission.tell_if_empty()
         del query, waiters  # as in Query.run
         return kept
 

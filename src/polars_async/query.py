@@ -93,6 +93,7 @@ class Query(Generic[T]):
         "is_stream",
         "label",
         "priority",
+        "reports",
         "resolution",
         "state",
     )
@@ -117,6 +118,7 @@ class Query(Generic[T]):
         self.priority = priority
         self.label = label
         self.is_stream = is_stream
+        self.reports = report.listens
         self._admission = admission
         self._report = report
         self._work: Callable[[], T] | None = work
@@ -146,7 +148,9 @@ class Query(Generic[T]):
     @property
     def run_seconds(self) -> float | None:
         """How long it has run, or ran; None if it did not start."""
-        return None if self._started is None else (self._ended or perf_counter()) - self._started
+        if self._started is None:
+            return None
+        return (self._ended or perf_counter()) - self._started
 
     def expire_in(self, seconds: float) -> None:
         """Have the query time out, unless it is done before."""
@@ -155,10 +159,17 @@ class Query(Generic[T]):
         if self.done:  # it was, before there was a deadline that it could lift
             self._deadline.lift()
 
-    def start(self) -> None:
-        """Note, with the lock held, that it has a slot now."""
+    def start(self) -> float | None:
+        """
+        Note, with the lock held, that it has a slot now; gives how long it waited for it.
+
+        Or None: somebody who interrupted this thread has cancelled it on the way.
+        """
+        if self.state is not State.WAITING:
+            return None
         self.state = State.RUNNING
         self._started = perf_counter()
+        return self._started - self._submitted
 
     def appraise(self, expectations: Expectations) -> None:
         """Find out what is to be expected of it; never raises."""
@@ -167,7 +178,8 @@ class Query(Generic[T]):
 
     def run(self) -> None:
         """Run the work on this thread and keep its outcome, which `end` then makes final."""
-        self._report(EventKind.STARTED, self)
+        if self.reports:
+            self._report(EventKind.STARTED, self)
         work, self._work = cast("Callable[[], T]", self._work), None
         try:
             self._value = self._context.run(work)
@@ -181,33 +193,40 @@ class Query(Generic[T]):
             del self, work  # the frames of the traceback lead back here all the same
 
     def end(self) -> list[Waiter]:
-        """Make the outcome final, unless it was let go before; gives whom to wake."""
-        with self._admission.lock:
-            self._ended = perf_counter()
-            if self.done:
-                return []
-            self.state = State.ENDED
-            counts = self._admission.counts
-            if self._error is None:
-                counts.completed += 1
-            else:
-                counts.failed += 1
-            waiters, self._waiters = self._waiters, []
+        """
+        Make the outcome final, unless it was let go before; gives whom to wake.
+
+        With the lock held.
+        """
+        self._ended = perf_counter()
+        if self.done:
+            return []
+        self.state = State.ENDED
+        counts = self._admission.counts
+        if self._error is None:
+            counts.completed += 1
+        else:
+            counts.failed += 1
         if self._deadline is not None:
             self._deadline.lift()
+        waiters, self._waiters = self._waiters, []
         return waiters
 
     def report_end(self) -> None:
         """Tell what came of it, unless it was let go, which was told then."""
-        if self.state is not State.ENDED:
+        if not self.reports or self.state is not State.ENDED:
             return
         if self._error is None:
             self._report(EventKind.FINISHED, self, result=self._value)
         else:
             self._report(EventKind.FAILED, self, error=self._error)
 
-    def after_end(self, expectations: Expectations, *, alone: bool) -> None:
-        """Do what nobody has to wait for: drop what is not wanted, and learn from what it took."""
+    def after_end(self, expectations: Expectations, *, alone: bool) -> Expectation | None:
+        """
+        Do what nobody has to wait for: drop what is not wanted, and learn from what it took.
+
+        Gives what is now to be expected of its kind, if that was not known before.
+        """
         frames, self._frames = self._frames, ()
         if self.state is not State.ENDED:
             self._value = self._error = self._traceback = None
@@ -215,18 +234,18 @@ class Query(Generic[T]):
         if self.expectation is None:
             # It takes some 50 us to find out, which is too much for what is over in no time.
             if seconds < _WORTH_APPRAISING or not frames:
-                return
+                return None
             self.expectation = expectations.of(frames, self.resolution.name)
-        corrected = expectations.learn(self.expectation, seconds, alone=alone)
-        if corrected is not None and self.expectation.fingerprint is not None:
-            self._admission.reappraise(self.expectation.fingerprint, corrected)
+        return expectations.learn(self.expectation, seconds, alone=alone)
 
     def lose(self, error: BaseException) -> None:
         """End a query whose thread stayed behind in a fork, with an error of our own."""
         self._work = None
         self._error = error
         self._traceback = None
-        wake([waiter for waiter in self.end() if waiter.survives_fork])
+        with self._admission.lock:
+            waiters = self.end()
+        wake([waiter for waiter in waiters if waiter.survives_fork])
 
     def cancel(self) -> bool:
         """Take the query out of the line, or let go of a running one; False if it had ended."""
@@ -300,8 +319,9 @@ class Query(Generic[T]):
     def _was_let_go(self, ended: tuple[list[Waiter], object]) -> None:
         if self._deadline is not None:
             self._deadline.lift()
-        kind = EventKind.CANCELLED if self.state is State.CANCELLED else EventKind.TIMED_OUT
-        self._report(kind, self, error=self._late)
+        if self.reports:
+            kind = EventKind.CANCELLED if self.state is State.CANCELLED else EventKind.TIMED_OUT
+            self._report(kind, self, error=self._late)
         wake(ended[0])
         self._admission.tell_if_empty()
 

@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
-from collections import deque
+from collections import OrderedDict
 from heapq import heapify, heappop, heappush
-from typing import TYPE_CHECKING, Final, Generic, TypeVar
+from typing import TYPE_CHECKING, Final, Generic, NamedTuple, TypeVar
 
 if TYPE_CHECKING:
     from collections.abc import Hashable, Iterator
 
 T = TypeVar("T")
+_V = TypeVar("_V")
 
 SMALL: Final = 0.01
 """Seconds of expected work up to which a query counts as small."""
 PATIENCE: Final = 4.0
-"""How many times its own expected work a query lets later ones be served before itself."""
+"""How many times its own expected work a query lets others overtake."""
 FAIR_TURN: Final = 8
 """One turn in so many disregards priorities."""
 PRIORITIES: Final = range(-10, 11)
+QUICK_ROW: Final = 8
+"""After so many small ones in a row, the next is taken unseen."""
 _LEAST_WORK: Final = 1e-5
+_MOST_WORK: Final = 60.0
+"""Seconds; more patience than for these nobody needs to have, whatever was expected."""
 
 
 def kept_for_small(long_running: int, slots: int) -> bool:
@@ -26,23 +31,45 @@ def kept_for_small(long_running: int, slots: int) -> bool:
     return slots > 1 and long_running >= slots - 1
 
 
+class Turn(NamedTuple, Generic[T]):
+    """Who is next."""
+
+    item: T
+    small: bool
+    overtook: bool
+    """Whether somebody who came before still waits."""
+
+
 class Place(Generic[T]):
     """Where one item stands; made by `Line.add`."""
 
-    __slots__ = ("item", "kind", "left", "mark", "number", "priority", "served_before", "small")
+    __slots__ = ("item", "kind", "left", "number", "overtaken", "priority", "small", "version")
 
-    def __init__(self, item: T, priority: int, served_before: float, number: int) -> None:
+    def __init__(self, item: T, priority: int, overtaken: float, number: int) -> None:
         self.item = item
-        self.kind: Hashable = None
         self.priority = priority
-        self.served_before = served_before
+        self.overtaken = overtaken
         self.number = number
-        self.mark = 0.0
+        self.kind: Hashable = None
         self.small = False
         self.left = False
+        self.version = 0  # how often it was appraised
 
-    def __lt__(self, other: Place[T]) -> bool:
-        return (self.mark, self.number) < (other.mark, other.number)
+
+# An item's mark, number and version, and its place: which may have left, or moved on.
+_Entry = tuple[float, int, int, Place[T]]
+
+
+def _is_stale(entry: _Entry[T]) -> bool:
+    return entry[3].left or entry[3].version != entry[2]
+
+
+def _first(items: OrderedDict[T, _V]) -> tuple[T, _V] | None:
+    while True:
+        try:
+            return next(iter(items.items()), None)
+        except RuntimeError:  # a discard came in between
+            pass
 
 
 class Line(Generic[T]):
@@ -50,14 +77,16 @@ class Line(Generic[T]):
     Who waits, and who is next.
 
     An item comes to the line as a newcomer, of which nothing is known, and takes part once its
-    work was appraised. It then has a mark: the work that had been served when it came, and
+    work was appraised. It then has a mark: the work that had overtaken anybody when it came, and
     `PATIENCE` times its own. The lowest mark is next. So what is small overtakes what is not, and
-    yet nothing is overtaken for ever: what comes after `PATIENCE` times an item's work was served
+    yet nothing is overtaken for ever: once `PATIENCE` times an item's work overtook, all that comes
     has a higher mark, however small it is.
 
     A higher priority comes first, but every `FAIR_TURN`-th turn goes by the marks alone, so that
     no priority keeps another out for ever. An item is small if it has little work, or, where the
     caller knows better, if its priority is above 0; never if it is below.
+
+    While all that ran was small there is little to order, and newcomers are taken unseen.
 
     Callers see to it that one thread at a time is in here, but `discard` may interrupt any other
     method.
@@ -65,49 +94,64 @@ class Line(Generic[T]):
 
     __slots__ = (
         "_heaps",
-        "_kinds",
         "_newcomers",
         "_number",
+        "_overtaken",
         "_places",
-        "_served",
+        "_ranked",
+        "_small_row",
         "_sorted_in",
         "_turns",
     )
 
     def __init__(self) -> None:
-        self._places: dict[T, Place[T]] = {}
-        self._newcomers: deque[Place[T]] = deque()
-        self._heaps: dict[tuple[int, bool], list[Place[T]]] = {}
-        self._kinds: dict[Hashable, dict[T, None]] = {}
+        # The priority, overtaken work and number of each; a place it gets when it is appraised.
+        self._newcomers: OrderedDict[T, tuple[int, float, int]] = OrderedDict()
+        self._places: OrderedDict[T, Place[T]] = OrderedDict()
+        self._heaps: dict[tuple[int, bool], list[_Entry[T]]] = {}
         self._sorted_in = 0
-        self._served = 0.0
+        self._overtaken = 0.0
         self._number = 0
-        self._turns = 0
+        self._turns = [0, 0]  # those for anybody, and those for small ones only
+        self._small_row = 0
+        self._ranked = 0  # the last newcomer with a priority of its own
 
     def __len__(self) -> int:
-        return len(self._places)
+        return len(self._newcomers) + len(self._places)
 
     def __iter__(self) -> Iterator[T]:
-        return iter(list(self._places))
+        # Whoever interrupts `newcomers` may find one in both.
+        return iter(dict.fromkeys([*list(self._places), *list(self._newcomers)]))
 
     @property
     def has_newcomers(self) -> bool:
-        """Whether somebody may still have to be appraised."""
+        """Whether somebody still has to be appraised."""
         return bool(self._newcomers)
+
+    @property
+    def has_small(self) -> bool:
+        """Whether somebody small was appraised, as far as it is known without looking twice."""
+        return any(heap and small for (_, small), heap in self._heaps.items())
 
     def add(self, item: T, *, priority: int = 0) -> None:
         """Let `item` into the line, as a newcomer."""
         self._number += 1
-        place = Place(item, priority, self._served, self._number)
-        self._places[item] = place
-        self._newcomers.append(place)
+        if priority:
+            self._ranked = self._number
+        self._newcomers[item] = (priority, self._overtaken, self._number)
 
     def newcomers(self, at_most: int) -> list[Place[T]]:
-        """Take out newcomers to be appraised: outside of any lock, since that takes its time."""
+        """Give places to newcomers, to be appraised; not under a lock, since it takes its time."""
         found: list[Place[T]] = []
-        while self._newcomers and len(found) < at_most:
-            place = self._newcomers.popleft()
-            if not place.left:
+        while len(found) < at_most:
+            first = _first(self._newcomers)
+            if first is None:
+                break
+            item, came = first
+            place = self._places[item] = Place(item, *came)
+            if self._newcomers.pop(item, None) is None:  # it was discarded just now
+                self.discard(item)
+            else:
                 found.append(place)
         return found
 
@@ -118,81 +162,96 @@ class Line(Generic[T]):
         `work` is what it is expected to take, in seconds, and `kind` what it has in common with
         those that are expected to take the same; None if that is not known.
         """
-        place.kind = kind
-        if kind is not None:
-            self._kinds.setdefault(kind, {})[place.item] = None
         if place.left:
-            self._forget_kind(place)
             return
-        place.small = place.priority > 0 or (place.priority == 0 and work <= SMALL)
-        place.mark = place.served_before + PATIENCE * max(work, _LEAST_WORK)
-        if self._sorted_in > 2 * len(self._places) + 64:  # most of them have left
-            self._sweep()
-        heappush(self._heaps.setdefault((place.priority, place.small), []), place)
-        self._sorted_in += 1
+        place.kind = kind
+        self._mark(place, work)
 
     def reappraise(self, kind: Hashable, work: float) -> None:
         """Give all of `kind` a new mark, so that they do not lose their order to newcomers."""
-        for item in list(self._kinds.get(kind, ())):
-            old = self._places.get(item)
-            if old is not None:
-                old.left = True
-                place = Place(item, old.priority, old.served_before, old.number)
-                self._places[item] = place
-                self.sort_in(place, work, kind)
+        for place in list(self._places.values()):
+            if place.kind == kind and place.version:
+                self._mark(place, work)
 
-    def take(self, *, only_small: bool) -> tuple[T, bool] | None:
-        """Take the next out of the line, and say whether it is small; None if nobody may go."""
-        fair = (self._turns + 1) % FAIR_TURN == 0
-        best: list[Place[T]] | None = None
-        rank: tuple[int, float, int] | None = None
-        for (priority, small), heap in self._heaps.items():
-            while heap and heap[0].left:
-                heappop(heap)
-                self._sorted_in -= 1
-            if heap and (small or not only_small):
-                ranked = (0 if fair else -priority, heap[0].mark, heap[0].number)
-                if rank is None or ranked < rank:
-                    best, rank = heap, ranked
-        if best is None:
+    def take(self, *, only_small: bool) -> Turn[T] | None:
+        """Take the next out of the line; None if nobody may go."""
+        # Either kind of turn is counted by itself: their rhythm could keep a priority out for ever.
+        fair = (self._turns[only_small] + 1) % FAIR_TURN == 0
+        while True:
+            best: list[_Entry[T]] | None = None
+            rank: tuple[int, float, int] | None = None
+            for (priority, small), heap in self._heaps.items():
+                while heap and _is_stale(heap[0]):
+                    heappop(heap)
+                    self._sorted_in -= 1
+                if heap and (small or not only_small):
+                    ranked = (0 if fair else -priority, *heap[0][:2])
+                    if rank is None or ranked < rank:
+                        best, rank = heap, ranked
+            if best is None:
+                return None
+            self._sorted_in -= 1
+            place = heappop(best)[3]
+            if self._places.pop(place.item, None) is not None:  # or else it left a moment ago
+                place.left = True
+                self._turns[only_small] += 1
+                return Turn(place.item, place.small, self._is_overtaking(place))
+
+    def take_unseen(self) -> T | None:
+        """Take the first newcomer, unappraised, while all is small and equal; None if it is not."""
+        if self._small_row < QUICK_ROW or self._sorted_in:
             return None
-        self._turns += 1
-        self._sorted_in -= 1
-        place = heappop(best)
-        self.discard(place.item)
-        return place.item, place.small
+        try:
+            item, came = self._newcomers.popitem(last=False)
+        except KeyError:  # there is none
+            return None
+        if came[2] > self._ranked:
+            return item
+        # It, or one behind it, has a priority.
+        self._newcomers[item] = came
+        self._newcomers.move_to_end(item, last=False)
+        return None
 
     def discard(self, item: T) -> None:
         """Let `item` go, wherever it stands; what is not here stays not here."""
-        place = self._places.pop(item, None)
-        if place is None:
-            return
-        place.left = True
-        self._forget_kind(place)
+        if self._newcomers.pop(item, None) is None:
+            place = self._places.pop(item, None)
+            if place is not None:
+                place.left = True
 
-    def serve(self, seconds: float) -> None:
-        """Note that so much work was served."""
-        self._served += max(seconds, _LEAST_WORK)
+    def serve(self, seconds: float, *, overtook: bool) -> None:
+        """Note that a turn is over, and what it took."""
+        self._small_row = self._small_row + 1 if seconds <= SMALL else 0
+        if overtook:
+            self._overtaken += max(_LEAST_WORK, seconds)
 
     def clear(self) -> None:
         """Let everybody go."""
-        for place in self._places.values():
+        for place in list(self._places.values()):
             place.left = True
         self._places.clear()
         self._newcomers.clear()
         self._heaps.clear()
-        self._kinds.clear()
         self._sorted_in = 0
 
-    def _forget_kind(self, place: Place[T]) -> None:
-        alike = self._kinds.get(place.kind)
-        if alike is not None:
-            alike.pop(place.item, None)
-            if not alike:
-                self._kinds.pop(place.kind, None)
+    def _mark(self, place: Place[T], work: float) -> None:
+        place.small = place.priority > 0 or (place.priority == 0 and work <= SMALL)
+        place.version += 1
+        mark = place.overtaken + PATIENCE * min(max(_LEAST_WORK, work), _MOST_WORK)
+        if self._sorted_in > 2 * len(self._places) + 64:  # most of them have left
+            self._sweep()
+        heap = self._heaps.setdefault((place.priority, place.small), [])
+        heappush(heap, (mark, place.number, place.version, place))
+        self._sorted_in += 1
+
+    def _is_overtaking(self, place: Place[T]) -> bool:
+        newcomer, other = _first(self._newcomers), _first(self._places)
+        return (newcomer is not None and newcomer[1][2] < place.number) or (
+            other is not None and other[1].number < place.number
+        )
 
     def _sweep(self) -> None:
         for heap in self._heaps.values():
-            heap[:] = [place for place in heap if not place.left]
+            heap[:] = [entry for entry in heap if not _is_stale(entry)]
             heapify(heap)
         self._sorted_in = sum(map(len, self._heaps.values()))
