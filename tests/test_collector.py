@@ -305,7 +305,7 @@ def test_close_waits_and_cancels_as_asked(collector, blocked, ended, wait, cance
         for handle in waiting if cancel_waiting else []:
             with pytest.raises(CancelledError):
                 handle.result(30)
-        while not (collector._cpu.admission.closed and collector._cpu.admission._waiters):
+        while not (collector._cpu.admission.closed and collector._cpu.admission.waiters):
             pass  # until it waits; nobody is told
         assert not closed.is_set()
     else:
@@ -342,7 +342,7 @@ def test_many_threads_close_at_once_and_all_wait(collector, blocked):
             pool.submit(lambda: (collector.close(), handle.done(), waiting.done()))
             for _ in range(8)
         ]
-        while len(collector._cpu.admission._waiters) < 8:
+        while len(collector._cpu.admission.waiters) < 8:
             pass  # nobody is told
         blocked.gate.set()
         assert [future.result(30) for future in futures] == [(None, True, True)] * 8

@@ -111,7 +111,7 @@ def test_close_waits_for_the_gpu_too(blocked):
     waiting = offloading.collect_async(TINY, engine="gpu")
     closed = threading.Event()
     threading.Thread(target=lambda: (offloading.close(), closed.set())).start()
-    while not offloading._gpu.admission._waiters:
+    while not offloading._gpu.admission.waiters:
         pass  # until it waits; nobody is told
     assert waiting.done()
     assert not closed.is_set()

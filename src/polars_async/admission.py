@@ -64,12 +64,12 @@ class Admission:
         "_line",
         "_paused",
         "_slots",
-        "_waiters",
         "closed",
         "counts",
         "lock",
         "max_running",
         "max_waiting",
+        "waiters",
     )
 
     def __init__(
@@ -84,7 +84,7 @@ class Admission:
         self._slots: set[Slot] = set()
         self._paused: set[Slot] = set()
         self._line: Line[Query[Any]] = Line()
-        self._waiters: list[Waiter] = []
+        self.waiters: list[Waiter] = []
 
     @property
     def running(self) -> int:
@@ -196,9 +196,10 @@ class Admission:
         """
         query, slot.query = slot.query, None
         line, slots = self._line, self._slots
-        if query is not None and query.run_seconds is not None:
-            self.counts.run_seconds += query.run_seconds
-            line.serve(query.run_seconds, overtook=slot.overtook)
+        seconds = None if query is None else query.run_seconds
+        if seconds is not None:
+            self.counts.run_seconds += seconds
+            line.serve(seconds, overtook=slot.overtook)
         if not line or slot not in slots or len(slots) > self.max_running:
             slots.discard(slot)
             return False
@@ -243,25 +244,23 @@ class Admission:
         with self.lock:
             if self._is_empty():
                 return False
-            self._waiters.append(waiter)
+            self.waiters.append(waiter)
             return True
 
     def remove_waiter(self, waiter: Waiter, *, last_cancels: bool) -> bool:  # noqa: ARG002  # as Query
         """Stop waiting; False if it is over already."""
         with self.lock:
-            if waiter not in self._waiters:
+            if waiter not in self.waiters:
                 return False
-            self._waiters.remove(waiter)
+            self.waiters.remove(waiter)
             return True
 
     def tell_if_empty(self) -> None:
         """Wake whoever waits for no query to be left, if none is."""
-        if not self._waiters:
-            return
         with self.lock:
-            if not self._is_empty():
+            if not self.waiters or not self._is_empty():
                 return
-            waiters, self._waiters = self._waiters, []
+            waiters, self.waiters = self.waiters, []
         wake(waiters)
 
     def reset(self) -> list[Query[Any]]:
@@ -272,7 +271,7 @@ class Admission:
         self._slots.clear()
         self._paused.clear()
         self._line.clear()
-        self._waiters.clear()
+        self.waiters.clear()
         return lost
 
     def _start(self, query: Query[Any], slot: Slot, *, small: bool, overtook: bool) -> bool:

@@ -145,7 +145,8 @@ class Lane:
             with admission.lock:
                 for idle in admission.reappraise(corrected):
                     self._start_thread(idle)
-        admission.tell_if_empty()
+        if admission.waiters:
+            admission.tell_if_empty()
         del query, waiters  # as in Query.run
         return kept
 

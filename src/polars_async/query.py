@@ -232,7 +232,7 @@ class Query(Generic[T]):
             self._value = self._error = self._traceback = None
         seconds = self.run_seconds or 0.0
         if self.expectation is None:
-            # It takes some 50 us to find out, which is too much for what is over in no time.
+            # To find out takes some 50 us, which is too much for what is over in no time.
             if seconds < _WORTH_APPRAISING or not frames:
                 return None
             self.expectation = expectations.of(frames, self.resolution.name)
@@ -323,7 +323,8 @@ class Query(Generic[T]):
             kind = EventKind.CANCELLED if self.state is State.CANCELLED else EventKind.TIMED_OUT
             self._report(kind, self, error=self._late)
         wake(ended[0])
-        self._admission.tell_if_empty()
+        if self._admission.waiters:
+            self._admission.tell_if_empty()
 
     def _timeout_error(self) -> QueryTimeoutError:
         waited, ran = self.queue_seconds, self.run_seconds
