@@ -308,7 +308,7 @@ class Admission:
         running, waiting = self.running, self.waiting
         if min(running, self.max_running) + waiting >= self.max_running + max_waiting:
             raise QueueFullError(
-                f"the collector is full: {running} queries run and {waiting} wait, of at most "
+                f"the collector is full: {running} running and {waiting} waiting, of at most "
                 f"max_running={self.max_running} and max_waiting={max_waiting}. Try again later, "
                 "or make a Collector with a larger max_waiting"
             )
