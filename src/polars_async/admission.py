@@ -209,15 +209,27 @@ class Admission:
                 self._start(unseen, slot, small=False, overtook=False)
         return True
 
-    def pause(self, query: Query[Any]) -> list[Slot]:
-        """Take the slot of a query that waits for its consumer; gives those for who are next."""
+    def idle_slots(self) -> list[Slot]:
+        """Take the slots that are free while somebody waits, for threads that look who may go."""
+        with self.lock:
+            idle = min(self.max_running - len(self._slots), len(self._line))
+            slots = [Slot() for _ in range(idle)]
+            self._slots.update(slots)
+            return slots
+
+    def give_back(self, slot: Slot) -> None:
+        """Take back a slot that was not used."""
+        with self.lock:
+            self._slots.discard(slot)
+
+    def pause(self, query: Query[Any]) -> None:
+        """Free the slot of a query that waits for its consumer."""
         with self.lock:
             for slot in self._slots:
                 if slot.query is query:
                     self._slots.remove(slot)
                     self._paused.add(slot)
                     break
-            return self._idle_slots()
 
     def resume(self, query: Query[Any]) -> None:
         """Give a paused query a slot again, beyond all others if need be."""
@@ -233,11 +245,10 @@ class Admission:
         with self.lock:
             self._line.discard(query)
 
-    def reappraise(self, expectation: Expectation) -> list[Slot]:
-        """Sort in anew the queries of one kind in the line; gives the slots for who may go now."""
+    def reappraise(self, expectation: Expectation) -> None:
+        """Sort in anew the queries of one kind in the line."""
         with self.lock:
             self._line.reappraise(expectation.fingerprint, expectation.seconds)
-            return self._idle_slots()
 
     def add_waiter(self, waiter: Waiter) -> bool:
         """Have `waiter` woken when no query runs or waits; False if that is so already."""
@@ -294,12 +305,6 @@ class Admission:
             if slot.query is not None and not slot.small:
                 long_running += 1
         return kept_for_small(long_running, self.max_running)
-
-    def _idle_slots(self) -> list[Slot]:
-        idle = min(self.max_running - len(self._slots), len(self._line))
-        slots = [Slot() for _ in range(idle)]
-        self._slots.update(slots)
-        return slots
 
     def _is_empty(self) -> bool:
         return not self._line and not self.in_slots()

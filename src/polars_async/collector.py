@@ -648,6 +648,8 @@ class Collector:
             raise ValueError(
                 f"priority must be a whole number from {lowest} to {highest}, got {priority!r}"
             )
+        if label is not None and not isinstance(label, str):
+            raise TypeError(f"label must be a string, or None, got {label!r}")
         lane = self._lane(resolution)
         query = Query(
             work,

@@ -80,8 +80,8 @@ class Lane:
     def pause(self, query: Query[Any]) -> None:
         """Let others use the slot of `query` while it waits for its consumer."""
         with self.admission.lock:
-            for slot in self.admission.pause(query):
-                self._start_thread(slot)
+            self.admission.pause(query)
+            self._use_idle_slots()
 
     def close(self, *, cancel_waiting: bool) -> None:
         """Take no more queries, and let the threads end with the last of those here."""
@@ -105,6 +105,13 @@ class Lane:
     def _start_thread(self, slot: Slot) -> None:
         self._executor.start(partial(self._serve, slot), at_once=self.admission.threads)
 
+    def _use_idle_slots(self) -> None:
+        for slot in self.admission.idle_slots():
+            try:
+                self._start_thread(slot)
+            except RuntimeError:  # no thread to be had: those that there are go on with the line
+                self.admission.give_back(slot)
+
     def _serve(self, slot: Slot) -> None:
         while (slot.query is not None or self._fill(slot)) and self._run(slot):
             pass
@@ -120,6 +127,10 @@ class Lane:
             if not admission.fill(slot, appraised, thorough=together < _MOST_TOGETHER):
                 return False
             together = min(2 * together, _MOST_TOGETHER)
+            if len(appraised) > 1:
+                # Whoever looked at the line meanwhile did not see these, and gave its slot back.
+                with admission.lock:
+                    self._use_idle_slots()
         return True
 
     def _run(self, slot: Slot) -> bool:
@@ -143,8 +154,8 @@ class Lane:
         corrected = query.after_end(self._expectations, alone=alone)
         if corrected is not None:
             with admission.lock:
-                for idle in admission.reappraise(corrected):
-                    self._start_thread(idle)
+                admission.reappraise(corrected)
+                self._use_idle_slots()
         if admission.waiters:
             admission.tell_if_empty()
         del query, waiters  # as in Query.run
