@@ -212,6 +212,7 @@ class Told:
     """A waiter that counts how often it is woken."""
 
     survives_fork = False
+    told_at_exit = False
 
     def __init__(self):
         self.times = 0

@@ -7,7 +7,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, Final, cast
 from weakref import WeakSet
 
-from polars_async import _fork
+from polars_async import _exit, _fork
 from polars_async.admission import Admission
 from polars_async.events import EventKind
 from polars_async.executors.threads import ThreadExecutor, named_thread
@@ -52,6 +52,7 @@ class Lane:
         self._expectations = expectations
         self._report = report
         _lanes.add(self)
+        _exit.watch(self)
 
     def submit(self, query: Query[Any]) -> None:
         """Run `query` at once where a slot is free, or else when its turn comes."""

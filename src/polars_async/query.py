@@ -45,6 +45,8 @@ class Waiter(Protocol):
 
     survives_fork: ClassVar[bool]
     """Whether it still waits in a forked child."""
+    told_at_exit: ClassVar[bool]
+    """Whether it is told while the program ends: a loop is over then, a thread about to be."""
 
     def wake(self) -> None:
         """Have the waiter look again. Any thread may call it, and it never raises."""
@@ -348,9 +350,18 @@ def _name_in(error: BaseException, label: str) -> None:
         error.add_note(note)
 
 
+class Waking:
+    """Where those who wait go instead of being told, while the program ends."""
+
+    withheld: ClassVar[list[object] | None] = None
+
+
 def wake(waiters: Iterable[Waiter]) -> None:
     """Tell `waiters` that what they wait for has come."""
     for waiter in waiters:
+        if Waking.withheld is not None and not waiter.told_at_exit:
+            Waking.withheld.append(waiter)
+            continue
         try:
             waiter.wake()
         except Exception:  # noqa: BLE001  # one that broke its promise must not cost the others theirs

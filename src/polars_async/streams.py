@@ -281,6 +281,7 @@ class Suspension:
 
 class _Ending:
     survives_fork: ClassVar[bool] = False
+    told_at_exit: ClassVar[bool] = True
 
     def __init__(self, number: int, arrivals: _Arrivals[int]) -> None:
         self._number = number
@@ -292,6 +293,7 @@ class _Ending:
 
 class _BufferEnding:
     survives_fork: ClassVar[bool] = False
+    told_at_exit: ClassVar[bool] = True
 
     def __init__(self, query: Query[int], buffer: Buffer) -> None:
         self._query = query

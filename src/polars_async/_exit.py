@@ -1,0 +1,158 @@
+"""
+The end of the program while queries run or wait: prompt, silent, with the program's own status.
+
+While the interpreter is taken down, it ends each thread that comes back to Python, by unwinding its
+stack. Where Rust had called the Python, that aborts the process. PyO3 knows, and holds threads that
+come from Rust, so that a query in the midst of Rust can be left behind. Not so one in a UDF: it has
+to leave it before.
+"""
+
+from __future__ import annotations
+
+import atexit
+import ctypes
+import os
+import signal
+import sys
+import threading
+from contextlib import suppress
+from math import inf
+from time import monotonic
+from typing import TYPE_CHECKING, Final, Protocol
+from weakref import WeakSet
+
+from polars_async._native import allocate_lock
+from polars_async._upstream import PACKAGE_FOLDER, POOL_THREAD
+from polars_async.query import Query, Waking
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from types import FrameType
+
+_PATIENCE: Final = 1.0
+"""Seconds that UDFs have to end; what blocks for longer will hardly come back during the exit."""
+_GRACE: Final = 0.1
+"""Seconds that queries in no UDF have: most are short, and the others are far from their end."""
+_AGAIN: Final = 0.2
+"""Seconds that the ``finally`` of a UDF has, until it counts as one that goes on regardless."""
+_PAUSE: Final = 0.002
+
+_RUN: Final = Query.run.__code__
+
+
+class _Admission(Protocol):
+    @property
+    def running(self) -> int: ...
+
+
+class _Lane(Protocol):
+    @property
+    def admission(self) -> _Admission: ...
+
+    def close(self, *, cancel_waiting: bool) -> None: ...
+
+
+class _Process:
+    lanes: Final[WeakSet[_Lane]] = WeakSet()
+    prepared = False
+    exits = False
+
+
+def watch(lane: _Lane) -> None:
+    """
+    Close `lane` when the program ends, and cancel its queries.
+
+    That comes after the functions that the program hands to `atexit` from now on, for which all is
+    as ever, and before those that it had handed over earlier: they find each query cancelled, and
+    each collector closed. Who already waits is told nothing: it is a thread that ends with the
+    program, and would have to say that its query was cancelled.
+    """
+    _Process.lanes.add(lane)
+    if not _Process.prepared and os.name == "posix":
+        _Process.prepared = True
+        atexit.register(_leave)
+    if _Process.exits:
+        lane.close(cancel_waiting=True)
+
+
+def _leave() -> None:
+    _Process.exits = True
+    # For good: a task that is freed before its end complains of that.
+    ctypes.pythonapi.Py_IncRef(ctypes.py_object(unwoken := list[object]()))
+    Waking.withheld = unwoken
+    lanes = list(_Process.lanes)
+    for lane in lanes:
+        lane.close(cancel_waiting=True)
+    with suppress(KeyboardInterrupt):  # from somebody who waits no longer
+        _end_queries(lanes)
+    if _running(lanes):
+        _delay_abort()
+    Waking.withheld = None
+
+
+def _running(lanes: list[_Lane]) -> bool:
+    # In a forked child none does, even where some did in its parent.
+    return any(lane.admission.running for lane in lanes)
+
+
+def _end_queries(lanes: list[_Lane]) -> None:
+    """Cancel what runs, and make UDFs raise SystemExit until they are gone, or time is up."""
+    pause = allocate_lock()  # not time.sleep, which gevent makes green
+    pause.acquire()
+    thrown_at: dict[FrameType, float] = {}
+    begun = in_udf = monotonic()
+    while _running(lanes) and (now := monotonic()) - begun < _PATIENCE and now - in_udf < _GRACE:
+        for thread, entrance, top in _threads_in_queries():
+            if entrance not in thrown_at:
+                thrown_at[entrance] = -inf
+                _cancel(entrance)
+            if top.f_code.co_filename.startswith(PACKAGE_FOLDER):
+                continue  # or Polars panics, and says so: it trusts its own Python not to raise
+            in_udf = now
+            if now - thrown_at[entrance] > _AGAIN:
+                thrown_at[entrance] = now
+                _throw_exit(thread)
+        pause.acquire(timeout=_PAUSE)
+
+
+def _threads_in_queries() -> Iterator[tuple[int, FrameType, FrameType]]:
+    """Find our workers and Polars' threads; gives the frame where each came in, and its last."""
+    for thread, top in sys._current_frames().items():  # noqa: SLF001  # pyright: ignore[reportPrivateUsage]
+        if top is sys._getframe():  # noqa: SLF001  # pyright: ignore[reportPrivateUsage]
+            continue
+        entrance = top
+        while entrance.f_code is not _RUN and entrance.f_back is not None:
+            entrance = entrance.f_back
+        if entrance.f_code is _RUN or _is_polars_own(thread, entrance):
+            yield thread, entrance, top
+
+
+def _is_polars_own(thread: int, outermost: FrameType) -> bool:
+    if outermost.f_code.co_filename == threading.__file__:
+        return False  # it might end right now, and could not be asked for its name any more
+    name = ctypes.create_string_buffer(16)
+    ctypes.pythonapi.pthread_getname_np(ctypes.c_ulong(thread), name, ctypes.c_size_t(len(name)))
+    return POOL_THREAD.match(name.value.decode(errors="replace")) is not None
+
+
+def _cancel(entrance: FrameType) -> None:
+    query = entrance.f_locals.get("self")
+    if isinstance(query, Query):
+        query.cancel()
+
+
+def _throw_exit(thread: int) -> None:
+    """Have `thread` raise SystemExit in the next Python that it runs."""
+    exception = ctypes.py_object(SystemExit)
+    ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread), exception)
+
+
+def _delay_abort() -> None:
+    """
+    Let the program end before an abort does.
+
+    A UDF that would not end may come back to Python now, and that thread abort the process: it then
+    sleeps, for 6 seconds, which is the number of the signal.
+    """
+    c = ctypes.pythonapi
+    c.signal(signal.SIGABRT, ctypes.cast(c.sleep, ctypes.c_void_p))

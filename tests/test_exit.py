@@ -1,0 +1,339 @@
+"""The program ends while queries run or wait: promptly, silently, with its own status."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+PRELUDE = """
+import sys
+loop, mode, *_ = [*sys.argv[1:], "", ""]
+if loop.endswith("before"):
+    import gevent.monkey; gevent.monkey.patch_all()
+import atexit, os, signal, threading, time
+import polars as pl
+import polars_async as pa
+from polars_async import _native
+
+after = []  # atexit calls them once the collectors are closed
+atexit.register(lambda: [function() for function in after])
+TINY = pl.LazyFrame({"a": [1]})
+collector = pa.Collector(max_running=3)  # one of them is kept for small queries
+begun = _native.allocate_lock()
+begun.acquire()
+
+def say(word):  # at once, and from any thread
+    os.write(1, f"{word}\\n".encode())
+
+def nap(seconds=0.001):  # gevent patches time.sleep
+    lock = _native.allocate_lock()
+    lock.acquire()
+    lock.acquire(timeout=seconds)
+
+def wait_until_begun():
+    assert begun.acquire(timeout=10)
+
+def begin():
+    if begun.locked():
+        begun.release()
+
+def last():
+    begin()
+    try:
+        while True:
+            nap()
+    finally:
+        say("left")
+
+def udf(function, *arguments):
+    return TINY.map_batches(lambda df: function(*arguments))
+
+def leave(status=7):
+    wait_until_begun()
+    now = time.monotonic()
+    after.append(lambda: time.monotonic() - now < 0.9 or say("late"))
+    sys.exit(status)
+"""
+
+
+def end(program, *arguments):
+    """Run a program; gives its status, what it said, and what it complained of."""
+    command = [sys.executable, "-c", PRELUDE + program, *arguments]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=20, check=False)
+    return run.returncode, run.stdout.split(), run.stderr
+
+
+AWAITED = """
+frames = [udf(last) for _ in range(2)] + [udf(say, "waited") for _ in range(20)]
+if loop == "asyncio":
+    import asyncio
+    async def main():
+        tasks = [asyncio.ensure_future(asyncio.wait_for(collector.collect_async(frame), None))
+                 for frame in frames]
+        await asyncio.sleep(0)
+        leave()
+    asyncio.run(main())
+elif loop == "trio":
+    import trio
+    async def wait(handle):
+        await handle
+    async def main():
+        async with trio.open_nursery() as nursery:
+            for frame in frames:
+                nursery.start_soon(wait, collector.collect_async(frame))
+            await trio.sleep(0)
+            wait_until_begun()
+            begin()
+            nursery.cancel_scope.cancel()
+    trio.run(main)
+elif "gevent" in loop:
+    import gevent
+    for frame in frames:
+        gevent.spawn(collector.collect_async(frame, gevent=True).get)
+    gevent.sleep(0)
+else:
+    handles = [collector.collect_async(frame) for frame in frames]
+    for handle in handles:
+        threading.Thread(target=handle.result, daemon=True).start()
+leave()
+"""
+
+
+@pytest.mark.parametrize("loop", ["asyncio", "trio", "gevent", "gevent patched before", "thread"])
+def test_what_runs_is_ended_and_what_waits_is_cancelled(loop):
+    assert end(AWAITED, loop) == (7, ["left"] * 2, "")
+
+
+ENDINGS = """
+def spin():
+    begin()
+    try:
+        while True:
+            pass
+    finally:
+        say("left")
+
+collector.collect_async(udf(spin))
+wait_until_begun()
+"""
+
+
+@pytest.mark.parametrize(
+    ("ending", "status", "complaint"),
+    [
+        ("", 0, []),
+        ("sys.exit('no')", 1, ["no"]),
+        ("1 / 0", 1, ["ZeroDivisionError: division by zero"]),
+        ("os.kill(os.getpid(), signal.SIGINT); nap(5)", -2, ["KeyboardInterrupt"]),
+    ],
+)
+def test_status_is_that_of_the_program(ending, status, complaint):
+    ended, said, complaints = end(ENDINGS + ending)
+    assert (ended, said, complaints.splitlines()[-1:]) == (status, ["left"], complaint)
+
+
+ON_POLARS_THREADS = """
+class File:
+    def write(self, data):
+        last()
+
+columns = pl.LazyFrame({name: [1, 2, 3] for name in "abcd"})
+elements = columns.select(pl.all().map_elements(lambda value: last(), return_dtype=pl.Int64))
+frame, engine = {
+    "in-memory": (elements, "in-memory"),
+    "streaming": (elements, "streaming"),
+    "file": (columns.sink_csv(File(), lazy=True), "streaming"),
+}[loop]
+collector.collect_async(frame, engine=engine)
+leave()
+"""
+
+
+@pytest.mark.parametrize("kind", ["in-memory", "streaming", "file"])
+def test_udf_on_a_thread_of_polars_is_ended(kind):
+    status, said, complaints = end(ON_POLARS_THREADS, kind)
+    assert (status, set(said), complaints) == (7, {"left"}, "")
+
+
+IN_BETWEEN = """
+long = pl.LazyFrame({"k": pl.int_range(200_000, eager=True)})
+for _ in range(200):
+    long = long.with_columns(pl.col("k").hash()).sort("k").map_batches(lambda df: (begin(), df)[1])
+for _ in range(2):
+    collector.collect_async(long)
+leave()
+"""
+
+
+def test_polars_own_python_is_left_alone():
+    assert end(IN_BETWEEN) == (7, [], "")
+
+
+TIDY = """
+def tidy():
+    begin()
+    try:
+        while True:
+            nap()
+    finally:
+        nap(0.05)
+        say("tidied")
+
+collector.collect_async(udf(tidy))
+leave()
+"""
+
+
+def test_udf_has_the_time_to_tidy_up():
+    assert end(TIDY) == (7, ["tidied"], "")
+
+
+LONG = """
+long = pl.LazyFrame({"k": pl.int_range(300_000, eager=True)})
+for _ in range(1000):
+    long = long.with_columns(pl.col("k").hash()).sort("k")
+collector.collect_async(long)
+begin()
+leave()
+"""
+
+
+def test_long_query_without_a_udf_is_left_behind_at_once():
+    assert end(LONG) == (7, [], "")
+
+
+BLOCKED = """
+reader, writer = os.pipe()
+
+class Ending:  # takes its time, after the interpreter has begun to end threads
+    def __del__(self, write=os.write, writer=writer, nap=nap):
+        write(writer, b"x")
+        nap(0.5)
+
+def blocked():
+    begin()
+    os.read(reader, 1)
+
+sys.ending = Ending()
+collector.collect_async(udf(blocked))
+wait_until_begun()
+sys.exit(7)
+"""
+
+
+def test_udf_that_comes_back_in_the_midst_of_the_exit_aborts_nothing():
+    assert end(BLOCKED) == (7, [], "")
+
+
+CTRL_C = """
+signal.signal(signal.SIGALRM, signal.default_int_handler)
+collector.collect_async(udf(lambda: (begin(), nap(60))))
+wait_until_begun()
+signal.setitimer(signal.ITIMER_REAL, 0.2)
+begin()
+leave()
+"""
+
+
+def test_ctrl_c_meanwhile_hastens_the_exit():
+    assert end(CTRL_C) == (7, [], "")
+
+
+NESTED = """
+def nested():
+    try:
+        collector.collect_async(udf(last)).result()
+    finally:
+        say("left")
+
+collector.collect_async(udf(nested))
+leave()
+"""
+
+
+def test_udf_that_waits_for_a_query_is_ended_too():
+    assert end(NESTED) == (7, ["left"] * 2, "")
+
+
+AT_EXIT = """
+from concurrent.futures import CancelledError
+
+def try_all():
+    for ask in collector.collect_async, pa.Collector().collect_async, pa.collect_async:
+        try:
+            ask(TINY)
+        except pa.CollectorClosedError:
+            say("closed")
+    try:
+        handle.result()
+    except CancelledError:
+        say("cancelled")
+
+after.append(try_all)
+handle = collector.collect_async(udf(lambda: (begin(), nap(60))))
+wait_until_begun()
+atexit.register(lambda: say(len(collector.collect_async(TINY).result())))
+sys.exit(7)
+"""
+
+
+def test_functions_of_atexit_find_the_collector_as_it_was_or_closed():
+    assert end(AT_EXIT) == (7, ["1", "closed", "closed", "closed", "cancelled"], "")
+
+
+OTHERS = """
+import asyncio
+def work():
+    try:
+        while True:
+            nap()
+    except BaseException:
+        say("hit")
+
+def wait(handle):
+    try:
+        handle.result()
+    finally:
+        say("told")
+
+for _ in range(3):  # the last one waits for its turn
+    threading.Thread(
+        target=wait, args=(collector.collect_async(udf(last)),), daemon=True
+    ).start()
+async def in_task():
+    await collector.collect_async(TINY)
+
+loop = asyncio.new_event_loop()
+threading.Thread(target=loop.run_forever, daemon=True).start()
+asyncio.run_coroutine_threadsafe(in_task(), loop)
+threading.Thread(target=work, daemon=True).start()
+_native.start_new_thread(work, ())
+nap(0.05)
+with open("/proc/self/comm", "w") as name:  # of the main thread
+    name.write("polars-0")
+leave()
+"""
+
+
+def test_threads_of_the_program_are_left_alone():
+    assert end(OTHERS) == (7, ["left", "left"], "")
+
+
+REGISTERED = """
+import atexit
+import polars
+import weakref
+weakref.finalize(polars, print).detach()  # registers a function of its own, once
+before = atexit._ncallbacks()
+import polars_async
+print(atexit._ncallbacks() - before)
+for _ in range(2):
+    polars_async.Collector()
+    print(atexit._ncallbacks() - before)
+"""
+
+
+def test_import_registers_nothing(run_script):
+    assert run_script(REGISTERED) == ["0", "1", "1"]
