@@ -171,7 +171,7 @@ class Admission:
         with self.lock:
             line = self._line
             for place in appraised:
-                expected = place.item.expectation
+                expected = None if place.item is None else place.item.expectation
                 seconds, kind = (UNKNOWN, None) if expected is None else expected
                 line.sort_in(place, seconds, kind)
             if slot not in self._slots or len(self._slots) > self.max_running:

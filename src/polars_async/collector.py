@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import os
+import sys
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final, Literal, TypedDict, TypeVar, overload
-from weakref import finalize
 
 import polars as pl
 
@@ -116,7 +116,6 @@ class Collector:
         self._cpu: Final = Lane(max_running or _DEFAULT_RUNNING, max_waiting, known, self._report)
         self._gpu: Final = Lane(1, max_waiting, known, self._report, exclusive=True)
         self._lanes: Final = (self._cpu, self._gpu)
-        finalize(self, _close_lanes, self._lanes).atexit = False
 
     @overload
     def collect_async(
@@ -564,6 +563,12 @@ class Collector:
         bridge = bridges.current()
         for lane in self._lanes:
             await Suspension(bridge, lane.admission)
+
+    def __del__(self) -> None:
+        # No weakref.finalize, which would hold the lanes, whose hook may hold the collector.
+        lanes = getattr(self, "_lanes", ())  # a bad argument may have ended __init__
+        if not sys.is_finalizing():
+            _close_lanes(lanes)
 
     def __enter__(self) -> Self:
         return self

@@ -67,13 +67,16 @@ class Lane:
             with admission.lock:
                 admission.counts.submitted += 1
                 admission.counts.downgraded += downgraded
-                slot = admission.enter(query)
-                if slot is not None:
-                    self._start_thread(slot)
-        except BaseException as error:  # full, closed, no thread to be had, or Ctrl-C in between
-            with admission.lock:
-                admission.forget(query, slot)
-                admission.counts.rejected += 1
+                try:
+                    slot = admission.enter(query)
+                    if slot is not None:
+                        self._start_thread(slot)
+                except BaseException:  # full, closed, no thread to be had, or Ctrl-C in between
+                    admission.forget(query, slot)
+                    admission.counts.rejected += 1
+                    query.refuse()
+                    raise
+        except BaseException as error:
             if query.reports:
                 self._report(EventKind.REJECTED, query, error=error)
             raise
@@ -124,7 +127,9 @@ class Lane:
         while slot.query is None:
             appraised = admission.newcomers(together)
             for place in appraised:
-                place.item.appraise(self._expectations)
+                query = place.item
+                if query is not None:  # it may leave at any time
+                    query.appraise(self._expectations)
             if not admission.fill(slot, appraised, thorough=together < _MOST_TOGETHER):
                 return False
             together = min(2 * together, _MOST_TOGETHER)
@@ -148,9 +153,13 @@ class Lane:
         with admission.lock:
             alone = slot.alone
             waiters = query.end()
-            kept = admission.release(slot)
-        if query.reports:
+            kept = None if query.reports else admission.release(slot)
+        if kept is None:
+            # With the slot still taken, since the hook may ask for another query and wait for it:
+            # that would be handed to this very thread.
             query.report_end()
+            with admission.lock:
+                kept = admission.release(slot)
         wake(waiters)
         corrected = query.after_end(self._expectations, alone=alone)
         if corrected is not None:

@@ -76,6 +76,7 @@ class Query(Generic[T]):
     __slots__ = (
         "__weakref__",
         "_admission",
+        "_announcing",
         "_context",
         "_deadline",
         "_ended",
@@ -130,6 +131,7 @@ class Query(Generic[T]):
         self._error: BaseException | None = None
         self._traceback: TracebackType | None = None
         self._waiters: list[Waiter] = []
+        self._announcing = False
         self._late: QueryTimeoutError | None = None
         self._timeout = 0.0
         self._deadline: Deadline | None = None
@@ -173,6 +175,10 @@ class Query(Generic[T]):
         self._started = perf_counter()
         return self._started - self._submitted
 
+    def refuse(self) -> None:
+        """Note that it was not let in, and so never waited."""
+        self._ended = self._submitted
+
     def appraise(self, expectations: Expectations) -> None:
         """Find out what is to be expected of it; never raises."""
         if self.expectation is None:
@@ -181,8 +187,10 @@ class Query(Generic[T]):
     def run(self) -> None:
         """Run the work on this thread and keep its outcome, which `end` then makes final."""
         if self.reports:
-            self._report(EventKind.STARTED, self)
+            self._announce()
         work, self._work = cast("Callable[[], T]", self._work), None
+        if self.done:  # it was let go before its thread came to it
+            return
         try:
             self._value = self._context.run(work)
         except BaseException as error:  # noqa: BLE001  # a panic and SystemExit are outcomes too
@@ -275,7 +283,7 @@ class Query(Generic[T]):
                 return True
             # Still with the lock, so that nobody comes to wait for what is about to be let go.
             dropped = self._end_as(State.CANCELLED)
-        self._was_let_go(dropped)
+        self._was_let_go(*dropped)
         return True
 
     def outcome(self, cancelled: type[BaseException]) -> T:
@@ -297,11 +305,15 @@ class Query(Generic[T]):
             if self.done:
                 return False
             dropped = self._end_as(state)
-        self._was_let_go(dropped)
+        self._was_let_go(*dropped)
         return True
 
-    def _end_as(self, state: State) -> tuple[list[Waiter], object]:
-        """With the lock held, let it go; gives whom to wake and what to drop without the lock."""
+    def _end_as(self, state: State) -> tuple[list[Waiter], bool, object]:
+        """
+        With the lock held, let it go.
+
+        Gives whom to wake, whether to tell, and what to drop, all of it without the lock.
+        """
         dropped: object = None
         if self.state is State.WAITING:
             self._admission.leave(self)
@@ -316,17 +328,35 @@ class Query(Generic[T]):
             self._late = self._timeout_error()
         self.state = state
         waiters, self._waiters = self._waiters, []
-        return waiters, dropped
+        return waiters, self.reports and not self._announcing, dropped
 
-    def _was_let_go(self, ended: tuple[list[Waiter], object]) -> None:
+    def _was_let_go(self, waiters: list[Waiter], tells: bool, _dropped: object) -> None:  # noqa: FBT001
         if self._deadline is not None:
             self._deadline.lift()
-        if self.reports:
-            kind = EventKind.CANCELLED if self.state is State.CANCELLED else EventKind.TIMED_OUT
-            self._report(kind, self, error=self._late)
-        wake(ended[0])
-        if self._admission.waiters:
-            self._admission.tell_if_empty()
+        try:
+            if tells:
+                self._tell_let_go()
+        finally:  # Ctrl-C may come out of the hook
+            wake(waiters)
+            if self._admission.waiters:
+                self._admission.tell_if_empty()
+
+    def _announce(self) -> None:
+        """Tell that it starts; whoever lets go of it meanwhile leaves it to this to tell that."""
+        with self._admission.lock:
+            if self.done:
+                return
+            self._announcing = True
+        self._report(EventKind.STARTED, self)
+        with self._admission.lock:
+            self._announcing = False
+            let_go = self.done
+        if let_go:
+            self._tell_let_go()
+
+    def _tell_let_go(self) -> None:
+        kind = EventKind.CANCELLED if self.state is State.CANCELLED else EventKind.TIMED_OUT
+        self._report(kind, self, error=self._late)
 
     def _timeout_error(self) -> QueryTimeoutError:
         waited, ran = self.queue_seconds, self.run_seconds

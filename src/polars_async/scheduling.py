@@ -46,7 +46,7 @@ class Place(Generic[T]):
     __slots__ = ("item", "kind", "left", "number", "overtaken", "priority", "small", "version")
 
     def __init__(self, item: T, priority: int, overtaken: float, number: int) -> None:
-        self.item = item
+        self.item: T | None = item
         self.priority = priority
         self.overtaken = overtaken
         self.number = number
@@ -54,6 +54,11 @@ class Place(Generic[T]):
         self.small = False
         self.left = False
         self.version = 0  # how often it was appraised
+
+    def leave(self) -> None:
+        """Let go of the item, since a heap may hold the place for long."""
+        self.left = True
+        self.item = None
 
 
 # An item's mark, number and version, and its place: which may have left, or moved on.
@@ -192,10 +197,11 @@ class Line(Generic[T]):
                 return None
             self._sorted_in -= 1
             place = heappop(best)[3]
-            if self._places.pop(place.item, None) is not None:  # or else it left a moment ago
-                place.left = True
+            item = place.item
+            if item is not None and self._places.pop(item, None) is not None:  # or it left just now
+                place.leave()
                 self._turns[only_small] += 1
-                return Turn(place.item, place.small, self._is_overtaking(place))
+                return Turn(item, place.small, self._is_overtaking(place))
 
     def take_unseen(self) -> T | None:
         """Take the first newcomer, unappraised, while all is small and equal; None if it is not."""
@@ -217,7 +223,7 @@ class Line(Generic[T]):
         if self._newcomers.pop(item, None) is None:
             place = self._places.pop(item, None)
             if place is not None:
-                place.left = True
+                place.leave()
 
     def serve(self, seconds: float, *, overtook: bool) -> None:
         """Note that a turn is over, and what it took."""
@@ -228,7 +234,7 @@ class Line(Generic[T]):
     def clear(self) -> None:
         """Let everybody go."""
         for place in list(self._places.values()):
-            place.left = True
+            place.leave()
         self._places.clear()
         self._newcomers.clear()
         self._heaps.clear()

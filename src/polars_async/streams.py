@@ -91,7 +91,7 @@ class Completions(ResultStream[tuple[int, T]]):
         bridge = bridges.current()
         try:
             number = await self._arrivals.next(bridge)
-            return number, self._take(number).outcome(bridge.CANCELLED)
+            return number, _outcome(self._take(number), bridge)
         except BaseException:
             self.close()
             raise
@@ -139,7 +139,7 @@ class Batches(ResultStream[pl.DataFrame]):
                 return await self._buffer.take(bridge)
             except StopAsyncIteration:
                 if not self._buffer.closed:
-                    self._query.outcome(bridge.CANCELLED)
+                    _outcome(self._query, bridge)
                 raise
         except BaseException:
             self.close()
@@ -266,6 +266,15 @@ class _Arrivals(Generic[T]):
                 return False
             self._waiters.remove(waiter)
             return True
+
+
+def _outcome(query: Query[T], bridge: Bridge) -> T:
+    try:
+        return query.outcome(bridge.CANCELLED)
+    except StopAsyncIteration as error:  # it would end the stream in silence
+        raise RuntimeError("the query raised StopAsyncIteration") from error
+    finally:
+        del query  # as in Query.outcome
 
 
 class Suspension:

@@ -48,21 +48,28 @@ def feed(
     midst of a synchronous query.
     """
     rows = 0
+    target: Buffer | None = buffer
+    del buffer
 
     def put(batch: pl.DataFrame) -> bool:
         nonlocal rows
         rows += batch.height
-        return buffer.put(batch)
+        return target is None or target.put(batch)
 
-    if isinstance(engine, pl.GPUEngine):  # it has no such sink
-        frame = engine.collect(lf, optimizations=optimizations)
-        for batch in frame.iter_slices(options["chunk_size"] or _GPU_BATCH):
-            if put(batch):
-                break
-    else:
-        # The engine is named just so that it does not ask for an affinity, which is done.
-        plan = lf.sink_batches(put, lazy=True, engine="in-memory", **options)
-        engine.collect(plan, optimizations=optimizations)
+    try:
+        if isinstance(engine, pl.GPUEngine):  # it has no such sink
+            frame = engine.collect(lf, optimizations=optimizations)
+            for batch in frame.iter_slices(options["chunk_size"] or _GPU_BATCH):
+                if put(batch):
+                    break
+        else:
+            # The engine is named just so that it does not ask for an affinity, which is done.
+            plan = lf.sink_batches(put, lazy=True, engine="in-memory", **options)
+            engine.collect(plan, optimizations=optimizations)
+    finally:
+        # An error's traceback holds the plan, and the plan `put`, out of the garbage collector's
+        # sight: the query, which holds the error, would never be freed.
+        target = None
     return rows
 
 
