@@ -23,7 +23,11 @@ def test_snippet_prints_what_the_readme_says(code, output, tmp_path):
     program = tmp_path / "snippet.py"
     program.write_text(code)
     done = subprocess.run(
-        [sys.executable, "-W", "error", program], capture_output=True, text=True, check=False
+        [sys.executable, "-W", "error", program],
+        cwd=tmp_path,  # some write files
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert (done.stdout, done.stderr, done.returncode) == (output, "", 0)
 

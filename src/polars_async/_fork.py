@@ -39,7 +39,7 @@ def _polars_threads_run() -> bool:
     with suppress(OSError):
         for thread in _THREADS.iterdir():
             with suppress(OSError):  # the thread may end while it is looked at
-                if POOL_THREAD.match((thread / "comm").read_text()):
+                if POOL_THREAD.match((thread / "comm").read_text(errors="replace")):
                     return True
     return False
 

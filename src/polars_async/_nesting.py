@@ -36,6 +36,6 @@ def in_query() -> bool:
 
 def _is_polars_own() -> bool:
     try:
-        return POOL_THREAD.match(_NAME.read_text()) is not None
+        return POOL_THREAD.match(_NAME.read_text(errors="replace")) is not None
     except OSError:
         return False

@@ -177,7 +177,7 @@ class Admission:
             if slot not in self._slots or len(self._slots) > self.max_running:
                 self._slots.discard(slot)
                 return False
-            if thorough and line.has_newcomers and not line.has_small:
+            if thorough and line.is_undecided:
                 return True
             only_small = self._is_kept_for_small()
             while (turn := line.take(only_small=only_small)) is not None:
@@ -196,6 +196,7 @@ class Admission:
         """
         query, slot.query = slot.query, None
         line, slots = self._line, self._slots
+        self._paused.discard(slot)
         seconds = None if query is None else query.run_seconds
         if seconds is not None:
             self.counts.run_seconds += seconds
@@ -310,7 +311,9 @@ class Admission:
         return not self._line and not self.in_slots()
 
     def _check_room(self, max_waiting: int) -> None:
-        running, waiting = self.running, self.waiting
+        # Not those that pause, whose slots are for others.
+        running = sum(slot.query is not None for slot in self._slots)
+        waiting = self.waiting
         if min(running, self.max_running) + waiting >= self.max_running + max_waiting:
             raise QueueFullError(
                 f"the collector is full: {running} running and {waiting} waiting, of at most "

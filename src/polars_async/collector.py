@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from functools import partial
+from math import nan
 from typing import TYPE_CHECKING, Any, Final, Literal, TypedDict, TypeVar, overload
 
 import polars as pl
@@ -98,10 +99,8 @@ class Collector:
         max_waiting: int | None = None,
         on_event: Callable[[QueryEvent], object] | None = None,
     ) -> None:
-        if max_running is not None and max_running < 1:
-            raise ValueError(f"max_running must be 1 or more, got {max_running!r}")
-        if max_waiting is not None and max_waiting < 0:
-            raise ValueError(f"max_waiting must be 0 or more, or None, got {max_waiting!r}")
+        _check_number("max_running", max_running, 1)
+        _check_number("max_waiting", max_waiting, 0)
         if on_event is not None and not callable(on_event):
             raise TypeError(f"on_event must be callable, got {on_event!r}")
         engine_object(engine)
@@ -222,8 +221,9 @@ class Collector:
         """
         Schedule several frames as one query and give its handle, as ``polars.collect_all_async``.
 
-        What the frames have in common, a source first of all, is computed once. An engine without
-        ``collect_all``, such as that for the GPU, collects one frame after the other instead.
+        What the frames have in common, a source first of all, is computed once; where sinks are
+        among them, by the streaming engine alone. An engine without ``collect_all``, such as that
+        for the GPU, collects one frame after the other instead.
 
         Parameters
         ----------
@@ -541,10 +541,8 @@ class Collector:
         RuntimeError
             A Python UDF called it and asked to wait, for its own query, too.
         """
-        if wait and in_query():
-            raise RuntimeError(
-                "close() was called inside a query, and would wait for it: pass wait=False"
-            )
+        if wait:
+            _check_outside()
         _close_lanes(self._lanes, cancel_waiting=cancel_waiting)
         if wait:
             for lane in self._lanes:
@@ -558,7 +556,13 @@ class Collector:
         ----------
         cancel_waiting
             As for `close`.
+
+        Raises
+        ------
+        RuntimeError
+            A Python UDF called it, and would wait for its own query, too.
         """
+        _check_outside()
         _close_lanes(self._lanes, cancel_waiting=cancel_waiting)
         bridge = bridges.current()
         for lane in self._lanes:
@@ -646,8 +650,8 @@ class Collector:
         expectation: Expectation | None = None,
         buffer: Buffer | None = None,
     ) -> Query[T]:
-        if timeout is not None and not timeout > 0:
-            raise ValueError(f"timeout must be more than 0 seconds, or None, got {timeout!r}")
+        if timeout is not None:
+            timeout = _seconds(timeout)
         if priority != 0 and priority not in PRIORITIES:
             lowest, highest = PRIORITIES[0], PRIORITIES[-1]
             raise ValueError(
@@ -671,8 +675,32 @@ class Collector:
             buffer.bind(query)
         lane.submit(query)
         if timeout is not None:
-            query.expire_in(timeout)
+            try:
+                query.expire_in(timeout)
+            except BaseException:  # no thread to be had for the clock, or Ctrl-C
+                query.cancel()
+                raise
         return query
+
+
+def _check_outside() -> None:
+    if in_query():
+        raise RuntimeError("inside a query this would wait for that very query: pass wait=False")
+
+
+def _check_number(name: str, number: object, least: int) -> None:
+    if number is not None and (not isinstance(number, int) or number < least):
+        raise ValueError(f"{name} must be a whole number, {least} or more, or None, got {number!r}")
+
+
+def _seconds(timeout: float) -> float:
+    try:
+        seconds = nan if isinstance(timeout, str) else float(timeout)
+    except (TypeError, ValueError, OverflowError):
+        seconds = nan
+    if not seconds > 0:
+        raise ValueError(f"timeout must be more than 0 seconds, or None, got {timeout!r}")
+    return seconds
 
 
 def _handle_class(*, gevent: bool) -> type[QueryHandle[Any]]:

@@ -55,7 +55,11 @@ class _Clock:
                 self.swept_at = max(_SWEPT_FROM, 2 * len(self.deadlines))
             heappush(self.deadlines, entry)
             if not self.runs:
-                start_new_thread(self.run, ())
+                try:
+                    start_new_thread(self.run, ())
+                except RuntimeError:
+                    deadline.lift()
+                    raise
                 self.runs = True
             elif self.deadlines[0] is entry:
                 self.bell.put(None)

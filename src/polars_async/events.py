@@ -62,7 +62,8 @@ class QueryEvent:
     queue_seconds
         How long it has waited, or waited, for a slot; 0 for one that was not let in.
     run_seconds
-        How long it has run, or ran; None for one that did not start.
+        How long it has run, or ran, without the time that a stream waited for its consumer; None
+        for one that did not start.
     rows
         How many rows it gave, over all frames; None before the end, and where it gave none.
     error
@@ -87,7 +88,8 @@ class QueryEvent:
         if self.rows is not None:
             parts.append(f"{self.rows} rows")
         if self.error is not None:
-            parts.append(f"{type(self.error).__name__}: {self.error}")
+            text = " ".join(str(self.error).split())
+            parts.append(f"{type(self.error).__name__}: {text}")
         return ", ".join(parts)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from math import frexp
 from typing import TYPE_CHECKING, Final, NamedTuple
 from weakref import ref
 
@@ -105,8 +106,8 @@ def _look_at(frame: pl.LazyFrame) -> _Plan:
     seconds = sources.frame_bytes / _FRAME_RATE + sum(map(_file_seconds, sources.paths))
     if not sources.complete:
         seconds = max(seconds, UNKNOWN)
-    shape = hash((_NUMBER.sub("0", text), sources.frame_bytes.bit_length()))
-    return _Plan(seconds, shape)
+    _, magnitude = frexp(seconds)
+    return _Plan(seconds, hash((_NUMBER.sub("0", text), magnitude)))
 
 
 def _file_seconds(path: str) -> float:

@@ -7,7 +7,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, Final, cast
 from weakref import WeakSet
 
-from polars_async import _exit, _fork
+from polars_async import _exit, _fork, streams
 from polars_async.admission import Admission
 from polars_async.events import EventKind
 from polars_async.executors.threads import ThreadExecutor, named_thread
@@ -161,7 +161,15 @@ class Lane:
             with admission.lock:
                 kept = admission.release(slot)
         wake(waiters)
+        # To appraise it may open files. So that nobody waits for this thread meanwhile:
+        away = query.is_worth_appraising
+        if away:
+            with admission.lock:
+                self._executor.step_out()
         corrected = query.after_end(self._expectations, alone=alone)
+        if away:
+            with admission.lock:
+                self._executor.step_in()
         if corrected is not None:
             with admission.lock:
                 admission.reappraise(corrected)
@@ -173,6 +181,7 @@ class Lane:
 
 
 def _abandon_all() -> None:
+    streams.after_fork()
     for lane in list(_lanes):
         lane.abandon(_fork.lost())
 

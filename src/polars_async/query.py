@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+from contextlib import suppress
 from contextvars import copy_context
 from itertools import count
 from time import perf_counter
@@ -95,6 +96,7 @@ class Query(Generic[T]):
         "id",
         "is_stream",
         "label",
+        "paused_seconds",
         "priority",
         "reports",
         "resolution",
@@ -121,6 +123,7 @@ class Query(Generic[T]):
         self.priority = priority
         self.label = label
         self.is_stream = is_stream
+        self.paused_seconds = 0.0
         self.reports = report.listens
         self._admission = admission
         self._report = report
@@ -151,10 +154,10 @@ class Query(Generic[T]):
 
     @property
     def run_seconds(self) -> float | None:
-        """How long it has run, or ran; None if it did not start."""
+        """How long it has run, or ran, its pauses apart; None if it did not start."""
         if self._started is None:
             return None
-        return (self._ended or perf_counter()) - self._started
+        return (self._ended or perf_counter()) - self._started - self.paused_seconds
 
     def expire_in(self, seconds: float) -> None:
         """Have the query time out, unless it is done before."""
@@ -177,7 +180,7 @@ class Query(Generic[T]):
 
     def refuse(self) -> None:
         """Note that it was not let in, and so never waited."""
-        self._ended = self._submitted
+        self._started, self._ended = None, self._submitted
 
     def appraise(self, expectations: Expectations) -> None:
         """Find out what is to be expected of it; never raises."""
@@ -222,6 +225,15 @@ class Query(Generic[T]):
         waiters, self._waiters = self._waiters, []
         return waiters
 
+    @property
+    def is_worth_appraising(self) -> bool:
+        """Whether to find out what it was takes little of the time that it took."""
+        return (
+            self.expectation is None
+            and bool(self._frames)
+            and (self.run_seconds or 0.0) >= _WORTH_APPRAISING
+        )
+
     def report_end(self) -> None:
         """Tell what came of it, unless it was let go, which was told then."""
         if not self.reports or self.state is not State.ENDED:
@@ -237,16 +249,14 @@ class Query(Generic[T]):
 
         Gives what is now to be expected of its kind, if that was not known before.
         """
-        frames, self._frames = self._frames, ()
         if self.state is not State.ENDED:
             self._value = self._error = self._traceback = None
-        seconds = self.run_seconds or 0.0
-        if self.expectation is None:
-            # To find out takes some 50 us, which is too much for what is over in no time.
-            if seconds < _WORTH_APPRAISING or not frames:
-                return None
-            self.expectation = expectations.of(frames, self.resolution.name)
-        return expectations.learn(self.expectation, seconds, alone=alone)
+        if self.is_worth_appraising:
+            self.appraise(expectations)
+        self._frames = ()
+        if self.expectation is None or self.run_seconds is None:
+            return None
+        return expectations.learn(self.expectation, self.run_seconds, alone=alone)
 
     def lose(self, error: BaseException) -> None:
         """End a query whose thread stayed behind in a fork, with an error of our own."""
@@ -376,8 +386,9 @@ class Query(Generic[T]):
 
 def _name_in(error: BaseException, label: str) -> None:
     note = f"in the query {label!r}"
-    if note not in getattr(error, "__notes__", ()):
-        error.add_note(note)
+    with suppress(Exception):  # an error may be frozen, or keep something else there
+        if note not in getattr(error, "__notes__", ()):
+            error.add_note(note)
 
 
 class Waking:

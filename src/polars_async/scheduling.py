@@ -134,9 +134,14 @@ class Line(Generic[T]):
         return bool(self._newcomers)
 
     @property
-    def has_small(self) -> bool:
-        """Whether somebody small was appraised, as far as it is known without looking twice."""
-        return any(heap and small for (_, small), heap in self._heaps.items())
+    def is_undecided(self) -> bool:
+        """Whether a newcomer may be first: those of a priority, and others if nobody is small."""
+        first = _first(self._newcomers)
+        if first is None:
+            return False
+        if first[1][2] <= self._ranked:
+            return True
+        return not any(heap and small for (_, small), heap in self._heaps.items())
 
     def add(self, item: T, *, priority: int = 0) -> None:
         """Let `item` into the line, as a newcomer."""

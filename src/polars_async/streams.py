@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections import deque
-from typing import TYPE_CHECKING, ClassVar, Final, Generic, TypeVar
+from time import perf_counter
+from typing import TYPE_CHECKING, Any, ClassVar, Final, Generic, TypeVar
+from weakref import WeakSet
 
 import polars as pl
 
@@ -16,7 +18,7 @@ if TYPE_CHECKING:
     from _thread import LockType
     from collections.abc import Generator, Sequence
     from types import TracebackType
-    from typing import Any, Self
+    from typing import Self
 
     from polars_async.bridges import Bridge
     from polars_async.lane import Lane
@@ -135,17 +137,17 @@ class Batches(ResultStream[pl.DataFrame]):
         """Wait for the next batch; raises what the query raised, which ends the stream."""
         bridge = bridges.current()
         try:
-            try:
-                return await self._buffer.take(bridge)
-            except StopAsyncIteration:
-                if not self._buffer.closed:
-                    _outcome(self._query, bridge)
-                raise
+            batch = await self._buffer.take(bridge)
+            if batch is None and not self._buffer.closed:
+                _outcome(self._query, bridge)
         except BaseException:
             self.close()
             raise
         finally:
             del self  # as above
+        if batch is None:
+            raise StopAsyncIteration
+        return batch
 
     def close(self) -> None:
         """Let go of what is still on the way; any thread may call it, and more than once."""
@@ -178,26 +180,30 @@ class Buffer:
             return True
         gate = allocate_lock()
         with arrivals.lock:
-            if arrivals.over or len(arrivals.items) < BATCHES_AHEAD:
+            query = self._query
+            if query is None or arrivals.over or len(arrivals.items) < BATCHES_AHEAD:
                 return arrivals.over
             gate.acquire()
             self._gates.append(gate)
-        query = self._query
-        if query is not None:
-            self._lane.pause(query)
+        begun = perf_counter()
+        self._lane.pause(query)
         gate.acquire()
-        if query is not None:
-            self._lane.admission.resume(query)
+        self._lane.admission.resume(query)
+        query.paused_seconds += perf_counter() - begun
         return arrivals.over
 
-    async def take(self, bridge: Bridge) -> pl.DataFrame:
-        """Wait for the next batch; StopAsyncIteration after the last."""
-        batch = await self._arrivals.next(bridge)
-        self._open()
-        return batch
+    async def take(self, bridge: Bridge) -> pl.DataFrame | None:
+        """Wait for the next batch; None after the last."""
+        try:
+            return await self._arrivals.next(bridge)
+        except StopAsyncIteration:
+            return None
+        finally:
+            self._open()
 
     def finish(self, *, drop: bool) -> None:
         """Note that no more batches come; and maybe that those here are not wanted either."""
+        self._query = None  # whose error's frames hold this
         self._arrivals.finish(drop=drop)
         self._open()
 
@@ -213,11 +219,21 @@ class Buffer:
             gate.release()
 
 
+_all_arrivals: Final[WeakSet[_Arrivals[Any]]] = WeakSet()
+
+
+def after_fork() -> None:
+    """Take new locks in a forked child, where nobody is left to release the old ones."""
+    for arrivals in list(_all_arrivals):
+        arrivals.lock = RLock()
+
+
 class _Arrivals(Generic[T]):
     """What came and was not fetched yet; a waiter waits for something to come, or for the end."""
 
     def __init__(self) -> None:
         self.lock = RLock()
+        _all_arrivals.add(self)
         self.items: deque[T] = deque()
         self.over = False
         self._waiters: list[Waiter] = []
@@ -271,8 +287,8 @@ class _Arrivals(Generic[T]):
 def _outcome(query: Query[T], bridge: Bridge) -> T:
     try:
         return query.outcome(bridge.CANCELLED)
-    except StopAsyncIteration as error:  # it would end the stream in silence
-        raise RuntimeError("the query raised StopAsyncIteration") from error
+    except (StopIteration, StopAsyncIteration) as error:  # they would end the stream in silence
+        raise RuntimeError(f"the query raised {type(error).__name__}") from error
     finally:
         del query  # as in Query.outcome
 
@@ -289,7 +305,7 @@ class Suspension:
 
 
 class _Ending:
-    survives_fork: ClassVar[bool] = False
+    survives_fork: ClassVar[bool] = True  # so that the child is told that its query is lost
     told_at_exit: ClassVar[bool] = True
 
     def __init__(self, number: int, arrivals: _Arrivals[int]) -> None:
@@ -301,7 +317,7 @@ class _Ending:
 
 
 class _BufferEnding:
-    survives_fork: ClassVar[bool] = False
+    survives_fork: ClassVar[bool] = True  # so that the child is told that its query is lost
     told_at_exit: ClassVar[bool] = True
 
     def __init__(self, query: Query[int], buffer: Buffer) -> None:

@@ -50,6 +50,17 @@ class ThreadExecutor:
                 raise
         self._jobs.put(job)
 
+    def step_out(self) -> None:
+        """Do not count on the calling thread; as in `start`, others are kept out meanwhile."""
+        self._threads -= 1
+
+    def step_in(self) -> None:
+        """Count on the calling thread again; as in `start`, others are kept out meanwhile."""
+        if self._closed:
+            self._jobs.put(None)
+        else:
+            self._threads += 1
+
     def close(self) -> None:
         """Let each thread end after the job it is at, and those to come after their first."""
         self._closed = True
@@ -88,4 +99,5 @@ def named_thread(name: str) -> Generator[None]:
 def _tell_system(name: str) -> None:
     # Linux alone lets a thread be named in this way, with 15 bytes; and it is no more than a help.
     with suppress(OSError):
-        _SYSTEM_NAME.write_bytes(name.encode(errors="replace")[:15])
+        whole = name.encode(errors="replace")[:15].decode(errors="ignore")
+        _SYSTEM_NAME.write_bytes(whole.encode())

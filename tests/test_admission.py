@@ -1,0 +1,753 @@
+"""Who is let in, who is refused, and who goes first."""
+
+from __future__ import annotations
+
+import sys
+import threading
+from decimal import Decimal
+from math import inf, nan
+from types import ModuleType
+
+import polars as pl
+import pytest
+from conftest import TINY, Blocked
+from test_nesting import ask_plan, by_result
+
+from polars_async import (
+    Collector,
+    CollectorClosedError,
+    EventKind,
+    PolarsAsyncError,
+    QueryTimeoutError,
+    QueueFullError,
+    _probe,
+    expectations,
+    query,
+)
+from polars_async._nvml import Host, HostDevice
+from polars_async.expectations import UNKNOWN, Expectation, Expectations
+
+HEAVY = pl.LazyFrame({"a": pl.zeros(5_000_000, dtype=pl.Int64, eager=True)}).select(
+    pl.col("a").sum()
+)
+UNSEEN = TINY.map_batches(lambda df: df)
+"""A query of which the plan tells nothing."""
+
+
+class Blocks(list):
+    """Makes queries that run until they are freed."""
+
+    def __call__(self):
+        self.append(Blocked())
+        return self[-1]
+
+    def free(self):
+        for each in self:
+            each.gate.set()
+
+
+@pytest.fixture
+def block():
+    blocks = Blocks()
+    yield blocks
+    blocks.free()
+
+
+@pytest.fixture
+def make(block):
+    """Make collectors that are closed in the end."""
+    made = []
+
+    def make(**options):
+        made.append(Collector(**options))
+        return made[-1]
+
+    yield make
+    block.free()
+    for each in made:
+        each.close()
+        assert each._cpu.admission.running == each._cpu.admission.waiting == 0
+
+
+class Starts(list):
+    """A hook that keeps the labels of queries in the order of their starts."""
+
+    def __call__(self, event):
+        if event.kind is EventKind.STARTED and event.label is not None:
+            self.append(event.label)
+
+
+def until(condition):
+    while not condition():
+        pass  # nobody tells
+
+
+def settle(collector):
+    """Wait until no thread looks for a query any more."""
+    admission = collector._cpu.admission
+
+    def is_settled():
+        with admission.lock:
+            return len(admission.in_slots()) == admission.threads
+
+    until(is_settled)
+
+
+def run_blocked(collector, block, **options):
+    blocked = block()
+    handle = collector.collect_async(blocked.lf, **options)
+    assert blocked.started.wait(30)
+    return handle, blocked
+
+
+def is_full(collector):
+    with pytest.raises(QueueFullError):
+        collector.collect_async(TINY)
+    return True
+
+
+# max_waiting
+
+
+def test_call_is_refused_with_the_numbers_and_the_remedy_when_the_line_is_full(make, block):
+    collector = make(max_running=1, max_waiting=2)
+    run_blocked(collector, block)
+    waiting = [collector.collect_async(TINY) for _ in range(2)]
+    message = (
+        "^the collector is full: 1 running and 2 waiting, of at most max_running=1 and "
+        "max_waiting=2. Try again later, or make a Collector with a larger max_waiting$"
+    )
+    with pytest.raises(QueueFullError, match=message) as refusal:
+        collector.collect_async(TINY)
+    assert isinstance(refusal.value, PolarsAsyncError)
+    assert not any(handle.done() for handle in waiting)
+    assert (collector.stats()["rejected"], collector.stats()["waiting"]) == (1, 2)
+
+
+WAYS = {
+    "collect_async": lambda collector: collector.collect_async(TINY),
+    "collect_all_async": lambda collector: collector.collect_all_async([TINY]),
+    "collect_background": lambda collector: collector.collect_background(TINY),
+    "collect_all_background": lambda collector: collector.collect_all_background([TINY]),
+    "collect_schema_async": lambda collector: collector.collect_schema_async(TINY),
+    "collect_batches_async": lambda collector: collector.collect_batches_async(TINY),
+    "as_completed": lambda collector: collector.as_completed([TINY]),
+    "sink_async": lambda collector: collector.sink_async(
+        TINY.sink_batches(lambda _: None, lazy=True)
+    ),
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_every_way_to_ask_is_refused_when_the_line_is_full(make, block, way):
+    collector = make(max_running=1, max_waiting=1)
+    run_blocked(collector, block)
+    waiting = collector.collect_async(TINY)
+    with pytest.raises(QueueFullError):
+        WAYS[way](collector)
+    assert not waiting.done()
+    assert collector._cpu.admission.waiting == 1
+
+
+def test_as_completed_of_more_than_there_is_room_for_leaves_none_in_the_line(make, block):
+    collector = make(max_running=1, max_waiting=3)
+    run_blocked(collector, block)
+    with pytest.raises(QueueFullError):
+        collector.as_completed([TINY] * 4)
+    assert collector._cpu.admission.waiting == 0
+
+
+def test_nobody_waits_where_max_waiting_is_zero(make, block):
+    collector = make(max_running=1, max_waiting=0)
+    for _ in range(3):
+        handle, blocked = run_blocked(collector, block)
+        assert is_full(collector)
+        blocked.gate.set()
+        assert handle.result(30).item() == 1
+
+
+def test_query_that_was_let_go_takes_its_room_until_it_ends(make, block):
+    collector = make(max_running=1, max_waiting=0)
+    handle, blocked = run_blocked(collector, block)
+    handle.cancel()
+    assert is_full(collector)
+    blocked.gate.set()
+    until(lambda: not collector._cpu.admission.running)
+    assert collector.collect_async(TINY).result(30).item() == 1
+
+
+def test_bound_is_on_running_and_waiting_together(make, block):
+    collector = make(max_running=2, max_waiting=2)
+    run_blocked(collector, block)
+    # The other slot is kept for small ones, so that three may wait where two would else.
+    for _ in range(3):
+        collector.collect_async(UNSEEN)
+        settle(collector)
+    with pytest.raises(QueueFullError, match="1 running and 3 waiting"):
+        collector.collect_async(UNSEEN)
+
+
+def test_there_is_room_again_after_a_cancellation_in_the_line(make, block):
+    collector = make(max_running=1, max_waiting=1)
+    run_blocked(collector, block)
+    for _ in range(3):
+        waiting = collector.collect_async(TINY)
+        assert is_full(collector)
+        waiting.cancel()
+
+
+def test_there_is_room_again_after_a_time_out_in_the_line(make, block):
+    collector = make(max_running=1, max_waiting=1)
+    run_blocked(collector, block)
+    for _ in range(2):
+        with pytest.raises(QueryTimeoutError):
+            collector.collect_async(TINY, timeout=0.001).result(30)
+    collector.collect_async(TINY)
+    assert is_full(collector)
+
+
+def test_there_is_room_again_after_an_end(make, block):
+    collector = make(max_running=1, max_waiting=1)
+    handle, blocked = run_blocked(collector, block)
+    following = block()
+    collector.collect_async(following.lf)
+    assert is_full(collector)
+    blocked.gate.set()
+    assert handle.result(30).item() == 1
+    assert following.started.wait(30)
+    collector.collect_async(TINY)
+    assert is_full(collector)
+
+
+@pytest.mark.parametrize("depth", [1, 3])
+def test_nested_query_needs_no_room(make, depth):
+    collector = make(max_running=1, max_waiting=0)
+    outer = collector.collect_async(ask_plan(collector, by_result, depth))
+    assert outer.result(30).item() == 1
+    assert collector.stats()["rejected"] == 0
+
+
+def test_nested_queries_leave_the_bound_as_it_was(make, block):
+    collector = make(max_running=1, max_waiting=1)
+    inner = block()
+
+    def udf(df):
+        collector.collect_async(inner.lf).result()
+        return df
+
+    outer = collector.collect_async(TINY.map_batches(udf))
+    assert inner.started.wait(30)
+    assert collector._cpu.admission.running == 2
+    waiting = collector.collect_async(TINY)
+    assert is_full(collector)
+    inner.gate.set()
+    assert outer.result(30).item() == waiting.result(30).item() == 1
+
+
+def test_slot_of_a_stream_that_waits_for_its_consumer_can_be_had_without_waiting(make, block):
+    collector = make(max_running=2, max_waiting=0)
+    stream = collector.collect_batches_async(pl.LazyFrame({"a": range(10)}), chunk_size=1)
+    until(lambda: collector._cpu.admission._paused)
+    run_blocked(collector, block)
+    assert collector.collect_async(TINY).result(30).item() == 1
+    stream.close()
+
+
+def test_gpu_has_a_line_of_its_own(make, block, monkeypatch):
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setattr(_probe, "probe", _probe.Probe())
+    device = HostDevice(index=0, name="NVIDIA H100 80GB HBM3", compute_capability=(9, 0))
+    _probe.probe.stand_in(Host(devices=(device,), cuda_version=(13, 0)))
+    module = ModuleType("cudf_polars")
+    module.execute_with_cudf = lambda *_, **__: None
+    monkeypatch.setitem(sys.modules, "cudf_polars", module)
+
+    collector = make(gpu="offload", max_running=1, max_waiting=1)
+    run_blocked(collector, block, engine="gpu")
+    on_gpu = collector.collect_async(TINY, engine="gpu")
+    with pytest.raises(QueueFullError, match="1 running and 1 waiting"):
+        collector.collect_async(TINY, engine="gpu")
+    run_blocked(collector, block)
+    on_cpu = collector.collect_async(TINY)
+    assert is_full(collector)
+    stats = collector.stats()
+    assert (stats["running"], stats["waiting"], stats["rejected"]) == (2, 2, 2)
+    assert (stats["gpu_running"], stats["gpu_waiting"]) == (1, 1)
+    block.free()
+    assert on_gpu.result(30).item() == on_cpu.result(30).item() == 1
+
+
+# Arguments
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"max_running": 0}, "^max_running must be a whole number, 1 or more, or None, got 0$"),
+        ({"max_running": -1}, "^max_running must be a whole number, 1 or more, or None, got -1$"),
+        ({"max_waiting": -1}, "^max_waiting must be a whole number, 0 or more, or None, got -1$"),
+    ],
+)
+def test_limit_out_of_range_is_refused(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        Collector(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("max_running", 2.5),  # a worker would die of it in Admission.reappraise
+        ("max_running", nan),
+        ("max_running", "4"),
+        ("max_waiting", nan),
+        ("max_waiting", "4"),
+    ],
+)
+def test_limit_that_is_no_whole_number_is_refused_by_name(name, value):
+    with pytest.raises((TypeError, ValueError), match=f"^{name} must be .*, got {value!r}$"):
+        Collector(**{name: value})
+
+
+def test_hook_that_cannot_be_called_is_refused():
+    with pytest.raises(TypeError, match=r"^on_event must be callable, got 5$"):
+        Collector(on_event=5)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"timeout": 0}, "^timeout must be more than 0 seconds, or None, got 0$"),
+        ({"timeout": -1.5}, "^timeout must be more than 0 seconds, or None, got -1.5$"),
+        ({"timeout": nan}, "^timeout must be more than 0 seconds, or None, got nan$"),
+        ({"priority": 11}, "^priority must be a whole number from -10 to 10, got 11$"),
+        ({"priority": -11}, "^priority must be a whole number from -10 to 10, got -11$"),
+        ({"priority": 1.5}, "^priority must be a whole number from -10 to 10, got 1.5$"),
+        ({"priority": "high"}, "^priority must be a whole number from -10 to 10, got 'high'$"),
+    ],
+)
+def test_option_out_of_range_is_refused_before_anything_runs(collector, options, message):
+    with pytest.raises(ValueError, match=message):
+        collector.collect_async(TINY, **options)
+    assert collector.stats()["submitted"] == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("timeout", "5"),
+        ("timeout", 10**400),
+        ("label", 5),  # the thread would die of it, and nobody be told
+    ],
+    ids=["timeout of text", "timeout beyond floats", "label of a number"],
+)
+def test_option_of_a_wrong_kind_is_refused_by_name_before_anything_runs(name, value):
+    collector = Collector(max_running=1)  # never closed, since that would not end if this failed
+    refusals = (TypeError, ValueError, OverflowError)
+    with pytest.raises(refusals, match=f"^{name} must be "):
+        collector.collect_async(TINY, **{name: value}).result(5)
+    assert collector.stats()["submitted"] == 0
+
+
+@pytest.mark.parametrize("timeout", [inf, 1e300, 10**9, True])
+def test_any_time_that_is_long_enough_is_a_timeout(collector, timeout):
+    assert collector.collect_async(TINY, timeout=timeout).result(30).item() == 1
+
+
+def test_decimal_timeout_is_taken_or_refused_before_anything_runs(collector):
+    try:
+        handle = collector.collect_async(TINY, timeout=Decimal(60))
+    except (TypeError, ValueError):
+        assert collector.stats()["submitted"] == 0
+    else:
+        assert handle.result(30).item() == 1
+
+
+# One of several slots is kept for small queries
+
+
+@pytest.mark.parametrize("slots", [2, 3, 4])
+def test_long_queries_leave_one_of_several_slots_which_tiny_ones_take(make, block, slots):
+    collector = make(max_running=slots)
+    for _ in range(slots - 1):
+        run_blocked(collector, block)
+    long = [collector.collect_async(UNSEEN) for _ in range(3)]
+    settle(collector)
+    assert collector._cpu.admission.running == slots - 1
+    assert collector._cpu.admission.waiting == 3
+    for _ in range(5):
+        assert collector.collect_async(TINY).result(30).item() == 1
+    assert not any(handle.done() for handle in long)
+    block.free()
+    assert [handle.result(30).item() for handle in long] == [1] * 3
+
+
+def test_single_slot_is_not_kept(make):
+    assert make(max_running=1).collect_async(UNSEEN).result(30).item() == 1
+
+
+@pytest.mark.parametrize(
+    ("ask", "is_small"),
+    [
+        (lambda collector: collector.collect_async(TINY), True),
+        (lambda collector: collector.collect_all_async([TINY, TINY]), True),
+        (lambda collector: collector.collect_schema_async(UNSEEN), True),
+        (lambda collector: collector.collect_async(UNSEEN, priority=1), True),
+        (lambda collector: collector.collect_async(HEAVY, priority=1), True),
+        (lambda collector: collector.collect_async(UNSEEN), False),
+        (lambda collector: collector.collect_async(HEAVY), False),
+        (lambda collector: collector.collect_all_async([TINY, HEAVY]), False),
+        (lambda collector: collector.collect_async(TINY, priority=-1), False),
+        (lambda collector: collector.collect_schema_async(TINY, priority=-1), False),
+    ],
+)
+def test_slot_is_kept_for_little_work_or_a_high_priority(make, block, ask, is_small):
+    collector = make(max_running=2)
+    run_blocked(collector, block)
+    handle = ask(collector)
+    if is_small:
+        handle.result(30)
+        assert collector._cpu.admission.running == 1
+    else:
+        settle(collector)
+        assert not handle.done()
+        assert collector._cpu.admission.waiting == 1
+
+
+def test_small_query_runs_beside_a_small_one_and_a_long_one_waits_for_neither(make, block):
+    collector = make(max_running=2)
+    run_blocked(collector, block, priority=1)  # at once, so it may be long
+    settle(collector)
+    _, small = run_blocked(collector, block, priority=1)
+    following = collector.collect_async(TINY)
+    assert not following.done()
+    small.gate.set()
+    assert following.result(30).item() == 1
+
+
+def test_unknown_query_counts_as_small_once_a_run_was_quick(make, block, monkeypatch):
+    monkeypatch.setattr(expectations, "_SLOWDOWN", inf)  # this machine may be busy
+    collector = make(max_running=2)
+    run_blocked(collector, block)
+    learned = threading.Event()
+    learn = Expectations.learn
+
+    def learn_that_it_was_quick(known, expected, seconds, *, alone):  # noqa: ARG001
+        found = learn(known, expected, 0.0005, alone=alone)
+        learned.set()
+        return found
+
+    monkeypatch.setattr(Expectations, "learn", learn_that_it_was_quick)
+    waiting = collector.collect_async(UNSEEN)
+    settle(collector)
+    assert not waiting.done()
+    collector.collect_async(UNSEEN, priority=1).result(30)
+    assert waiting.result(30).item() == 1  # which has a better prospect now
+    assert learned.is_set()
+    assert collector.collect_async(UNSEEN).result(30).item() == 1
+
+
+def test_new_appraisal_wakes_a_slot_that_nobody_looks_after(make, block, monkeypatch):
+    waiting = []
+
+    def learn(_, expected, __, **___):
+        # Nobody waited when the query ended, so its slot was taken back; then somebody comes, finds
+        # the slot free but is not small, as far as is known before this returns.
+        if quick.is_set() and not waiting:
+            other = threading.Thread(target=lambda: waiting.append(collector.collect_async(UNSEEN)))
+            other.start()
+            other.join()
+            settle(collector)
+        return Expectation(0.0, expected.fingerprint)
+
+    quick = threading.Event()
+    monkeypatch.setattr(Expectations, "learn", learn)
+    collector = make(max_running=2)
+    run_blocked(collector, block)
+    # So that there is a thread beside the two that are busy.
+    collector.collect_async(ask_plan(collector, by_result, 1), priority=1).result(30)
+    quick.set()
+    collector.collect_async(UNSEEN, priority=1).result(30)
+    while not waiting:
+        pass
+    assert waiting[0].result(30).item() == 1
+
+
+# The order of the line
+
+
+@pytest.mark.parametrize("lf", [TINY, UNSEEN], ids=["tiny", "unseen"])
+@pytest.mark.parametrize(
+    ("priorities", "order"),
+    [
+        ((-1, 0, -10, -5, 0), (0, 0, -1, -5, -10)),
+        ((0, 1), (1, 0)),
+        ((0, -1, 5, 10, -10, 0), (10, 5, 0, 0, -1, -10)),
+    ],
+)
+def test_higher_priority_starts_first(make, block, lf, priorities, order):
+    starts = Starts()
+    collector = make(max_running=1, on_event=starts)
+    run_blocked(collector, block)
+    for priority in priorities:
+        collector.collect_async(lf, priority=priority, label=str(priority))
+    block.free()
+    collector.close(cancel_waiting=False)
+    assert starts == [str(priority) for priority in order]
+
+
+def test_less_expected_work_starts_first(make, block, tmp_path):
+    starts = []
+
+    def on_event(event):
+        if event.kind is EventKind.STARTED:
+            starts.append(event.label)
+            if event.label == "heavy frame":
+                scanned.cancel()  # that would take long indeed
+
+    collector = make(max_running=1, on_event=on_event)
+    run_blocked(collector, block, label="blocked")
+    scanned = collector.collect_async(scan_of(tmp_path, megabytes=500), label="file")
+    collector.collect_async(HEAVY, label="heavy frame")
+    collector.collect_async(UNSEEN, label="unknown")
+    collector.collect_async(TINY, label="tiny")
+    block.free()
+    collector.close(cancel_waiting=False)
+    assert starts == ["blocked", "tiny", "unknown", "heavy frame"]
+
+
+def test_equals_start_in_the_order_they_came_and_nobody_is_appraised_by_the_caller(
+    make, block, explained
+):
+    starts = Starts()
+    collector = make(max_running=1, on_event=starts)
+    run_blocked(collector, block)
+    for i in range(20):
+        collector.collect_async(pl.LazyFrame({"a": [i]}), label=str(i))
+    assert explained == []
+    block.free()
+    collector.close(cancel_waiting=False)
+    assert starts == [str(i) for i in range(20)]
+    assert explained
+    assert threading.get_ident() not in explained
+
+
+@pytest.fixture
+def explained(monkeypatch):
+    """The threads on which plans were looked at."""
+    threads = []
+    explain = pl.LazyFrame.explain
+
+    def explain_and_tell(*arguments, **options):
+        threads.append(threading.get_ident())
+        return explain(*arguments, **options)
+
+    monkeypatch.setattr(pl.LazyFrame, "explain", explain_and_tell)
+    return threads
+
+
+def test_nobody_is_appraised_while_slots_are_free(make, block, explained, monkeypatch):
+    monkeypatch.setattr(query, "_WORTH_APPRAISING", inf)  # this machine may be busy
+    collector = make(max_running=3)
+    for _ in range(10):
+        collector.collect_async(UNSEEN).result(30)
+    for _ in range(2):
+        run_blocked(collector, block)
+    block.free()
+    collector.close()
+    assert explained == []
+
+
+def test_query_that_took_long_is_appraised_after_its_end(make, explained, monkeypatch):
+    monkeypatch.setattr(query, "_WORTH_APPRAISING", 0.0)
+    collector = make(max_running=1)
+    collector.collect_async(UNSEEN).result(30)
+    until(lambda: explained)
+    assert threading.get_ident() not in explained
+
+
+def test_free_slot_has_a_thread_while_another_thread_still_appraises(make, monkeypatch):
+    appraises, gate = threading.Event(), threading.Event()
+
+    def of(*_):
+        appraises.set()
+        gate.wait()
+        return Expectation(UNKNOWN, None)
+
+    monkeypatch.setattr(query, "_WORTH_APPRAISING", 0.0)
+    monkeypatch.setattr(Expectations, "of", of)
+    collector = make(max_running=1)
+    try:
+        collector.collect_async(TINY).result(30)
+        assert appraises.wait(30)  # of which a file on a slow disk may make long work
+        assert collector._cpu.admission.threads == 0
+        assert collector.collect_async(TINY).result(5).item() == 1
+    finally:
+        gate.set()
+
+
+def test_frame_that_is_asked_for_again_is_looked_at_once(make, block, explained):
+    collector = make(max_running=1)
+    run_blocked(collector, block)
+    handles = [collector.collect_async(TINY) for _ in range(5)]
+    collector.collect_all_async([TINY, TINY])
+    block.free()
+    for handle in handles:
+        handle.result(30)
+    collector.close(cancel_waiting=False)
+    assert len(explained) <= 2  # TINY, and the one that was blocked
+
+
+def test_broken_plan_is_unknown_and_its_query_reports_its_own_error(make, block):
+    broken = TINY.select("nope")
+    assert Expectations().of([broken], "in-memory") == Expectation(UNKNOWN, None)
+    collector = make(max_running=2)
+    run_blocked(collector, block)
+    handle = collector.collect_async(broken, priority=1)
+    with pytest.raises(pl.exceptions.ColumnNotFoundError, match="nope"):
+        handle.result(30)
+
+
+# What is expected
+
+
+def scan_of(folder, *, megabytes, name="data.csv"):
+    path = folder / name
+    with path.open("wb") as file:
+        file.truncate(int(megabytes * 1e6))  # which takes no room on the disk
+    return pl.scan_csv(path, schema={"a": pl.Int64})
+
+
+def of(*frames, engine="in-memory"):
+    return Expectations().of(frames, engine)
+
+
+def test_more_is_expected_of_more_bytes(tmp_path):
+    assert of(TINY).seconds < 0.0001
+    assert of(HEAVY).seconds == pytest.approx(0.2, rel=0.1)
+    assert of(TINY, HEAVY).seconds == pytest.approx(of(HEAVY).seconds, rel=0.1)
+    assert of(HEAVY, HEAVY).seconds == pytest.approx(2 * of(HEAVY).seconds)
+    assert of(scan_of(tmp_path, megabytes=50)).seconds == pytest.approx(1.0)
+    assert of(UNSEEN).seconds == UNKNOWN
+    assert of(pl.concat([HEAVY, HEAVY, UNSEEN])).seconds > UNKNOWN
+    assert of(pl.scan_csv(tmp_path / "none.csv", schema={"a": pl.Int64})).seconds == UNKNOWN
+
+
+def test_fingerprint_is_that_of_the_shape_whatever_the_numbers():
+    def over(number, frame=TINY):
+        return frame.filter(pl.col("a") > number).head(number)
+
+    assert of(over(1)).fingerprint == of(over(2345)).fingerprint
+    assert of(over(1)).fingerprint == of(over(1, pl.LazyFrame({"a": [7]}))).fingerprint
+    others = [
+        of(over(1), engine="streaming"),
+        of(over(1), over(1)),
+        of(over(1, pl.LazyFrame({"a": range(1000)}))),
+        of(over(1, pl.LazyFrame({"b": [1], "a": [1]}))),
+        of(TINY.filter(pl.col("a") < 1).head(1)),
+        of(over(1).select("a")),
+    ]
+    found = {each.fingerprint for each in (of(over(1)), *others)}
+    assert None not in found
+    assert len(found) == 7
+
+
+def test_fingerprint_of_a_small_file_is_not_that_of_a_large_one(tmp_path):
+    small, large = (
+        of(scan_of(tmp_path, megabytes=size, name=f"part-{i}.csv"))
+        for i, size in enumerate((0.001, 1000))
+    )
+    assert small.seconds < large.seconds
+    assert small.fingerprint != large.fingerprint
+
+
+@pytest.mark.parametrize(
+    ("expected", "took", "alone", "now"),
+    [
+        # Faster than expected: so it is, alone or not.
+        (0.1, 0.002, True, 0.002),
+        (0.1, 0.002, False, 0.002),
+        (50.0, 1.0, False, 1.0),
+        # Slower: alone, so it is; beside others, it may be their doing.
+        (0.002, 1.0, True, 1.0),
+        (0.002, 1.0, False, None),
+        (0.002, 100.0, False, 0.1),
+        # Not off by half.
+        (0.1, 0.06, True, None),
+        (0.1, 0.19, True, None),
+        (0.1, 0.06, False, None),
+        (0.1, 0.19, False, None),
+        # Nobody cares.
+        (0.00001, 0.0009, True, None),
+        (0.0009, 0.00001, False, None),
+    ],
+)
+def test_history_corrects_what_is_expected(expected, took, alone, now):
+    known = Expectations()
+    before = known.of([TINY], "in-memory")
+    found = known.learn(before._replace(seconds=expected), took, alone=alone)
+    if now is None:
+        assert found is None
+        assert known.of([TINY], "in-memory").seconds in (expected, before.seconds)
+    else:
+        assert found == Expectation(pytest.approx(now), before.fingerprint)
+        assert known.of([TINY], "in-memory") == found
+
+
+def test_newer_history_corrects_older():
+    known = Expectations()
+    for took in (1.0, 0.01, 1.0):
+        known.learn(known.of([TINY], "in-memory"), took, alone=True)
+        assert known.of([TINY], "in-memory").seconds == took
+        assert known.of([pl.LazyFrame({"a": [5]})], "in-memory").seconds == took
+
+
+def test_nothing_is_learned_of_a_query_without_fingerprint():
+    known = Expectations()
+    assert known.learn(Expectation(UNKNOWN, None), 5.0, alone=True) is None
+    assert not known._taken
+
+
+def test_history_is_bounded_and_forgets_what_ran_longest_ago(monkeypatch):
+    monkeypatch.setattr(expectations, "_MOST_KNOWN", 3)
+    known = Expectations()
+    for fingerprint in (1, 2, 3, 1, 4, 5):
+        known.learn(Expectation(0.1, fingerprint), 2.0, alone=True)
+    assert sorted(known._taken) == [1, 4, 5]
+
+
+def test_frame_is_looked_at_once_and_forgotten_with_it(explained):
+    known = Expectations()
+    frame = pl.LazyFrame({"a": [1]})
+    assert known.of([frame], "in-memory") == known.of([frame], "in-memory")
+    assert known.of([frame], "streaming") != known.of([frame], "in-memory")
+    assert len(explained) == 1
+    del frame
+    assert not known._plans
+
+
+def test_queries_know_whether_they_ran_alone(make, block, monkeypatch):
+    learned = []
+
+    def learn(_, expected, __, *, alone):  # noqa: ARG001
+        learned.append(alone)
+
+    monkeypatch.setattr(Expectations, "learn", learn)
+    monkeypatch.setattr(query, "_WORTH_APPRAISING", 0.0)
+    collector = make(max_running=2)
+    collector.collect_async(TINY).result(30)
+    until(lambda: learned == [True])
+    run_blocked(collector, block)
+    collector.collect_async(TINY).result(30)
+    until(lambda: learned == [True, False])
+    block.free()
+    until(lambda: learned == [True, False, False])
+    collector.collect_async(TINY).result(30)
+    until(lambda: learned == [True, False, False, True])
+
+
+def test_closed_collector_is_closed_rather_than_full(make, block):
+    collector = make(max_running=1, max_waiting=0)
+    run_blocked(collector, block)
+    collector.close(wait=False)
+    with pytest.raises(CollectorClosedError):
+        collector.collect_async(TINY)

@@ -1,0 +1,667 @@
+"""What is told of a query: to hooks, to the logger, in the counts, and by its label."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import os
+import sys
+import threading
+from concurrent.futures import CancelledError
+from contextlib import suppress
+from dataclasses import FrozenInstanceError, dataclass
+from pathlib import Path
+
+import polars as pl
+import pytest
+from conftest import TINY, Blocked
+
+from polars_async import (
+    Collector,
+    CollectorClosedError,
+    EngineDowngradeWarning,
+    EventKind,
+    QueryEvent,
+    QueryTimeoutError,
+    QueueFullError,
+)
+from polars_async.events import Reporter
+from polars_async.query import Query
+
+LAST = {"finished", "failed", "cancelled", "timed out", "rejected"}
+COMM = Path("/proc/thread-self/comm")
+linux = pytest.mark.skipif(sys.platform != "linux", reason="names of threads are told by /proc")
+
+
+def until(condition):
+    while not condition():
+        pass  # nobody tells
+
+
+class Heard(list):
+    """A hook that keeps what it heard."""
+
+    def __call__(self, event):
+        self.append(event)
+
+    def of(self, label):
+        """Give all that happened to a query, once it is over."""
+        events = []
+
+        def is_over():
+            events[:] = [event for event in self if event.label == label]
+            return any(event.kind in LAST for event in events)
+
+        until(is_over)
+        return events
+
+    def kinds(self, label):
+        return [str(event.kind) for event in self.of(label)]
+
+
+@pytest.fixture
+def heard():
+    return Heard()
+
+
+@pytest.fixture
+def telling(blocked, heard):
+    """A collector with one slot, room for two that wait, and a hook."""
+    collector = Collector(max_running=1, max_waiting=2, on_event=heard)
+    yield collector
+    blocked.gate.set()
+    collector.close()
+
+
+def failing(error):
+    def udf(_):
+        raise error
+
+    return TINY.map_batches(udf)
+
+
+# What happened, and in which order
+
+
+def test_query_that_gives_a_result_is_queued_started_and_finished(telling, heard):
+    telling.collect_async(TINY, label="it").result(30)
+    assert heard.kinds("it") == ["queued", "started", "finished"]
+
+
+def test_query_that_raises_is_queued_started_and_failed(telling, heard):
+    raised = ValueError("no")
+    with pytest.raises(ValueError, match="no"):
+        telling.collect_async(failing(raised), label="it").result(30)
+    assert heard.kinds("it") == ["queued", "started", "failed"]
+    assert heard.of("it")[-1].error is raised
+
+
+def test_query_cancelled_in_the_line_never_started(telling, heard, blocked):
+    telling.collect_async(blocked.lf)
+    telling.collect_async(TINY, label="it").cancel()
+    assert heard.kinds("it") == ["queued", "cancelled"]
+    assert heard.of("it")[-1].run_seconds is None
+
+
+def test_query_cancelled_while_it_runs_is_over_then_and_its_end_is_not_told(
+    telling, heard, blocked
+):
+    handle = telling.collect_async(blocked.lf, label="it")
+    assert blocked.started.wait(30)
+    handle.cancel()
+    assert heard.kinds("it") == ["queued", "started", "cancelled"]
+    blocked.gate.set()
+    telling.collect_async(TINY, label="next").result(30)
+    assert heard.kinds("it") == ["queued", "started", "cancelled"]
+
+
+def test_cancellation_is_the_last_event_though_the_thread_had_not_begun(
+    telling, heard, monkeypatch
+):
+    run, cancelled = Query.run, threading.Event()
+
+    def run_late(query):
+        cancelled.wait()
+        run(query)
+
+    monkeypatch.setattr(Query, "run", run_late)
+    handle = telling.collect_async(TINY, label="it")
+    handle.cancel()
+    cancelled.set()
+    telling.collect_async(TINY, label="next").result(30)
+    assert heard.kinds("it")[-1] == "cancelled"
+
+
+@pytest.mark.parametrize("runs", [True, False])
+def test_query_that_is_late_timed_out(telling, heard, blocked, runs):
+    if not runs:
+        telling.collect_async(blocked.lf)
+    handle = telling.collect_async(blocked.lf, label="it", timeout=0.3 if runs else 0.001)
+    if runs:
+        assert blocked.started.wait(30)
+    with pytest.raises(QueryTimeoutError) as caught:
+        handle.result(30)
+    assert heard.kinds("it") == ["queued", *["started"] * runs, "timed out"]
+    assert heard.of("it")[-1].error is caught.value
+    assert (heard.of("it")[-1].run_seconds is not None) == runs
+
+
+def test_query_that_finds_no_room_is_rejected(telling, heard, blocked):
+    telling.collect_async(blocked.lf)
+    for _ in range(2):
+        telling.collect_async(TINY)
+    with pytest.raises(QueueFullError) as caught:
+        telling.collect_async(TINY, label="it")
+    assert heard.kinds("it") == ["queued", "rejected"]
+    assert heard.of("it")[-1].error is caught.value
+    assert telling.stats()["rejected"] == 1
+    assert balance(telling.stats()) == 0
+
+
+def test_query_for_a_closed_collector_is_rejected(telling, heard):
+    telling.close()
+    with pytest.raises(CollectorClosedError) as caught:
+        telling.collect_async(TINY, label="it")
+    assert heard.kinds("it") == ["queued", "rejected"]
+    rejected = heard.of("it")[-1]
+    assert rejected.error is caught.value
+    assert rejected.run_seconds is None
+
+
+def test_query_that_was_not_let_in_has_not_waited(telling, heard):
+    telling.close()
+    with pytest.raises(CollectorClosedError):
+        telling.collect_async(TINY, label="it")
+    assert heard.of("it")[-1].queue_seconds == 0
+
+
+def test_query_that_cannot_have_the_gpu_is_downgraded(telling, heard):
+    with pytest.warns(EngineDowngradeWarning):
+        telling.collect_async(TINY, label="it", engine="gpu").result(30)
+    assert heard.kinds("it") == ["queued", "downgraded", "started", "finished"]
+    assert {event.engine for event in heard.of("it")} == {"in-memory"}
+    assert telling.stats()["downgraded"] == 1
+
+
+def test_finished_is_told_before_whoever_waits_goes_on(blocked):
+    went_on, early, waits = threading.Event(), [], threading.Event()
+
+    def on_event(event):
+        if event.kind is EventKind.FINISHED:
+            # Where nothing holds it off, this is time enough to go on.
+            early.append(went_on.wait(0.2))
+
+    async def main(handle):
+        task = asyncio.ensure_future(wait(handle))
+        await asyncio.sleep(0)
+        waits.set()
+        await task
+        went_on.set()
+
+    async def wait(handle):
+        return await handle
+
+    with Collector(max_running=1, on_event=on_event) as collector:
+        handle = collector.collect_async(blocked.lf)
+        runner = threading.Thread(target=asyncio.run, args=(main(handle),))
+        runner.start()
+        assert waits.wait(30)
+        blocked.gate.set()
+        runner.join(30)
+    assert early == [False]
+
+
+def test_all_is_told_when_close_returns():
+    finished, gate, closed = threading.Event(), threading.Event(), threading.Event()
+
+    def on_event(event):
+        if event.kind is EventKind.FINISHED:
+            finished.set()
+            gate.wait()
+
+    collector = Collector(max_running=1, on_event=on_event)
+    collector.collect_async(TINY)
+    assert finished.wait(30)
+    closer = threading.Thread(target=lambda: (collector.close(), closed.set()))
+    closer.start()
+    early = closed.wait(0.2)  # as above
+    gate.set()
+    closer.join(30)
+    assert not early
+
+
+# The event
+
+
+def test_event_tells_of_its_query(telling, heard, blocked):
+    telling.collect_async(blocked.lf, label="first")
+    assert blocked.started.wait(30)
+    handle = telling.collect_async(TINY, label="second", engine="streaming")
+    blocked.gate.set()
+    handle.result(30)
+    queued, started, finished = heard.of("second")
+    assert {event.engine for event in heard.of("second")} == {handle.resolution.name}
+    assert len({event.query_id for event in heard.of("second")}) == 1
+    assert heard.of("first")[0].query_id != queued.query_id
+    assert queued.run_seconds is None
+    assert queued.queue_seconds < started.queue_seconds == finished.queue_seconds
+    assert 0 <= started.run_seconds <= finished.run_seconds
+    assert (queued.rows, started.rows, finished.rows) == (None, None, 1)
+    assert {event.error for event in heard.of("second")} == {None}
+
+
+def test_finished_counts_the_rows(telling, heard, tmp_path):
+    three = pl.LazyFrame({"a": range(3)})
+    telling.collect_async(three, label="frame").result(30)
+    telling.collect_all_async([three, TINY], label="frames").result(30)
+    telling.collect_all_async([], label="no frames").result(30)
+    telling.collect_schema_async(three, label="schema").result(30)
+    telling.sink_async(three.sink_csv(tmp_path / "a.csv", lazy=True), label="sink").result(30)
+
+    async def batches():
+        return [each async for each in telling.collect_batches_async(three, label="batches")]
+
+    assert asyncio.run(batches())
+    labels = ("frame", "frames", "no frames", "batches", "schema", "sink")
+    assert [heard.of(label)[-1].rows for label in labels] == [3, 4, 0, 3, None, None]
+
+
+def test_ids_are_unique_over_all_collectors(heard):
+    for _ in range(3):
+        with Collector(on_event=heard) as collector:
+            for _ in range(3):
+                collector.collect_async(TINY)
+    assert len({event.query_id for event in heard}) == 9
+
+
+def test_event_cannot_be_changed(telling, heard):
+    telling.collect_async(TINY, label="it").result(30)
+    with pytest.raises(FrozenInstanceError):
+        heard[0].label = "another"
+
+
+@pytest.mark.parametrize(
+    ("event", "text"),
+    [
+        (
+            QueryEvent(EventKind.QUEUED, 7, None, "streaming", 0.0, None, None, None),
+            "query 7 queued: streaming engine, waited 0.000 s",
+        ),
+        (
+            QueryEvent(EventKind.FINISHED, 7, "top ten", "gpu", 0.25, 1.5, 10, None),
+            "query 7 'top ten' finished: gpu engine, waited 0.250 s, ran 1.500 s, 10 rows",
+        ),
+        (
+            QueryEvent(EventKind.FAILED, 7, None, "gpu", 0.0, 0.5, None, ValueError("no")),
+            "query 7 failed: gpu engine, waited 0.000 s, ran 0.500 s, ValueError: no",
+        ),
+    ],
+)
+def test_event_reads_as_one_line(event, text):
+    assert str(event) == text
+
+
+def test_event_of_an_error_of_many_lines_reads_as_one_line_too(telling, heard):
+    with pytest.raises(ValueError, match="no"):
+        telling.collect_async(failing(ValueError("no\nmore")), label="it").result(30)
+    assert "\n" not in str(heard.of("it")[-1])
+
+
+# The hook
+
+
+@pytest.mark.parametrize("kind", [ValueError, SystemExit, KeyboardInterrupt, GeneratorExit])
+def test_hook_that_raises_on_a_worker_is_logged_once_and_harms_no_query(caplog, kind):
+    def on_event(event):
+        if event.kind is EventKind.STARTED:
+            raise kind
+
+    with Collector(max_running=1, on_event=on_event) as collector:
+        assert collector.collect_async(TINY).result(30).item() == 1
+        assert len(caplog.records) == 1
+        assert collector.collect_async(TINY).result(30).item() == 1
+        assert collector._cpu._executor._threads == 1
+    assert len(caplog.records) == 2
+    record = caplog.records[0]
+    assert (record.name, record.levelname) == ("polars_async", "ERROR")
+    assert "hook" in record.getMessage()
+    assert record.exc_info[0] is kind
+
+
+@pytest.mark.parametrize("kind", [ValueError, SystemExit])
+def test_hook_that_raises_on_the_callers_thread_is_logged_and_harms_no_query(caplog, kind):
+    def on_event(event):
+        if event.kind in (EventKind.QUEUED, EventKind.CANCELLED):
+            raise kind
+
+    with Collector(max_running=1, on_event=on_event) as collector:
+        assert collector.collect_async(TINY).result(30).item() == 1
+        blocked = Blocked()
+        collector.collect_async(blocked.lf)
+        waiting = collector.collect_async(TINY)
+        waiting.cancel()
+        with pytest.raises(CancelledError):
+            waiting.result(30)
+        blocked.gate.set()
+    assert len(caplog.records) == 4
+
+
+def test_ctrl_c_in_the_hook_is_for_the_program_and_costs_no_waiter_its_answer():
+    def on_event(event):
+        if event.kind is EventKind.CANCELLED:
+            raise KeyboardInterrupt
+
+    blocked, told = Blocked(), []
+    with Collector(max_running=1, on_event=on_event) as collector:
+        handle = collector.collect_async(blocked.lf)
+
+        class Waiter:
+            def wake(self):
+                told.append(1)
+
+        handle._query.add_waiter(Waiter())
+        with pytest.raises(KeyboardInterrupt):
+            handle.cancel()
+        blocked.gate.set()
+    assert told == [1]
+
+
+# The logger
+
+
+QUIET = """
+import polars as pl, polars_async as pa
+with pa.Collector(max_running=1, max_waiting=0) as collector:
+    handle = collector.collect_async(pl.LazyFrame({"a": [1]}), label="it")
+    print(handle.result().item())
+    for refused in (pl.LazyFrame({"a": [1]}).select("nope"),):
+        try:
+            collector.collect_async(refused).result()
+        except pl.exceptions.ColumnNotFoundError:
+            print("failed")
+"""
+
+
+def test_logger_is_quiet_by_default(run_script):
+    assert run_script(QUIET) == ["1", "failed"]
+
+
+def test_logger_shows_a_line_for_each_event(caplog, collector, blocked):
+    caplog.set_level(logging.DEBUG, "polars_async")
+    collector.collect_async(blocked.lf, label="it")
+    collector.collect_async(TINY, label="it").cancel()
+    blocked.gate.set()
+    collector.close()
+    until(lambda: len(caplog.records) == 5)
+    assert {record.name for record in caplog.records} == {"polars_async"}
+    lines = [record.getMessage() for record in caplog.records]
+    for kind, times in (("queued", 2), ("started", 1), ("cancelled", 1), ("finished", 1)):
+        assert sum(f" 'it' {kind}: in-memory engine" in line for line in lines) == times
+
+
+def test_logger_shows_at_info_what_a_user_may_want_to_know(caplog, collector, blocked):
+    caplog.set_level(logging.INFO, "polars_async")
+    collector.collect_async(blocked.lf)
+    with pytest.warns(EngineDowngradeWarning):
+        handle = collector.collect_async(TINY, engine="gpu", timeout=0.001)
+    with pytest.raises(QueryTimeoutError):
+        handle.result(30)
+    blocked.gate.set()
+    collector.close()
+    with pytest.raises(CollectorClosedError):
+        collector.collect_async(TINY)
+    kinds = [record.getMessage().split(":")[0].split(" ", 2)[2] for record in caplog.records]
+    assert kinds == ["downgraded", "timed out", "rejected"]
+    assert {record.levelname for record in caplog.records} == {"INFO"}
+
+
+def test_nobody_listens_by_default():
+    assert not Reporter(None).listens
+    assert Reporter(print).listens
+
+
+# The counts
+
+
+OUTCOMES = ("completed", "failed", "cancelled", "timed_out", "rejected")
+
+
+def balance(stats):
+    known = sum(stats[outcome] for outcome in OUTCOMES)
+    return stats["submitted"] - known - stats["waiting"] - stats["running"] + stats["abandoned"]
+
+
+class WatchedLock:
+    """A lock that looks at the counts whenever others could do so."""
+
+    def __init__(self, lock, look):
+        self._lock = lock
+        self._look = look
+        self._depth = 0
+
+    def __enter__(self):
+        self._lock.acquire()
+        self._depth += 1
+
+    def __exit__(self, *_):
+        if self._depth == 1:
+            self._look()
+        self._depth -= 1
+        self._lock.release()
+
+
+def test_counts_add_up_at_every_moment():
+    collector = Collector(max_running=1, max_waiting=2)
+    off = []
+
+    def look():
+        stats = collector.stats()
+        if balance(stats):
+            off.append(stats)
+
+    admission = collector._cpu.admission
+    admission.lock = WatchedLock(admission.lock, look)
+    collector.collect_async(TINY).result(30)
+    with pytest.raises(ValueError, match="no"):
+        collector.collect_async(failing(ValueError("no"))).result(30)
+    blocked = Blocked()
+    running = collector.collect_async(blocked.lf, timeout=3600)
+    assert blocked.started.wait(30)
+    collector.collect_async(TINY).cancel()
+    with pytest.raises(QueryTimeoutError):
+        collector.collect_async(TINY, timeout=0.001).result(30)
+    running.cancel()
+    last = [collector.collect_async(TINY) for _ in range(2)]
+    assert off == []
+    with pytest.raises(QueueFullError):
+        collector.collect_async(TINY)
+    blocked.gate.set()
+    assert [handle.result(30).item() for handle in last] == [1, 1]
+    collector.close()
+    with pytest.raises(CollectorClosedError):
+        collector.collect_async(TINY)
+    assert off == []
+    stats = collector.stats()
+    assert [stats[outcome] for outcome in OUTCOMES] == [3, 1, 2, 1, 2]
+    assert stats["submitted"] == 9
+
+
+def test_stats_count_what_was_done_and_is_done(telling, blocked):
+    assert set(telling.stats().values()) == {0, 1, 2}  # the limits
+    telling.collect_async(TINY).result(30)
+    with pytest.raises(ValueError, match="no"):
+        telling.collect_async(failing(ValueError("no"))).result(30)
+    handle = telling.collect_async(blocked.lf)
+    assert blocked.started.wait(30)
+    telling.collect_async(TINY)
+    telling.collect_async(TINY).cancel()
+    stats = telling.stats()
+    times = [stats.pop("queue_seconds"), stats.pop("run_seconds")]
+    assert min(times) > 0
+    expected = dict.fromkeys(stats, 0)
+    expected |= {"max_running": 1, "max_waiting": 2, "running": 1, "waiting": 1, "submitted": 5}
+    assert stats == expected | {"completed": 1, "failed": 1, "cancelled": 1}
+    handle.cancel()
+    stats = telling.stats()
+    assert (stats["running"], stats["abandoned"], stats["cancelled"]) == (1, 1, 2)
+    blocked.gate.set()
+    telling.close(cancel_waiting=False)
+    stats = telling.stats()
+    assert (stats["running"], stats["abandoned"], stats["completed"]) == (0, 0, 2)
+    assert stats["run_seconds"] > times[1]
+    assert stats["queue_seconds"] > times[0]
+
+
+def test_stats_are_json_where_the_line_is_bounded(telling):
+    stats = telling.stats()
+    assert json.loads(json.dumps(stats, allow_nan=False)) == stats
+    assert Collector().stats()["max_waiting"] == float("inf")
+
+
+# The label
+
+
+def test_label_is_that_of_the_handle(collector):
+    assert collector.collect_async(TINY, label="it").label == "it"
+    assert collector.collect_async(TINY).label is None
+
+
+def test_error_of_a_labelled_query_has_one_note(collector):
+    async def twice(handle):
+        for _ in range(2):
+            with pytest.raises(ValueError, match="no"):
+                await handle
+
+    raised = ValueError("no")
+    handle = collector.collect_async(failing(raised), label="top ten")
+    asyncio.run(twice(handle))
+    assert raised.__notes__ == ["in the query 'top ten'"]
+    with pytest.raises(ValueError, match="no"):  # the same error of another query so named
+        collector.collect_async(failing(raised), label="top ten").result(30)
+    assert raised.__notes__ == ["in the query 'top ten'"]
+
+
+def test_error_of_a_query_without_label_has_no_note(collector):
+    raised = ValueError("no")
+    with pytest.raises(ValueError, match="no"):
+        collector.collect_async(failing(raised)).result(30)
+    assert not hasattr(raised, "__notes__")
+
+
+@dataclass(frozen=True)
+class FrozenError(Exception):
+    """An error that nothing can be noted in."""
+
+    code: int
+
+
+def test_error_that_takes_no_note_arrives_all_the_same():
+    collector = Collector(max_running=1)  # never closed, as above all it could not be
+    handle = collector.collect_async(failing(FrozenError(5)), label="it")
+    with pytest.raises(FrozenError):
+        handle.result(5)
+
+
+def test_cancellation_and_time_out_name_the_query(collector, blocked):
+    collector.collect_async(blocked.lf)
+    handle = collector.collect_async(TINY, label="top ten")
+    handle.cancel()
+    with pytest.raises(CancelledError, match=r"^the query 'top ten' was cancelled$"):
+        handle.result(30)
+    with pytest.raises(QueryTimeoutError, match=r"^the query 'top ten' was not done after 0.001 s"):
+        collector.collect_async(TINY, label="top ten", timeout=0.001).result(30)
+
+
+def names(seen):
+    def udf(df):
+        seen.append((threading.current_thread().name, COMM.read_text().removesuffix("\n")))
+        return df
+
+    return TINY.map_batches(udf)
+
+
+@linux
+def test_thread_has_the_name_of_the_query_while_it_runs(collector):
+    seen = []
+    for label in ("top ten of the customers", None, "ten"):
+        collector.collect_async(names(seen), label=label).result(30)
+    with pytest.raises(ValueError, match="no"):
+        collector.collect_async(failing(ValueError("no")), label="failed").result(30)
+    collector.collect_async(names(seen)).result(30)
+    labelled, plain, short, after = seen
+    assert labelled == ("top ten of the customers", "top ten of the ")
+    assert short == ("ten", "ten")
+    assert plain == after
+    assert plain[1] == "polars-async"
+    assert collector._cpu._executor._threads == 1
+
+
+GREEN = """
+import gevent.monkey; gevent.monkey.patch_all()
+import gevent, threading
+import polars as pl, polars_async as pa
+def udf(df):
+    with open("/proc/thread-self/comm") as file:
+        print(threading.current_thread().name, file.read().strip(), flush=True)
+    return df
+with pa.Collector(max_running=1) as collector:
+    lf = pl.LazyFrame({"a": [1]}).map_batches(udf)
+    for label in ("ten", None):
+        collector.collect_async(lf, label=label, gevent=True).get()
+"""
+
+
+@linux
+def test_thread_has_the_name_of_the_query_where_gevent_has_patched(run_script):
+    labelled, comm, plain, plain_comm = run_script(GREEN)
+    assert (labelled, comm) == ("ten", "ten")
+    assert plain != "ten"
+    assert plain_comm == "polars-async"
+
+
+@linux
+@pytest.mark.parametrize("label", ["ä" * 8, "\x00", "a\nb", "\udc80", "", "polars-0"])
+def test_any_text_is_a_label_and_leaves_the_name_of_the_thread_readable(collector, blocked, label):
+    comms = Path("/proc/self/task")
+    handle = collector.collect_async(blocked.lf, label=label)
+    assert blocked.started.wait(30)
+    for thread in comms.iterdir():
+        with suppress(OSError):  # one of another test may end just now
+            (thread / "comm").read_text()
+    blocked.gate.set()
+    assert handle.result(30).item() == 1
+
+
+FORK = """
+import os, signal, sys, threading, warnings
+warnings.simplefilter("ignore", DeprecationWarning)  # of a fork beside threads, from 3.12 on
+import polars as pl, polars_async as pa
+started, gate = threading.Event(), threading.Event()
+def udf(df):
+    started.set()
+    gate.wait()
+    return df
+pl.LazyFrame({"a": range(1000)}).group_by("a").len().collect()  # starts Polars' threads
+collector = pa.Collector(max_running=1)
+handle = collector.collect_async(pl.LazyFrame({"a": [1]}).map_batches(udf), label=sys.argv[1])
+started.wait()
+child = os.fork()
+if not child:
+    signal.alarm(10)
+    try:
+        pa.Collector().collect_async(pl.LazyFrame({"a": [1]})).result()
+    except pa.ForkedProcessError:
+        print("child", flush=True)
+    os._exit(0)
+assert os.waitpid(child, 0)[1] == 0, "the child hung"
+gate.set()
+handle.result()
+"""
+
+
+@linux
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.parametrize("label", ["plain", "ä" * 8])
+def test_fork_is_noticed_whatever_a_label_says(run_script, label):
+    assert run_script(FORK, label) == ["child"]
