@@ -1,4 +1,5 @@
-"""Every snippet of the README runs, and prints what stands below it."""
+"""Every snippet of the README runs, and prints what stands below it; test_services serves those
+that begin with the name of a file, below which stands the command that serves it."""
 
 import re
 import subprocess
@@ -10,12 +11,20 @@ import pytest
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 BLOCK = re.compile(r"```(\w+)\n(.*?)```\n", re.DOTALL)
-BLOCKS = BLOCK.findall(README)
+FILE = re.compile(r"# (\w+\.py)\n")
+BLOCKS = [
+    ("file" if FILE.match(code) else language, code) for language, code in BLOCK.findall(README)
+]
 PROGRAMS = [
     (code, BLOCKS[place + 1][1])
     for place, (language, code) in enumerate(BLOCKS)
     if language == "python"
 ]
+FILES = {
+    FILE.match(code)[1]: (code, BLOCKS[place + 1][1])
+    for place, (language, code) in enumerate(BLOCKS)
+    if language == "file"
+}
 
 
 @pytest.mark.parametrize(("code", "output"), PROGRAMS)
@@ -37,9 +46,10 @@ def test_every_program_is_followed_by_its_output():
     assert languages.count("python") == languages.count("text") == len(PROGRAMS) > 4
     for first, second in zip(languages, [*languages[1:], None], strict=True):
         assert (first == "python") == (second == "text")
+        assert first != "file" or second == "sh"
 
 
-@pytest.mark.parametrize("command", ["ci/demo", "ci/test"])
+@pytest.mark.parametrize("command", ["ci/demo", "ci/test", "ci/soak"])
 def test_commands_of_the_readme_can_be_run(command):
     assert f"\n{command} " in README
     path = ROOT / command

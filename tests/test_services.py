@@ -1,0 +1,447 @@
+"""The services of the README, started as it says, answer real requests."""
+
+import contextlib
+import fcntl
+import json
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from http.client import HTTPConnection
+from pathlib import Path
+
+import polars as pl
+import pytest
+from test_readme import FILES
+
+import polars_async
+
+pytestmark = pytest.mark.timeout(30)
+
+SHOPS = ["a", "b", "c", "d", "e"]
+ROWS = 1_000_000
+"""Far more than fits into the sockets' buffers, so that a client that stops reading is felt."""
+
+SALES = pl.select(number=pl.int_range(ROWS)).select(
+    shop=(pl.col("number") % len(SHOPS)).replace_strict(dict(enumerate(SHOPS))),
+    day=pl.col("number") % 7,
+    sum=pl.col("number"),
+)
+
+CONTROL = """
+import fcntl
+import polars as pl
+from polars_async import QueueFullError
+
+TINY = pl.LazyFrame({"a": [1]})
+
+
+def wait_for_gate(frame):
+    with open("gate") as gate:
+        fcntl.flock(gate, fcntl.LOCK_SH)
+    return frame
+
+
+def take_slots(collector):
+    for _ in range(collector.stats()["max_running"]):
+        collector.collect_async(TINY.map_batches(wait_for_gate), priority=1)
+
+
+def fill_line(collector):
+    try:
+        while True:
+            collector.collect_async(TINY)
+    except QueueFullError:
+        pass
+"""
+
+FASTAPI = """
+import asyncio
+from control import fill_line, take_slots
+from service import app
+
+
+@app.get("/hold")
+async def hold():
+    take_slots(app.state.collector)
+
+
+@app.get("/fill")
+async def fill():
+    fill_line(app.state.collector)
+
+
+@app.get("/tasks")
+async def tasks():
+    return len(asyncio.all_tasks())
+"""
+
+WSGI = """
+import json
+import os
+import control
+import shop
+
+
+def app(environ, start_response):
+    def start(status, headers):
+        start_response(status, [*headers, ("X-Worker", str(os.getpid()))])
+
+    if environ["PATH_INFO"] == "/":
+        shop.TIMEOUT = float(environ.get("HTTP_TIMEOUT", "10"))
+        return shop.app(environ, start)
+    if environ["PATH_INFO"] == "/hold":
+        control.take_slots(shop.collector)
+    if environ["PATH_INFO"] == "/fill":
+        control.fill_line(shop.collector)
+    start("200 OK", [])
+    return [json.dumps(shop.collector.stats()).encode()]
+"""
+
+QUERY_AT_IMPORT = """
+from served_wsgi import app, shop
+
+shop.SALES.first().collect()
+"""
+
+
+def sales_of(name):
+    days = SALES.filter(pl.col("shop") == name).group_by("day").agg(pl.col("sum").sum())
+    return days.sort("day").write_json().encode()
+
+
+def until(found):
+    """Give what `found` gives, once that is true; the time-out of the test is the only limit."""
+    while not (value := found()):
+        time.sleep(0.01)
+    return value
+
+
+class Server:
+    """A process of its own, and its log."""
+
+    def __init__(self, command, folder):
+        self._log = folder / f"{time.monotonic_ns()}.log"
+        self._read = 0
+        with self._log.open("w") as log:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", *command],
+                cwd=folder,
+                # gunicorn has a socket in the home folder
+                env={key: value for key, value in os.environ.items() if key != "XDG_RUNTIME_DIR"}
+                | {"HOME": str(folder), "PYTHONPATH": str(Path(polars_async.__file__).parents[1])},
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+
+    def kill(self):
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.wait()
+
+    def logged(self, pattern, count=1):
+        """Wait for `count` lines with `pattern`, and give what its group found in each."""
+
+        def found():
+            matches = re.findall(pattern, self._log.read_text())
+            assert self._process.poll() is None, self._log.read_text()
+            return matches if len(matches) >= count else None
+
+        return until(found)
+
+    def complaints(self):
+        """Give what was logged since this was last asked, and is no mere information."""
+        lines = self._log.read_text().splitlines()
+        new, self._read = lines[self._read :], len(lines)
+        return [line for line in new if not re.match(r"INFO: |\[.*\] \[INFO\]", line)]
+
+    def send(self, path, **headers):
+        """Send a request, and give the connection, on which the response will come."""
+        (port,) = self.logged(r"http://127\.0\.0\.1:(\d+)")
+        connection = HTTPConnection("127.0.0.1", int(port))
+        connection.request("GET", path, headers=headers)
+        return connection
+
+    def ask(self, path, **headers):
+        return response_on(self.send(path, **headers))
+
+    def stats(self):
+        return json.loads(self.ask("/stats")[1])
+
+    def until(self, **expected):
+        """Wait until the collector's statistics are as expected."""
+        return until(lambda: expected.items() <= (stats := self.stats()).items() and stats)
+
+    def hold(self):
+        """Have every slot taken by a query that runs until the gate opens."""
+        self.ask("/hold")
+        return self.until(running=self.stats()["max_running"])
+
+    def end(self):
+        """Tell the server to end."""
+        self._process.terminate()
+
+    def status(self):
+        """Wait for the end, and give the exit status."""
+        return self._process.wait()
+
+
+def response_on(connection):
+    with contextlib.closing(connection):
+        response = connection.getresponse()
+        return response, response.read()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("services")
+    SALES.write_parquet(folder / "sales.parquet")
+    files = {name: code for name, (code, _) in FILES.items()} | {
+        "control.py": CONTROL,
+        "served_fastapi.py": FASTAPI,
+        "served_wsgi.py": WSGI,
+        "query_at_import.py": QUERY_AT_IMPORT,
+        "gate": "",
+    }
+    for name, text in files.items():
+        (folder / name).write_text(text)
+    return folder
+
+
+@pytest.fixture
+def gate(folder):
+    """Hold up the queries of `Server.hold`, until it is closed."""
+    with (folder / "gate").open() as gate:
+        fcntl.flock(gate, fcntl.LOCK_EX)
+        yield gate
+
+
+@contextlib.contextmanager
+def started(folder, name, *options, app):
+    """Start what serves the file `name`, with `app` in place of the application that it names."""
+    command = shlex.split(FILES[name][1].replace(f"{Path(name).stem}:app", f"{app}:app"))
+    server = Server([*command, *options], folder)
+    try:
+        yield server
+    finally:
+        server.kill()
+
+
+@pytest.fixture(scope="module")
+def fastapi_server(folder):
+    with started(folder, "service.py", "--port=0", app="served_fastapi") as server:
+        yield server
+
+
+@pytest.fixture
+def service(fastapi_server):
+    """Serve with uvicorn; with nothing left to do afterwards, and nothing to complain about."""
+    before = fastapi_server.stats()
+    yield fastapi_server
+    after = fastapi_server.until(running=0, waiting=0)
+    assert after["failed"] == before["failed"]
+    assert fastapi_server.complaints() == []
+
+
+@pytest.fixture(scope="module")
+def gunicorn_server(folder):
+    with started(folder, "shop.py", "--bind=127.0.0.1:0", app="served_wsgi") as server:
+        yield server
+
+
+@pytest.fixture
+def workers(gunicorn_server):
+    """Serve with two workers of gunicorn, with nothing to complain about afterwards."""
+    yield gunicorn_server
+    assert gunicorn_server.complaints() == []
+
+
+@contextlib.contextmanager
+def stopped(worker):
+    os.kill(worker, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        os.kill(worker, signal.SIGCONT)
+
+
+@pytest.fixture
+def worker(workers):
+    """Serve with one of two workers, and stop the other."""
+    other = int(workers.logged(r"Booting worker with pid: (\d+)", 2)[-1])
+    with stopped(other):
+        yield workers
+        workers.until(running=0, waiting=0)
+
+
+def assert_is_sales_of(shop, connection):
+    response, body = response_on(connection)
+    assert (response.status, body) == (200, sales_of(shop))
+
+
+def assert_all_are_answered(server, path):
+    connections = [(shop, server.send(path + shop)) for shop in SHOPS * 3]
+    for shop, connection in connections:
+        assert_is_sales_of(shop, connection)
+
+
+def test_fastapi_answers_several_requests_at_once(service):
+    before = service.stats()["completed"]
+    assert_all_are_answered(service, "/sales?shop=")
+    assert service.stats()["completed"] == before + len(SHOPS) * 3
+
+
+@pytest.mark.parametrize("path", ["/sales?shop=a", "/sales.ndjson"])
+def test_fastapi_tells_clients_to_come_back_when_the_line_is_full(service, gate, path):
+    service.hold()
+    service.ask("/fill")
+    response, _ = service.ask(path)
+    assert (response.status, response.getheader("Retry-After")) == (503, "1")
+    gate.close()
+    service.until(waiting=0)
+    response, _ = service.ask(path)
+    assert response.status == 200
+
+
+def test_fastapi_tells_a_client_that_its_time_is_over(service, gate):
+    before = service.hold()["timed_out"]
+    response, _ = service.ask("/sales?shop=a&timeout=0.01")
+    assert response.status == 504
+    service.until(timed_out=before + 1, waiting=0)
+    gate.close()
+
+
+@pytest.mark.parametrize("path", ["/sales?shop=a", "/sales.ndjson"])
+def test_fastapi_takes_the_query_of_a_client_that_goes_away_out_of_the_line(service, gate, path):
+    before = service.hold()
+    tasks = service.ask("/tasks")[1]
+    leaving = service.send(path)
+    staying = service.send("/sales?shop=b")
+    service.until(waiting=2)
+    leaving.close()
+    service.until(waiting=1, cancelled=before["cancelled"] + 1)
+    gate.close()
+    assert_is_sales_of("b", staying)
+    until(lambda: service.ask("/tasks")[1] == tasks)
+
+
+def test_fastapi_streams_all_rows_and_the_first_before_the_end(service):
+    before = service.stats()["completed"]
+    with contextlib.closing(service.send("/sales.ndjson")) as connection:
+        response = connection.getresponse()
+        first = response.readline()
+        stats = service.stats()
+        assert (stats["running"], stats["completed"]) == (1, before)
+        assert pl.read_ndjson(first + response.read()).equals(SALES)
+
+
+def test_fastapi_lets_go_of_a_stream_whose_client_goes_away(service):
+    before = service.stats()
+    with (
+        contextlib.closing(service.send("/sales.ndjson")) as connection,
+        contextlib.closing(connection.getresponse()) as response,
+    ):
+        assert response.readline()
+    service.until(running=0, completed=before["completed"], cancelled=before["cancelled"] + 1)
+
+
+def test_fastapi_answers_before_it_ends(folder, gate):
+    with started(folder, "service.py", "--port=0", app="served_fastapi") as server:
+        server.hold()
+        connection = server.send("/sales?shop=a")
+        server.until(waiting=1)
+        server.end()
+        server.logged("Waiting for connections to close")
+        gate.close()
+        assert_is_sales_of("a", connection)
+        # when all is done, uvicorn raises the signal once more
+        assert (server.status(), server.complaints()) == (-signal.SIGTERM, [])
+
+
+@pytest.mark.usefixtures("gate")
+def test_fastapi_ends_while_queries_run_that_nobody_waits_for(folder):
+    with started(folder, "service.py", "--port=0", app="served_fastapi") as server:
+        server.hold()
+        server.end()
+        assert (server.status(), server.complaints()) == (-signal.SIGTERM, [])
+
+
+def test_gunicorn_answers_several_requests_at_once(workers):
+    assert_all_are_answered(workers, "/?shop=")
+
+
+def test_gunicorn_tells_clients_to_come_back_when_the_line_is_full(worker, gate):
+    worker.hold()
+    worker.ask("/fill")
+    response, _ = worker.ask("/?shop=a")
+    assert (response.status, response.getheader("Retry-After")) == (503, "1")
+    gate.close()
+    worker.until(waiting=0)
+    response, _ = worker.ask("/?shop=a")
+    assert response.status == 200
+
+
+def test_gunicorn_tells_a_client_that_its_time_is_over(worker, gate):
+    before = worker.hold()["timed_out"]
+    response, _ = worker.ask("/?shop=a", timeout="0.01")
+    assert response.status == 504
+    worker.until(timed_out=before + 1, waiting=0)
+    gate.close()
+
+
+def test_gunicorn_goes_on_when_a_worker_is_killed(workers):
+    killed, survivor = workers.logged(r"Booting worker with pid: (\d+)", 2)
+    os.kill(int(killed), signal.SIGKILL)
+    *_, successor = workers.logged(r"Booting worker with pid: (\d+)", 3)
+    for worker, other in [(survivor, successor), (successor, survivor)]:
+        with stopped(int(other)):
+            response, body = workers.ask("/?shop=a")
+            assert response.getheader("X-Worker") == worker
+            assert body == sales_of("a")
+    (complaint,) = workers.complaints()
+    assert f"(pid:{killed}) was sent SIGKILL" in complaint
+
+
+def test_gunicorn_answers_before_it_ends(folder, gate):
+    options = ["--bind=127.0.0.1:0", "--workers=1"]
+    with started(folder, "shop.py", *options, app="served_wsgi") as server:
+        server.hold()
+        connection = server.send("/?shop=a")
+        server.until(waiting=1)
+        server.end()
+        server.logged("Handling signal: term")
+        gate.close()
+        assert_is_sales_of("a", connection)
+        assert (server.status(), server.complaints()) == (0, [])
+
+
+@pytest.mark.usefixtures("gate")
+def test_gunicorn_ends_while_queries_run_that_nobody_waits_for(folder):
+    options = ["--bind=127.0.0.1:0", "--workers=1"]
+    with started(folder, "shop.py", *options, app="served_wsgi") as server:
+        server.hold()
+        server.end()
+        assert (server.status(), server.complaints()) == (0, [])
+
+
+def test_gunicorn_that_preloads_the_application_answers(folder):
+    options = ["--bind=127.0.0.1:0", "--preload", "--graceful-timeout=2"]
+    with started(folder, "shop.py", *options, app="served_wsgi") as server:
+        assert_all_are_answered(server, "/?shop=")
+        server.end()
+        assert server.status() == 0
+        # Polars 1.44 never ends in a process forked after its import, so its workers are killed
+        if not pl.__version__.startswith("1."):
+            assert server.complaints() == []
+
+
+def test_gunicorn_that_preloads_an_application_which_queries_says_what_is_wrong(folder):
+    options = ["--bind=127.0.0.1:0", "--workers=1", "--preload"]
+    with started(folder, "shop.py", *options, app="query_at_import") as server:
+        response, _ = server.ask("/?shop=a")
+        assert response.status == 500
+        assert any("ForkedProcessError: " in line for line in server.complaints())
