@@ -693,7 +693,7 @@ def _check_number(name: str, number: object, least: int) -> None:
         raise ValueError(f"{name} must be a whole number, {least} or more, or None, got {number!r}")
 
 
-def _seconds(timeout: float) -> float:
+def _seconds(timeout: Any) -> float:
     try:
         seconds = nan if isinstance(timeout, str) else float(timeout)
     except (TypeError, ValueError, OverflowError):
