@@ -198,3 +198,27 @@ def mistakes(frame: pl.DataFrame, collector: pa.Collector) -> None:
     pa.resolve_engine().name = "gpu"  # type: ignore[misc]
     pa.gpu_status().usable = True  # type: ignore[misc]
     collector.engine = "gpu"  # type: ignore[misc]
+
+
+async def under_load(collector: pa.Collector) -> None:
+    handle = collector.collect_async(lf, timeout=1.5, priority=-3, label="name", engine="streaming")
+    assert_type(await handle, pl.DataFrame)
+    assert_type(handle.label, str | None)
+    async for number, frame in collector.as_completed([lf], timeout=1):
+        assert_type(number, int)
+        assert_type(frame, pl.DataFrame)
+    async with collector.collect_batches_async(lf, chunk_size=10) as batches:
+        async for batch in batches:
+            assert_type(batch, pl.DataFrame)
+    assert_type(await collector.sink_async(lf.sink_csv("file", lazy=True)), None)
+    assert_type(await collector.collect_schema_async(lf), pl.Schema)
+    background = collector.collect_all_background([lf], label="name")
+    assert_type(background.fetch(), list[pl.DataFrame] | None)
+    assert_type(collector.stats(), dict[str, float])
+    async with pa.Collector(max_running=1, max_waiting=2, on_event=events.append) as other:
+        assert_type(other, pa.Collector)
+    assert_type(pa.configure(max_waiting=2), pa.Collector)
+    assert_type(events[0].error, BaseException | None)
+
+
+events: list[pa.QueryEvent] = []
