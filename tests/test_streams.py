@@ -1185,3 +1185,28 @@ def test_stream_in_a_forked_child_raises(loop, collector, blocked, kind):
         finally:
             os._exit(status)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_other_tasks_run_while_every_result_lies_ready(kind):
+    async def main():
+        turns = 0
+
+        async def turn():
+            nonlocal turns
+            while True:
+                turns += 1
+                await asyncio.sleep(0)
+
+        with Collector() as collector:
+            frames = [TINY] * 20
+            stream = collector.as_completed(frames)
+            if kind == "collect_batches_async":
+                lf = pl.LazyFrame({"a": range(20)})
+                stream = collector.collect_batches_async(lf, chunk_size=1)
+            other = asyncio.create_task(turn())
+            found = [turns async for _ in stream]
+            other.cancel()
+            assert found == sorted(set(found))
+
+    asyncio.run(main())

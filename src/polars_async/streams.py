@@ -262,7 +262,9 @@ class _Arrivals(Generic[T]):
     async def next(self, bridge: Bridge) -> T:
         """Wait for the next item; StopAsyncIteration after the last."""
         while True:
-            await Suspension(bridge, self)
+            # Where a result lies ready each time, the loop would never get to anything else.
+            ready = self.items or self.over
+            await (Turn(bridge) if ready else Suspension(bridge, self))
             with self.lock:
                 if self.items:
                     return self.items.popleft()
@@ -302,6 +304,16 @@ class Suspension:
 
     def __await__(self) -> Generator[Any, Any, None]:
         return self._bridge.wait(self._awaited)
+
+
+class Turn:
+    """What a coroutine awaits to let other tasks run."""
+
+    def __init__(self, bridge: Bridge) -> None:
+        self._bridge = bridge
+
+    def __await__(self) -> Generator[Any, Any, None]:
+        return self._bridge.turn()
 
 
 class _Ending:

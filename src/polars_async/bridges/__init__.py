@@ -23,6 +23,10 @@ class Bridge(Protocol):
         """Suspend the running task until `awaited` has come."""
         ...
 
+    def turn(self) -> Generator[Any, Any, None]:
+        """Let other tasks run once, as whoever never has to wait must do now and then."""
+        ...
+
 
 def current() -> Bridge:
     """Find the bridge into the loop that runs on this thread."""

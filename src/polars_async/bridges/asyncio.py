@@ -63,3 +63,8 @@ def wait(awaited: Awaited) -> Generator[Any, Any, None]:
     except BaseException:
         awaited.remove_waiter(waiter, last_cancels=True)
         raise
+
+
+def turn() -> Generator[Any, Any, None]:
+    """Let other tasks run once."""
+    yield

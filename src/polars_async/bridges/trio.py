@@ -55,7 +55,7 @@ def wait(awaited: Awaited) -> Generator[Any, Any, None]:
     """Suspend the running task until `awaited` has come; its cancellation lets go of a query."""
     waiter = _Waiter()
     if not awaited.add_waiter(waiter):
-        yield from trio.lowlevel.checkpoint().__await__()  # noqa: ASYNC105  # no coroutine here
+        yield from turn()
         return
 
     def abort(_: object) -> trio.lowlevel.Abort:
@@ -63,4 +63,9 @@ def wait(awaited: Awaited) -> Generator[Any, Any, None]:
         awaited.remove_waiter(waiter, last_cancels=True)
         return trio.lowlevel.Abort.SUCCEEDED
 
-    yield from trio.lowlevel.wait_task_rescheduled(abort).__await__()  # noqa: ASYNC105  # as above
+    yield from trio.lowlevel.wait_task_rescheduled(abort).__await__()  # noqa: ASYNC105  # no coroutine here
+
+
+def turn() -> Generator[Any, Any, None]:
+    """Let other tasks run once."""
+    yield from trio.lowlevel.checkpoint().__await__()  # noqa: ASYNC105  # as above
