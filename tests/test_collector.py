@@ -233,8 +233,8 @@ def test_engine_that_can_only_collect_runs_async_queries(collector):
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
-        ({"max_running": 0}, ValueError, "max_running must be 1 or more, got 0"),
-        ({"max_running": -1}, ValueError, "max_running must be 1 or more, got -1"),
+        ({"max_running": 0}, ValueError, "max_running must be .* 1 or more, or None, got 0"),
+        ({"max_running": -1}, ValueError, "max_running must be .* 1 or more, or None, got -1"),
         ({"engine": "warp"}, ValueError, "warp"),
         ({"default_engine": "warp"}, ValueError, "warp"),
         ({"gpu": "sometimes"}, ValueError, "sometimes"),

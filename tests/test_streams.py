@@ -184,7 +184,8 @@ def assert_free(collector):
     collector.close()
     stats = collector.stats()
     assert (stats["running"], stats["waiting"]) == (0, 0)
-    assert not collector._cpu.admission.threads
+    while collector._cpu.admission.threads:
+        pass  # one may still be looking at the line, which is empty; nobody is told
 
 
 # as_completed
@@ -794,7 +795,8 @@ def test_thread_that_cannot_start_costs_no_slot_when_a_stream_is_held_up(
             assert "can't start new thread" in str(error)  # noqa: PT017  # it may, or may not
     assert waiting.result(5).item() == 1
     assert collector.collect_async(TINY).result(5).item() == 1
-    assert not collector._cpu.admission.threads
+    while collector._cpu.admission.threads:
+        pass  # one may still be looking at the line, which is empty; nobody is told
 
 
 # Errors of a stream
