@@ -77,6 +77,8 @@ class Lane:
                     query.refuse()
                     raise
         except BaseException as error:
+            if admission.waiters:  # it may have come in between
+                admission.tell_if_empty()
             if query.reports:
                 self._report(EventKind.REJECTED, query, error=error)
             raise
