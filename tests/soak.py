@@ -217,7 +217,7 @@ class Soak:
         calls = [partial(self._act, last)] * rng.choice([4, 12, 24])
         calls += [partial(self._told, book.name, End(self, self.loop, book).come) for book in short]
         await self.loop.each(calls)
-        await self._quiet(threads + self.books[0].lanes[0]._executor._threads)
+        await self._quiet(threads)
         for book in short:
             self.past_queries += book.submitted
             self.events += book.events
@@ -274,8 +274,10 @@ class Soak:
         if len(clock.deadlines) > clock.swept_at + 1 or clock.swept_at > 4000:
             found.append(f"{len(clock.deadlines)} deadlines")
         own = self._own_threads()
-        if len(own) > threads + clock.runs:
-            found.append(f"{len(own)} threads, not {threads + clock.runs}: {own}")
+        # Asked for now, since a thread that still learns from its last query is not counted.
+        threads += clock.runs + sum(book.lanes[0]._executor._threads for book in self.books)
+        if len(own) > threads:
+            found.append(f"{len(own)} threads, not {threads}: {own}")
         gc.collect()
         kept = [each for each in gc.get_objects() if type(each) is Query]
         if kept:
