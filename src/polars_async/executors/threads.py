@@ -52,7 +52,8 @@ class ThreadExecutor:
 
     def step_out(self) -> None:
         """Do not count on the calling thread; as in `start`, others are kept out meanwhile."""
-        self._threads -= 1
+        if not self._closed:
+            self._threads -= 1
 
     def step_in(self) -> None:
         """Count on the calling thread again; as in `start`, others are kept out meanwhile."""
