@@ -39,8 +39,8 @@ def test_close_returns_when_the_last_query_is_done(collector, monkeypatch):
     release = Admission.release
     released, go = threading.Event(), threading.Event()
 
-    def release_and_stop(admission, query):
-        following = release(admission, query)
+    def release_and_stop(*arguments):
+        following = release(*arguments)
         released.set()
         go.wait()
         return following
@@ -109,8 +109,8 @@ if case == "collected":
     gc.collect()
 elif case == "released":
     release = Admission.release
-    def release_and_stop(admission, query):
-        following = release(admission, query)
+    def release_and_stop(*arguments):
+        following = release(*arguments)
         released.release()
         go.acquire()
         return following
@@ -233,7 +233,7 @@ def end(query):
     with admission.lock:
         (slot,) = admission._slots
         waiters = query.end()
-        admission.release(slot)
+        admission.release(slot, lambda _: False)
     for waiter in waiters:
         waiter.wake()
     query.after_end(Expectations(), alone=True)

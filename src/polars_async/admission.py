@@ -14,6 +14,8 @@ from polars_async.query import wake
 from polars_async.scheduling import Line, kept_for_small
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from polars_async.expectations import Expectation
     from polars_async.query import Query, Waiter
     from polars_async.scheduling import Place
@@ -188,27 +190,31 @@ class Admission:
             self._slots.discard(slot)
             return False
 
-    def release(self, slot: Slot) -> bool:
+    def release(self, slot: Slot, is_known_small: Callable[[Query[Any]], bool]) -> bool:
         """
         Take back the slot of a query that really ended, unless there may be a next one for it.
 
-        With the lock held.
+        With the lock held. `is_known_small` has to tell at once.
         """
         query, slot.query = slot.query, None
         line, slots = self._line, self._slots
-        self._paused.discard(slot)
+        if self._paused:
+            self._paused.discard(slot)
         seconds = None if query is None else query.run_seconds
         if seconds is not None:
             self.counts.run_seconds += seconds
             line.serve(seconds, overtook=slot.overtook)
-        if not line or slot not in slots or len(slots) > self.max_running:
-            slots.discard(slot)
-            return False
-        if not self._is_kept_for_small():
-            unseen = line.take_unseen()
-            if unseen is not None:
-                self._start(unseen, slot, small=False, overtook=False)
-        return True
+        if slot in slots and len(slots) <= self.max_running:
+            turn = line.take_quickly(
+                only_small=self._is_kept_for_small(), is_known_small=is_known_small
+            )
+            if turn is not None:
+                self._start(turn.item, slot, small=turn.small, overtook=turn.overtook)
+                return True
+            if line:
+                return True
+        slots.discard(slot)
+        return False
 
     def idle_slots(self) -> list[Slot]:
         """Take the slots that are free while somebody waits, for threads that look who may go."""
@@ -291,9 +297,10 @@ class Admission:
         if waited is None:
             return False
         slot.alone = True
-        for other in self._slots:
-            if other.query is not None:
-                slot.alone = other.alone = False
+        if len(self._slots) > 1:
+            for other in self._slots:
+                if other.query is not None:
+                    slot.alone = other.alone = False
         slot.query = query
         slot.small = small
         slot.overtook = overtook
@@ -301,6 +308,8 @@ class Admission:
         return True
 
     def _is_kept_for_small(self) -> bool:
+        if self.max_running == 1:
+            return False
         long_running = 0
         for slot in self._slots:
             if slot.query is not None and not slot.small:

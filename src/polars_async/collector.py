@@ -179,7 +179,7 @@ class Collector:
         ForkedProcessError
             Polars cannot run in this process.
         """
-        handle = _handle_class(gevent=gevent)
+        handle = QueryHandle if not gevent else _handle_class(gevent=gevent)
         query = self._collect(
             lf,
             "async",
@@ -631,7 +631,8 @@ class Collector:
     def _resolved(self, engine: EngineRequest | None, path: QueryPath) -> Resolution:
         _fork.check()
         resolution = self.resolve_engine(engine, path=path)
-        warn_of(resolution)
+        if resolution.reason is not None:
+            warn_of(resolution)
         return resolution
 
     def _lane(self, resolution: Resolution) -> Lane:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from functools import partial
-from typing import TYPE_CHECKING, Any, Final, cast
+from typing import TYPE_CHECKING, Any, Final
 from weakref import WeakSet
 
 from polars_async import _exit, _fork, streams
@@ -119,8 +119,11 @@ class Lane:
                 self.admission.give_back(slot)
 
     def _serve(self, slot: Slot) -> None:
-        while (slot.query is not None or self._fill(slot)) and self._run(slot):
-            pass
+        goes_on = True
+        while goes_on:
+            query = slot.query
+            goes_on = self._fill(slot) if query is None else self._run(query, slot)
+            del query  # or it would live until the next has ended
 
     def _fill(self, slot: Slot) -> bool:
         """Find a query for `slot`; False if there is none, and the slot was taken back."""
@@ -141,9 +144,8 @@ class Lane:
                     self._use_idle_slots()
         return True
 
-    def _run(self, slot: Slot) -> bool:
-        """Run the query of `slot`; False if nobody is next, and the slot was taken back."""
-        query = cast("Query[Any]", slot.query)
+    def _run(self, query: Query[Any], slot: Slot) -> bool:
+        """Run `query` in `slot`; False if nobody is next, and the slot was taken back."""
         if query.label is None:
             query.run()
         else:
@@ -151,18 +153,28 @@ class Lane:
                 query.run()
         # Done before it is gone: `close` trusts in that, and a fork may come in between. And gone
         # before anybody wakes, who may ask at once for the slot.
-        admission = self.admission
+        admission, is_known_small = self.admission, self._expectations.is_known_small
         with admission.lock:
             alone = slot.alone
             waiters = query.end()
-            kept = None if query.reports else admission.release(slot)
+            kept = None if query.reports else admission.release(slot, is_known_small)
         if kept is None:
             # With the slot still taken, since the hook may ask for another query and wait for it:
             # that would be handed to this very thread.
             query.report_end()
             with admission.lock:
-                kept = admission.release(slot)
+                kept = admission.release(slot, is_known_small)
         wake(waiters)
+        if not query.settle():
+            self._look_back(query, alone=alone)
+        if admission.waiters:
+            admission.tell_if_empty()
+        del query, waiters  # as in Query.run
+        return kept
+
+    def _look_back(self, query: Query[Any], *, alone: bool) -> None:
+        """Learn from a query that ended, when nobody waits for it any more."""
+        admission = self.admission
         # To appraise it may open files. So that nobody waits for this thread meanwhile:
         away = query.is_worth_appraising
         if away:
@@ -176,10 +188,6 @@ class Lane:
             with admission.lock:
                 admission.reappraise(corrected)
                 self._use_idle_slots()
-        if admission.waiters:
-            admission.tell_if_empty()
-        del query, waiters  # as in Query.run
-        return kept
 
 
 def _abandon_all() -> None:

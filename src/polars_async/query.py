@@ -82,7 +82,6 @@ class Query(Generic[T]):
         "_deadline",
         "_ended",
         "_error",
-        "_frames",
         "_late",
         "_report",
         "_started",
@@ -93,6 +92,7 @@ class Query(Generic[T]):
         "_waiters",
         "_work",
         "expectation",
+        "frames",
         "id",
         "is_stream",
         "label",
@@ -128,7 +128,7 @@ class Query(Generic[T]):
         self._admission = admission
         self._report = report
         self._work: Callable[[], T] | None = work
-        self._frames: Sequence[pl.LazyFrame] = frames
+        self.frames: Sequence[pl.LazyFrame] = frames
         self._context = copy_context()
         self._value: T | None = None
         self._error: BaseException | None = None
@@ -185,14 +185,14 @@ class Query(Generic[T]):
     def appraise(self, expectations: Expectations) -> None:
         """Find out what is to be expected of it; never raises."""
         if self.expectation is None:
-            self.expectation = expectations.of(self._frames, self.resolution.name)
+            self.expectation = expectations.of(self.frames, self.resolution.name)
 
     def run(self) -> None:
         """Run the work on this thread and keep its outcome, which `end` then makes final."""
         if self.reports:
             self._announce()
-        work, self._work = cast("Callable[[], T]", self._work), None
-        if self.done:  # it was let go before its thread came to it
+        work, self._work = self._work, None
+        if work is None or self.state is not State.RUNNING:  # it was let go on the way
             return
         try:
             self._value = self._context.run(work)
@@ -212,7 +212,7 @@ class Query(Generic[T]):
         With the lock held.
         """
         self._ended = perf_counter()
-        if self.done:
+        if self.state is not State.RUNNING and self.state is not State.WAITING:
             return []
         self.state = State.ENDED
         counts = self._admission.counts
@@ -230,9 +230,20 @@ class Query(Generic[T]):
         """Whether to find out what it was takes little of the time that it took."""
         return (
             self.expectation is None
-            and bool(self._frames)
+            and bool(self.frames)
             and (self.run_seconds or 0.0) >= _WORTH_APPRAISING
         )
+
+    def settle(self) -> bool:
+        """Drop what nobody needs now; False where its end still has to be looked into."""
+        if self.state is not State.ENDED or self.expectation is not None:
+            return False
+        if self._started is None or self._ended is None:
+            return False
+        if self._ended - self._started >= _WORTH_APPRAISING:
+            return False
+        self.frames = ()
+        return True
 
     def report_end(self) -> None:
         """Tell what came of it, unless it was let go, which was told then."""
@@ -253,7 +264,7 @@ class Query(Generic[T]):
             self._value = self._error = self._traceback = None
         if self.is_worth_appraising:
             self.appraise(expectations)
-        self._frames = ()
+        self.frames = ()
         if self.expectation is None or self.run_seconds is None:
             return None
         return expectations.learn(self.expectation, self.run_seconds, alone=alone)
@@ -328,8 +339,8 @@ class Query(Generic[T]):
         if self.state is State.WAITING:
             self._admission.leave(self)
             self._ended = perf_counter()
-            dropped = self._work, self._frames
-            self._work, self._frames = None, ()
+            dropped = self._work, self.frames
+            self._work, self.frames = None, ()
         counts = self._admission.counts
         if state is State.CANCELLED:
             counts.cancelled += 1

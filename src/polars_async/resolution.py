@@ -174,7 +174,7 @@ def resolve_engine(
 
 def _who_asks(engine: EngineRequest, path: QueryPath, default: EngineRequest) -> Resolution:
     """Find the engine that is asked for, and by whom, before the GPU rule."""
-    if (argument := _own_request(engine)) != "auto":
+    if engine != "auto" and (argument := _own_request(engine)) != "auto":
         return _asked(argument, "argument")
     configured = _upstream.affinity_override()
     if configured is not None and (affinity := _own_request(configured)) != "auto":
@@ -295,6 +295,8 @@ def _nothing_asked(path: QueryPath, default: EngineRequest) -> Resolution:
         return _asked("auto", "default")
     if path == "batches":  # where Polars itself takes "auto" for this one
         return _asked("streaming", "default")
+    if isinstance(default, str):
+        return _asked_by_name(default, "default")
     return _asked(_own_request(default), "default")
 
 

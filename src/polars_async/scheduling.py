@@ -7,7 +7,7 @@ from heapq import heapify, heappop, heappush
 from typing import TYPE_CHECKING, Final, Generic, NamedTuple, TypeVar
 
 if TYPE_CHECKING:
-    from collections.abc import Hashable, Iterator
+    from collections.abc import Callable, Hashable, Iterator
 
 T = TypeVar("T")
 _V = TypeVar("_V")
@@ -208,19 +208,30 @@ class Line(Generic[T]):
                 self._turns[only_small] += 1
                 return Turn(item, place.small, self._is_overtaking(place))
 
-    def take_unseen(self) -> T | None:
-        """Take the first newcomer, unappraised, while all is small and equal; None if it is not."""
-        if self._small_row < QUICK_ROW or self._sorted_in:
+    def take_quickly(
+        self, *, only_small: bool, is_known_small: Callable[[T], bool]
+    ) -> Turn[T] | None:
+        """
+        Take the next without an appraisal, while all that ran was small; None if that may not be.
+
+        Where only small ones may go, a newcomer has to be known as one.
+        """
+        if self._small_row < QUICK_ROW:
             return None
+        if self._sorted_in:
+            if self.is_undecided or any(self._heaps[key] for key in self._heaps if not key[1]):
+                return None
+            return self.take(only_small=only_small)
+        newcomers = self._newcomers
         try:
-            item, came = self._newcomers.popitem(last=False)
+            item, came = newcomers.popitem(last=False)
         except KeyError:  # there is none
             return None
-        if came[2] > self._ranked:
-            return item
-        # It, or one behind it, has a priority.
-        self._newcomers[item] = came
-        self._newcomers.move_to_end(item, last=False)
+        # Not one that has a priority, or has one behind it.
+        if came[2] > self._ranked and (not only_small or is_known_small(item)):
+            return Turn(item, only_small, overtook=False)
+        newcomers[item] = came
+        newcomers.move_to_end(item, last=False)
         return None
 
     def discard(self, item: T) -> None:
