@@ -6,7 +6,7 @@ import sys
 import threading
 from decimal import Decimal
 from math import inf, nan
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import polars as pl
 import pytest
@@ -699,6 +699,28 @@ def test_newer_history_corrects_older():
         known.learn(known.of([TINY], "in-memory"), took, alone=True)
         assert known.of([TINY], "in-memory").seconds == took
         assert known.of([pl.LazyFrame({"a": [5]})], "in-memory").seconds == took
+
+
+def test_a_frame_that_was_looked_at_is_known_without_asking_its_plan(monkeypatch):
+    known = Expectations()
+    equal = pl.LazyFrame({"a": [1]})
+
+    def is_known_small(*frames, engine="in-memory"):
+        query = SimpleNamespace(frames=frames, resolution=SimpleNamespace(name=engine))
+        return known.is_known_small(query)
+
+    assert not is_known_small(TINY)
+    expected = known.of([TINY], "in-memory")
+    known.of([HEAVY], "in-memory")
+    monkeypatch.setattr(expectations, "_look_at", None)
+    assert is_known_small(TINY)
+    assert not is_known_small(HEAVY)
+    assert not is_known_small(equal)
+    assert not is_known_small(TINY, TINY)
+    assert not is_known_small()
+    known.learn(expected, 1.0, alone=True)
+    assert not is_known_small(TINY)
+    assert is_known_small(TINY, engine="streaming")
 
 
 def test_nothing_is_learned_of_a_query_without_fingerprint():
