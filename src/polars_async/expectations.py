@@ -28,6 +28,9 @@ _FILE_RATE: Final = 50e6
 _SLOWDOWN: Final = 1000
 """How many times longer a query may take beside others: a tiny one waits for all the tasks of the
 heavy ones in Polars' own thread pool."""
+_HELD_UP: Final = 0.02
+"""Seconds that a query may have waited for the GIL alone, four times its switch interval, while a
+loop was busy: a tiny one must not count as large for that."""
 _NO_TIME: Final = 0.001
 """Seconds below which it makes no difference."""
 _MOST_KNOWN: Final = 4096
@@ -87,13 +90,14 @@ class Expectations:
         """
         Correct what was expected of a query by the `seconds` that it took.
 
-        `alone` tells that nothing else ran meanwhile, so that this is what the query takes. Beside
-        others it says no more than that the query takes no longer, nor less by orders of magnitude.
+        `alone` tells that no other query ran meanwhile, so that this is what it takes, but for its
+        waits for the GIL. Beside others it says no more than that the query takes no longer, nor
+        less by orders of magnitude.
         Gives the new expectation, or None where the old one was not off by half.
         """
         if expected.fingerprint is None or (seconds <= _NO_TIME and expected.seconds <= _NO_TIME):
             return None
-        least = seconds if alone else seconds / _SLOWDOWN
+        least = seconds - _HELD_UP if alone else seconds / _SLOWDOWN
         with self._lock:
             before = self._taken.pop(expected.fingerprint, expected.seconds)
             fits = least / 2 <= max(before, _NO_TIME) and before <= max(2 * seconds, _NO_TIME)
