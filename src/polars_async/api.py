@@ -158,7 +158,7 @@ def collect_async(
     3
     """
     _check_named(engine)
-    collector = _Default.collector or default_collector()
+    collector = default_collector()
     if gevent:
         return collector.collect_async(lf, gevent=True, engine=engine, optimizations=optimizations)
     return collector.collect_async(lf, engine=engine, optimizations=optimizations)

@@ -179,7 +179,7 @@ class Collector:
         ForkedProcessError
             Polars cannot run in this process.
         """
-        handle = QueryHandle if not gevent else _handle_class(gevent=gevent)
+        handle = _gevent_handle() if gevent else QueryHandle
         query = self._collect(
             lf,
             "async",
@@ -244,7 +244,7 @@ class Collector:
         ValueError, EngineUnavailableError, QueueFullError, CollectorClosedError, ForkedProcessError
             As for `collect_async`.
         """
-        handle = _handle_class(gevent=gevent)
+        handle = _gevent_handle() if gevent else QueryHandle
         query = self._collect_all(
             lazy_frames,
             "async",
@@ -397,7 +397,7 @@ class Collector:
                 "since it was not given lazy=True"
             )
         check_frame(sink)
-        handle = _handle_class(gevent=gevent)
+        handle = _gevent_handle() if gevent else QueryHandle
         resolution = self._resolved(engine, "batches")
         work = partial(run_sink, sink, resolution.engine, optimizations)
         return handle(self._submit(work, resolution, (sink,), timeout, priority, label))
@@ -452,7 +452,7 @@ class Collector:
             As for `collect_async`.
         """
         check_frame(lf)
-        handle = _handle_class(gevent=gevent)
+        handle = _gevent_handle() if gevent else QueryHandle
         resolution = self._resolved("in-memory", "async")
         return handle(
             self._submit(
@@ -631,8 +631,7 @@ class Collector:
     def _resolved(self, engine: EngineRequest | None, path: QueryPath) -> Resolution:
         _fork.check()
         resolution = self.resolve_engine(engine, path=path)
-        if resolution.reason is not None:
-            warn_of(resolution)
+        warn_of(resolution)
         return resolution
 
     def _lane(self, resolution: Resolution) -> Lane:
@@ -704,9 +703,7 @@ def _seconds(timeout: Any) -> float:
     return seconds
 
 
-def _handle_class(*, gevent: bool) -> type[QueryHandle[Any]]:
-    if not gevent:
-        return QueryHandle
+def _gevent_handle() -> type[QueryHandle[Any]]:
     try:
         from polars_async.bridges.gevent import GeventHandle  # noqa: PLC0415  # optional
     except ModuleNotFoundError as error:
