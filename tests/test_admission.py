@@ -6,7 +6,7 @@ import sys
 import threading
 from decimal import Decimal
 from math import inf, nan
-from types import ModuleType, SimpleNamespace
+from types import ModuleType
 
 import polars as pl
 import pytest
@@ -21,11 +21,14 @@ from polars_async import (
     QueryTimeoutError,
     QueueFullError,
     _probe,
+    admission,
     expectations,
+    lane,
     query,
 )
 from polars_async._nvml import Host, HostDevice
 from polars_async.expectations import UNKNOWN, Expectation, Expectations
+from polars_async.scheduling import QUICK, QUICK_ROW
 
 HEAVY = pl.LazyFrame({"a": pl.zeros(5_000_000, dtype=pl.Int64, eager=True)}).select(
     pl.col("a").sum()
@@ -557,6 +560,59 @@ def test_nobody_is_appraised_while_slots_are_free(make, block, explained, monkey
     assert explained == []
 
 
+@pytest.fixture
+def guard(make, block, explained, monkeypatch):
+    """Give a collector whose slot for small queries stands guard, and what lets it look again."""
+    slept, gate = [], threading.Event()
+
+    def sleep(seconds):
+        slept.append(seconds)
+        assert gate.wait(30)
+
+    monkeypatch.setattr(lane, "sleep", sleep)
+    monkeypatch.setattr(admission, "SMALL", 1000.0)
+    collector = make(max_running=2)
+    for _ in range(QUICK_ROW):
+        collector._cpu.admission._line.serve(QUICK, overtook=False)
+    run_blocked(collector, block)
+    handle = collector.collect_async(TINY)
+    until(lambda: slept)
+    assert 900 < slept[0] <= 1000
+    assert explained == []
+    yield collector, handle, gate
+    gate.set()
+    assert len(slept) == 1
+
+
+def test_slot_kept_for_small_ones_looks_at_nobody_until_another_proves_long(
+    guard, explained, monkeypatch
+):
+    _, tiny, gate = guard
+    assert not tiny.done()
+    monkeypatch.setattr(admission, "SMALL", 0.0)
+    gate.set()
+    assert tiny.result(30).item() == 1
+    assert len(explained) == 1
+
+
+def test_slot_kept_for_small_ones_looks_at_all_unless_the_last_were_quick(make, block, monkeypatch):
+    monkeypatch.setattr(lane, "sleep", None)
+    monkeypatch.setattr(admission, "SMALL", 1000.0)
+    collector = make(max_running=2)
+    for _ in range(QUICK_ROW - 1):
+        collector._cpu.admission._line.serve(QUICK, overtook=False)
+    run_blocked(collector, block)
+    assert collector.collect_async(TINY).result(30).item() == 1
+
+
+def test_slot_that_looked_at_nobody_is_given_back_when_nobody_waits(guard):
+    collector, tiny, gate = guard
+    assert tiny.cancel()
+    gate.set()
+    settle(collector)
+    assert collector._cpu.admission.threads == 1
+
+
 def test_query_that_took_long_is_appraised_after_its_end(make, explained, monkeypatch):
     monkeypatch.setattr(query, "_WORTH_APPRAISING", 0.0)
     collector = make(max_running=1)
@@ -702,28 +758,6 @@ def test_newer_history_corrects_older():
         assert known.of([TINY], "in-memory").seconds == pytest.approx(took, abs=0.021)
         equal = pl.LazyFrame({"a": [5]})
         assert known.of([equal], "in-memory") == known.of([TINY], "in-memory")
-
-
-def test_a_frame_that_was_looked_at_is_known_without_asking_its_plan(monkeypatch):
-    known = Expectations()
-    equal = pl.LazyFrame({"a": [1]})
-
-    def is_known_small(*frames, engine="in-memory"):
-        query = SimpleNamespace(frames=frames, resolution=SimpleNamespace(name=engine))
-        return known.is_known_small(query)
-
-    assert not is_known_small(TINY)
-    expected = known.of([TINY], "in-memory")
-    known.of([HEAVY], "in-memory")
-    monkeypatch.setattr(expectations, "_look_at", None)
-    assert is_known_small(TINY)
-    assert not is_known_small(HEAVY)
-    assert not is_known_small(equal)
-    assert not is_known_small(TINY, TINY)
-    assert not is_known_small()
-    known.learn(expected, 1.0, alone=True)
-    assert not is_known_small(TINY)
-    assert is_known_small(TINY, engine="streaming")
 
 
 def test_nothing_is_learned_of_a_query_without_fingerprint():

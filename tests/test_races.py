@@ -233,7 +233,7 @@ def end(query):
     with admission.lock:
         (slot,) = admission._slots
         waiters = query.end()
-        admission.release(slot, lambda _: False)
+        admission.release(slot)
     for waiter in waiters:
         waiter.wake()
     query.after_end(Expectations(), alone=True)

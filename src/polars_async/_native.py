@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from _thread import LockType, RLock, allocate_lock, start_new_thread
     from queue import SimpleQueue
     from threading import local
+    from time import sleep
 else:
 
     def _original(module: str, name: str) -> Any:
@@ -31,6 +32,7 @@ else:
     allocate_lock = _original("_thread", "allocate_lock")
     start_new_thread = _original("_thread", "start_new_thread")
     SimpleQueue = _original("queue", "SimpleQueue")
+    sleep = _original("time", "sleep")
 
 _SLICE: Final = 0.1
 """Seconds that a signal waits at most. Polars installs its SIGINT handler with SA_RESTART, so that
@@ -62,6 +64,7 @@ __all__ = [
     "SimpleQueue",
     "allocate_lock",
     "local",
+    "sleep",
     "start_new_thread",
     "wait_for",
     "when_put",

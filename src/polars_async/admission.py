@@ -11,11 +11,9 @@ from polars_async._nesting import in_query
 from polars_async.errors import CollectorClosedError, QueueFullError
 from polars_async.expectations import UNKNOWN
 from polars_async.query import wake
-from polars_async.scheduling import Line, kept_for_small
+from polars_async.scheduling import SMALL, Line, kept_for_small
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from polars_async.expectations import Expectation
     from polars_async.query import Query, Waiter
     from polars_async.scheduling import Place
@@ -190,11 +188,25 @@ class Admission:
             self._slots.discard(slot)
             return False
 
-    def release(self, slot: Slot, is_known_small: Callable[[Query[Any]], bool]) -> bool:
+    def seconds_on_guard(self) -> float:
+        """
+        Tell how long the next free slot had better do nothing.
+
+        That is where it is kept for small queries, and the others are quick: to look at a plan
+        takes longer than they need to run it. It is there when one of them turns out to be long.
+        """
+        with self.lock:
+            if not self._line.is_quick or not self._line or not self._is_kept_for_small():
+                return 0.0
+            return SMALL - min(
+                slot.query.run_seconds or 0.0 for slot in self._slots if slot.query is not None
+            )
+
+    def release(self, slot: Slot) -> bool:
         """
         Take back the slot of a query that really ended, unless there may be a next one for it.
 
-        With the lock held. `is_known_small` has to tell at once.
+        With the lock held.
         """
         query, slot.query = slot.query, None
         line, slots = self._line, self._slots
@@ -204,15 +216,11 @@ class Admission:
         if seconds is not None:
             self.counts.run_seconds += seconds
             line.serve(seconds, overtook=slot.overtook)
-        if slot in slots and len(slots) <= self.max_running:
-            turn = line.take_quickly(
-                only_small=self._is_kept_for_small(), is_known_small=is_known_small
-            )
+        if line and slot in slots and len(slots) <= self.max_running:
+            turn = line.take_quickly(only_small=self._is_kept_for_small())
             if turn is not None:
                 self._start(turn.item, slot, small=turn.small, overtook=turn.overtook)
-                return True
-            if line:
-                return True
+            return True
         slots.discard(slot)
         return False
 

@@ -5,19 +5,16 @@ from __future__ import annotations
 import os
 import re
 from math import frexp
-from typing import TYPE_CHECKING, Any, Final, NamedTuple
+from typing import TYPE_CHECKING, Final, NamedTuple
 from weakref import ref
 
 from polars_async._native import allocate_lock
 from polars_async._upstream import plan_sources
-from polars_async.scheduling import SMALL
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     import polars as pl
-
-    from polars_async.query import Query
 
 UNKNOWN: Final = 0.1
 """Seconds expected of a query of which nothing is known."""
@@ -73,18 +70,6 @@ class Expectations:
         except BaseException:  # noqa: BLE001  # what is wrong with a plan, the query will tell
             return Expectation(UNKNOWN, None)
         return Expectation(seconds, fingerprint)
-
-    def is_known_small(self, query: Query[Any]) -> bool:
-        """Tell at once, and so just of a single frame that was looked at before."""
-        frames = query.frames
-        if len(frames) != 1:
-            return False
-        known = self._plans.get(id(frames[0]))
-        if known is None or known[0]() is not frames[0]:
-            return False
-        plan = known[1]
-        fingerprint = hash((query.resolution.name, plan.shape))
-        return self._taken.get(fingerprint, plan.seconds) <= SMALL
 
     def learn(self, expected: Expectation, seconds: float, *, alone: bool) -> Expectation | None:
         """

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Final
 from weakref import WeakSet
 
 from polars_async import _exit, _fork, streams
+from polars_async._native import sleep
 from polars_async.admission import Admission
 from polars_async.events import EventKind
 from polars_async.executors.threads import ThreadExecutor, named_thread
@@ -130,6 +131,9 @@ class Lane:
         admission = self.admission
         together = 1  # since the first may be small already
         while slot.query is None:
+            if (seconds := admission.seconds_on_guard()) > 0:
+                sleep(seconds)
+                continue
             appraised = admission.newcomers(together)
             for place in appraised:
                 query = place.item
@@ -153,17 +157,17 @@ class Lane:
                 query.run()
         # Done before it is gone: `close` trusts in that, and a fork may come in between. And gone
         # before anybody wakes, who may ask at once for the slot.
-        admission, is_known_small = self.admission, self._expectations.is_known_small
+        admission = self.admission
         with admission.lock:
             alone = slot.alone
             waiters = query.end()
-            kept = None if query.reports else admission.release(slot, is_known_small)
+            kept = None if query.reports else admission.release(slot)
         if kept is None:
             # With the slot still taken, since the hook may ask for another query and wait for it:
             # that would be handed to this very thread.
             query.report_end()
             with admission.lock:
-                kept = admission.release(slot, is_known_small)
+                kept = admission.release(slot)
         wake(waiters)
         if not query.settle():
             self._look_back(query, alone=alone)

@@ -7,7 +7,7 @@ from heapq import heapify, heappop, heappush
 from typing import TYPE_CHECKING, Final, Generic, NamedTuple, TypeVar
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Hashable, Iterator
+    from collections.abc import Hashable, Iterator
 
 T = TypeVar("T")
 _V = TypeVar("_V")
@@ -19,8 +19,10 @@ PATIENCE: Final = 4.0
 FAIR_TURN: Final = 8
 """One turn in so many disregards priorities."""
 PRIORITIES: Final = range(-10, 11)
+QUICK: Final = 0.001
+"""Seconds of work that are no more than a few times those that it takes to appraise it."""
 QUICK_ROW: Final = 8
-"""After so many small ones in a row, the next is taken unseen."""
+"""After so many quick ones in a row, the next is taken unseen."""
 _LEAST_WORK: Final = 1e-5
 _MOST_WORK: Final = 60.0
 """Seconds; more patience than for these nobody needs to have, whatever was expected."""
@@ -91,7 +93,7 @@ class Line(Generic[T]):
     no priority keeps another out for ever. An item is small if it has little work, or, where the
     caller knows better, if its priority is above 0; never if it is below.
 
-    While all that ran was small there is little to order, and newcomers are taken unseen.
+    While all that ran was quick there is little to order, and newcomers are taken unseen.
 
     Callers see to it that one thread at a time is in here, but `discard` may interrupt any other
     method.
@@ -103,8 +105,8 @@ class Line(Generic[T]):
         "_number",
         "_overtaken",
         "_places",
+        "_quick_row",
         "_ranked",
-        "_small_row",
         "_sorted_in",
         "_turns",
     )
@@ -118,7 +120,7 @@ class Line(Generic[T]):
         self._overtaken = 0.0
         self._number = 0
         self._turns = [0, 0]  # those for anybody, and those for small ones only
-        self._small_row = 0
+        self._quick_row = 0
         self._ranked = 0  # the last newcomer with a priority of its own
 
     def __len__(self) -> int:
@@ -127,6 +129,11 @@ class Line(Generic[T]):
     def __iter__(self) -> Iterator[T]:
         # Whoever interrupts `newcomers` may find one in both.
         return iter(dict.fromkeys([*list(self._places), *list(self._newcomers)]))
+
+    @property
+    def is_quick(self) -> bool:
+        """Whether all that ran of late was quick."""
+        return self._quick_row >= QUICK_ROW
 
     @property
     def has_newcomers(self) -> bool:
@@ -208,28 +215,22 @@ class Line(Generic[T]):
                 self._turns[only_small] += 1
                 return Turn(item, place.small, self._is_overtaking(place))
 
-    def take_quickly(
-        self, *, only_small: bool, is_known_small: Callable[[T], bool]
-    ) -> Turn[T] | None:
-        """
-        Take the next without an appraisal, while all that ran was small; None if that may not be.
-
-        Where only small ones may go, a newcomer has to be known as one.
-        """
-        if self._small_row < QUICK_ROW:
+    def take_quickly(self, *, only_small: bool) -> Turn[T] | None:
+        """Take the next without an appraisal, while all that ran was quick; None if none may go."""
+        if self._quick_row < QUICK_ROW:
             return None
         if self._sorted_in:
-            if self.is_undecided or any(self._heaps[key] for key in self._heaps if not key[1]):
-                return None
-            return self.take(only_small=only_small)
+            large = any(heap for (_, small), heap in self._heaps.items() if not small)
+            return None if large or self.is_undecided else self.take(only_small=only_small)
+        if only_small:
+            return None
         newcomers = self._newcomers
         try:
             item, came = newcomers.popitem(last=False)
         except KeyError:  # there is none
             return None
-        # Not one that has a priority, or has one behind it.
-        if came[2] > self._ranked and (not only_small or is_known_small(item)):
-            return Turn(item, only_small, overtook=False)
+        if came[2] > self._ranked:  # not one that has a priority, or has one behind it
+            return Turn(item, small=False, overtook=False)
         newcomers[item] = came
         newcomers.move_to_end(item, last=False)
         return None
@@ -243,7 +244,7 @@ class Line(Generic[T]):
 
     def serve(self, seconds: float, *, overtook: bool) -> None:
         """Note that a turn is over, and what it took."""
-        self._small_row = self._small_row + 1 if seconds <= SMALL else 0
+        self._quick_row = self._quick_row + 1 if seconds <= QUICK else 0
         if overtook:
             self._overtaken += max(_LEAST_WORK, seconds)
 
