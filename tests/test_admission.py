@@ -6,6 +6,7 @@ import sys
 import threading
 from decimal import Decimal
 from math import inf, nan
+from time import perf_counter
 from types import ModuleType
 
 import polars as pl
@@ -27,6 +28,8 @@ from polars_async import (
     query,
 )
 from polars_async._nvml import Host, HostDevice
+from polars_async.admission import Admission
+from polars_async.events import Reporter
 from polars_async.expectations import UNKNOWN, Expectation, Expectations
 from polars_async.scheduling import QUICK, QUICK_ROW
 
@@ -560,6 +563,15 @@ def test_nobody_is_appraised_while_slots_are_free(make, block, explained, monkey
     assert explained == []
 
 
+def be_quick(collector, length=QUICK_ROW):
+    """Have a collector just after a row of quick queries, the last of them taken unseen."""
+    admission = collector._cpu.admission
+    with admission.lock:
+        for _ in range(length):
+            admission._line.serve(QUICK, overtook=False)
+        admission._taken_unseen = perf_counter()
+
+
 @pytest.fixture
 def guard(make, block, explained, monkeypatch):
     """Give a collector whose slot for small queries stands guard, and what lets it look again."""
@@ -572,8 +584,7 @@ def guard(make, block, explained, monkeypatch):
     monkeypatch.setattr(lane, "sleep", sleep)
     monkeypatch.setattr(admission, "SMALL", 1000.0)
     collector = make(max_running=2)
-    for _ in range(QUICK_ROW):
-        collector._cpu.admission._line.serve(QUICK, overtook=False)
+    be_quick(collector)
     run_blocked(collector, block)
     handle = collector.collect_async(TINY)
     until(lambda: slept)
@@ -599,10 +610,44 @@ def test_slot_kept_for_small_ones_looks_at_all_unless_the_last_were_quick(make, 
     monkeypatch.setattr(lane, "sleep", None)
     monkeypatch.setattr(admission, "SMALL", 1000.0)
     collector = make(max_running=2)
-    for _ in range(QUICK_ROW - 1):
-        collector._cpu.admission._line.serve(QUICK, overtook=False)
+    be_quick(collector, QUICK_ROW - 1)
     run_blocked(collector, block)
     assert collector.collect_async(TINY).result(30).item() == 1
+
+
+def test_nobody_waits_for_the_hook_of_a_quick_query(make):
+    entered, gate = threading.Event(), threading.Event()
+
+    def hook(event):
+        if event.kind is EventKind.FINISHED and event.label == "slow hook":
+            entered.set()
+            assert gate.wait(30)
+
+    collector = make(max_running=2, on_event=hook)
+    be_quick(collector)
+    collector.collect_async(TINY, label="slow hook")
+    assert entered.wait(30)
+    try:
+        assert collector.collect_async(TINY).result(10).item() == 1
+    finally:
+        gate.set()
+
+
+@pytest.mark.parametrize("appraised", [False, True])
+def test_only_those_taken_unseen_keep_the_slot_for_small_ones_standing_by(appraised):
+    line = Admission(1)
+    first, second = (query.Query(TINY.collect, None, line, Reporter(None)) for _ in range(2))
+    slot = line.enter(first)
+    line.enter(second)
+    for _ in range(QUICK_ROW):
+        line._line.serve(QUICK, overtook=False)
+    if appraised:
+        line._line.sort_in(*line.newcomers(1), QUICK)
+    first._started = first._ended = 1.0  # this machine may be busy
+    with line.lock:
+        assert line.release(slot)
+    assert slot.query is second
+    assert (line._taken_unseen > -inf) == (not appraised)
 
 
 def test_slot_that_looked_at_nobody_is_given_back_when_nobody_waits(guard):

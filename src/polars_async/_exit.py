@@ -21,7 +21,7 @@ from time import monotonic
 from typing import TYPE_CHECKING, Final, Protocol
 from weakref import WeakSet
 
-from polars_async._native import allocate_lock
+from polars_async._native import sleep
 from polars_async._upstream import PACKAGE_FOLDER, POOL_THREAD
 from polars_async.query import Query, Waking
 
@@ -97,8 +97,6 @@ def _running(lanes: list[_Lane]) -> bool:
 
 def _end_queries(lanes: list[_Lane]) -> None:
     """Cancel what runs, and make UDFs raise SystemExit until they are gone, or time is up."""
-    pause = allocate_lock()  # not time.sleep, which gevent makes green
-    pause.acquire()
     thrown_at: dict[FrameType, float] = {}
     begun = in_udf = monotonic()
     while _running(lanes) and (now := monotonic()) - begun < _PATIENCE and now - in_udf < _GRACE:
@@ -112,7 +110,7 @@ def _end_queries(lanes: list[_Lane]) -> None:
             if now - thrown_at[entrance] > _AGAIN:
                 thrown_at[entrance] = now
                 _throw_exit(thread)
-        pause.acquire(timeout=_PAUSE)
+        sleep(_PAUSE)
 
 
 def _threads_in_queries() -> Iterator[tuple[int, FrameType, FrameType]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 from math import inf
+from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
 from polars_async._native import RLock
@@ -64,6 +65,7 @@ class Admission:
         "_line",
         "_paused",
         "_slots",
+        "_taken_unseen",
         "closed",
         "counts",
         "lock",
@@ -84,6 +86,7 @@ class Admission:
         self._slots: set[Slot] = set()
         self._paused: set[Slot] = set()
         self._line: Line[Query[Any]] = Line()
+        self._taken_unseen = -inf  # when that was last, in seconds of perf_counter
         self.waiters: list[Waiter] = []
 
     @property
@@ -193,14 +196,13 @@ class Admission:
         Tell how long the next free slot had better do nothing.
 
         That is where it is kept for small queries, and the others are quick: to look at a plan
-        takes longer than they need to run it. It is there when one of them turns out to be long.
+        takes longer than they need to run it. It is there once they have taken nobody for a while,
+        whatever keeps them.
         """
         with self.lock:
             if not self._line.is_quick or not self._line or not self._is_kept_for_small():
                 return 0.0
-            return SMALL - min(
-                slot.query.run_seconds or 0.0 for slot in self._slots if slot.query is not None
-            )
+            return self._taken_unseen + SMALL - perf_counter()
 
     def release(self, slot: Slot) -> bool:
         """
@@ -220,6 +222,8 @@ class Admission:
             turn = line.take_quickly(only_small=self._is_kept_for_small())
             if turn is not None:
                 self._start(turn.item, slot, small=turn.small, overtook=turn.overtook)
+                if not turn.small:
+                    self._taken_unseen = perf_counter()
             return True
         slots.discard(slot)
         return False

@@ -217,7 +217,7 @@ class Line(Generic[T]):
 
     def take_quickly(self, *, only_small: bool) -> Turn[T] | None:
         """Take the next without an appraisal, while all that ran was quick; None if none may go."""
-        if self._quick_row < QUICK_ROW:
+        if not self.is_quick:
             return None
         if self._sorted_in:
             large = any(heap for (_, small), heap in self._heaps.items() if not small)
