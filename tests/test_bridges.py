@@ -253,7 +253,7 @@ def test_gevent_handle_is_read_in_other_threads_and_greenlets(collector, blocked
         futures = [pool.submit(handle.get) for _ in range(3)]
         greenlets = [gevent.spawn(handle.get) for _ in range(3)]
         while len(handle._query._waiters) < 6:
-            gevent.sleep(0)
+            gevent.sleep(0.001)
         blocked.gate.set()
         found = [each.get(timeout=30) for each in greenlets]
         found += [each.result(30) for each in futures]
@@ -356,7 +356,7 @@ greenlets = [gevent.spawn(handle.get) for _ in range(3)]
 told, got = _native.SimpleQueue(), shut()
 _native.start_new_thread(lambda: told.put(handle.get()), ())
 while len(handle._query._waiters) < 4:
-    gevent.sleep(0)
+    gevent.sleep(0.001)
 greenlets[0].kill()
 gevent.spawn(gate.release)
 frame = handle.get()

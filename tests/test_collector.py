@@ -412,7 +412,7 @@ def test_loop_ticks_while_a_query_runs(collector, blocked, together):
             handle = collector.collect_async(blocked.lf)
         ticks = 0
         while ticks < 100 or not blocked.started.is_set():
-            await asyncio.sleep(0)
+            await asyncio.sleep(0.001)
             ticks += 1
         assert not handle.done()
         blocked.gate.set()

@@ -302,7 +302,7 @@ def test_trio_as_a_guest_of_asyncio_awaits_on_both_sides(collector, blocked, fai
         )
         task = asyncio.create_task(side("asyncio"))
         while len(handle._query._waiters) < 2:  # noqa: ASYNC110  # trio's side tells nobody
-            await asyncio.sleep(0)
+            await asyncio.sleep(0.001)
         kinds = sorted(type(each).__module__ for each in handle._query._waiters)
         assert kinds == ["polars_async.bridges.asyncio", "polars_async.bridges.trio"]
         blocked.gate.set()

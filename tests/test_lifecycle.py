@@ -31,7 +31,7 @@ class OnAsyncio:
         """Call `function`, and cancel it once there is a reason."""
         task = asyncio.create_task(function())
         while not condition():  # noqa: ASYNC110  # nobody tells
-            await asyncio.sleep(0)
+            await asyncio.sleep(0.001)
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
             await task
@@ -87,7 +87,7 @@ def test_async_with_waits_for_those_that_run_and_cancels_those_that_wait(loop, b
 
     async def go_on():
         while not (handles and closers(collector)):
-            await loop.sleep(0)
+            await loop.sleep(0.001)
         for _ in range(100):
             await loop.sleep(0)
         assert [handle.done() for handle in handles] == [False, True, True]
@@ -165,7 +165,7 @@ def test_aclose_in_many_tasks_at_once_waits_in_each(loop, blocked):
 
     async def let_go():
         while len(closers(collector)) < 3:
-            await loop.sleep(0)
+            await loop.sleep(0.001)
         blocked.gate.set()
 
     async def main():
@@ -284,7 +284,7 @@ waiting = collector.collect_async(lf, gevent=True)
 
 def go_on():
     while not collector._cpu.admission.waiters:
-        gevent.sleep(0)
+        gevent.sleep(0.001)
     print("went on", flush=True)
     gate.release()
 

@@ -142,7 +142,7 @@ def test_loop_ticks_while_a_sink_runs(collector, blocked, tmp_path):
         handle = collector.sink_async(blocked.lf.sink_csv(tmp_path / "file.csv", lazy=True))
         ticks = 0
         while ticks < 100 or not blocked.started.is_set():
-            await asyncio.sleep(0)
+            await asyncio.sleep(0.001)
             ticks += 1
         assert not handle.done()
         blocked.gate.set()
@@ -239,7 +239,7 @@ def test_loop_ticks_while_a_schema_is_looked_for(collector):
         handle = collector.collect_schema_async(register_io_source(read, schema=schema))
         ticks = 0
         while ticks < 100 or not asked.is_set():
-            await asyncio.sleep(0)
+            await asyncio.sleep(0.001)
             ticks += 1
         assert not handle.done()
         gate.set()

@@ -78,7 +78,7 @@ class OfAsyncio:
     async def cancel_when(self, ready, function):
         task = asyncio.create_task(function())
         while not ready():  # noqa: ASYNC110  # nobody is told
-            await asyncio.sleep(0)
+            await asyncio.sleep(0.001)
         task.cancel()
         await asyncio.wait([task])
         assert task.cancelled()
