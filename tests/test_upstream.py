@@ -9,6 +9,7 @@ import os
 import subprocess
 import sys
 import traceback
+import types
 from itertools import dropwhile
 from pathlib import Path
 
@@ -47,6 +48,7 @@ def test_every_name_is_polars_own_or_tested_here():
         "POOL_THREAD",
         "PlanSources",
         "affinity_override",
+        "optimized_plan",
         "plan_sources",
     }
 
@@ -95,6 +97,40 @@ def test_plan_is_walked_without_opening_a_file_again(parquet):
     plan.explain(optimized=False)
     parquet.unlink()
     assert _upstream.plan_sources(plan) == (0, [str(parquet)], True)
+
+
+def test_optimized_plan_is_what_polars_hands_to_cudf_polars(monkeypatch):
+    handed = []
+    module = types.ModuleType("cudf_polars")
+    module.execute_with_cudf = lambda plan, *_, **__: handed.append(nodes(plan))
+    monkeypatch.setitem(sys.modules, "cudf_polars", module)
+    query = pl.LazyFrame({"a": [1, 2]}).sort("a").slice(1, 2).filter(pl.col("a") > 1)
+    optimizations = [pl.QueryOptFlags(), pl.QueryOptFlags.none()]
+    for flags in optimizations:
+        query.collect(engine="gpu", optimizations=flags)
+    assert [nodes(_upstream.optimized_plan(query, flags)) for flags in optimizations] == handed
+    assert handed[0] != handed[1]
+
+
+def nodes(plan):
+    """Tell the kinds of the nodes from the root of a plan of one branch."""
+    kinds = [type(plan.view_current_node()).__name__]
+    while inputs := plan.get_inputs():
+        plan.set_node(inputs[0])
+        kinds.append(type(plan.view_current_node()).__name__)
+    return kinds
+
+
+def test_optimized_plan_raises_what_is_wrong_with_the_query():
+    with pytest.raises(pl.exceptions.ColumnNotFoundError, match='"b"'):
+        _upstream.optimized_plan(QUERY.select("b"), pl.QueryOptFlags())
+
+
+@pytest.mark.parametrize("closed", ["_ldf", "_pyoptflags"])
+def test_optimized_plan_of_a_polars_that_hands_out_none_is_none(monkeypatch, closed):
+    plan, flags = QUERY.sum(), pl.QueryOptFlags()
+    monkeypatch.setattr(plan if closed == "_ldf" else flags, closed, object())
+    assert _upstream.optimized_plan(plan, flags) is None
 
 
 def test_background_query_is_polars_own():

@@ -19,6 +19,7 @@ from polars_async.handle import QueryHandle
 from polars_async.reasons import Reason
 from polars_async.resolution import Resolution, resolve_engine
 from polars_async.streams import ResultStream
+from polars_async.support import GpuSupport, Support, gpu_support
 
 __all__ = [
     "AsyncEngine",
@@ -31,6 +32,7 @@ __all__ = [
     "ForkedProcessError",
     "GpuDevice",
     "GpuStatus",
+    "GpuSupport",
     "PolarsAsyncError",
     "QueryEvent",
     "QueryHandle",
@@ -39,10 +41,12 @@ __all__ = [
     "Reason",
     "Resolution",
     "ResultStream",
+    "Support",
     "collect_all_async",
     "collect_async",
     "configure",
     "default_collector",
     "gpu_status",
+    "gpu_support",
     "resolve_engine",
 ]

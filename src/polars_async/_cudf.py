@@ -61,8 +61,13 @@ def note_import_failure(error: BaseException) -> None:
         What the import raised; its type and the first line of its text are kept.
     """
     global _import_failure  # noqa: PLW0603  # a fact about the process
+    _import_failure = described(error)
+
+
+def described(error: BaseException) -> str:
+    """Give the type of an error and the first line of its text."""
     lines = str(error).splitlines()
-    _import_failure = f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
 
 
 def forget_import_failure() -> None:
@@ -105,9 +110,12 @@ def _fault(here: CudfPolars, distributions: list[Distribution]) -> Fault | None:
     for needed in filter(None, map(_unmet_polars, distributions)):
         cause = f"{here} needs Polars {needed} and Polars {pl.__version__} is installed"
         return Fault(Reason.CUDF_INCOMPATIBLE, cause, f'install "polars{needed}"')
-    if _import_failure is not None:
-        return _broken(here, f"but its import fails ({_import_failure})")
-    return None
+    return None if _import_failure is None else import_fault(here)
+
+
+def import_fault(here: CudfPolars) -> Fault:
+    """Tell of the import that failed."""
+    return _broken(here, f"but its import fails ({_import_failure})")
 
 
 def _broken(here: CudfPolars, how: str) -> Fault:

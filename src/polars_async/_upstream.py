@@ -30,6 +30,7 @@ __all__ = [
     "InProcessQuery",
     "PlanSources",
     "affinity_override",
+    "optimized_plan",
     "plan_sources",
 ]
 
@@ -117,3 +118,19 @@ def plan_sources(lf: pl.LazyFrame) -> PlanSources:
         except Exception:  # noqa: BLE001  # as above
             complete = False
     return PlanSources(frame_bytes, paths, complete)
+
+
+def optimized_plan(lf: pl.LazyFrame, optimizations: pl.QueryOptFlags) -> object | None:
+    """
+    Give the plan of `lf` as Polars hands it to cudf-polars; None if it hands it out no more.
+
+    What is wrong with the query is raised. As `plan_sources`, it holds the GIL throughout, and
+    must come after ``collect_schema``.
+    """
+    try:
+        flags = optimizations._pyoptflags  # noqa: SLF001  # pyright: ignore[reportPrivateUsage]
+        plan: Any = lf._ldf.with_optimizations(flags)  # noqa: SLF001  # pyright: ignore[reportPrivateUsage]
+        shown: object = plan.visit()
+    except (AttributeError, TypeError):
+        return None
+    return shown

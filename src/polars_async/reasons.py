@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 
 class Reason(enum.StrEnum):
-    """Everything that explains a `Resolution` or a `GpuStatus`; each is its own short name."""
+    """What explains a `Resolution`, a `GpuStatus` or a `GpuSupport`; each is its own name."""
 
     ASYNC_PATH = "async-path"
     """GPU execution is switched off on the async path, as Polars documents."""
@@ -54,6 +54,13 @@ class Reason(enum.StrEnum):
     """The installed cudf-polars does not support the installed Polars."""
     CUDF_BROKEN = "cudf-broken"
     """cudf-polars is installed, and cannot be imported."""
+
+    UNSUPPORTED_QUERY = "unsupported-query"
+    """cudf-polars does not support an operation of the query."""
+    GPU_NEEDED = "gpu-needed"
+    """cudf-polars has to ask the GPU whether it supports the query, and fails."""
+    TRANSLATOR_FAILED = "translator-failed"
+    """cudf-polars' translator, which is private, is gone or failed otherwise."""
 
 
 class Fault(NamedTuple):

@@ -153,6 +153,17 @@ def explain(reason: pa.Reason | None) -> str:
     return text
 
 
+def supports() -> None:
+    support = pa.gpu_support(lf, engine=pl.GPUEngine(), optimizations=pl.QueryOptFlags.none())
+    assert_type(support, pa.GpuSupport)
+    assert_type(support.answer, pa.Support)
+    assert_type(support.operations, tuple[str, ...])
+    assert_type(support.reason, pa.Reason | None)
+    assert_type(support.message, str)
+    if support.answer == "yes" or support.answer is pa.Support.UNKNOWN:
+        pa.collect_async(lf, engine="gpu")
+
+
 def gpus() -> None:
     status = pa.gpu_status(refresh=True)
     assert_type(status, pa.GpuStatus)

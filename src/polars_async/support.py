@@ -1,0 +1,261 @@
+"""Whether the GPU engine could run a query, as cudf-polars' own translator says."""
+
+from __future__ import annotations
+
+import enum
+import importlib
+import os
+import re
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Final, NoReturn
+
+import polars as pl
+
+from polars_async import _cudf, _upstream, work
+from polars_async.reasons import Fault, Reason
+
+if TYPE_CHECKING:
+    from polars_async.resolution import EngineRequest
+
+EXECUTOR_VARIABLE: Final = "CUDF_POLARS__EXECUTOR"
+
+_MISSING: Final = Fault(
+    Reason.CUDF_MISSING,
+    "cudf-polars is not installed",
+    "install polars-async[gpu-cu13] or polars-async[gpu-cu12], with a Polars that it supports",
+)
+_TRY: Final = "run the query with GPUEngine(raise_on_fail=True) to see"
+_ANY_SIZE: Final = 2**33
+_ASKS_THE_GPU: Final = ("cuda", "pynvml", "rmm")
+_OF_THE_GPU: Final = re.compile(r"\b(CUDA|RMM|NVML)\b")
+
+
+class Support(enum.StrEnum):
+    """The three answers of `gpu_support`."""
+
+    YES = "yes"
+    """cudf-polars can translate all of the query."""
+    NO = "no"
+    """It cannot: at least one operation is not supported."""
+    UNKNOWN = "unknown"
+    """It could not be asked."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GpuSupport:
+    """
+    Whether the GPU engine could run a query.
+
+    It has no truth value, since unknown is neither: compare its `answer`.
+
+    Attributes
+    ----------
+    answer
+        ``"yes"``, ``"no"`` or ``"unknown"``.
+    operations
+        What rules the GPU engine out, each in the words of cudf-polars; empty unless the answer
+        is no.
+    reason
+        Why the answer is no or unknown; None if it is yes.
+    message
+        The same in one sentence that a person can act on.
+    """
+
+    answer: Support
+    operations: tuple[str, ...] = ()
+    reason: Reason | None = None
+    message: str
+
+    def __bool__(self) -> NoReturn:
+        """Raise TypeError."""
+        raise TypeError(
+            "a GpuSupport is neither true nor false, since it may be unknown: compare its answer, "
+            "as in gpu_support(lf).answer == 'yes'"
+        )
+
+
+def gpu_support(
+    lf: pl.LazyFrame,
+    *,
+    engine: EngineRequest = "gpu",
+    optimizations: pl.QueryOptFlags = pl.QueryOptFlags(),  # noqa: B008  # as in Polars
+) -> GpuSupport:
+    """
+    Tell whether the GPU engine could run a query, without running it.
+
+    cudf-polars is asked to translate the optimised plan, as it does before it runs one. That takes
+    no GPU and no driver but for a few operations, such as joins by inequality; whether a GPU is
+    usable here is the question of `gpu_status`. A yes is no promise that the data fit into the
+    memory of the GPU.
+
+    The first call imports cudf-polars, which takes half a second or more, and nothing else here
+    does; later ones take about a millisecond, and longer where Polars has to open files for their
+    schema. To keep a loop free, call it with ``asyncio.to_thread``. Polars calls a UDF of unknown
+    ``return_dtype`` to learn its type, as it does for ``collect_schema``.
+
+    Parameters
+    ----------
+    lf
+        The query.
+    engine
+        ``"gpu"`` or a ``pl.GPUEngine``, whose options are taken into account.
+    optimizations
+        Those that the query would be run with.
+
+    Returns
+    -------
+    GpuSupport
+
+    Raises
+    ------
+    TypeError
+        `lf` is no LazyFrame.
+    ValueError
+        `engine` is no GPU engine.
+    polars.exceptions.PolarsError
+        The query itself is wrong; whatever ``collect`` would find before it runs it.
+
+    Examples
+    --------
+    >>> import polars as pl
+    >>> import polars_async as pa
+    >>> support = pa.gpu_support(pl.LazyFrame({"a": [1, 2]}).map_batches(lambda df: df))
+    >>> support.answer, support.operations  # doctest: +SKIP
+    (<Support.NO: 'no'>, ('opaque python mapfunction',))
+    """
+    work.check_frame(lf)
+    gpu = _gpu_engine(engine)
+    # Releases the GIL where files are opened, and finds what is wrong with the query on any host.
+    lf.collect_schema()
+    found = _cudf.find_cudf_polars()
+    fault = found.fault or (None if found.installed else _MISSING)
+    if fault is not None:
+        return _unknown(fault)
+    try:
+        module = importlib.import_module(_cudf.MODULE)
+    except Exception as error:  # noqa: BLE001  # it has raised more than ImportError
+        _cudf.note_import_failure(error)
+        return _unknown(_cudf.import_fault(found))
+    plan = _upstream.optimized_plan(lf, optimizations)
+    try:
+        unsupported = _translation_error(module, plan, gpu)
+    except (Exception, pl.exceptions.PanicException) as error:  # noqa: BLE001  # a private API
+        return _unknown(_failure(error, found))
+    return _judged(unsupported)
+
+
+def unsupported_error(
+    lf: pl.LazyFrame, engine: pl.GPUEngine, optimizations: pl.QueryOptFlags
+) -> Exception | None:
+    """
+    Give cudf-polars' own error for a query that it does not support, None for one that it does.
+
+    Parameters
+    ----------
+    lf
+        The query.
+    engine, optimizations
+        What it was run with.
+
+    Raises
+    ------
+    Exception
+        Of any kind, since this imports cudf-polars and uses what is private in it and in Polars.
+    """
+    module = importlib.import_module(_cudf.MODULE)
+    return _translation_error(module, _upstream.optimized_plan(lf, optimizations), engine)
+
+
+def _gpu_engine(engine: object) -> pl.GPUEngine:
+    if isinstance(engine, pl.GPUEngine):
+        return engine
+    if isinstance(engine, str) and engine == "gpu":
+        return pl.GPUEngine()
+    raise ValueError(f"engine must be 'gpu' or a polars.GPUEngine object, got {engine!r}")
+
+
+def _translation_error(module: Any, plan: object, engine: pl.GPUEngine) -> Exception | None:
+    if plan is None:
+        raise NotImplementedError("Polars hands out its plans no more")
+    translator = module.Translator(plan, _without_a_device(engine))
+    translator.translate_ir()
+    error = translator.unsupported_operations_error()
+    if error is None or isinstance(error, Exception):
+        return error
+    raise TypeError(f"unsupported_operations_error() gave {type(error).__name__}")
+
+
+def _without_a_device(engine: pl.GPUEngine) -> pl.GPUEngine:
+    """
+    Give the same engine with the size of the device told, which NVML is asked for otherwise.
+
+    Partitions are sized by it, after the translation. The executor for which nothing is sized
+    knows no such option.
+    """
+    options = engine.config.get("executor_options") or {}
+    executor = engine.config.get("executor") or os.environ.get(EXECUTOR_VARIABLE, "streaming")
+    if executor != "streaming" or "min_device_size" in options:
+        return engine
+    config: dict[str, Any] = dict(engine.config)
+    config["executor_options"] = {**options, "min_device_size": _ANY_SIZE}
+    return pl.GPUEngine(device=engine.device, **config)
+
+
+def _judged(unsupported: Exception | None) -> GpuSupport:
+    if unsupported is None:
+        message = "cudf-polars supports every operation of this query"
+        return GpuSupport(answer=Support.YES, message=message)
+    errors = _underlying(unsupported)
+    # What is not supported stays so wherever the rest is asked.
+    own = [each for each in errors if not _is_of_the_gpu(each)]
+    if not own:
+        return _unknown(_gpu_fault(errors[0]))
+    operations = tuple(dict.fromkeys(map(_told, own)))
+    return GpuSupport(
+        answer=Support.NO,
+        operations=operations,
+        reason=Reason.UNSUPPORTED_QUERY,
+        message=f"cudf-polars does not support this query ({'; '.join(operations)}): "
+        "rewrite what is named, or run it on the CPU",
+    )
+
+
+def _underlying(unsupported: Exception) -> list[Exception]:
+    """Give the errors that cudf-polars has summed up, or the sum where it does not give them."""
+    errors = unsupported.args[1] if len(unsupported.args) > 1 else None
+    if not isinstance(errors, (list, tuple)):
+        return [unsupported]
+    return [each for each in errors if isinstance(each, Exception)] or [unsupported]
+
+
+def _is_of_the_gpu(error: BaseException) -> bool:
+    """Tell whether `error` is of the host, whose GPU could not be asked, and not of the query."""
+    if isinstance(error, NotImplementedError):
+        return False
+    if type(error).__module__.partition(".")[0] in _ASKS_THE_GPU:
+        return True
+    # As native code raises them; what libcudf itself does not support is a "CUDF failure".
+    native = isinstance(error, (RuntimeError, MemoryError))
+    return native and _OF_THE_GPU.search(str(error)) is not None
+
+
+def _told(error: Exception) -> str:
+    if isinstance(error, NotImplementedError) and str(error):
+        return str(error)
+    return _cudf.described(error)
+
+
+def _failure(error: BaseException, found: _cudf.CudfPolars) -> Fault:
+    if _is_of_the_gpu(error):
+        return _gpu_fault(error)
+    cause = f"the translator of {found} could not be asked ({_cudf.described(error)})"
+    return Fault(Reason.TRANSLATOR_FAILED, cause, _TRY)
+
+
+def _gpu_fault(error: BaseException) -> Fault:
+    cause = f"cudf-polars asks the GPU about this query, and that fails ({_cudf.described(error)})"
+    return Fault(Reason.GPU_NEEDED, cause, "ask on a host where gpu_status() finds a usable GPU")
+
+
+def _unknown(fault: Fault) -> GpuSupport:
+    return GpuSupport(answer=Support.UNKNOWN, reason=fault.reason, message=fault.message)
