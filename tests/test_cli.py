@@ -242,7 +242,8 @@ def test_everything_that_was_found_is_in_the_text(doctor):
         assert message in text
     for path in PATHS:
         assert resolve_engine(path=path).message in text
-    assert f"usable yes {found.message} driver 580.65.06 CUDA 13.0 environment" in text
+    assert f"usable yes {found.message} gpu_support can be asked which queries" in text
+    assert "driver 580.65.06 CUDA 13.0 environment" in text
     assert "environment CUDA_VISIBLE_DEVICES='1,2' GPU 0" in text
     assert f"GPU 0 Quadro K620: not usable, not taken {UUIDS[0]} compute capability 5.0" in text
     assert f"GPU 1 NVIDIA H100 80GB HBM3: usable, taken {UUIDS[1]} compute capability 9.0" in text
@@ -253,6 +254,7 @@ def test_everything_that_was_found_is_in_the_text(doctor):
 
 def test_unknown_facts_of_a_gpu_are_told_as_unknown(doctor):
     _, printed = doctor(host=Host(devices=(HostDevice(index=0),)))
+    assert "gpu_support answers unknown, for cudf-polars cannot be asked: " in unwrapped(printed)
     assert "driver unknown CUDA unknown GPU 0 name unknown: usable, taken uuid unknown " in (
         unwrapped(printed)
     )
@@ -310,6 +312,7 @@ def test_cudf_polars_is_told_where_no_gpu_is(diagnosis, site, polars, reason, wo
     assert found["installed"] is True
     assert found["reason"] == reason
     assert found["message"].startswith(words)
+    assert found["gpu_support"] is (reason is None)
     versions = report["versions"]["cudf_polars"], report["gpu"]["cudf_polars_version"]
     assert versions == ("26.10.2", "26.10.2")
 
@@ -318,7 +321,7 @@ def test_cudf_polars_that_is_not_installed_is_told(diagnosis):
     report = diagnosis()
     assert report["versions"]["cudf_polars"] is None
     expected = {"installed": False, "reason": None, "message": "not installed"}
-    assert report["cudf_polars"] == expected
+    assert report["cudf_polars"] == {**expected, "gpu_support": False}
 
 
 def test_cudf_polars_is_not_imported(diagnosis, site):
@@ -341,7 +344,7 @@ def test_engine_object_set_by_the_program_itself_is_told_on_the_paths(diagnosis)
 KEYS = {
     "": "versions cudf_polars affinity gpu_policy paths gpu problems exit_status",
     "versions": "python polars_async polars cudf_polars",
-    "cudf_polars": "installed reason message",
+    "cudf_polars": "installed reason message gpu_support",
     "affinity": "value source valid",
     "gpu_policy": "value source valid",
     "paths": "sync async background batches",
@@ -418,9 +421,11 @@ def test_unexpected_error_of_cudf_polars_is_a_line(doctor, diagnosis, monkeypatc
     monkeypatch.setattr(cli, "find_cudf_polars", broken)
     report = diagnosis()
     assert report["cudf_polars"]["installed"] is None
+    assert report["cudf_polars"]["gpu_support"] is None
     assert report["problems"] == []
     _, printed = doctor()
     assert "cudf-polars looking for it failed (RuntimeError: it broke)" in unwrapped(printed)
+    assert "gpu_support unknown driver" in unwrapped(printed)
 
 
 def test_unexpected_error_of_a_path_is_a_line_and_one_problem(doctor, diagnosis, monkeypatch):

@@ -33,6 +33,11 @@ _T = TypeVar("_T")
 _NAME: Final = "polars-async"
 _INDENT: Final = 16
 _POLICIES: Final = get_args(resolution.GpuPolicy)
+_SUPPORT: Final = {
+    True: "can be asked which queries the GPU engine could run, with or without a GPU",
+    False: "answers unknown, for cudf-polars cannot be asked: see its line above",
+    None: "unknown",
+}
 # What is there to be copied, such as a UUID, is never broken.
 _fill: Final = partial(textwrap.fill, break_long_words=False, break_on_hyphens=False)
 _DOCTOR: Final = """\
@@ -53,7 +58,8 @@ exit status:
 
 --json writes one object; what is unknown or absent is null:
   versions     python, polars_async, polars, cudf_polars
-  cudf_polars  installed, reason (null where nothing speaks against it), message
+  cudf_polars  installed, reason (null where nothing speaks against it),
+               message, gpu_support (whether it can be asked what it supports)
   affinity, gpu_policy: each value, source (environment or default), valid
   paths        sync, async, background, batches: each engine, downgraded,
                reason, message; where the query would fail, error alone
@@ -151,11 +157,14 @@ def _version() -> str | None:
 def _cudf() -> Report:
     found = _tried(find_cudf_polars)
     if isinstance(found, str):
-        return {"installed": None, "reason": None, "message": f"looking for it failed ({found})"}
+        message = f"looking for it failed ({found})"
+        return {"installed": None, "reason": None, "message": message, "gpu_support": None}
     reason, message = None, f"{found}, compatible" if found.installed else "not installed"
     if found.fault is not None:
         reason, message = found.fault.reason, found.fault.message
-    return {"installed": found.installed, "reason": reason, "message": message}
+    answers = found.installed and found.fault is None
+    told = {"installed": found.installed, "reason": reason, "message": message}
+    return {**told, "gpu_support": answers}
 
 
 def _setting(variable: str, default: str, check: Callable[[Any], object]) -> Report:
@@ -201,6 +210,7 @@ def _told(report: Report, width: int) -> Iterator[str]:
         yield entry(path, f"{engine}{downgraded}", each.get("message") or each["error"])
     yield "\nGPU"
     yield entry("usable", "yes" if gpu["usable"] else "no", gpu["message"])
+    yield entry("gpu_support", _SUPPORT[report["cudf_polars"]["gpu_support"]])
     yield entry("driver", gpu["driver_version"] or "unknown")
     yield entry("CUDA", _dotted(gpu["cuda_version"]))
     for variable, value in gpu["environment"].items():
