@@ -45,7 +45,7 @@ class Book:
             "max_waiting": None if lasting else rng.choice([None, None, 0, 2, 5, 30]),
         }
         self.collector = pa.Collector(on_event=self.hear, **self.limits)
-        self.lanes = self.collector._lanes
+        self.lanes = self.collector._cpu, self.collector._gpu
 
     def hear(self, event):
         kind, query = str(event.kind), event.query_id

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import sys
 import threading
 from decimal import Decimal
 from math import inf, nan
 from time import perf_counter
-from types import ModuleType
 
 import polars as pl
 import pytest
@@ -21,17 +19,16 @@ from polars_async import (
     PolarsAsyncError,
     QueryTimeoutError,
     QueueFullError,
-    _probe,
     admission,
     expectations,
     lane,
     query,
 )
-from polars_async._nvml import Host, HostDevice
 from polars_async.admission import Admission
 from polars_async.events import Reporter
 from polars_async.expectations import UNKNOWN, Expectation, Expectations
 from polars_async.scheduling import QUICK, QUICK_ROW
+from polars_async.testing import simulate_gpu
 
 HEAVY = pl.LazyFrame({"a": pl.zeros(5_000_000, dtype=pl.Int64, eager=True)}).select(
     pl.col("a").sum()
@@ -259,15 +256,13 @@ def test_slot_of_a_stream_that_waits_for_its_consumer_can_be_had_without_waiting
     stream.close()
 
 
-def test_gpu_has_a_line_of_its_own(make, block, monkeypatch):
-    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    monkeypatch.setattr(_probe, "probe", _probe.Probe())
-    device = HostDevice(index=0, name="NVIDIA H100 80GB HBM3", compute_capability=(9, 0))
-    _probe.probe.stand_in(Host(devices=(device,), cuda_version=(13, 0)))
-    module = ModuleType("cudf_polars")
-    module.execute_with_cudf = lambda *_, **__: None
-    monkeypatch.setitem(sys.modules, "cudf_polars", module)
+@pytest.fixture
+def gpu():
+    with simulate_gpu():
+        yield
 
+
+def test_gpu_has_a_line_of_its_own(gpu, make, block):  # noqa: ARG001  # there until all is closed
     collector = make(gpu="offload", max_running=1, max_waiting=1)
     run_blocked(collector, block, engine="gpu")
     on_gpu = collector.collect_async(TINY, engine="gpu")

@@ -22,8 +22,8 @@ def ended(monkeypatch):
     semaphore = threading.Semaphore(0)
     work = threads._work
 
-    def work_and_tell(jobs):
-        work(jobs)
+    def work_and_tell(*arguments):
+        work(*arguments)
         semaphore.release()
 
     monkeypatch.setattr(threads, "_work", work_and_tell)

@@ -10,7 +10,7 @@ import sys
 import threading
 from concurrent.futures import CancelledError
 from contextlib import suppress
-from dataclasses import FrozenInstanceError, dataclass
+from dataclasses import FrozenInstanceError, dataclass, replace
 from pathlib import Path
 
 import polars as pl
@@ -25,6 +25,8 @@ from polars_async import (
     QueryEvent,
     QueryTimeoutError,
     QueueFullError,
+    Reason,
+    resolve_engine,
 )
 from polars_async.events import Reporter
 from polars_async.query import Query
@@ -281,20 +283,31 @@ def test_event_cannot_be_changed(telling, heard):
         heard[0].label = "another"
 
 
+RESOLUTION = resolve_engine("in-memory")
+FALLEN = replace(RESOLUTION, fell_back=True, reason=Reason.OUT_OF_MEMORY)
+OOM = MemoryError()
+
+
 @pytest.mark.parametrize(
     ("event", "text"),
     [
         (
-            QueryEvent(EventKind.QUEUED, 7, None, "streaming", 0.0, None, None, None),
+            QueryEvent(EventKind.QUEUED, 7, None, "streaming", 0.0, None, None, None, RESOLUTION),
             "query 7 queued: streaming engine, waited 0.000 s",
         ),
         (
-            QueryEvent(EventKind.FINISHED, 7, "top ten", "gpu", 0.25, 1.5, 10, None),
+            QueryEvent(EventKind.FINISHED, 7, "top ten", "gpu", 0.25, 1.5, 10, None, RESOLUTION),
             "query 7 'top ten' finished: gpu engine, waited 0.250 s, ran 1.500 s, 10 rows",
         ),
         (
-            QueryEvent(EventKind.FAILED, 7, None, "gpu", 0.0, 0.5, None, ValueError("no")),
+            QueryEvent(
+                EventKind.FAILED, 7, None, "gpu", 0.0, 0.5, None, ValueError("no"), RESOLUTION
+            ),
             "query 7 failed: gpu engine, waited 0.000 s, ran 0.500 s, ValueError: no",
+        ),
+        (
+            QueryEvent(EventKind.FELL_BACK, 7, None, "in-memory", 0.5, None, None, OOM, FALLEN),
+            "query 7 fell back: in-memory engine, out-of-gpu-memory, waited 0.500 s, MemoryError: ",
         ),
     ],
 )

@@ -2,35 +2,33 @@
 
 from __future__ import annotations
 
-import sys
 import threading
-from types import ModuleType
+import time
 
 import polars as pl
 import pytest
 from conftest import TINY
 
-from polars_async import Collector, CollectorClosedError, _probe
-from polars_async._nvml import Host, HostDevice
-
-GPU = HostDevice(index=0, name="NVIDIA H100 80GB HBM3", compute_capability=(9, 0))
+from polars_async import Collector, CollectorClosedError
+from polars_async.testing import simulate_gpu
 
 
 @pytest.fixture(autouse=True)
-def gpu(monkeypatch):
-    """A host with a GPU that is not there; cudf_polars leaves every query to the CPU."""
-    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    monkeypatch.setattr(_probe, "probe", _probe.Probe())
-    _probe.probe.stand_in(Host(devices=(GPU,), cuda_version=(13, 0)))
-    module = ModuleType("cudf_polars")
-    module.threads = []
+def gpu():
+    with simulate_gpu() as gpu:
+        gpu.threads = []
+        yield gpu
 
-    def execute_with_cudf(*_, **__):
-        module.threads.append(threading.get_ident())
 
-    module.execute_with_cudf = execute_with_cudf
-    monkeypatch.setitem(sys.modules, "cudf_polars", module)
-    return module
+@pytest.fixture
+def seen(gpu):
+    """A query that notes on which thread the GPU engine runs it."""
+
+    def note(df):
+        gpu.threads.append(threading.get_ident())
+        return df
+
+    return TINY.map_batches(note)
 
 
 @pytest.fixture
@@ -40,11 +38,12 @@ def offloading(collector):  # noqa: ARG001  # closed before it
     assert not offloading._gpu.admission.running
 
 
-def one_by_one():
+def one_by_one(gpu):
     lock = threading.Lock()
 
     def run(df):
         assert lock.acquire(blocking=False), "two at once"
+        gpu.threads.append(threading.get_ident())
         lock.release()
         return df
 
@@ -52,7 +51,7 @@ def one_by_one():
 
 
 def test_gpu_queries_run_one_at_a_time_on_one_thread(offloading, gpu):
-    handles = [offloading.collect_async(one_by_one(), engine="gpu") for _ in range(50)]
+    handles = [offloading.collect_async(one_by_one(gpu), engine="gpu") for _ in range(50)]
     assert offloading._gpu.admission.running <= 1
     for handle in handles:
         assert handle.result(30).item() == 1
@@ -64,14 +63,15 @@ def test_gpu_queries_run_one_at_a_time_on_one_thread(offloading, gpu):
     assert not offloading._cpu._executor._threads
 
 
-def test_gpu_thread_stays_the_same_after_a_failure(offloading, gpu):
+def test_gpu_thread_stays_the_same_after_a_failure(offloading, gpu, seen):
     def fail(df):  # noqa: ARG001
         raise LookupError
 
     for _ in range(5):
         with pytest.raises(LookupError):
             offloading.collect_async(TINY.map_batches(fail), engine="gpu").result()
-        offloading.collect_async(TINY, engine="gpu").result()
+        offloading.collect_async(seen, engine="gpu").result()
+    assert len(gpu.threads) == 5
     assert len(set(gpu.threads)) == 1
 
 
@@ -86,22 +86,27 @@ def test_second_gpu_query_waits_while_queries_on_the_cpu_run(offloading, blocked
     assert running.result(30).item() == waiting.result(30).item() == 1
 
 
-def test_gpu_engine_objects_share_the_one_lane(offloading, gpu):
+def test_gpu_engine_objects_share_the_one_lane(offloading, gpu, seen):
     handles = [
-        offloading.collect_async(TINY, engine=engine)
+        offloading.collect_async(seen, engine=engine)
         for engine in ("gpu", pl.GPUEngine(), pl.GPUEngine(raise_on_fail=True))
     ]
     for handle in handles:
         handle.result(30)
+    assert len(gpu.threads) == 3
     assert len(set(gpu.threads)) == 1
 
 
 def test_collect_all_on_the_gpu_collects_one_by_one_in_order(offloading, gpu):
-    frames = [pl.LazyFrame({"a": [i]}) for i in range(5)]
-    found = offloading.collect_all_async(frames, engine="gpu").result(30)
-    assert [each.item() for each in found] == list(range(5))
-    assert len(gpu.threads) == 5
-    assert len(set(gpu.threads)) == 1
+    order = []
+    frames = [
+        pl.LazyFrame({"a": [i]}).map_batches(lambda df: (order.append(df.item()), df)[1])
+        for i in range(5)
+    ]
+    handle = offloading.collect_all_async(frames, engine="gpu")
+    assert [each.item() for each in handle.result(30)] == order == list(range(5))
+    assert gpu.queries == 5
+    assert handle.resolution.name == "gpu"
     assert offloading.collect_all_async([], engine="gpu").result(30) == []
 
 
@@ -127,7 +132,7 @@ def test_query_on_the_cpu_may_ask_for_one_on_the_gpu(offloading, gpu):
         return offloading.collect_async(TINY, engine="gpu").result().with_columns(df["a"])
 
     assert offloading.collect_async(TINY.map_batches(udf)).result(30).item() == 1
-    assert len(gpu.threads) == 1
+    assert gpu.queries == 1
 
 
 def test_query_asked_for_on_the_cpu_waits_for_its_turn_on_the_gpu(offloading, gpu, blocked):
@@ -146,4 +151,40 @@ def test_query_asked_for_on_the_cpu_waits_for_its_turn_on_the_gpu(offloading, gp
     assert offloading._gpu.admission.running == 1
     blocked.gate.set()
     assert running.result(30).item() == outer.result(30).item() == 1
+    assert gpu.queries == 2
+
+
+def test_query_on_the_gpu_that_asks_for_another_there_fails_instead_of_waiting_for_itself(
+    offloading,
+):
+    def udf(df):
+        return offloading.collect_async(TINY, engine="gpu").result().with_columns(df["a"])
+
+    with pytest.raises(RuntimeError, match=r"would wait for itself.*engine='in-memory'"):
+        offloading.collect_async(TINY.map_batches(udf), engine="gpu").result(30)
+
+
+def test_slow_gpu_query_that_is_looked_back_at_leaves_the_gpu_one_thread(offloading, gpu):
+    """To appraise a long query afterwards, a thread of the CPU's lane lets another take over."""
+    looked, done = threading.Event(), threading.Event()
+    of = offloading._gpu._expectations.of
+
+    def slow(*arguments):
+        looked.set()
+        assert done.wait(30)
+        return of(*arguments)
+
+    offloading._gpu._expectations.of = slow
+
+    def note(df):
+        gpu.threads.append(threading.get_ident())
+        time.sleep(0.02)
+        return df
+
+    offloading.collect_async(TINY.map_batches(note), engine="gpu").result(30)
+    assert looked.wait(30)
+    waiting = offloading.collect_async(TINY.map_batches(note), engine="gpu")
+    assert not waiting.done()
+    done.set()
+    waiting.result(30)
     assert len(set(gpu.threads)) == 1

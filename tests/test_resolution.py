@@ -956,7 +956,12 @@ def gpu_calls(host, monkeypatch):
     host("usable")
     calls = []
     module = ModuleType("cudf_polars")
-    module.execute_with_cudf = lambda *_, config: calls.append((config, threading.get_ident()))
+
+    def execute_with_cudf(plan, *_, config):
+        calls.append((config, threading.get_ident()))
+        plan.set_udf(lambda *_: QUERY.collect(engine="in-memory"))
+
+    module.execute_with_cudf = execute_with_cudf
     monkeypatch.setitem(sys.modules, "cudf_polars", module)
     return calls
 

@@ -6,13 +6,11 @@ import asyncio
 import gc
 import os
 import signal
-import sys
 import threading
 import weakref
 from concurrent.futures import CancelledError
 from contextlib import aclosing
 from itertools import count
-from types import ModuleType
 
 import polars as pl
 import pytest
@@ -29,12 +27,11 @@ from polars_async import (
     ForkedProcessError,
     QueryTimeoutError,
     QueueFullError,
-    _probe,
 )
 from polars_async import query as query_module
-from polars_async._nvml import Host, HostDevice
 from polars_async.executors import threads
 from polars_async.streams import BATCHES_AHEAD, Batches, Buffer
+from polars_async.testing import simulate_gpu
 
 BOUND = 100
 """More batches than Polars makes ahead of a consumer that stops; fewer than the sources have."""
@@ -999,18 +996,11 @@ def test_stream_left_early_is_reported_cancelled(loop, endless):
 
 
 @pytest.fixture
-def offloading(collector, monkeypatch):  # noqa: ARG001  # closed before it
-    """A collector with a GPU that is not there; cudf_polars leaves every query to the CPU."""
-    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    monkeypatch.setattr(_probe, "probe", _probe.Probe())
-    device = HostDevice(index=0, name="NVIDIA H100 80GB HBM3", compute_capability=(9, 0))
-    _probe.probe.stand_in(Host(devices=(device,), cuda_version=(13, 0)))
-    module = ModuleType("cudf_polars")
-    module.execute_with_cudf = lambda *_, **__: None
-    monkeypatch.setitem(sys.modules, "cudf_polars", module)
-    with Collector(gpu="offload", max_running=1) as offloading:
+def offloading(collector):  # noqa: ARG001  # closed before it
+    with simulate_gpu(), Collector(gpu="offload", max_running=1) as offloading:
         yield offloading
     assert offloading.stats()["running"] == 0
+    assert offloading.stats()["fell_back"] == 0
 
 
 @pytest.mark.parametrize("chunk_size", [None, 1000, 999])

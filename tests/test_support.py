@@ -344,7 +344,7 @@ def test_failed_import_is_unknown_noted_and_not_tried_again(site, error):
 def test_module_without_a_translator_is_unknown(monkeypatch):
     monkeypatch.setitem(sys.modules, "cudf_polars", ModuleType("cudf_polars"))
     answer = gpu_support(QUERY)
-    assert (answer.answer, answer.reason) == ("unknown", Reason.TRANSLATOR_FAILED)
+    assert (answer.answer, answer.reason) == ("unknown", Reason.TRANSLATION_FAILED)
     assert answer.message.startswith("the translator of cudf-polars")
     assert "(AttributeError: module 'cudf_polars' has no attribute 'Translator')" in answer.message
     assert answer.message.endswith("run the query with GPUEngine(raise_on_fail=True) to see")
@@ -365,7 +365,7 @@ def test_translator_that_fails_is_unknown(cudf, step, error):
     cudf(error, fails_in=step)
     answer = gpu_support(QUERY)
     assert (answer.answer, answer.operations) == ("unknown", ())
-    assert answer.reason is Reason.TRANSLATOR_FAILED
+    assert answer.reason is Reason.TRANSLATION_FAILED
     assert f"could not be asked ({type(error).__name__}: {error})" in answer.message
 
 
@@ -373,21 +373,21 @@ def test_translator_that_fails_is_unknown(cudf, step, error):
 def test_answer_of_another_kind_is_unknown(cudf, says):
     cudf(says)
     answer = gpu_support(QUERY)
-    assert (answer.answer, answer.reason) == ("unknown", Reason.TRANSLATOR_FAILED)
+    assert (answer.answer, answer.reason) == ("unknown", Reason.TRANSLATION_FAILED)
 
 
 @pytest.mark.parametrize("name", ["translate_ir", "unsupported_operations_error"])
 def test_translator_that_lacks_a_method_is_unknown(cudf, name):
     delattr(cudf().Translator, name)
     answer = gpu_support(QUERY)
-    assert (answer.answer, answer.reason) == ("unknown", Reason.TRANSLATOR_FAILED)
+    assert (answer.answer, answer.reason) == ("unknown", Reason.TRANSLATION_FAILED)
 
 
 def test_polars_that_hands_out_no_plan_is_unknown(cudf, monkeypatch):
     module = cudf()
     monkeypatch.setattr(_upstream, "optimized_plan", lambda *_: None)
     answer = gpu_support(QUERY)
-    assert (answer.answer, answer.reason) == ("unknown", Reason.TRANSLATOR_FAILED)
+    assert (answer.answer, answer.reason) == ("unknown", Reason.TRANSLATION_FAILED)
     assert "Polars hands out its plans no more" in answer.message
     assert module.asked == []
 
@@ -516,7 +516,7 @@ def test_real_translator_answers_each_query(real, engine):
 
 def test_real_translator_that_takes_no_such_engine_is_unknown(real):
     for answer, _, reason, message in real[0]["wrong"].values():
-        assert (answer, reason) == ("unknown", "translator-failed")
+        assert (answer, reason) == ("unknown", "translation-failed")
         assert "(ValueError: Unknown executor 'ranch')" in message
 
 

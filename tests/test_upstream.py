@@ -48,6 +48,8 @@ def test_every_name_is_polars_own_or_tested_here():
         "POOL_THREAD",
         "PlanSources",
         "affinity_override",
+        "gpu_callback",
+        "is_eager",
         "optimized_plan",
         "plan_sources",
     }
@@ -131,6 +133,41 @@ def test_optimized_plan_of_a_polars_that_hands_out_none_is_none(monkeypatch, clo
     plan, flags = QUERY.sum(), pl.QueryOptFlags()
     monkeypatch.setattr(plan if closed == "_ldf" else flags, closed, object())
     assert _upstream.optimized_plan(plan, flags) is None
+
+
+def test_callback_of_the_gpu_engine_is_what_polars_would_call(monkeypatch):
+    called = []
+    module = types.ModuleType("cudf_polars")
+    module.execute_with_cudf = lambda *given, config: called.append((len(given), config))
+    monkeypatch.setitem(sys.modules, "cudf_polars", module)
+    gpu, flags = pl.GPUEngine(), pl.QueryOptFlags()
+    gpu.collect(QUERY, optimizations=flags)
+    callback = _upstream.gpu_callback(gpu)
+    gpu.collect(QUERY, optimizations=flags, post_opt_callback=callback)
+    assert called[0] == called[1]
+    assert called[0][1] is gpu
+
+
+@pytest.mark.parametrize("moved", [object(), lambda: None, lambda *, background: background])
+def test_callback_of_a_polars_that_has_another_is_none(moved):
+    gpu = pl.GPUEngine()
+    gpu._post_opt_callback = moved
+    assert _upstream.gpu_callback(gpu) is None
+
+
+def test_operations_on_frames_are_told_by_their_flags(monkeypatch):
+    flags = []
+    collect = pl.InMemoryEngine.collect
+
+    def note(self, lf, *, optimizations, **options):
+        flags.append(optimizations)
+        return collect(self, lf, optimizations=optimizations, **options)
+
+    monkeypatch.setattr(pl.InMemoryEngine, "collect", note)
+    pl.DataFrame({"a": [1]}).select("a")
+    QUERY.collect(engine="in-memory")
+    assert [_upstream.is_eager(each) for each in flags] == [True, False]
+    assert not _upstream.is_eager(object())
 
 
 def test_background_query_is_polars_own():

@@ -46,6 +46,7 @@ class CudfPolars(NamedTuple):
 
 
 _import_failure: str | None = None
+_stand_in: CudfPolars | None = None
 
 
 def note_import_failure(error: BaseException) -> None:
@@ -86,8 +87,28 @@ def import_failure() -> str | None:
     return _import_failure
 
 
+class Known(NamedTuple):
+    """What there is to be found, and what came of its import."""
+
+    here: CudfPolars | None = None
+    """None where that is really looked for."""
+    import_failure: str | None = None
+
+
+def stand_in(known: Known) -> Known:
+    """Put what is known aside, for `polars_async.testing`; gives that, to put it back."""
+    global _import_failure, _stand_in  # facts about the process
+    before = Known(_stand_in, _import_failure)
+    _stand_in, _import_failure = known
+    return before
+
+
 def find_cudf_polars() -> CudfPolars:
     """Look for cudf-polars; an imported module counts, whatever its distribution says."""
+    if _stand_in is not None:
+        here = _stand_in
+        failed = here.fault is None and _import_failure is not None
+        return here._replace(fault=import_fault(here)) if failed else here
     found = [(build, each) for build in (CU12, CU13, UNKNOWN) for each in _distributions(build)]
     # Two builds overwrite each other's module, so which one is left cannot be told.
     build = found[0][0] if len(found) == 1 else UNKNOWN
@@ -108,9 +129,14 @@ def find_cudf_polars() -> CudfPolars:
 
 def _fault(here: CudfPolars, distributions: list[Distribution]) -> Fault | None:
     for needed in filter(None, map(_unmet_polars, distributions)):
-        cause = f"{here} needs Polars {needed} and Polars {pl.__version__} is installed"
-        return Fault(Reason.CUDF_INCOMPATIBLE, cause, f'install "polars{needed}"')
+        return incompatible(here, needed)
     return None if _import_failure is None else import_fault(here)
+
+
+def incompatible(here: CudfPolars, needed: str) -> Fault:
+    """Tell that cudf-polars needs another Polars, such as ``"<1.45"``."""
+    cause = f"{here} needs Polars {needed} and Polars {pl.__version__} is installed"
+    return Fault(Reason.CUDF_INCOMPATIBLE, cause, f'install "polars{needed}"')
 
 
 def import_fault(here: CudfPolars) -> Fault:

@@ -13,14 +13,21 @@ _NAME: Final = Path("/proc/thread-self/comm")
 
 class _ThisThread(_native.local):
     in_query: bool | None = None
+    for_gpu = False
 
 
 _this_thread: Final = _ThisThread()
 
 
-def enter_worker() -> None:
+def enter_worker(*, for_gpu: bool) -> None:
     """Note that all this thread ever does is run queries."""
     _this_thread.in_query = True
+    _this_thread.for_gpu = for_gpu
+
+
+def in_gpu_query() -> bool:
+    """Tell whether a query that runs on the GPU asks, as a Python source may."""
+    return _this_thread.for_gpu
 
 
 def in_query() -> bool:

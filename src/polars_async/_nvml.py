@@ -60,6 +60,7 @@ _FAULTS: Final = {
     ),
 }
 NO_DEVICE: Final = _FAULTS[28]
+NO_LIBRARY: Final = _FAULTS[_LIBRARY_NOT_FOUND]
 _LOOK_CLOSER: Final = "look into nvidia-smi and the kernel's log for the cause"
 _NO_PYNVML: Final = Fault(
     Reason.NO_LIBRARY,

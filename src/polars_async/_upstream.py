@@ -30,6 +30,8 @@ __all__ = [
     "InProcessQuery",
     "PlanSources",
     "affinity_override",
+    "gpu_callback",
+    "is_eager",
     "optimized_plan",
     "plan_sources",
 ]
@@ -71,6 +73,24 @@ def _find_auto_engine() -> pl.Engine:
 AUTO_ENGINE: Final = _find_auto_engine()
 """What Polars itself runs when nothing was asked for. Unlike the *name* ``"auto"`` it does not ask
 the affinity again, which would find AsyncEngine there, for ever."""
+
+
+def is_eager(optimizations: pl.QueryOptFlags) -> bool:
+    """Tell whether it is an operation on a DataFrame, which the GPU engine runs on the CPU."""
+    try:
+        eager: bool = optimizations._pyoptflags.eager  # noqa: SLF001  # pyright: ignore[reportPrivateUsage]
+    except AttributeError:
+        return False
+    return eager
+
+
+def gpu_callback(engine: pl.GPUEngine) -> Callable[..., object] | None:
+    """Give what `engine` has Polars call to translate the optimised plan; None if it has moved."""
+    try:
+        ask: Callable[..., Callable[..., object] | None] = engine._post_opt_callback  # noqa: SLF001  # pyright: ignore[reportPrivateUsage]
+        return ask(background=False, eager=False)
+    except (AttributeError, TypeError):
+        return None
 
 
 class PlanSources(NamedTuple):

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from polars_async._native import RLock
 from polars_async._nesting import in_query
+from polars_async.breaker import breaker
 from polars_async.errors import CollectorClosedError, QueueFullError
 from polars_async.expectations import UNKNOWN
 from polars_async.query import wake
@@ -31,6 +32,7 @@ class Counts:
     timed_out: int = 0
     rejected: int = 0
     downgraded: int = 0
+    fell_back: int = 0
     queue_seconds: float = 0.0
     run_seconds: float = 0.0
 
@@ -75,9 +77,14 @@ class Admission:
     )
 
     def __init__(
-        self, max_running: int, max_waiting: int | None = None, *, exclusive: bool = False
+        self,
+        max_running: int,
+        max_waiting: int | None = None,
+        *,
+        exclusive: bool = False,
+        lock: RLock | None = None,
     ) -> None:
-        self.lock = RLock()
+        self.lock = lock or RLock()
         self.max_running = max_running
         self.max_waiting = max_waiting
         self._exclusive = exclusive
@@ -147,6 +154,25 @@ class Admission:
             if free < 1:
                 return None
             slot = Slot()
+            self._slots.add(slot)
+            return slot
+
+    def take_over(self, query: Query[Any]) -> Slot | None:
+        """
+        Give a place in the line, whatever the limits, to a query that was let in elsewhere.
+
+        One that a running query asked for is given a slot, as by `enter`; or else there may be one
+        for whoever is next.
+        """
+        with self.lock:
+            slot = Slot()
+            if query.is_nested:
+                self._slots.add(slot)
+                self._start(query, slot, small=False, overtook=False)
+                return slot
+            self._line.add(query, priority=query.priority)
+            if len(self._slots) >= self.max_running:
+                return None
             self._slots.add(slot)
             return slot
 
@@ -293,10 +319,10 @@ class Admission:
             waiters, self.waiters = self.waiters, []
         wake(waiters)
 
-    def reset(self) -> list[Query[Any]]:
+    def reset(self, lock: RLock | None) -> list[Query[Any]]:
         """Forget, and give, every query; for a forked child, where nobody else is left."""
         # A thread that did not survive the fork may have held the old lock.
-        self.lock = RLock()
+        self.lock = lock or RLock()
         lost = [*self.in_slots(), *self._line]
         self._slots.clear()
         self._paused.clear()
@@ -346,8 +372,8 @@ class Admission:
 def stats_of(cpu: Admission, gpu: Admission) -> dict[str, float]:
     """Add up what `Collector.stats` explains."""
     found: dict[str, float] = {}
-    for admission in (cpu, gpu):
-        with admission.lock:
+    with cpu.lock:  # which is that of both
+        for admission in (cpu, gpu):
             running = admission.in_slots()
             now: dict[str, float] = {
                 "running": len(running),
@@ -355,9 +381,10 @@ def stats_of(cpu: Admission, gpu: Admission) -> dict[str, float]:
                 "waiting": admission.waiting,
                 **asdict(admission.counts),
             }
-        for key, value in now.items():
-            found[key] = found.get(key, 0) + value
-        if admission is gpu:
-            found |= {"gpu_running": now["running"], "gpu_waiting": now["waiting"]}
+            for key, value in now.items():
+                found[key] = found.get(key, 0) + value
+            if admission is gpu:
+                found |= {"gpu_running": now["running"], "gpu_waiting": now["waiting"]}
+    found |= {"gpu_failures": breaker.health.failures, "gpu_rest_seconds": breaker.seconds_left()}
     limit = inf if cpu.max_waiting is None else cpu.max_waiting
     return {**found, "max_running": cpu.max_running, "max_waiting": limit}

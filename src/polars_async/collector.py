@@ -17,13 +17,14 @@ from polars_async.background import BackgroundQuery
 from polars_async.bridges.threads import block_or_let_run
 from polars_async.events import Reporter
 from polars_async.expectations import Expectation, Expectations
+from polars_async.frames import check_frame, checked_frames
 from polars_async.handle import QueryHandle
 from polars_async.lane import Lane
 from polars_async.query import Query
-from polars_async.resolution import engine_object, gpu_policy, resolve_engine, warn_of
+from polars_async.resolution import engine_object, gpu_policy, is_on_gpu, resolve_engine, warn_of
 from polars_async.scheduling import PRIORITIES
 from polars_async.streams import Batches, Buffer, Completions, Suspension
-from polars_async.work import check_frame, checked_frames, collect, collect_each, feed
+from polars_async.work import collect, collect_each, feed
 from polars_async.work import sink as run_sink
 
 if TYPE_CHECKING:
@@ -113,8 +114,9 @@ class Collector:
         self._report: Final = Reporter(on_event)
         known = Expectations()
         self._cpu: Final = Lane(max_running or _DEFAULT_RUNNING, max_waiting, known, self._report)
-        self._gpu: Final = Lane(1, max_waiting, known, self._report, exclusive=True)
-        self._lanes: Final = (self._cpu, self._gpu)
+        self._gpu: Final = Lane(1, max_waiting, known, self._report, fallback=self._cpu)
+        # The GPU's first, whose queries may go over to the other, and never back.
+        self._lanes: Final = (self._gpu, self._cpu)
 
     @overload
     def collect_async(
@@ -341,7 +343,7 @@ class Collector:
         if chunk_size is not None and chunk_size < 1:
             raise ValueError(f"chunk_size must be 1 or more rows, got {chunk_size!r}")
         resolution = self._resolved(engine, "batches")
-        buffer = Buffer(self._lane(resolution))
+        buffer = Buffer(self._cpu)  # where alone a query waits for its consumer
         options = {"chunk_size": chunk_size, "maintain_order": maintain_order}
         work = partial(feed, lf, resolution.engine, optimizations, buffer, options)
         query = self._submit(work, resolution, (lf,), timeout, priority, label, buffer=buffer)
@@ -515,11 +517,13 @@ class Collector:
         dict
             ``running`` (``abandoned`` of them were let go, and hold their slot until they end),
             ``waiting``, and since the collector was made: ``submitted``, ``completed``,
-            ``failed``, ``cancelled``, ``timed_out``, ``rejected``, ``downgraded``; the sums
-            ``queue_seconds`` and ``run_seconds``. It always holds that ``submitted`` is the sum of
-            the five outcomes, of ``waiting``, and of what runs and is not abandoned. The limits
-            are ``max_running`` and ``max_waiting`` (infinite without one). All that counts the
-            GPU's queries too; ``gpu_running`` and ``gpu_waiting`` do so alone.
+            ``failed``, ``cancelled``, ``timed_out``, ``rejected``, ``downgraded``, ``fell_back``;
+            the sums ``queue_seconds`` and ``run_seconds``. It always holds that ``submitted`` is
+            the sum of the five outcomes, of ``waiting``, and of what runs and is not abandoned. The
+            limits are ``max_running`` and ``max_waiting`` (infinite without one). All that counts
+            the GPU's queries too; ``gpu_running`` and ``gpu_waiting`` do so alone. Of the whole
+            process, ``gpu_failures`` tells how many times in a row the GPU has failed, and
+            ``gpu_rest_seconds`` how long it still rests for that, and is not tried.
         """
         return stats_of(self._cpu.admission, self._gpu.admission)
 
@@ -635,8 +639,7 @@ class Collector:
         return resolution
 
     def _lane(self, resolution: Resolution) -> Lane:
-        on_gpu = resolution.gpu is not None and not resolution.downgraded
-        return self._gpu if on_gpu else self._cpu
+        return self._gpu if is_on_gpu(resolution) else self._cpu
 
     def _submit(
         self,

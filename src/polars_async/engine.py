@@ -10,8 +10,11 @@ from polars_async import _fork
 from polars_async._upstream import AUTO_ENGINE
 from polars_async.api import default_collector
 from polars_async.errors import EngineUnavailableError
-from polars_async.resolution import DeferringEngine, warn_of
-from polars_async.work import checked_frames, collect_each
+from polars_async.events import tell_observers
+from polars_async.frames import checked_frames
+from polars_async.offload import GpuFailure, collect_on_gpu
+from polars_async.resolution import DeferringEngine, fallen_back, is_on_gpu, warn_of
+from polars_async.work import collect_each
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
@@ -21,7 +24,7 @@ if TYPE_CHECKING:
     from polars_async.background import BackgroundQuery
     from polars_async.collector import Collector
     from polars_async.handle import QueryHandle
-    from polars_async.resolution import EngineRequest, QueryPath
+    from polars_async.resolution import EngineRequest, QueryPath, Resolution
 
 
 class AsyncEngine(DeferringEngine):
@@ -31,8 +34,8 @@ class AsyncEngine(DeferringEngine):
     Pass it as ``engine=``, or set it once with ``pl.Config.set_engine_affinity(AsyncEngine())``.
     ``collect_async``, ``collect_all_async`` and ``collect(background=True)`` then run on
     `collector`. All that is synchronous still runs on the thread that asks for it, on the engine
-    it would run on anyway; but where the GPU engine is asked for and no GPU is usable, the
-    in-memory engine runs and an `EngineDowngradeWarning` says so.
+    it would run on anyway; but where the GPU engine is asked for and no GPU is usable, or it fails,
+    the in-memory engine runs and an `EngineDowngradeWarning` says so.
 
     Parameters
     ----------
@@ -108,7 +111,7 @@ class AsyncEngine(DeferringEngine):
         """See ``LazyFrame.collect``; in the background it runs on the collector."""
         if background:
             return self.collector.collect_background(lf, optimizations=optimizations)
-        return self._resolved("sync").collect(
+        return self._synchronous().collect(
             lf, optimizations=optimizations, post_opt_callback=post_opt_callback
         )
 
@@ -116,7 +119,10 @@ class AsyncEngine(DeferringEngine):
         self, lfs: Iterable[pl.LazyFrame], *, optimizations: pl.QueryOptFlags
     ) -> list[pl.DataFrame]:
         """See ``polars.collect_all``; on the GPU the frames are collected one by one."""
-        return collect_each(checked_frames(lfs), self._resolved("sync"), optimizations)
+        frames, engine = checked_frames(lfs), self._synchronous()
+        if isinstance(engine, _GPUEngineHere):
+            return [engine.collect(lf, optimizations=optimizations) for lf in frames]
+        return collect_each(frames, engine, optimizations)
 
     def collect_async(  # type: ignore[override]  # Polars promises its own private classes
         self, lf: pl.LazyFrame, *, optimizations: pl.QueryOptFlags, gevent: bool = False
@@ -142,7 +148,7 @@ class AsyncEngine(DeferringEngine):
         self, lf: pl.LazyFrame, *, optimizations: pl.QueryOptFlags, **options: Any
     ) -> Iterator[pl.DataFrame]:
         """See ``LazyFrame.collect_batches``; what the GPU collects is cut up afterwards."""
-        engine = self._resolved("batches")
+        engine = self._resolved("batches").engine
         if isinstance(engine, pl.GPUEngine):
             lf = self.collector.collect_async(lf, optimizations=optimizations).result().lazy()
             engine = pl.InMemoryEngine()
@@ -150,7 +156,7 @@ class AsyncEngine(DeferringEngine):
 
     def execute(self, lf: pl.LazyFrame, *, optimizations: pl.QueryOptFlags) -> QueryResult:
         """See ``LazyFrame.execute``."""
-        return self._resolved("sync").execute(lf, optimizations=optimizations)
+        return self._synchronous().execute(lf, optimizations=optimizations)
 
     def sink_parquet(self, lf: pl.LazyFrame, path: Any, **options: Any) -> Any:
         """See ``LazyFrame.sink_parquet``."""
@@ -174,10 +180,50 @@ class AsyncEngine(DeferringEngine):
 
     def _sink(self, options: dict[str, Any]) -> pl.Engine:
         # Polars 1.44 hands over lazy sinks too, which only make a plan.
-        return AUTO_ENGINE if options.get("lazy") else self._resolved("sync")
+        return AUTO_ENGINE if options.get("lazy") else self._synchronous()
 
-    def _resolved(self, path: QueryPath) -> pl.Engine:
+    def _synchronous(self) -> pl.Engine:
+        resolution = self._resolved("sync")
+        if is_on_gpu(resolution):
+            return _GPUEngineHere(resolution)
+        tell_observers(resolution)
+        return resolution.engine
+
+    def _resolved(self, path: QueryPath) -> Resolution:
         _fork.check()
         resolution = self.collector.resolve_engine(path=path)
         warn_of(resolution)
-        return resolution.engine
+        return resolution
+
+
+class _GPUEngineHere(pl.GPUEngine):
+    """The GPU engine of a resolution, on the thread that asks, with the fallback to the CPU."""
+
+    def __init__(self, resolution: Resolution) -> None:
+        super().__init__()
+        self._resolution = resolution
+
+    def collect(  # type: ignore[override]  # never in the background
+        self,
+        lf: pl.LazyFrame,
+        *,
+        optimizations: pl.QueryOptFlags,
+        post_opt_callback: Callable[..., Any] | None = None,
+    ) -> pl.DataFrame:
+        """See ``LazyFrame.collect``."""
+        engine = self._resolution.engine
+        assert isinstance(engine, pl.GPUEngine)
+        if post_opt_callback is not None:  # instead of that of the GPU engine
+            return engine.collect(
+                lf, optimizations=optimizations, post_opt_callback=post_opt_callback
+            )
+        try:
+            frame = collect_on_gpu(lf, engine, optimizations)
+        except GpuFailure as failure:
+            resolution = fallen_back(self._resolution, failure)
+        else:
+            tell_observers(self._resolution)
+            return frame
+        tell_observers(resolution)
+        warn_of(resolution)
+        return resolution.engine.collect(lf, optimizations=optimizations)

@@ -14,8 +14,12 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from polars_async.query import Query
+    from polars_async.resolution import Resolution
 
 log: Final = logging.getLogger("polars_async")
+
+observers: Final[list[Callable[[Resolution], object]]] = []
+"""Told of each query of the process that is over, and of each synchronous one: for test suites."""
 
 
 class EventKind(enum.StrEnum):
@@ -36,9 +40,11 @@ class EventKind(enum.StrEnum):
     """The collector was full or closed."""
 
 
+_LAST: Final = frozenset(tuple(EventKind)[-5:])
+_SAID_WITH_REASON: Final = frozenset({EventKind.DOWNGRADED, EventKind.FELL_BACK})
 _LEVELS: Final = {
     EventKind.DOWNGRADED: logging.INFO,
-    EventKind.FELL_BACK: logging.INFO,
+    EventKind.FELL_BACK: logging.WARNING,
     EventKind.TIMED_OUT: logging.INFO,
     EventKind.REJECTED: logging.INFO,
 }
@@ -67,7 +73,10 @@ class QueryEvent:
     rows
         How many rows it gave, over all frames; None before the end, and where it gave none.
     error
-        What it failed with, or was refused or ended by; else None.
+        What it failed with, or was refused or ended by; what the GPU engine raised, where it fell
+        back; else None.
+    resolution
+        Which engine runs it, asked for by whom, and why.
     """
 
     kind: EventKind
@@ -78,10 +87,13 @@ class QueryEvent:
     run_seconds: float | None
     rows: int | None
     error: BaseException | None
+    resolution: Resolution
 
     def __str__(self) -> str:
         label = f" {self.label!r}" if self.label is not None else ""
         parts = [f"query {self.query_id}{label} {self.kind}: {self.engine} engine"]
+        if self.kind in _SAID_WITH_REASON and self.resolution.reason is not None:
+            parts.append(self.resolution.reason)
         parts.append(f"waited {self.queue_seconds:.3f} s")
         if self.run_seconds is not None:
             parts.append(f"ran {self.run_seconds:.3f} s")
@@ -91,6 +103,12 @@ class QueryEvent:
             text = " ".join(str(self.error).split())
             parts.append(f"{type(self.error).__name__}: {text}")
         return ", ".join(parts)
+
+
+def tell_observers(resolution: Resolution) -> None:
+    """Tell of a query which engine it was that ran it."""
+    for observer in tuple(observers):
+        observer(resolution)
 
 
 class Reporter:
@@ -104,7 +122,7 @@ class Reporter:
     @property
     def listens(self) -> bool:
         """Whether anybody wants to know, which is asked once for each query."""
-        return self._on_event is not None or log.isEnabledFor(logging.INFO)
+        return self._on_event is not None or bool(observers) or log.isEnabledFor(logging.INFO)
 
     def __call__(
         self,
@@ -115,6 +133,8 @@ class Reporter:
         error: BaseException | None = None,
     ) -> None:
         """Report, with no lock held. What the hook raises is logged and harms no query."""
+        if kind in _LAST:
+            tell_observers(query.resolution)
         level = _LEVELS.get(kind, logging.DEBUG)
         if self._on_event is None and not log.isEnabledFor(level):
             return
@@ -127,6 +147,7 @@ class Reporter:
             run_seconds=query.run_seconds,
             rows=_count_rows(result),
             error=error,
+            resolution=query.resolution,
         )
         try:
             log.log(level, "%s", event)

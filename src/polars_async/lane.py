@@ -9,6 +9,7 @@ from weakref import WeakSet
 
 from polars_async import _exit, _fork, streams
 from polars_async._native import sleep
+from polars_async._nesting import in_gpu_query, in_query
 from polars_async.admission import Admission
 from polars_async.events import EventKind
 from polars_async.executors.threads import ThreadExecutor, named_thread
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
     from polars_async.admission import Slot
     from polars_async.events import Reporter
     from polars_async.expectations import Expectations
-    from polars_async.query import Query
+    from polars_async.query import Query, Waiter
 
 
 _MOST_TOGETHER: Final = 256
@@ -31,13 +32,16 @@ class Lane:
     """
     Where the queries of one kind go: those for the CPU, or those for the GPU.
 
+    The lane of the GPU has a `fallback`, that of the CPU, where queries go on that the GPU engine
+    could not run. All its queries run on one thread.
+
     A thread that ends a query takes the next from the line itself, so queries that follow each
     other need no hand-over, and there are never more threads than queries that ran at once. A
     running lane is held by its threads alone, so that a collector nobody holds any more ends when
     its queries have.
     """
 
-    __slots__ = ("__weakref__", "_executor", "_expectations", "_report", "admission")
+    __slots__ = ("__weakref__", "_executor", "_expectations", "_report", "admission", "fallback")
 
     def __init__(
         self,
@@ -46,10 +50,14 @@ class Lane:
         expectations: Expectations,
         report: Reporter,
         *,
-        exclusive: bool = False,
+        fallback: Lane | None = None,
     ) -> None:
-        self.admission = Admission(max_running, max_waiting, exclusive=exclusive)
-        self._executor = ThreadExecutor()
+        on_gpu = fallback is not None
+        # Of one lock, so that a query is always in one of them, while it goes over.
+        lock = fallback.admission.lock if fallback is not None else None
+        self.admission: Admission = Admission(max_running, max_waiting, exclusive=on_gpu, lock=lock)
+        self.fallback = fallback
+        self._executor = ThreadExecutor(for_gpu=on_gpu)
         self._expectations = expectations
         self._report = report
         _lanes.add(self)
@@ -57,6 +65,13 @@ class Lane:
 
     def submit(self, query: Query[Any]) -> None:
         """Run `query` at once where a slot is free, or else when its turn comes."""
+        if self.fallback is not None:
+            if in_gpu_query():
+                raise RuntimeError(
+                    "a query on the GPU asks for another one there, and would wait for itself: "
+                    "name another engine, such as engine='in-memory'"
+                )
+            query.is_nested = in_query()
         downgraded = query.resolution.downgraded
         if query.reports:
             self._report(EventKind.QUEUED, query)
@@ -105,8 +120,9 @@ class Lane:
 
     def abandon(self, error: BaseException) -> None:
         """Start afresh in a forked child, which has neither the threads nor their queries."""
-        self._executor = ThreadExecutor()
-        for query in self.admission.reset():
+        fallback = self.fallback
+        self._executor = ThreadExecutor(for_gpu=fallback is not None)
+        for query in self.admission.reset(None if fallback is None else fallback.admission.lock):
             query.lose(error)
 
     def _start_thread(self, slot: Slot) -> None:
@@ -155,6 +171,8 @@ class Lane:
         else:
             with named_thread(query.label):
                 query.run()
+        if self.fallback is not None and query.fall_back(self.fallback.admission):
+            return self._hand_over(query, slot, self.fallback)
         # Done before it is gone: `close` trusts in that, and a fork may come in between. And gone
         # before anybody wakes, who may ask at once for the slot.
         admission = self.admission
@@ -176,11 +194,34 @@ class Lane:
         del query, waiters  # as in Query.run
         return kept
 
+    def _hand_over(self, query: Query[Any], slot: Slot, fallback: Lane) -> bool:
+        """Let `fallback` run what this lane could not; gives what `_run` does."""
+        admission = self.admission
+        waiters: list[Waiter] = []
+        # In its slot until it is in the other lane, since `close` waits for one after the other.
+        query.report_fall_back()
+        with admission.lock:
+            admission.counts.fell_back += 1
+            slot.query = None
+            kept = admission.release(slot)
+            if not query.done:
+                taken = fallback.admission.take_over(query)
+                try:
+                    if taken is not None:
+                        fallback._start_thread(taken)
+                except RuntimeError as error:  # no thread to be had
+                    fallback.admission.forget(query, taken)
+                    waiters = query.fail(error)
+        wake(waiters)
+        if admission.waiters:
+            admission.tell_if_empty()
+        return kept
+
     def _look_back(self, query: Query[Any], *, alone: bool) -> None:
         """Learn from a query that ended, when nobody waits for it any more."""
         admission = self.admission
         # To appraise it may open files. So that nobody waits for this thread meanwhile:
-        away = query.is_worth_appraising
+        away = query.is_worth_appraising and self.fallback is None  # the GPU has one thread
         if away:
             with admission.lock:
                 self._executor.step_out()
@@ -196,7 +237,8 @@ class Lane:
 
 def _abandon_all() -> None:
     streams.after_fork()
-    for lane in list(_lanes):
+    # First those whose lock others have, too.
+    for lane in sorted(_lanes, key=lambda lane: lane.fallback is not None):
         lane.abandon(_fork.lost())
 
 

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, ClassVar, Final, Generic, Protocol, TypeVar, c
 from polars_async.deadlines import set_deadline
 from polars_async.errors import QueryTimeoutError
 from polars_async.events import EventKind, log
+from polars_async.offload import GpuFailure
+from polars_async.resolution import fallen_back
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
@@ -82,6 +84,8 @@ class Query(Generic[T]):
         "_deadline",
         "_ended",
         "_error",
+        "_failure",
+        "_fell_back",
         "_late",
         "_report",
         "_started",
@@ -94,6 +98,7 @@ class Query(Generic[T]):
         "expectation",
         "frames",
         "id",
+        "is_nested",
         "is_stream",
         "label",
         "paused_seconds",
@@ -123,6 +128,7 @@ class Query(Generic[T]):
         self.priority = priority
         self.label = label
         self.is_stream = is_stream
+        self.is_nested = False
         self.paused_seconds = 0.0
         self.reports = report.listens
         self._admission = admission
@@ -132,6 +138,7 @@ class Query(Generic[T]):
         self._context = copy_context()
         self._value: T | None = None
         self._error: BaseException | None = None
+        self._failure: GpuFailure | None = None
         self._traceback: TracebackType | None = None
         self._waiters: list[Waiter] = []
         self._announcing = False
@@ -139,6 +146,7 @@ class Query(Generic[T]):
         self._timeout = 0.0
         self._deadline: Deadline | None = None
         self._submitted = perf_counter()
+        self._fell_back: float | None = None
         self._started: float | None = None
         self._ended: float | None = None
 
@@ -149,7 +157,7 @@ class Query(Generic[T]):
 
     @property
     def queue_seconds(self) -> float:
-        """How long it has waited, or waited, for a slot."""
+        """How long it has waited, or waited, to run; what the GPU has tried in vain included."""
         return (self._started or self._ended or perf_counter()) - self._submitted
 
     @property
@@ -176,7 +184,7 @@ class Query(Generic[T]):
             return None
         self.state = State.RUNNING
         self._started = perf_counter()
-        return self._started - self._submitted
+        return self._started - (self._fell_back or self._submitted)
 
     def refuse(self) -> None:
         """Note that it was not let in, and so never waited."""
@@ -190,12 +198,14 @@ class Query(Generic[T]):
     def run(self) -> None:
         """Run the work on this thread and keep its outcome, which `end` then makes final."""
         if self.reports:
-            self._announce()
+            self._announce(EventKind.STARTED)
         work, self._work = self._work, None
         if work is None or self.state is not State.RUNNING:  # it was let go on the way
             return
         try:
             self._value = self._context.run(work)
+        except GpuFailure as failure:
+            self._failure = failure
         except BaseException as error:  # noqa: BLE001  # a panic and SystemExit are outcomes too
             self._error = error
             # Without this frame, which holds the query that holds the error.
@@ -204,6 +214,37 @@ class Query(Generic[T]):
                 _name_in(error, self.label)
         finally:
             del self, work  # the frames of the traceback lead back here all the same
+
+    def fall_back(self, admission: Admission) -> bool:
+        """
+        Where the GPU engine failed, wait in `admission` for the in-memory engine, if still wanted.
+
+        Its lock is that of the admission before, so that the query is in one of them at any time.
+        """
+        failure, self._failure = self._failure, None
+        if failure is None:
+            return False
+        with admission.lock:
+            if self.done:
+                return False
+            self.resolution = fallen_back(self.resolution, failure)
+            self.state = State.WAITING
+            self.expectation = None
+            self._work = failure.retry
+            self._admission = admission
+            self._fell_back, self._started = perf_counter(), None
+        return True
+
+    def report_fall_back(self) -> None:
+        """Tell that the GPU engine has failed, and why."""
+        self._announce(EventKind.FELL_BACK, self.resolution.cause)
+
+    def fail(self, error: BaseException) -> list[Waiter]:
+        """End with an error of our own, with the lock held; gives whom to wake."""
+        self._work = None
+        self._error = error
+        self._traceback = None
+        return self.end()
 
     def end(self) -> list[Waiter]:
         """
@@ -271,11 +312,8 @@ class Query(Generic[T]):
 
     def lose(self, error: BaseException) -> None:
         """End a query whose thread stayed behind in a fork, with an error of our own."""
-        self._work = None
-        self._error = error
-        self._traceback = None
         with self._admission.lock:
-            waiters = self.end()
+            waiters = self.fail(error)
         wake([waiter for waiter in waiters if waiter.survives_fork])
 
     def cancel(self) -> bool:
@@ -362,13 +400,13 @@ class Query(Generic[T]):
             if self._admission.waiters:
                 self._admission.tell_if_empty()
 
-    def _announce(self) -> None:
-        """Tell that it starts; whoever lets go of it meanwhile leaves it to this to tell that."""
+    def _announce(self, kind: EventKind, error: BaseException | None = None) -> None:
+        """Tell what begins; whoever lets go of it meanwhile leaves it to this to tell that."""
         with self._admission.lock:
             if self.done:
                 return
             self._announcing = True
-        self._report(EventKind.STARTED, self)
+        self._report(kind, self, error=error)
         with self._admission.lock:
             self._announcing = False
             let_go = self.done

@@ -56,11 +56,19 @@ class Reason(enum.StrEnum):
     """cudf-polars is installed, and cannot be imported."""
 
     UNSUPPORTED_QUERY = "unsupported-query"
-    """cudf-polars does not support an operation of the query."""
+    """The GPU engine does not support an operation of the query."""
+    TRANSLATION_FAILED = "translation-failed"
+    """The GPU engine failed to translate the query, or its private translator is gone."""
     GPU_NEEDED = "gpu-needed"
     """cudf-polars has to ask the GPU whether it supports the query, and fails."""
-    TRANSLATOR_FAILED = "translator-failed"
-    """cudf-polars' translator, which is private, is gone or failed otherwise."""
+    OUT_OF_MEMORY = "out-of-gpu-memory"
+    """The memory of the GPU did not suffice for the query."""
+    CUDA_ERROR = "cuda-error"
+    """CUDA, or the driver, failed while the query ran."""
+    GPU_FAILED = "gpu-failed"
+    """The GPU engine failed in another way while the query ran."""
+    GPU_RESTS = "gpu-rests"
+    """The GPU has failed several times in a row, and is left alone for a while."""
 
 
 class Fault(NamedTuple):

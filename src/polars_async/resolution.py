@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Final, Literal, TypeAlias, get_args
 import polars as pl
 
 from polars_async import _upstream
+from polars_async.breaker import breaker
 from polars_async.errors import EngineDowngradeWarning, EngineUnavailableError
 from polars_async.gpu import GpuStatus, gpu_status
 from polars_async.reasons import Reason
@@ -22,6 +23,8 @@ from polars_async.reasons import Reason
 if TYPE_CHECKING:
     from collections.abc import Iterable
     from types import FrameType
+
+    from polars_async.offload import GpuFailure
 
 EngineRequest: TypeAlias = str | pl.Engine
 EngineSource: TypeAlias = Literal["argument", "config", "environment", "default"]
@@ -40,11 +43,11 @@ _variables: Final[Mapping[bytes, bytes] | None] = (
 )
 
 _OWN_FOLDER: Final = f"{Path(__file__).parent}{os.sep}"
-_IN_MEMORY: Final = pl.InMemoryEngine()
+IN_MEMORY: Final = pl.InMemoryEngine()
 _ENGINES: Final[dict[str, pl.Engine]] = {
     "auto": _upstream.AUTO_ENGINE,
-    "in-memory": _IN_MEMORY,
-    "cpu": _IN_MEMORY,  # an alias that Polars itself still takes
+    "in-memory": IN_MEMORY,
+    "cpu": IN_MEMORY,  # an alias that Polars itself still takes
     "streaming": pl.StreamingEngine(),
 }
 _ASKERS: Final[dict[EngineSource, str]] = {
@@ -52,6 +55,17 @@ _ASKERS: Final[dict[EngineSource, str]] = {
     "config": "Config.set_engine_affinity",
     "environment": AFFINITY_VARIABLE,
     "default": "default_engine",
+}
+_REMEDIES: Final = {
+    Reason.CUDF_MISSING: "install cudf-polars",
+    Reason.CUDF_BROKEN: "reinstall cudf-polars",
+    Reason.UNSUPPORTED_QUERY: "polars_async.gpu_support tells so beforehand",
+    Reason.TRANSLATION_FAILED: "polars_async.gpu_support tells more, and cudf-polars' developers "
+    "may want to know",
+    Reason.OUT_OF_MEMORY: "ask for fewer rows or columns at once, or for the streaming engine",
+    Reason.CUDA_ERROR: "look into nvidia-smi and the kernel's log for the cause",
+    Reason.GPU_FAILED: "cudf-polars' developers may want to know",
+    Reason.GPU_RESTS: "it is tried again after that",
 }
 _PATHS: Final[tuple[QueryPath, ...]] = get_args(QueryPath)
 _POLICIES: Final[tuple[GpuPolicy, ...]] = get_args(GpuPolicy)
@@ -89,6 +103,11 @@ class Resolution:
         The same in one sentence that a person can act on.
     gpu
         What is known of the GPU; None when nobody asked for one.
+    fell_back
+        Whether the GPU engine tried the query and failed, or rests since it kept failing, so that
+        the in-memory engine runs it, or for several frames those that failed.
+    cause
+        What the GPU engine raised then; None where the query did not fall back.
     """
 
     requested: EngineRequest
@@ -99,6 +118,8 @@ class Resolution:
     reason: Reason | None
     message: str
     gpu: GpuStatus | None
+    fell_back: bool = False
+    cause: Exception | None = None
 
 
 class DeferringEngine(pl.Engine):
@@ -207,25 +228,49 @@ def _gpu_rule(asked: Resolution, path: QueryPath, gpu: GpuPolicy | None) -> Reso
         if not status.usable:
             remedy = f"{remedy}, and mind that {status.message}"
     elif status.usable:
-        return replace(asked, gpu=status)
+        rest = None if forbids_cpu(asked.engine) else breaker.rest()
+        if rest is None:
+            return replace(asked, gpu=status)
+        reason, why = Reason.GPU_RESTS, "it keeps failing, and rests for a while"
+        remedy = f"it is tried again after a rest of {rest.seconds:g} s. Last time, {rest.last}"
     else:
         reason, why, remedy = status.reason, "no GPU is usable here", status.message
     asks = f"{_ASKERS[asked.source]} asks for the GPU engine"
     if asked.reason is not None:
         asks = f"{asked.message}; {asks}"
-    if policy == "require" or _forbids_cpu(asked.engine):
+    if policy == "require" or forbids_cpu(asked.engine):
         forbids = "raise_on_fail=True"
         if policy == "require":
             forbids = f"{GPU_POLICY_VARIABLE}=require" if gpu is None else "gpu='require'"
         raise EngineUnavailableError(f"{asks} and {forbids} forbids any other, but {why}: {remedy}")
     return replace(
         asked,
-        engine=_IN_MEMORY,
-        name=_IN_MEMORY.name,
+        engine=IN_MEMORY,
+        name=IN_MEMORY.name,
         downgraded=True,
         reason=reason,
-        message=f"{asks}, but {why}, so {_runs(_IN_MEMORY.name)}: {remedy}",
+        message=f"{asks}, but {why}, so {_runs(IN_MEMORY.name)}: {remedy}",
         gpu=status,
+    )
+
+
+def is_on_gpu(resolution: Resolution) -> bool:
+    """Tell whether the GPU engine is what runs."""
+    return isinstance(resolution.engine, pl.GPUEngine)
+
+
+def fallen_back(resolution: Resolution, failure: GpuFailure) -> Resolution:
+    """Say that the in-memory engine runs what the GPU engine could not."""
+    asks = f"{_ASKERS[resolution.source]} asks for the GPU engine"
+    runs = " ".join(filter(None, (_runs(IN_MEMORY.name), failure.share)))
+    return replace(
+        resolution,
+        engine=IN_MEMORY,
+        name=IN_MEMORY.name,
+        fell_back=True,
+        reason=failure.reason,
+        message=f"{asks}, but {failure}, so {runs}: {_REMEDIES[failure.reason]}",
+        cause=failure.cause,
     )
 
 
@@ -332,7 +377,8 @@ def _runs(name: str) -> str:
     return f"the {'GPU' if name == 'gpu' else name} engine runs"
 
 
-def _forbids_cpu(engine: pl.Engine) -> bool:
+def forbids_cpu(engine: pl.Engine) -> bool:
+    """Tell whether ``raise_on_fail`` keeps queries of a GPU engine off the CPU."""
     # GPUEngine declares an attribute raise_on_fail and sets it in its config alone.
     config = getattr(engine, "config", None)
     return isinstance(config, Mapping) and bool(config.get("raise_on_fail"))

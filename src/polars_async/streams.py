@@ -173,6 +173,10 @@ class Buffer:
         """Say whose thread puts."""
         self._query = query
 
+    def add(self, batch: pl.DataFrame) -> None:
+        """Add a batch that is there anyway, however many lie ready."""
+        self._arrivals.put(batch)
+
     def put(self, batch: pl.DataFrame) -> bool:
         """Add a batch, and wait until there is room for one more; True if none is wanted."""
         arrivals = self._arrivals

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any, Final, NoReturn
 
 import polars as pl
 
-from polars_async import _cudf, _upstream, work
+from polars_async import _cudf, _upstream
+from polars_async.frames import check_frame
 from polars_async.reasons import Fault, Reason
 
 if TYPE_CHECKING:
@@ -123,7 +124,7 @@ def gpu_support(
     >>> support.answer, support.operations  # doctest: +SKIP
     (<Support.NO: 'no'>, ('opaque python mapfunction',))
     """
-    work.check_frame(lf)
+    check_frame(lf)
     gpu = _gpu_engine(engine)
     # Releases the GIL where files are opened, and finds what is wrong with the query on any host.
     lf.collect_schema()
@@ -205,11 +206,9 @@ def _judged(unsupported: Exception | None) -> GpuSupport:
     if unsupported is None:
         message = "cudf-polars supports every operation of this query"
         return GpuSupport(answer=Support.YES, message=message)
-    errors = _underlying(unsupported)
-    # What is not supported stays so wherever the rest is asked.
-    own = [each for each in errors if not _is_of_the_gpu(each)]
+    own = operations_of(unsupported)
     if not own:
-        return _unknown(_gpu_fault(errors[0]))
+        return _unknown(_gpu_fault(_underlying(unsupported)[0]))
     operations = tuple(dict.fromkeys(map(_told, own)))
     return GpuSupport(
         answer=Support.NO,
@@ -220,6 +219,11 @@ def _judged(unsupported: Exception | None) -> GpuSupport:
     )
 
 
+def operations_of(unsupported: Exception) -> list[Exception]:
+    """Give what cudf-polars does not support wherever it is asked: not what ails the host."""
+    return [each for each in _underlying(unsupported) if not is_of_the_gpu(each)]
+
+
 def _underlying(unsupported: Exception) -> list[Exception]:
     """Give the errors that cudf-polars has summed up, or the sum where it does not give them."""
     errors = unsupported.args[1] if len(unsupported.args) > 1 else None
@@ -228,7 +232,7 @@ def _underlying(unsupported: Exception) -> list[Exception]:
     return [each for each in errors if isinstance(each, Exception)] or [unsupported]
 
 
-def _is_of_the_gpu(error: BaseException) -> bool:
+def is_of_the_gpu(error: BaseException) -> bool:
     """Tell whether `error` is of the host, whose GPU could not be asked, and not of the query."""
     if isinstance(error, NotImplementedError):
         return False
@@ -246,10 +250,10 @@ def _told(error: Exception) -> str:
 
 
 def _failure(error: BaseException, found: _cudf.CudfPolars) -> Fault:
-    if _is_of_the_gpu(error):
+    if is_of_the_gpu(error):
         return _gpu_fault(error)
     cause = f"the translator of {found} could not be asked ({_cudf.described(error)})"
-    return Fault(Reason.TRANSLATOR_FAILED, cause, _TRY)
+    return Fault(Reason.TRANSLATION_FAILED, cause, _TRY)
 
 
 def _gpu_fault(error: BaseException) -> Fault:

@@ -1,14 +1,16 @@
-"""What a query does on its thread, and what may be handed to it."""
+"""What a query does on its thread."""
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import polars as pl
 
-if TYPE_CHECKING:
-    from collections.abc import Iterable
+from polars_async.offload import GpuFailure, collect_on_gpu
+from polars_async.resolution import IN_MEMORY
 
+if TYPE_CHECKING:
     from polars_async.streams import Buffer
 
 _GPU_BATCH = 100_000
@@ -17,21 +19,61 @@ _GPU_BATCH = 100_000
 
 def collect(lf: pl.LazyFrame, engine: pl.Engine, optimizations: pl.QueryOptFlags) -> pl.DataFrame:
     """Collect one frame."""
-    return engine.collect(lf, optimizations=optimizations)
+    if not isinstance(engine, pl.GPUEngine):
+        return engine.collect(lf, optimizations=optimizations)
+    try:
+        return collect_on_gpu(lf, engine, optimizations)
+    except GpuFailure as failure:
+        failure.retry = partial(collect, lf, IN_MEMORY, optimizations)
+        raise
 
 
 def collect_each(
     frames: list[pl.LazyFrame], engine: pl.Engine, optimizations: pl.QueryOptFlags
 ) -> list[pl.DataFrame]:
     """Collect `frames` as one query, or one by one on an engine that has no other way."""
-    if isinstance(engine, pl.GPUEngine) or type(engine).collect_all is pl.Engine.collect_all:
+    if isinstance(engine, pl.GPUEngine):
+        return _collect_each_on_gpu(frames, engine, optimizations)
+    if type(engine).collect_all is pl.Engine.collect_all:
         return [engine.collect(frame, optimizations=optimizations) for frame in frames]
     return pl.collect_all(frames, engine=engine, optimizations=optimizations)
 
 
+def _collect_each_on_gpu(
+    frames: list[pl.LazyFrame], engine: pl.GPUEngine, optimizations: pl.QueryOptFlags
+) -> list[pl.DataFrame]:
+    """Collect `frames` one by one; those that fail there are left for the CPU, as one query."""
+    found: dict[int, pl.DataFrame] = {}
+    failure: GpuFailure | None = None
+    for number, frame in enumerate(frames):
+        try:
+            found[number] = collect_on_gpu(frame, engine, optimizations)
+        except GpuFailure as caught:
+            failure = failure or caught
+    if failure is None:
+        return list(found.values())
+    failure.share = f"{len(frames) - len(found)} of {len(frames)} frames"
+    failure.retry = partial(_complete, found, frames, optimizations)
+    raise failure
+
+
+def _complete(
+    found: dict[int, pl.DataFrame], frames: list[pl.LazyFrame], optimizations: pl.QueryOptFlags
+) -> list[pl.DataFrame]:
+    numbers = [number for number in range(len(frames)) if number not in found]
+    left = [frames[number] for number in numbers]
+    collected = pl.collect_all(left, engine=IN_MEMORY, optimizations=optimizations)
+    found |= zip(numbers, collected, strict=True)
+    return [found[number] for number in range(len(frames))]
+
+
 def sink(lf: pl.LazyFrame, engine: pl.Engine, optimizations: pl.QueryOptFlags) -> None:
     """Run a sink, whose result is an empty frame."""
-    engine.collect(lf, optimizations=optimizations)
+    try:
+        collect(lf, engine, optimizations)
+    except GpuFailure as failure:
+        failure.retry = partial(sink, lf, IN_MEMORY, optimizations)
+        raise
 
 
 def feed(
@@ -47,6 +89,8 @@ def feed(
     Not by Polars' own ``collect_batches``, which loses panics, but by a sink, which calls from the
     midst of a synchronous query.
     """
+    if isinstance(engine, pl.GPUEngine):
+        return _feed_from_gpu(lf, engine, optimizations, buffer, options)
     rows = 0
     target: Buffer | None = buffer
     del buffer
@@ -57,15 +101,9 @@ def feed(
         return target is None or target.put(batch)
 
     try:
-        if isinstance(engine, pl.GPUEngine):  # it has no such sink
-            frame = engine.collect(lf, optimizations=optimizations)
-            for batch in frame.iter_slices(options["chunk_size"] or _GPU_BATCH):
-                if put(batch):
-                    break
-        else:
-            # The engine is named just so that it does not ask for an affinity, which is done.
-            plan = lf.sink_batches(put, lazy=True, engine="in-memory", **options)
-            engine.collect(plan, optimizations=optimizations)
+        # The engine is named just so that it does not ask for an affinity, which is done.
+        plan = lf.sink_batches(put, lazy=True, engine="in-memory", **options)
+        engine.collect(plan, optimizations=optimizations)
     finally:
         # An error's traceback holds the plan, and the plan `put`, out of the garbage collector's
         # sight: the query, which holds the error, would never be freed.
@@ -73,28 +111,19 @@ def feed(
     return rows
 
 
-def check_frame(lf: object) -> None:
-    """Raise TypeError for what is no LazyFrame."""
-    if not isinstance(lf, pl.LazyFrame):
-        raise TypeError(f"lf must be a LazyFrame, got {_described(lf)}")
-
-
-def checked_frames(lazy_frames: Iterable[pl.LazyFrame]) -> list[pl.LazyFrame]:
-    """Read `lazy_frames`, every one of which has to be a LazyFrame."""
-    if isinstance(lazy_frames, (pl.LazyFrame, pl.DataFrame)) or not hasattr(
-        lazy_frames, "__iter__"
-    ):
-        raise TypeError(
-            f"lazy_frames must be an iterable of LazyFrames, got {_described(lazy_frames)}: "
-            "put a single frame in a list"
-        )
-    frames = list(lazy_frames)
-    for position, frame in enumerate(frames):
-        if not isinstance(frame, pl.LazyFrame):
-            raise TypeError(f"lazy_frames[{position}] must be a LazyFrame, got {_described(frame)}")
-    return frames
-
-
-def _described(value: object) -> str:
-    name = f"{type(value).__module__}.{type(value).__qualname__}".removeprefix("builtins.")
-    return f"{name}: call its lazy() first" if isinstance(value, pl.DataFrame) else name
+def _feed_from_gpu(
+    lf: pl.LazyFrame,
+    engine: pl.GPUEngine,
+    optimizations: pl.QueryOptFlags,
+    buffer: Buffer,
+    options: dict[str, Any],
+) -> int:
+    """Put the whole result into `buffer`, since the GPU engine has no sink of batches."""
+    try:
+        frame = collect_on_gpu(lf, engine, optimizations)
+    except GpuFailure as failure:
+        failure.retry = partial(feed, lf, IN_MEMORY, optimizations, buffer, options)
+        raise
+    for batch in frame.iter_slices(options["chunk_size"] or _GPU_BATCH):
+        buffer.add(batch)
+    return frame.height

@@ -25,9 +25,10 @@ class ThreadExecutor:
     gevent has patched it, and the exit of the program does not wait for them.
     """
 
-    __slots__ = ("_closed", "_jobs", "_threads")
+    __slots__ = ("_closed", "_for_gpu", "_jobs", "_threads")
 
-    def __init__(self) -> None:
+    def __init__(self, *, for_gpu: bool) -> None:
+        self._for_gpu = for_gpu
         self._closed = False
         self._jobs: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
         self._threads = 0
@@ -39,12 +40,12 @@ class ThreadExecutor:
         `at_once` counts the jobs that run, this one included, which is how many threads it takes.
         """
         if self._closed:  # what is left of the line may still need a thread
-            start_new_thread(_work_once, (job,))
+            start_new_thread(_work_once, (job, self._for_gpu))
             return
         if self._threads < at_once:
             self._threads += 1
             try:
-                start_new_thread(_work, (self._jobs,))
+                start_new_thread(_work, (self._jobs, self._for_gpu))
             except RuntimeError:
                 self._threads -= 1
                 raise
@@ -70,16 +71,16 @@ class ThreadExecutor:
         self._threads = 0
 
 
-def _work(jobs: SimpleQueue[Callable[[], None] | None]) -> None:
+def _work(jobs: SimpleQueue[Callable[[], None] | None], for_gpu: bool) -> None:  # noqa: FBT001
     _tell_system(_OWN_NAME)
-    enter_worker()
+    enter_worker(for_gpu=for_gpu)
     while (job := jobs.get()) is not None:
         job()
         del job  # else the last query's frames would live until the next
 
 
-def _work_once(job: Callable[[], None]) -> None:
-    enter_worker()
+def _work_once(job: Callable[[], None], for_gpu: bool) -> None:  # noqa: FBT001
+    enter_worker(for_gpu=for_gpu)
     job()
 
 

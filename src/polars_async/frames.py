@@ -1,0 +1,37 @@
+"""What may be handed in as a query."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import polars as pl
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+
+def check_frame(lf: object) -> None:
+    """Raise TypeError for what is no LazyFrame."""
+    if not isinstance(lf, pl.LazyFrame):
+        raise TypeError(f"lf must be a LazyFrame, got {_described(lf)}")
+
+
+def checked_frames(lazy_frames: Iterable[pl.LazyFrame]) -> list[pl.LazyFrame]:
+    """Read `lazy_frames`, every one of which has to be a LazyFrame."""
+    if isinstance(lazy_frames, (pl.LazyFrame, pl.DataFrame)) or not hasattr(
+        lazy_frames, "__iter__"
+    ):
+        raise TypeError(
+            f"lazy_frames must be an iterable of LazyFrames, got {_described(lazy_frames)}: "
+            "put a single frame in a list"
+        )
+    frames = list(lazy_frames)
+    for position, frame in enumerate(frames):
+        if not isinstance(frame, pl.LazyFrame):
+            raise TypeError(f"lazy_frames[{position}] must be a LazyFrame, got {_described(frame)}")
+    return frames
+
+
+def _described(value: object) -> str:
+    name = f"{type(value).__module__}.{type(value).__qualname__}".removeprefix("builtins.")
+    return f"{name}: call its lazy() first" if isinstance(value, pl.DataFrame) else name

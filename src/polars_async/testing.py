@@ -1,0 +1,319 @@
+"""A host with GPUs that is not there: to test what a program does with one, and without."""
+
+from __future__ import annotations
+
+import importlib.machinery
+import os
+import sys
+from collections.abc import Mapping
+from contextlib import ExitStack, contextmanager
+from contextvars import ContextVar
+from functools import partial, wraps
+from typing import TYPE_CHECKING, Any, Final, Literal, TypeAlias, get_args
+
+import polars as pl
+
+from polars_async import _cudf, _nvml, _probe
+from polars_async._native import allocate_lock, sleep
+from polars_async._visible import DEVICE_ORDER, VISIBLE_DEVICES
+from polars_async.breaker import Health, breaker
+
+if TYPE_CHECKING:
+    from collections.abc import Generator, Sequence
+    from types import ModuleType
+
+__all__ = ["Fault", "SimulatedGpu", "simulate_gpu"]
+
+Fault: TypeAlias = Literal[
+    "unsupported", "translation", "oom", "cuda", "slow", "import", "incompatible"
+]
+
+Failing: TypeAlias = Fault | Mapping[int, Fault] | None
+
+_FAULTS: Final[tuple[Fault, ...]] = get_args(Fault)
+_SLOW: Final = 0.5
+"""Seconds that a slow GPU takes."""
+_UNSUPPORTED: Final = "Query execution with GPU not possible: unsupported operations (simulated)"
+
+_query: Final[ContextVar[tuple[pl.LazyFrame, pl.QueryOptFlags] | None]] = ContextVar(
+    "the query that asks the GPU", default=None
+)
+
+
+class SimulatedGpu:
+    """
+    What `simulate_gpu` gives: a look at the simulated GPU, and a hand on it.
+
+    Attributes
+    ----------
+    queries
+        How many queries have reached it; those that it failed are among them.
+    """
+
+    def __init__(self, fail: Failing) -> None:
+        self._lock = allocate_lock()
+        self.queries = 0
+        self.fail = fail
+
+    @property
+    def fail(self) -> Failing:
+        """Its faults, as `simulate_gpu` takes them; they may be set anew at any time."""
+        return self._fail
+
+    @fail.setter
+    def fail(self, fail: Failing) -> None:
+        if isinstance(fail, Mapping):
+            known = all(fault in _FAULTS[:-2] for fault in fail.values())
+        else:
+            known = fail is None or fail in _FAULTS
+        if not known:
+            raise ValueError(
+                f"fail must be one of {', '.join(map(repr, _FAULTS))}, or None, or a mapping of "
+                f"query numbers to one of the first five, got {fail!r}"
+            )
+        self._fail: Failing = fail
+
+    def next_fault(self) -> Fault | None:
+        """Count one more query, and give what it is to suffer."""
+        with self._lock:
+            self.queries += 1
+            if isinstance(self._fail, Mapping):
+                return self._fail.get(self.queries)
+            return self._fail
+
+    def check_import(self) -> None:
+        """Raise what the import of cudf-polars is to raise, if that is so."""
+        if self._fail == "import":
+            raise ImportError("libcudf.so: cannot open shared object file (simulated)")
+        if self._fail == "incompatible":
+            raise AttributeError("module 'polars' has no attribute that it needs (simulated)")
+
+
+@contextmanager
+def simulate_gpu(
+    count: int = 1,
+    *,
+    memory: int | None = 80 * 2**30,
+    compute_capability: tuple[int, int] | None = (9, 0),
+    driver: tuple[int, int] | None = (13, 0),
+    cudf_polars: str | None = "26.10.2",
+    fail: Failing = None,
+) -> Generator[SimulatedGpu]:
+    """
+    Have this process believe, for the time being, that its host has GPUs, or has none.
+
+    `polars_async.gpu_status` tells of them, and ``pl.GPUEngine`` runs, on either line of Polars: a
+    stand-in for cudf-polars goes through Polars' own GPU path, and has the CPU do the work, so that
+    results are right. It takes every query, even one with a Python function, which cudf-polars does
+    not. ``CUDA_VISIBLE_DEVICES`` and ``CUDA_DEVICE_ORDER`` are unset at first, and count as ever
+    once they are set. All is as before in the end. It is for the whole process, so for one test at
+    a time.
+
+    Parameters
+    ----------
+    count
+        How many GPUs there are; 0 for a driver that lists none.
+    memory
+        Bytes that each has, all of them free; None where the driver does not tell.
+    compute_capability
+        Of each GPU, as ``(major, minor)``; None where the driver does not tell.
+    driver
+        The newest CUDA that the driver runs, as ``(major, minor)``; None for no driver at all.
+    cudf_polars
+        The version of cudf-polars (of its build for CUDA 13); None where it is not installed.
+    fail
+        What fails: one of these for every query, or a mapping from the number of a query, counted
+        from 1 in the order in which they reach the GPU, to one of the first five.
+
+        - ``"unsupported"``: the query has an operation that the GPU engine does not know
+        - ``"translation"``: the engine fails to translate it
+        - ``"oom"``: the memory of the GPU does not suffice
+        - ``"cuda"``: CUDA fails
+        - ``"slow"``: it takes half a second more
+        - ``"import"``: cudf-polars is installed, and its import fails
+        - ``"incompatible"``: the installed cudf-polars does not support the installed Polars
+
+    Yields
+    ------
+    SimulatedGpu
+        With the number of ``queries`` so far, and ``fail`` to be set anew.
+
+    Raises
+    ------
+    ValueError
+        `count` is negative, or `fail` is none of these.
+
+    Examples
+    --------
+    >>> import polars_async as pa
+    >>> from polars_async.testing import simulate_gpu
+    >>> with simulate_gpu(memory=16 * 2**30):
+    ...     pa.gpu_status().usable
+    True
+    """
+    _check_count(count)
+    gpu = SimulatedGpu(fail)
+    host = _host(count, memory, compute_capability, driver)
+    with ExitStack() as stack:
+        for variable in (VISIBLE_DEVICES, DEVICE_ORDER):
+            stack.callback(_set_variable, variable, os.environ.pop(variable, None))
+        stack.callback(_cudf.stand_in, _cudf.stand_in(_cudf.Known(_installed(cudf_polars, fail))))
+        stack.callback(setattr, breaker, "health", breaker.health)
+        breaker.health = Health()
+        stack.callback(_set_module, sys.modules.pop(_cudf.MODULE, _cudf.MODULE))
+        if cudf_polars is None:
+            _set_module(None)
+        finder = _Finder(gpu, cudf_polars)
+        sys.meta_path.insert(0, finder)
+        stack.callback(sys.meta_path.remove, finder)
+        stack.enter_context(_noting_queries())
+        stack.callback(_probe.probe.stand_in, _probe.probe.stand_in(host))
+        yield gpu
+
+
+def _check_count(count: object) -> None:
+    if not isinstance(count, int) or count < 0:
+        raise ValueError(f"count must be a whole number, 0 or more, got {count!r}")
+
+
+def _host(
+    count: int,
+    memory: int | None,
+    compute_capability: tuple[int, int] | None,
+    driver: tuple[int, int] | None,
+) -> _nvml.Host:
+    if driver is None:
+        return _nvml.Host(fault=_nvml.NO_LIBRARY)
+    devices = (
+        _nvml.HostDevice(
+            index=index,
+            uuid=f"GPU-{index:08x}-0000-0000-0000-000000000000",
+            name="Simulated GPU",
+            compute_capability=compute_capability,
+            memory_total=memory,
+            memory_free=memory,
+        )
+        for index in range(count)
+    )
+    return _nvml.Host(devices=tuple(devices), cuda_version=driver)
+
+
+def _installed(version: str | None, fail: object) -> _cudf.CudfPolars:
+    here = _cudf.CudfPolars(installed=version is not None, build=_cudf.CU13, version=version)
+    needs_another = version is not None and fail == "incompatible"
+    return here._replace(fault=_cudf.incompatible(here, "<1")) if needs_another else here
+
+
+def _set_variable(name: str, value: str | None) -> None:
+    if value is None:
+        os.environ.pop(name, None)
+    else:
+        os.environ[name] = value
+
+
+def _set_module(module: ModuleType | str | None) -> None:
+    """Put it, or None, which forbids its import, into its place; a name leaves that empty."""
+    if isinstance(module, str):
+        sys.modules.pop(module, None)
+    else:
+        sys.modules[_cudf.MODULE] = module  # type: ignore[assignment]  # None is meant to be there
+
+
+@contextmanager
+def _noting_queries() -> Generator[None]:
+    """Have GPU engines note which query it is that the stand-in is to run."""
+    before = vars(pl.GPUEngine).get("collect")
+    original = pl.GPUEngine.collect
+
+    @wraps(original)
+    def collect(engine: pl.GPUEngine, lf: pl.LazyFrame, **options: Any) -> Any:
+        token = _query.set((lf, options["optimizations"]))
+        try:
+            return original(engine, lf, **options)
+        finally:
+            _query.reset(token)
+
+    pl.GPUEngine.collect = collect  # type: ignore[method-assign, assignment]
+    try:
+        yield
+    finally:
+        if before is None:
+            del pl.GPUEngine.collect
+        else:
+            pl.GPUEngine.collect = before  # type: ignore[method-assign]
+
+
+class _Finder:
+    """Finds the stand-in where ``cudf_polars`` is looked for: not before it is asked for."""
+
+    def __init__(self, gpu: SimulatedGpu, version: str | None) -> None:
+        self._gpu = gpu
+        self._version = version
+
+    def find_spec(
+        self, name: str, _path: Sequence[str] | None, _target: ModuleType | None = None
+    ) -> importlib.machinery.ModuleSpec | None:
+        if name != _cudf.MODULE:
+            return None
+        return importlib.machinery.ModuleSpec(name, self, origin=__name__)  # type: ignore[arg-type]
+
+    def create_module(self, spec: importlib.machinery.ModuleSpec) -> None:
+        """Leave it to the import system."""
+
+    def exec_module(self, module: ModuleType) -> None:
+        self._gpu.check_import()
+        gpu = self._gpu
+
+        def execute_with_cudf(plan: Any, *_duration: Any, config: pl.GPUEngine) -> None:
+            _take(gpu, plan, config)
+
+        vars(module).update(
+            __version__=self._version,
+            execute_with_cudf=execute_with_cudf,
+            Translator=partial(_Translator, gpu),
+        )
+
+
+class _Translator:
+    """What `polars_async.gpu_support` asks."""
+
+    def __init__(self, gpu: SimulatedGpu, _plan: Any, _engine: pl.GPUEngine) -> None:
+        self._gpu = gpu
+
+    def translate_ir(self) -> None:
+        if self._gpu.fail == "translation":
+            raise _translation_error()
+
+    def unsupported_operations_error(self) -> NotImplementedError | None:
+        return NotImplementedError(_UNSUPPORTED) if self._gpu.fail == "unsupported" else None
+
+
+def _take(gpu: SimulatedGpu, plan: Any, engine: pl.GPUEngine) -> None:
+    """Do with Polars' plan what cudf-polars does, and raise what that raises."""
+    query, fault = _query.get(), gpu.next_fault()
+    if fault == "translation":
+        raise _translation_error()
+    if query is None or fault == "unsupported":
+        if engine.config.get("raise_on_fail"):
+            raise NotImplementedError(_UNSUPPORTED)
+        return
+    plan.set_udf(partial(_run, fault, *query))
+
+
+def _run(
+    fault: Fault | None,
+    lf: pl.LazyFrame,
+    optimizations: pl.QueryOptFlags,
+    *_arguments: object,
+) -> pl.DataFrame:
+    if fault == "oom":
+        raise MemoryError("std::bad_alloc: out_of_memory: CUDA error (simulated)")
+    if fault == "cuda":
+        raise RuntimeError("cudaErrorIllegalAddress: an illegal memory access (simulated)")
+    if fault == "slow":
+        sleep(_SLOW)
+    return pl.InMemoryEngine().collect(lf, optimizations=optimizations)
+
+
+def _translation_error() -> Exception:
+    return ValueError("an operation that the translator does not expect (simulated)")

@@ -1,0 +1,922 @@
+"""What becomes of queries that are offloaded to the GPU: there, and where the GPU fails."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import sys
+import threading
+import time
+from concurrent.futures import CancelledError
+from itertools import chain
+
+import polars as pl
+import pytest
+from conftest import TINY, Blocked
+
+from polars_async import (
+    AsyncEngine,
+    Collector,
+    EngineDowngradeWarning,
+    EngineUnavailableError,
+    EventKind,
+    QueryTimeoutError,
+    Reason,
+    _upstream,
+    gpu_status,
+    offload,
+    resolve_engine,
+)
+from polars_async.breaker import FAILURES, REST, Health, breaker
+from polars_async.testing import simulate_gpu
+
+STRICT = pl.GPUEngine(raise_on_fail=True)
+FLAGS = pl.QueryOptFlags()
+FAILURES_OF_THE_GPU = {
+    "unsupported": (Reason.UNSUPPORTED_QUERY, NotImplementedError),
+    "translation": (Reason.TRANSLATION_FAILED, ValueError),
+    "oom": (Reason.OUT_OF_MEMORY, MemoryError),
+    "cuda": (Reason.CUDA_ERROR, RuntimeError),
+}
+every_failure = pytest.mark.parametrize("fault", FAILURES_OF_THE_GPU)
+
+
+@pytest.fixture(autouse=True)
+def gpu():
+    with simulate_gpu() as gpu:
+        yield gpu
+
+
+@pytest.fixture
+def events():
+    return []
+
+
+@pytest.fixture
+def collector(events, gpu):  # noqa: ARG001  # closed before it is gone
+    with Collector(gpu="offload", max_running=2, on_event=events.append) as collector:
+        yield collector
+    assert not collector._gpu.admission.running
+    assert collector._cpu.admission.lock is collector._gpu.admission.lock
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    class Clock:
+        now = 0.0
+
+        def __call__(self):
+            return self.now
+
+    clock = Clock()
+    monkeypatch.setattr(breaker, "_clock", clock)
+    return clock
+
+
+def kinds(events):
+    return [str(event.kind) for event in events]
+
+
+def counting(lf=TINY):
+    """A query that counts how often it has run."""
+    runs = []
+    return lf.map_batches(lambda df: (runs.append(threading.get_ident()), df)[1]), runs
+
+
+def frames(number):
+    return [pl.LazyFrame({"a": [i]}) for i in range(number)]
+
+
+# On the GPU
+
+
+def test_query_that_the_gpu_takes_says_so(collector, gpu, events):
+    handle = collector.collect_async(TINY, engine="gpu")
+    assert handle.result(30).item() == 1
+    assert gpu.queries == 1
+    found = handle.resolution
+    assert (found.name, found.fell_back, found.downgraded) == ("gpu", False, False)
+    assert (found.reason, found.cause) == (None, None)
+    assert kinds(events) == ["queued", "started", "finished"]
+    assert {event.engine for event in events} == {"gpu"}
+    assert collector.stats()["fell_back"] == 0
+
+
+def test_loop_goes_on_while_the_gpu_works(collector, gpu):
+    gpu.fail = "slow"
+
+    async def main():
+        handle, ticks = collector.collect_async(TINY, engine="gpu"), 0
+        while not handle.done():
+            await asyncio.sleep(0.001)
+            ticks += 1
+        return await handle, ticks
+
+    frame, ticks = asyncio.run(main())
+    assert frame.item() == 1
+    assert ticks > 50
+
+
+@pytest.mark.parametrize("patched", ["before", "after", "never"])
+def test_hub_goes_on_while_the_gpu_works(run_script, patched):
+    assert run_script(GEVENT, patched) == ["1", "gpu", "True"]
+
+
+GEVENT = """
+import sys
+patch = "import gevent.monkey; gevent.monkey.patch_all()"
+if sys.argv[1] == "before":
+    exec(patch)
+import polars as pl, polars_async as pa
+from polars_async.testing import simulate_gpu
+if sys.argv[1] == "after":
+    exec(patch)
+import gevent
+ticks = 0
+def tick():
+    global ticks
+    while True:
+        gevent.sleep(0.001)
+        ticks += 1
+gevent.spawn(tick)
+with simulate_gpu(fail="slow"), pa.Collector(gpu="offload") as collector:
+    handle = collector.collect_async(pl.LazyFrame({"a": [1]}), engine="gpu", gevent=True)
+    print(handle.get().item(), handle.resolution.name, ticks > 50)
+"""
+
+
+def test_cudf_polars_is_imported_on_the_thread_of_the_gpu_by_its_first_query(collector, gpu):
+    threads = []
+    check = gpu.check_import
+    gpu.check_import = lambda: (threads.append(threading.get_ident()), check())
+    collector.collect_async(TINY).result(30)
+    collector.resolve_engine("gpu")
+    assert "cudf_polars" not in sys.modules
+    lf, runs = counting()
+    for _ in range(3):
+        collector.collect_async(lf, engine="gpu").result(30)
+    assert threads == runs[:1]
+    assert threads[0] != threading.get_ident()
+
+
+def test_engine_objects_reach_cudf_polars_as_they_are(collector, monkeypatch):
+    class Cluster(pl.GPUEngine):
+        """As those of cudf-polars for Ray and Dask."""
+
+    engines = [Cluster(raise_on_fail=True), pl.GPUEngine(device=0), Cluster(executor="in-memory")]
+    given = []
+    collector.collect_async(TINY, engine="gpu").result(30)
+    module = sys.modules["cudf_polars"]
+    execute = module.execute_with_cudf
+    monkeypatch.setattr(
+        module,
+        "execute_with_cudf",
+        lambda *arguments, config: (given.append(config), execute(*arguments, config=config)),
+    )
+    for engine in engines:
+        handle = collector.collect_async(TINY, engine=engine)
+        handle.result(30)
+        assert handle.resolution.engine is engine
+    assert all(found is engine for found, engine in zip(given, engines, strict=True))
+
+
+def test_two_collectors_take_turns_on_the_gpu(gpu):
+    alone, finds = threading.Lock(), []
+
+    def run(df):
+        finds.append(alone.acquire(blocking=False))
+        time.sleep(0.002)
+        alone.release()
+        return df
+
+    lf = TINY.map_batches(run)
+    with Collector(gpu="offload") as first, Collector(gpu="offload") as second:
+        handles = [each.collect_async(lf, engine="gpu") for each in (first, second) * 10]
+        engine = AsyncEngine(Collector(engine="gpu", gpu="offload"))
+        for _ in range(5):
+            lf.collect(engine=engine)
+        for handle in handles:
+            handle.result(30)
+    assert finds == [True] * 25
+    assert gpu.queries == 25
+
+
+def test_batches_come_from_the_gpu(collector, gpu):
+    lf = pl.LazyFrame({"a": range(10)})
+
+    async def main():
+        stream = collector.collect_batches_async(lf, engine="gpu", chunk_size=4)
+        return stream.resolution.name, [batch["a"].to_list() async for batch in stream]
+
+    assert asyncio.run(main()) == ("gpu", [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]])
+    assert gpu.queries == 1
+
+
+def test_batches_that_nobody_fetches_do_not_keep_the_gpu(collector):
+    lf = pl.LazyFrame({"a": range(100)})
+
+    async def main():
+        stream = collector.collect_batches_async(lf, engine="gpu", chunk_size=1)
+        first = await anext(stream)
+        other = await collector.collect_async(TINY, engine="gpu")
+        rest = [batch.item() async for batch in stream]
+        return first.item(), other.item(), rest
+
+    assert asyncio.run(main()) == (0, 1, list(range(1, 100)))
+    assert collector._gpu._executor._threads == 1
+
+
+def test_sink_runs_on_the_gpu(collector, gpu, tmp_path):
+    path = tmp_path / "a.parquet"
+    handle = collector.sink_async(TINY.sink_parquet(path, lazy=True), engine="gpu")
+    assert handle.result(30) is None
+    assert pl.read_parquet(path).item() == 1
+    assert (handle.resolution.name, gpu.queries) == ("gpu", 1)
+
+
+# The fallback
+
+
+@every_failure
+def test_query_falls_back_where_the_gpu_fails(collector, gpu, events, caplog, fault):
+    reason, error = FAILURES_OF_THE_GPU[fault]
+    gpu.fail = fault
+    lf, runs = counting()
+    handle = collector.collect_async(lf, engine="gpu", label="it")
+    assert handle.result(30).item() == 1
+    assert len(runs) == 1
+    found = handle.resolution
+    assert (found.requested, found.source) == ("gpu", "argument")
+    assert (found.name, found.engine.name) == ("in-memory", "in-memory")
+    assert (found.fell_back, found.downgraded, found.reason) == (True, False, reason)
+    assert type(found.cause) is error
+    assert found.cause.__traceback__ is None  # its frames would hold what lies on the GPU
+    assert "simulated" in found.message
+    assert found.message.startswith("the engine argument asks for the GPU engine, but ")
+    assert ", so the in-memory engine runs: " in found.message
+    assert found.gpu.usable
+    assert kinds(events) == ["queued", "started", "fell back", "started", "finished"]
+    assert [event.engine for event in events] == ["gpu"] * 2 + ["in-memory"] * 3
+    assert events[2].error is found.cause
+    assert events[2].resolution is found
+    [record] = caplog.records
+    assert record.levelno == logging.WARNING
+    assert record.getMessage().startswith(f"query {events[0].query_id} 'it' fell back: ")
+    stats = collector.stats()
+    assert (stats["fell_back"], stats["completed"], stats["submitted"]) == (1, 1, 1)
+    assert (stats["running"], stats["gpu_running"], stats["downgraded"]) == (0, 0, 0)
+
+
+@every_failure
+def test_nothing_falls_back_where_the_cpu_is_forbidden(collector, gpu, events, fault):
+    gpu.fail = fault
+    lf, runs = counting()
+    handle = collector.collect_async(lf, engine=STRICT)
+    error = FAILURES_OF_THE_GPU[fault][1]
+    in_translation = fault in ("unsupported", "translation")
+    with pytest.raises(pl.exceptions.ComputeError if in_translation else error) as caught:
+        handle.result(30)
+    original = caught.value.__cause__ if in_translation else caught.value
+    assert type(original) is error
+    assert "simulated" in str(original)
+    assert runs == []
+    assert (handle.resolution.name, handle.resolution.fell_back) == ("gpu", False)
+    assert kinds(events)[-1] == "failed"
+    assert collector.stats()["fell_back"] == 0
+
+
+@pytest.mark.parametrize("fault", [None, "unsupported"])
+@pytest.mark.parametrize(
+    "error",
+    [
+        LookupError("no"),
+        MemoryError("the UDF's own"),
+        RuntimeError("CUDA, says the UDF"),
+        NotImplementedError("no"),
+        pl.exceptions.ComputeError("no"),
+        FileNotFoundError("no"),
+        KeyboardInterrupt(),
+        SystemExit(3),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_error_of_a_udf_is_never_tried_again(collector, gpu, events, error, fault):
+    gpu.fail = fault
+    runs = []
+
+    def fail(df):
+        runs.append(df)
+        raise error
+
+    handle = collector.collect_async(TINY.map_batches(fail), engine="gpu")
+    with pytest.raises(type(error)):
+        handle.result(30)
+    assert len(runs) == 1
+    assert handle.resolution.fell_back is (fault == "unsupported")
+    assert kinds(events)[-1] == "failed"
+    assert breaker.health.failures == 0
+
+
+def test_error_that_comes_out_of_an_error_of_a_udf_is_never_tried_again(collector, monkeypatch):
+    def fail(df):  # noqa: ARG001
+        raise LookupError
+
+    def run(*_):
+        try:
+            lf.collect(engine="in-memory")
+        except LookupError as error:
+            raise RuntimeError("the GPU engine makes it one of its own") from error
+
+    lf = TINY.map_batches(fail)
+    monkeypatch.setattr(_upstream, "gpu_callback", lambda _: lambda plan, *_: plan.set_udf(run))
+    with pytest.raises(RuntimeError, match="one of its own"):
+        collector.collect_async(lf, engine="gpu").result(30)
+
+
+@pytest.mark.parametrize(
+    ("query", "error"),
+    [
+        (TINY.select("b"), pl.exceptions.ColumnNotFoundError),
+        (pl.scan_parquet("gone.parquet"), FileNotFoundError),
+        (TINY.select(pl.col("a").str.to_uppercase()), pl.exceptions.SchemaError),
+    ],
+    ids=["column", "file", "type"],
+)
+def test_error_of_the_query_itself_is_never_tried_again(collector, events, query, error):
+    handle = collector.collect_async(query, engine="gpu")
+    with pytest.raises((error, pl.exceptions.InvalidOperationError)):
+        handle.result(30)
+    assert kinds(events) == ["queued", "started", "failed"]
+    assert handle.resolution.name == "gpu"
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit])
+def test_translation_that_is_interrupted_ends_the_query(collector, monkeypatch, error):
+    def translate(*_):
+        raise error
+
+    monkeypatch.setattr(_upstream, "gpu_callback", lambda _: translate)
+    with pytest.raises(error):
+        collector.collect_async(TINY, engine="gpu").result(30)
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (NotImplementedError("late"), Reason.UNSUPPORTED_QUERY),
+        (ValueError("a fault of the engine"), Reason.GPU_FAILED),
+        (RuntimeError("CUDF failure at: a.cpp:1: overflow"), Reason.GPU_FAILED),
+        (RuntimeError("CUDA error at: a.cpp:1: 700 cudaErrorIllegalAddress"), Reason.CUDA_ERROR),
+        (pl.exceptions.ComputeError("GPU engine requested, but incorrect cudf-polars"), None),
+    ],
+    ids=["unsupported", "value", "cudf", "cuda", "old"],
+)
+def test_other_errors_of_the_engine_fall_back_too(collector, monkeypatch, error, reason):
+    def run(*_):
+        raise error
+
+    monkeypatch.setattr(_upstream, "gpu_callback", lambda _: lambda plan, *_: plan.set_udf(run))
+    monkeypatch.setitem(run.__globals__, "__name__", "cudf_polars.callback")
+    handle = collector.collect_async(TINY, engine="gpu")
+    assert handle.result(30).item() == 1
+    assert handle.resolution.reason is (reason or Reason.GPU_FAILED)
+    assert handle.resolution.cause is error
+
+
+def test_query_runs_as_it_is_where_the_callback_has_moved(collector, gpu, monkeypatch):
+    monkeypatch.setattr(_upstream, "gpu_callback", lambda _: None)
+    handle = collector.collect_async(TINY, engine="gpu")
+    assert (handle.result(30).item(), gpu.queries) == (1, 1)
+    assert handle.resolution.name == "gpu"
+
+
+@pytest.mark.parametrize("engine", ["gpu", STRICT])
+def test_import_that_crashes_is_noted_and_not_tried_again(collector, gpu, engine):
+    gpu.fail = "import"
+    tries = []
+    check = gpu.check_import
+    gpu.check_import = lambda: (tries.append(1), check())
+    assert gpu_status().usable
+    if engine is STRICT:
+        with pytest.raises(ImportError, match="simulated"):
+            collector.collect_async(TINY, engine=engine).result(30)
+        with pytest.raises(EngineUnavailableError, match="its import fails"):
+            collector.collect_async(TINY, engine=engine)
+    else:
+        handle = collector.collect_async(TINY, engine=engine)
+        assert handle.result(30).item() == 1
+        assert handle.resolution.reason is Reason.CUDF_BROKEN
+        assert handle.resolution.fell_back
+        with pytest.warns(EngineDowngradeWarning, match="its import fails"):
+            handle = collector.collect_async(TINY, engine=engine)
+        assert handle.result(30).item() == 1
+        assert handle.resolution.downgraded
+    assert not gpu_status().usable
+    assert gpu_status().reason is Reason.CUDF_BROKEN
+    assert len(tries) == 1
+
+
+# Several frames, batches, sinks
+
+
+def test_frames_that_fail_on_the_gpu_are_collected_as_one_on_the_cpu(collector, gpu, monkeypatch):
+    gpu.fail = {2: "oom", 4: "unsupported"}
+    together = []
+    collect_all = pl.collect_all
+    monkeypatch.setattr(
+        pl, "collect_all", lambda lfs, **of: (together.append(len(lfs)), collect_all(lfs, **of))[1]
+    )
+    handle = collector.collect_all_async(frames(5), engine="gpu")
+    assert [frame.item() for frame in handle.result(30)] == [0, 1, 2, 3, 4]
+    assert together == [2]
+    assert gpu.queries == 5
+    found = handle.resolution
+    assert (found.name, found.fell_back) == ("in-memory", True)
+    assert found.reason is Reason.OUT_OF_MEMORY
+    assert "2 of 5 frames" in found.message
+
+
+def test_frames_that_the_gpu_has_collected_are_not_run_again(collector, gpu):
+    gpu.fail = {2: "oom"}
+    queries = [counting(frame) for frame in frames(3)]
+    collector.collect_all_async([lf for lf, _ in queries], engine="gpu").result(30)
+    assert [len(runs) for _, runs in queries] == [1, 1, 1]
+
+
+def test_error_of_one_frame_ends_them_all(collector, gpu):
+    gpu.fail = {1: "oom"}
+    third, runs = counting()
+    with pytest.raises(pl.exceptions.ColumnNotFoundError):
+        collector.collect_all_async([TINY, TINY.select("b"), third], engine="gpu").result(30)
+    assert runs == []
+
+
+@every_failure
+def test_batches_fall_back(collector, gpu, fault):
+    gpu.fail = fault
+    lf = pl.LazyFrame({"a": range(10)})
+
+    async def main():
+        stream = collector.collect_batches_async(lf, engine="gpu", chunk_size=3)
+        return [batch["a"].to_list() async for batch in stream], stream.resolution
+
+    batches, found = asyncio.run(main())
+    assert list(chain(*batches)) == list(range(10))
+    assert (found.name, found.reason) == ("in-memory", FAILURES_OF_THE_GPU[fault][0])
+
+
+def test_batches_that_fell_back_are_held_up_by_a_slow_consumer(collector, gpu):
+    gpu.fail = "oom"
+    lf = pl.LazyFrame({"a": range(1000)})
+
+    async def main():
+        stream = collector.collect_batches_async(lf, engine="gpu", chunk_size=1)
+        await anext(stream)
+        while not collector._cpu.admission._paused:  # noqa: ASYNC110  # nobody tells
+            await asyncio.sleep(0.001)
+        assert len(stream._buffer._arrivals.items) <= 2
+        gpu.fail = None
+        assert (await collector.collect_async(TINY, engine="gpu")).item() == 1
+        return 1 + len([batch async for batch in stream])
+
+    assert asyncio.run(main()) == 1000
+
+
+@every_failure
+def test_sink_falls_back(collector, gpu, tmp_path, fault):
+    gpu.fail = fault
+    path = tmp_path / "a.csv"
+    handle = collector.sink_async(TINY.sink_csv(path, lazy=True), engine="gpu")
+    assert handle.result(30) is None
+    assert path.read_text() == "a\n1\n"
+    assert handle.resolution.reason is FAILURES_OF_THE_GPU[fault][0]
+
+
+def test_as_completed_and_background_queries_fall_back_one_by_one(collector, gpu):
+    gpu.fail = {2: "oom"}
+
+    async def main():
+        stream = collector.as_completed(frames(3), engine="gpu")
+        return sorted([(number, frame.item()) async for number, frame in stream])
+
+    assert asyncio.run(main()) == [(0, 0), (1, 1), (2, 2)]
+    gpu.fail = "oom"
+    assert collector.collect_background(TINY, engine="gpu").fetch_blocking().item() == 1
+    found = collector.collect_all_background(frames(2), engine="gpu").fetch_blocking()
+    assert [frame.item() for frame in found] == [0, 1]
+
+
+# In the other lane
+
+
+def test_queries_that_fell_back_run_no_more_at_once_than_may(collector, gpu):
+    gpu.fail = "unsupported"
+    running, most, lock = 0, 0, threading.Lock()
+
+    def run(df):
+        nonlocal running, most
+        with lock:
+            running += 1
+            most = max(most, running)
+        time.sleep(0.002)
+        with lock:
+            running -= 1
+        return df
+
+    handles = [collector.collect_async(TINY.map_batches(run), engine="gpu") for _ in range(40)]
+    for handle in handles:
+        assert handle.result(30).item() == 1
+    assert most <= 2
+    assert collector.stats()["fell_back"] == 40
+
+
+def test_gpu_is_free_for_the_next_while_one_that_fell_back_runs(collector, gpu, blocked):
+    gpu.fail = {1: "unsupported"}
+    fallen = collector.collect_async(blocked.lf, engine="gpu")
+    assert blocked.started.wait(30)
+    assert collector.collect_async(TINY, engine="gpu").result(30).item() == 1
+    stats = collector.stats()
+    assert (stats["running"], stats["gpu_running"]) == (1, 0)
+    blocked.gate.set()
+    assert fallen.result(30).item() == 1
+
+
+def test_query_asked_for_in_a_query_falls_back_beyond_the_slots(gpu):
+    gpu.fail = "unsupported"
+    with Collector(gpu="offload", max_running=1, max_waiting=0) as collector:
+
+        def udf(df):
+            inner = collector.collect_async(TINY, engine="gpu")
+            return inner.result().with_columns(df["a"])
+
+        assert collector.collect_async(TINY.map_batches(udf)).result(30).item() == 1
+        # The same in one that fell back itself, so that the GPU is free.
+        outer = collector.collect_async(TINY.map_batches(udf), engine="gpu")
+        assert outer.result(30).item() == 1
+
+
+def test_limits_of_the_line_do_not_hold_for_what_was_let_in_already(gpu, blocked):
+    gpu.fail = "oom"
+    with Collector(gpu="offload", max_running=1, max_waiting=0) as collector:
+        running = collector.collect_async(blocked.lf)
+        assert blocked.started.wait(30)
+        fallen = collector.collect_async(TINY, engine="gpu")
+        while not collector._cpu.admission.waiting:
+            time.sleep(0.001)
+        assert not fallen.done()
+        blocked.gate.set()
+        assert fallen.result(30).item() == running.result(30).item() == 1
+
+
+class Tried(Blocked):
+    """A query at which the GPU fails when it is let go on; on the CPU it runs at once."""
+
+    def __init__(self, monkeypatch):
+        super().__init__()
+        self.runs = []
+        self.lf = TINY.map_batches(lambda df: (self.runs.append(1), df)[1])
+
+        def run(*_):
+            self.started.set()
+            self.gate.wait()
+            raise MemoryError
+
+        monkeypatch.setattr(_upstream, "gpu_callback", lambda _: lambda plan, *_: plan.set_udf(run))
+        monkeypatch.setitem(run.__globals__, "__name__", "cudf_polars.callback")
+
+
+@pytest.fixture
+def tried(monkeypatch, collector):  # noqa: ARG001  # closed before
+    tried = Tried(monkeypatch)
+    yield tried
+    tried.gate.set()
+
+
+def test_query_that_was_cancelled_while_the_gpu_tried_it_does_not_fall_back(
+    collector, tried, events
+):
+    handle = collector.collect_async(tried.lf, engine="gpu")
+    assert tried.started.wait(30)
+    handle.cancel()
+    with pytest.raises(CancelledError):
+        handle.result(30)
+    assert collector.stats()["abandoned"] == 1
+    tried.gate.set()
+    collector.close()
+    assert tried.runs == []
+    assert kinds(events) == ["queued", "started", "cancelled"]
+    assert collector.stats()["fell_back"] == 0
+
+
+@pytest.mark.parametrize("how", ["cancelled", "timed out"])
+def test_query_that_fell_back_may_leave_the_line(gpu, blocked, events, how):
+    gpu.fail = "oom"
+    with Collector(gpu="offload", max_running=1, on_event=events.append) as collector:
+        collector.collect_async(blocked.lf)
+        assert blocked.started.wait(30)
+        lf, runs = counting()
+        timeout = 0.05 if how == "timed out" else None
+        handle = collector.collect_async(lf, engine="gpu", timeout=timeout, label="it")
+        while not collector._cpu.admission.waiting:
+            time.sleep(0.001)
+        if how == "cancelled":
+            assert handle.cancel()
+        with pytest.raises((CancelledError, QueryTimeoutError)):
+            handle.result(30)
+        stats = collector.stats()
+        assert (stats["waiting"], stats["fell_back"], stats[how.replace(" ", "_")]) == (0, 1, 1)
+        blocked.gate.set()
+    assert runs == []
+    assert [kind for event in events if event.label == "it" for kind in kinds([event])] == [
+        "queued",
+        "started",
+        "fell back",
+        how,
+    ]
+
+
+def test_query_that_is_let_go_while_its_fallback_is_told_does_not_run(gpu):
+    gpu.fail = "oom"
+    told = []
+
+    def on_event(event):
+        told.append(str(event.kind))
+        if event.kind is EventKind.FELL_BACK:
+            handle.cancel()
+            assert collector.stats()["running"] == 1  # in its slot until it is in the other lane
+
+    with Collector(gpu="offload", on_event=on_event) as collector:
+        lf, runs = counting()
+        query = collector._collect(lf, "async", engine="in-memory")  # for its thread to be there
+        while not query.done:
+            time.sleep(0.001)
+        del told[:], runs[:]
+        gate = threading.Event()
+        before = collector.collect_async(TINY.map_batches(lambda df: (gate.wait(), df)[1]))
+        handle = collector.collect_async(lf, engine="gpu")
+        gate.set()
+        with pytest.raises(CancelledError):
+            handle.result(30)
+        before.result(30)
+    assert runs == []
+    assert told.count("cancelled") == 1
+    assert collector.stats()["running"] == collector.stats()["waiting"] == 0
+
+
+@pytest.mark.parametrize("cancel_waiting", [True, False])
+def test_close_waits_for_the_query_that_falls_back_meanwhile(tried, collector, cancel_waiting):
+    handle = collector.collect_async(tried.lf, engine="gpu")
+    assert tried.started.wait(30)
+    closer = threading.Thread(target=collector.close, kwargs={"cancel_waiting": cancel_waiting})
+    closer.start()
+    while not collector._gpu.admission.waiters:
+        time.sleep(0.001)
+    tried.gate.set()
+    closer.join(30)
+    assert not closer.is_alive()
+    assert tried.runs == [1]
+    assert handle.done()
+    assert handle.result().item() == 1
+
+
+def test_query_fails_where_no_thread_is_to_be_had_for_its_fallback(collector, gpu, monkeypatch):
+    gpu.fail = "oom"
+
+    def start(*_, **__):
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(
+        collector._cpu, "_executor", type("Full", (), {"start": start, "close": start})()
+    )
+    handle = collector.collect_async(TINY, engine="gpu")
+    with pytest.raises(RuntimeError, match="can't start new thread"):
+        handle.result(30)
+    stats = collector.stats()
+    assert (stats["running"], stats["waiting"], stats["failed"]) == (0, 0, 1)
+    monkeypatch.undo()
+
+
+def test_numbers_add_up_at_every_moment_while_queries_fall_back(collector, gpu):
+    gpu.fail = "unsupported"
+    over, wrong = threading.Event(), []
+
+    def look():
+        while not over.is_set():
+            found = collector.stats()
+            outcomes = ("completed", "failed", "cancelled", "timed_out", "rejected", "waiting")
+            sum_ = sum(found[key] for key in outcomes) + found["running"] - found["abandoned"]
+            if sum_ != found["submitted"]:
+                wrong.append(found)
+
+    watcher = threading.Thread(target=look)
+    watcher.start()
+    for _ in range(200):
+        handles = [collector.collect_async(TINY, engine="gpu") for _ in range(5)]
+        handles[2].cancel()
+        for handle in handles[:2] + handles[3:]:
+            handle.result(30)
+    over.set()
+    watcher.join(30)
+    assert wrong == []
+
+
+FORK = """
+import logging, os, sys, faulthandler
+logging.disable()
+faulthandler.dump_traceback_later(40, exit=True)
+import polars as pl, polars_async as pa
+from polars_async.testing import simulate_gpu
+with simulate_gpu(fail="oom"):
+    collector = pa.Collector(gpu="offload")
+    child = os.fork()
+    if not child:
+        handle = collector.collect_async(pl.LazyFrame({"a": [1]}), engine="gpu")
+        print(handle.result(30).item(), handle.resolution.reason, flush=True)
+        print(collector._cpu.admission.lock is collector._gpu.admission.lock, flush=True)
+        os._exit(0)
+    print(os.waitpid(child, 0)[1])
+"""
+
+
+def test_forked_child_falls_back_too(run_script):
+    assert run_script(FORK) == ["1", "out-of-gpu-memory", "True", "0"]
+
+
+# The circuit breaker
+
+
+def test_gpu_that_keeps_failing_rests_and_is_tried_again(collector, gpu, clock, caplog):
+    gpu.fail = "oom"
+    for _ in range(FAILURES):
+        assert collector.collect_async(TINY, engine="gpu").resolution.name == "gpu"
+        while collector.stats()["running"]:
+            time.sleep(0.001)
+    stats = collector.stats()
+    assert (stats["gpu_failures"], stats["gpu_rest_seconds"]) == (FAILURES, REST)
+    assert "the GPU rests for 30 s: the memory of the GPU did not suffice" in caplog.text
+
+    with pytest.warns(EngineDowngradeWarning, match=r"keeps failing.*a rest of 30 s.*MemoryError"):
+        handle = collector.collect_async(TINY, engine="gpu")
+    assert handle.result(30).item() == 1
+    assert (handle.resolution.downgraded, handle.resolution.reason) == (True, Reason.GPU_RESTS)
+    assert gpu.queries == FAILURES
+
+    gpu.fail = None
+    clock.now = REST
+    handle = collector.collect_async(TINY, engine="gpu")
+    assert handle.result(30).item() == 1
+    assert handle.resolution.name == "gpu"
+    stats = collector.stats()
+    assert (stats["gpu_failures"], stats["gpu_rest_seconds"]) == (0, 0)
+
+
+def test_queries_that_wait_when_the_rest_begins_do_not_try_the_gpu(collector, tried, clock):  # noqa: ARG001
+    breaker.health = Health(FAILURES - 1)
+    first = collector.collect_async(tried.lf, engine="gpu")
+    assert tried.started.wait(30)
+    others = [collector.collect_async(TINY, engine="gpu") for _ in range(3)]
+    tried.gate.set()
+    assert [each.result(30).item() for each in (first, *others)] == [1] * 4
+    assert first.resolution.reason is Reason.OUT_OF_MEMORY
+    for handle in others:
+        assert (handle.resolution.fell_back, handle.resolution.reason) == (True, Reason.GPU_RESTS)
+        assert handle.resolution.cause is first.resolution.cause
+    assert breaker.health.failures == FAILURES
+
+
+@pytest.mark.parametrize("fault", ["unsupported", "translation"])
+def test_query_that_the_gpu_engine_does_not_know_says_nothing_of_the_gpu(collector, gpu, fault):
+    gpu.fail = fault
+    for _ in range(2 * FAILURES):
+        collector.collect_async(TINY, engine="gpu").result(30)
+    assert gpu.queries == 2 * FAILURES
+    assert breaker.health.failures == 0
+
+
+def test_resting_gpu_is_an_error_where_it_is_required_and_is_tried_where_the_cpu_is_forbidden(
+    gpu, clock
+):
+    gpu.fail = "oom"
+    with Collector(gpu="offload") as collector:
+        for _ in range(FAILURES):
+            collector.collect_async(TINY, engine="gpu").result(30)
+        with pytest.raises(MemoryError):
+            collector.collect_async(TINY, engine=STRICT).result(30)
+    assert gpu.queries == FAILURES + 1
+    assert breaker.seconds_left() == 2 * REST
+    with pytest.raises(EngineUnavailableError, match=r"gpu='require' forbids any other.*rests"):
+        resolve_engine("gpu", gpu="require")
+    gpu.fail = None
+    with Collector(gpu="offload") as collector:
+        assert collector.collect_async(TINY, engine=STRICT).result(30).item() == 1
+    assert resolve_engine("gpu", gpu="require").name == "gpu"
+    assert clock.now == 0
+
+
+# On the caller's own thread
+
+
+@pytest.fixture
+def here():
+    with Collector(engine="gpu") as collector:
+        yield AsyncEngine(collector)
+
+
+def test_synchronous_query_runs_on_the_gpu(here, gpu):
+    lf, runs = counting()
+    assert lf.collect(engine=here).item() == 1
+    assert runs == [threading.get_ident()]
+    assert gpu.queries == 1
+
+
+@every_failure
+def test_synchronous_query_falls_back_and_says_so(here, gpu, fault):
+    gpu.fail = fault
+    lf, runs = counting()
+    with pytest.warns(EngineDowngradeWarning, match="simulated") as shown:
+        assert lf.collect(engine=here).item() == 1
+    assert len(runs) == 1
+    [warning] = shown
+    assert warning.filename == __file__
+
+
+def test_synchronous_query_falls_back_where_an_error_is_handled(here, gpu):
+    gpu.fail = "oom"
+    try:
+        raise LookupError  # noqa: TRY301  # for one to be handled
+    except LookupError:
+        with pytest.warns(EngineDowngradeWarning):
+            assert TINY.collect(engine=here).item() == 1
+
+
+@every_failure
+def test_synchronous_query_does_not_fall_back_where_the_cpu_is_forbidden(gpu, fault):
+    gpu.fail = fault
+    error = pl.exceptions.ComputeError, MemoryError, RuntimeError
+    with Collector(engine=STRICT) as collector, pytest.raises(error, match="simulated"):
+        TINY.collect(engine=AsyncEngine(collector))
+
+
+def test_synchronous_collect_all_sinks_and_execute_fall_back(here, gpu, tmp_path):
+    gpu.fail = {2: "oom", 4: "unsupported", 5: "oom"}
+    with pytest.warns(EngineDowngradeWarning, match="MemoryError"):
+        found = pl.collect_all(frames(3), engine=here)
+    assert [frame.item() for frame in found] == [0, 1, 2]
+    with pytest.warns(EngineDowngradeWarning, match="NotImplementedError"):
+        TINY.sink_csv(tmp_path / "a.csv", engine=here)
+    assert (tmp_path / "a.csv").read_text() == "a\n1\n"
+    with pytest.warns(EngineDowngradeWarning, match="MemoryError"):
+        here.execute(TINY, optimizations=FLAGS)
+    assert gpu.queries == 5
+
+
+def test_callback_of_the_caller_takes_the_place_of_the_engines(here, gpu):
+    called = []
+    found = here.collect(
+        TINY, optimizations=FLAGS, post_opt_callback=lambda *given: called.append(given)
+    )
+    assert (found.item(), len(called), gpu.queries) == (1, 1, 0)
+
+
+def test_operation_on_a_frame_is_left_to_the_cpu_as_by_polars(here, gpu):
+    gpu.fail = "oom"
+    eager = pl.QueryOptFlags._eager()
+    assert here.collect(TINY, optimizations=eager).item() == 1
+    assert gpu.queries == 0
+
+
+def test_memory_of_the_gpu_is_let_go_of_before_the_cpu_runs_it(collector, monkeypatch):
+    held, seen = [], []
+
+    class Column:
+        """Something on the GPU."""
+
+        def __init__(self):
+            held.append(1)
+
+        def __del__(self):
+            held.pop()
+
+    def run(*_):
+        column = Column()
+        try:
+            raise RuntimeError("CUDA")  # noqa: TRY301  # for one to be the cause
+        except RuntimeError as error:
+            raise MemoryError(type(column).__name__) from error
+
+    monkeypatch.setattr(_upstream, "gpu_callback", lambda _: lambda plan, *_: plan.set_udf(run))
+    monkeypatch.setitem(run.__globals__, "__name__", "cudf_polars.callback")
+    lf = TINY.map_batches(lambda df: (seen.append(list(held)), df)[1])
+    handle = collector.collect_async(lf, engine="gpu")
+    assert handle.result(30).item() == 1
+    assert handle.resolution.reason is Reason.OUT_OF_MEMORY
+    assert seen == [[]]
+
+
+def test_lock_of_the_gpu_is_new_in_a_forked_child():
+    lock = offload._Turn.lock
+    try:
+        offload._Turn.after_fork()
+        assert offload._Turn.lock is not lock
+    finally:
+        offload._Turn.lock = lock
