@@ -14,9 +14,19 @@ import polars as pl
 import pytest
 from nvml_stub import DRIVER_NOT_LOADED, Gpu, compile_stub, describe
 
-from polars_async import Reason, _cudf, _probe, cli, gpu_status, resolution, resolve_engine
+from polars_async import (
+    Collector,
+    Reason,
+    _cudf,
+    _probe,
+    cli,
+    gpu_status,
+    resolution,
+    resolve_engine,
+)
 from polars_async._nvml import Host, HostDevice
 from polars_async.reasons import Fault
+from polars_async.testing import simulate_gpu
 
 AFFINITY = "POLARS_ENGINE_AFFINITY"
 POLICY = "POLARS_ASYNC_GPU"
@@ -243,6 +253,7 @@ def test_everything_that_was_found_is_in_the_text(doctor):
     for path in PATHS:
         assert resolve_engine(path=path).message in text
     assert f"usable yes {found.message} gpu_support can be asked which queries" in text
+    assert "breaker closed: after 3 failures in a row, a process leaves the GPU alone" in text
     assert "driver 580.65.06 CUDA 13.0 environment" in text
     assert "environment CUDA_VISIBLE_DEVICES='1,2' GPU 0" in text
     assert f"GPU 0 Quadro K620: not usable, not taken {UUIDS[0]} compute capability 5.0" in text
@@ -255,7 +266,7 @@ def test_everything_that_was_found_is_in_the_text(doctor):
 def test_unknown_facts_of_a_gpu_are_told_as_unknown(doctor):
     _, printed = doctor(host=Host(devices=(HostDevice(index=0),)))
     assert "gpu_support answers unknown, for cudf-polars cannot be asked: " in unwrapped(printed)
-    assert "driver unknown CUDA unknown GPU 0 name unknown: usable, taken uuid unknown " in (
+    assert "30 s at first driver unknown CUDA unknown GPU 0 name unknown: usable, taken uuid" in (
         unwrapped(printed)
     )
     assert "compute capability unknown memory unknown" in unwrapped(printed)
@@ -339,6 +350,21 @@ def test_engine_object_set_by_the_program_itself_is_told_on_the_paths(diagnosis)
     assert "raise_on_fail=True" in report["problems"][0]
 
 
+def test_gpu_that_rests_is_told(diagnosis, doctor):
+    with simulate_gpu(fail="oom"), Collector(gpu="offload") as collector:
+        for _ in range(3):
+            collector.collect_async(pl.LazyFrame({"a": [1]}), engine="gpu").result(30)
+        report = diagnosis(host=host_of(H100), **{POLICY: "offload", AFFINITY: "gpu"})
+        _, printed = doctor(host=host_of(H100))
+    assert report["paths"]["async"]["reason"] == "gpu-rests"
+    found = report["gpu"]["breaker"]
+    assert found["failures"] == 3
+    assert 0 < found["rest_seconds"] <= 30
+    assert "breaker open: the GPU rests for 30 s more. Last time, the memory of" in (
+        unwrapped(printed)
+    )
+
+
 # JSON
 
 KEYS = {
@@ -350,7 +376,7 @@ KEYS = {
     "paths": "sync async background batches",
     "path": "engine downgraded reason message",
     "gpu": "usable reason message devices driver_version cuda_version cudf_polars_version "
-    "environment",
+    "environment breaker",
     "device": "index uuid name compute_capability memory_total memory_free taken usable reason "
     "message",
 }
@@ -425,7 +451,7 @@ def test_unexpected_error_of_cudf_polars_is_a_line(doctor, diagnosis, monkeypatc
     assert report["problems"] == []
     _, printed = doctor()
     assert "cudf-polars looking for it failed (RuntimeError: it broke)" in unwrapped(printed)
-    assert "gpu_support unknown driver" in unwrapped(printed)
+    assert "gpu_support unknown breaker closed" in unwrapped(printed)
 
 
 def test_unexpected_error_of_a_path_is_a_line_and_one_problem(doctor, diagnosis, monkeypatch):

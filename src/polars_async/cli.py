@@ -20,6 +20,7 @@ import polars as pl
 from polars_async import resolution
 from polars_async._cudf import find_cudf_polars
 from polars_async._visible import DEVICE_ORDER, VISIBLE_DEVICES
+from polars_async.breaker import FAILURES, REST, breaker
 from polars_async.gpu import GpuStatus, gpu_status
 from polars_async.resolution import AFFINITY_VARIABLE, GPU_POLICY_VARIABLE
 
@@ -66,7 +67,9 @@ exit status:
   gpu          usable, reason, message, driver_version, cuda_version ([13, 0]),
                cudf_polars_version, environment (CUDA's variables), devices:
                each index, uuid, name, compute_capability ([9, 0]), memory_total
-               and memory_free (bytes), taken, usable, reason, message
+               and memory_free (bytes), taken, usable, reason, message;
+               breaker: failures (in a row), rest_seconds (left), message. It is
+               that of this process alone, as each has its own; see stats()
   problems     sentences, each with its remedy
   exit_status  0 or 2
 """
@@ -188,7 +191,18 @@ def _gpu() -> Report:
     if isinstance(status, str):
         status = GpuStatus(usable=False, message=f"asking about it failed ({status})")
     variables = {name: os.environ.get(name) for name in (VISIBLE_DEVICES, DEVICE_ORDER)}
-    return {**asdict(status), "environment": variables}
+    return {**asdict(status), "environment": variables, "breaker": _breaker()}
+
+
+def _breaker() -> Report:
+    health, seconds = breaker.health, breaker.seconds_left()
+    message = (
+        f"closed: after {FAILURES} failures in a row, a process leaves the GPU alone for a while, "
+        f"{REST:g} s at first"
+    )
+    if (rest := breaker.rest()) is not None:
+        message = f"open: the GPU rests for {seconds:.0f} s more. Last time, {rest.last}"
+    return {"failures": health.failures, "rest_seconds": seconds, "message": message}
 
 
 def _told(report: Report, width: int) -> Iterator[str]:
@@ -211,6 +225,7 @@ def _told(report: Report, width: int) -> Iterator[str]:
     yield "\nGPU"
     yield entry("usable", "yes" if gpu["usable"] else "no", gpu["message"])
     yield entry("gpu_support", _SUPPORT[report["cudf_polars"]["gpu_support"]])
+    yield entry("breaker", gpu["breaker"]["message"])
     yield entry("driver", gpu["driver_version"] or "unknown")
     yield entry("CUDA", _dotted(gpu["cuda_version"]))
     for variable, value in gpu["environment"].items():
