@@ -31,5 +31,21 @@ make_environment() {
     "$uv" pip install --quiet --python "$environment/bin/python" "$@"
 }
 
+# build_wheel: names it in $wheel, and Python's version, which environments are named after, in $version
+build_wheel() {
+    rm -rf "$cache/wheel"
+    "$uv" build --quiet --wheel --python "$python" --out-dir "$cache/wheel" "$root"
+    wheel=$(echo "$cache"/wheel/*.whl)
+    version=$("$python" -c 'import sys; print("%d.%d" % sys.version_info[:2])')
+}
+
+# make_test_environment WHAT...: with the wheel, for the tests
+make_test_environment() {
+    local name="$*"
+    # The wheel's version stays the same while its contents change.
+    make_environment "test/$version/${name//[^A-Za-z0-9.]/_}" --reinstall-package polars-async \
+        "$wheel" --group "$root/pyproject.toml:test" "$@"
+}
+
 python=$(find_python)
 bring_uv

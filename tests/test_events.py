@@ -286,6 +286,7 @@ def test_event_cannot_be_changed(telling, heard):
 RESOLUTION = resolve_engine("in-memory")
 FALLEN = replace(RESOLUTION, fell_back=True, reason=Reason.OUT_OF_MEMORY)
 OOM = MemoryError()
+MANY = NotImplementedError("no:\n- a", [ValueError("a")])
 
 
 @pytest.mark.parametrize(
@@ -304,6 +305,10 @@ OOM = MemoryError()
                 EventKind.FAILED, 7, None, "gpu", 0.0, 0.5, None, ValueError("no"), RESOLUTION
             ),
             "query 7 failed: gpu engine, waited 0.000 s, ran 0.500 s, ValueError: no",
+        ),
+        (
+            QueryEvent(EventKind.FAILED, 7, None, "gpu", 0.0, 0.5, None, MANY, RESOLUTION),
+            "query 7 failed: gpu engine, waited 0.000 s, ran 0.500 s, NotImplementedError: no: - a",
         ),
         (
             QueryEvent(EventKind.FELL_BACK, 7, None, "in-memory", 0.5, None, None, OOM, FALLEN),

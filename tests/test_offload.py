@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import sys
 import threading
 import time
 from concurrent.futures import CancelledError
+from contextlib import suppress
 from itertools import chain
+from weakref import ref
 
 import polars as pl
 import pytest
@@ -862,7 +865,7 @@ def test_synchronous_collect_all_sinks_and_execute_fall_back(here, gpu, tmp_path
     with pytest.warns(EngineDowngradeWarning, match="MemoryError"):
         found = pl.collect_all(frames(3), engine=here)
     assert [frame.item() for frame in found] == [0, 1, 2]
-    with pytest.warns(EngineDowngradeWarning, match="NotImplementedError"):
+    with pytest.warns(EngineDowngradeWarning, match="unsupported operations"):
         TINY.sink_csv(tmp_path / "a.csv", engine=here)
     assert (tmp_path / "a.csv").read_text() == "a\n1\n"
     with pytest.warns(EngineDowngradeWarning, match="MemoryError"):
@@ -883,6 +886,54 @@ def test_operation_on_a_frame_is_left_to_the_cpu_as_by_polars(here, gpu):
     eager = pl.QueryOptFlags._eager()
     assert here.collect(TINY, optimizations=eager).item() == 1
     assert gpu.queries == 0
+
+
+@pytest.mark.parametrize("engine", ["gpu", STRICT])
+def test_breaker_keeps_no_query_in_memory(collector, gpu, events, engine):
+    gpu.fail = "oom"
+    lf = pl.LazyFrame({"a": [1]})
+    kept = ref(lf)
+    for _ in range(FAILURES):
+        handle = collector.collect_async(lf, engine=engine)
+        with suppress(MemoryError):
+            handle.result(30)
+    while collector.stats()["running"]:
+        time.sleep(0.001)
+    del lf, handle, events[:]
+    gc.collect()
+    assert breaker.rest() is not None
+    assert kept() is None
+
+
+def test_wait_for_the_gpu_is_open_to_ctrl_c(run_script):
+    assert run_script(CTRL_C) == ["True"]
+
+
+CTRL_C = """
+import os, signal, sys, threading, time, faulthandler
+faulthandler.dump_traceback_later(40, exit=True)
+import polars as pl, polars_async as pa
+from polars_async.testing import simulate_gpu
+started, gate = threading.Event(), threading.Event()
+def udf(df):
+    started.set()
+    gate.wait()
+    return df
+lf = pl.LazyFrame({"a": [1]})
+with simulate_gpu(), pa.Collector(engine="gpu", gpu="offload") as collector:
+    handle = collector.collect_async(lf.map_batches(udf))
+    started.wait()
+    def interrupt():
+        time.sleep(0.1)
+        os.kill(os.getpid(), signal.SIGINT)
+    threading.Thread(target=interrupt).start()
+    try:
+        lf.collect(engine=pa.AsyncEngine(collector))
+    except KeyboardInterrupt:
+        print(not handle.done())
+    gate.set()
+    handle.result()
+"""
 
 
 def test_memory_of_the_gpu_is_let_go_of_before_the_cpu_runs_it(collector, monkeypatch):

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from polars_async._cudf import find_cudf_polars
+
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 BLOCK = re.compile(r"```(\w+)\n(.*?)```\n", re.DOTALL)
@@ -29,6 +31,8 @@ FILES = {
 
 @pytest.mark.parametrize(("code", "output"), PROGRAMS)
 def test_snippet_prints_what_the_readme_says(code, output, tmp_path):
+    if output.startswith("unknown") and find_cudf_polars().installed:
+        pytest.skip("the README shows a host without cudf-polars")
     program = tmp_path / "snippet.py"
     program.write_text(code)
     done = subprocess.run(
@@ -49,7 +53,7 @@ def test_every_program_is_followed_by_its_output():
         assert first != "file" or second == "sh"
 
 
-@pytest.mark.parametrize("command", ["ci/demo", "ci/test", "ci/soak"])
+@pytest.mark.parametrize("command", ["ci/demo", "ci/test", "ci/test-cudf", "ci/soak"])
 def test_commands_of_the_readme_can_be_run(command):
     assert f"\n{command} " in README
     path = ROOT / command

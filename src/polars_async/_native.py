@@ -42,7 +42,7 @@ _LONGEST: Final = 86_400.0
 """Seconds that one wait takes at most; the interpreter refuses those of centuries."""
 
 
-def wait_for(lock: LockType, timeout: float | None = None) -> bool:
+def wait_for(lock: LockType | RLock, timeout: float | None = None) -> bool:
     """Acquire `lock`, open to Ctrl-C; False if `timeout` seconds pass before."""
     end = inf if timeout is None else monotonic() + timeout
     while not lock.acquire(timeout=min(max(end - monotonic(), 0.0), _SLICE)):

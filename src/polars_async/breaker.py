@@ -9,8 +9,6 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from polars_async.offload import GpuFailure
-
 FAILURES: Final = 3
 """So many failures one after the other open the breaker."""
 REST: Final = 30.0
@@ -26,7 +24,10 @@ class Rest:
     """In seconds of the breaker's clock."""
     seconds: float
     """How long it is in all."""
-    last: GpuFailure
+    failure: str
+    """What happened last, in words."""
+    cause: Exception
+    """The same as the GPU engine raised it."""
 
 
 class Health(NamedTuple):
@@ -60,12 +61,12 @@ class Breaker:
         rest = self.health.rest
         return 0.0 if rest is None else max(rest.until - self._clock(), 0.0)
 
-    def failed(self, failure: GpuFailure) -> Rest | None:
+    def failed(self, failure: str, cause: Exception) -> Rest | None:
         """Count a failure; gives the rest that begins with it, if one does."""
         failures, rest = self.health.failures + 1, None
         if failures >= FAILURES:
             seconds = min(REST * 2.0 ** min(failures - FAILURES, 10), LONGEST_REST)
-            rest = Rest(self._clock() + seconds, seconds, failure)
+            rest = Rest(self._clock() + seconds, seconds, failure, cause)
         self.health = Health(failures, rest)
         return rest
 

@@ -201,7 +201,7 @@ def _breaker() -> Report:
         f"{REST:g} s at first"
     )
     if (rest := breaker.rest()) is not None:
-        message = f"open: the GPU rests for {seconds:.0f} s more. Last time, {rest.last}"
+        message = f"open: the GPU rests for {seconds:.0f} s more. Last time, {rest.failure}"
     return {"failures": health.failures, "rest_seconds": seconds, "message": message}
 
 

@@ -100,7 +100,10 @@ class QueryEvent:
         if self.rows is not None:
             parts.append(f"{self.rows} rows")
         if self.error is not None:
-            text = " ".join(str(self.error).split())
+            # Some errors of cudf-polars carry others beside their text.
+            first, *more = self.error.args or ("",)
+            text = first if more and str(self.error) == str(self.error.args) else self.error
+            text = " ".join(str(text).split())
             parts.append(f"{type(self.error).__name__}: {text}")
         return ", ".join(parts)
 

@@ -12,12 +12,13 @@ from typing import TYPE_CHECKING, Any, Final
 import polars as pl
 
 from polars_async import _cudf, _upstream
-from polars_async._native import RLock
+from polars_async._native import RLock, wait_for
 from polars_async.breaker import breaker
+from polars_async.errors import EngineUnavailableError
 from polars_async.events import log
 from polars_async.reasons import Reason
 from polars_async.resolution import forbids_cpu
-from polars_async.support import is_of_the_gpu, operations_of, unsupported_error
+from polars_async.support import is_of_the_gpu, operations_of, told, unsupported_error
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -31,7 +32,7 @@ _LIBRARIES: Final = sys.stdlib_module_names | {
 _CAUSES: Final = {
     Reason.CUDF_MISSING: "cudf-polars is not installed",
     Reason.CUDF_BROKEN: "cudf-polars cannot be imported",
-    Reason.UNSUPPORTED_QUERY: "it does not support all operations of the query",
+    Reason.UNSUPPORTED_QUERY: "it does not support the query",
     Reason.TRANSLATION_FAILED: "it failed to translate the query",
     Reason.OUT_OF_MEMORY: "the memory of the GPU did not suffice",
     Reason.CUDA_ERROR: "CUDA failed",
@@ -90,10 +91,11 @@ class GpuFailure(Exception):  # noqa: N818  # no error to be seen: it says where
             self.raised.__cause__ = cause
 
     def __str__(self) -> str:
-        lines = (line.strip() for line in str(self.cause).splitlines())
-        text = " ".join(filter(None, lines))
-        name = type(self.cause).__name__
-        return f"{_CAUSES[self.reason]} ({f'{name}: {text}' if text else name})"
+        if self.reason is Reason.UNSUPPORTED_QUERY:
+            what = "; ".join(map(told, operations_of(self.cause)))
+        else:
+            what = f"{type(self.cause).__name__}: {' '.join(str(self.cause).split())}"
+        return f"{_CAUSES[self.reason]} ({what.removesuffix(': ')})"
 
     def let_go_of_memory(self) -> None:
         """Drop the tracebacks, whose frames hold what the query had on the GPU."""
@@ -116,24 +118,37 @@ def collect_on_gpu(
     """
     if _upstream.is_eager(optimizations):
         return engine.collect(lf, optimizations=optimizations)
+    turn = _Turn.lock
+    wait_for(turn)
+    try:
+        return _have_the_turn(lf, engine, optimizations)
+    finally:
+        turn.release()
+
+
+def _have_the_turn(
+    lf: pl.LazyFrame, engine: pl.GPUEngine, optimizations: pl.QueryOptFlags
+) -> pl.DataFrame:
     may_fall_back = not forbids_cpu(engine)
-    with _Turn.lock:
-        if may_fall_back and (rest := breaker.rest()) is not None:
-            raise GpuFailure(Reason.GPU_RESTS, rest.last.cause)
-        try:
-            _import_cudf_polars()
-            frame = _collect(lf, engine, optimizations)
-        except GpuFailure as caught:
-            failure = caught
-        else:
-            breaker.succeeded()
-            return frame
-        if failure.reason in _OF_THE_GPU and (rest := breaker.failed(failure)) is not None:
-            log.warning("the GPU rests for %g s: %s", rest.seconds, failure)
-        if not may_fall_back:
-            raise failure.raised
+    if may_fall_back and (rest := breaker.rest()) is not None:
+        raise GpuFailure(Reason.GPU_RESTS, rest.cause)
+    try:
+        _import_cudf_polars()
+        frame = _collect(lf, engine, optimizations)
+    except GpuFailure as caught:
+        failure = caught
+    else:
+        breaker.succeeded()
+        return frame
+    if may_fall_back:
         failure.let_go_of_memory()
-        raise failure
+    if failure.reason in _OF_THE_GPU:
+        # What the caller gets to see keeps its traceback, and with it all that the query held.
+        told = str(failure)
+        cause = failure.cause if may_fall_back else EngineUnavailableError(told)
+        if (rest := breaker.failed(told, cause)) is not None:
+            log.warning("the GPU rests for %g s: %s", rest.seconds, told)
+    raise failure if may_fall_back else failure.raised
 
 
 def _import_cudf_polars() -> None:

@@ -232,7 +232,7 @@ def _gpu_rule(asked: Resolution, path: QueryPath, gpu: GpuPolicy | None) -> Reso
         if rest is None:
             return replace(asked, gpu=status)
         reason, why = Reason.GPU_RESTS, "it keeps failing, and rests for a while"
-        remedy = f"it is tried again after a rest of {rest.seconds:g} s. Last time, {rest.last}"
+        remedy = f"it is tried again after a rest of {rest.seconds:g} s. Last time, {rest.failure}"
     else:
         reason, why, remedy = status.reason, "no GPU is usable here", status.message
     asks = f"{_ASKERS[asked.source]} asks for the GPU engine"

@@ -209,7 +209,7 @@ def _judged(unsupported: Exception | None) -> GpuSupport:
     own = operations_of(unsupported)
     if not own:
         return _unknown(_gpu_fault(_underlying(unsupported)[0]))
-    operations = tuple(dict.fromkeys(map(_told, own)))
+    operations = tuple(dict.fromkeys(map(told, own)))
     return GpuSupport(
         answer=Support.NO,
         operations=operations,
@@ -243,7 +243,8 @@ def is_of_the_gpu(error: BaseException) -> bool:
     return native and _OF_THE_GPU.search(str(error)) is not None
 
 
-def _told(error: Exception) -> str:
+def told(error: Exception) -> str:
+    """Give what rules the GPU engine out, in its own words."""
     if isinstance(error, NotImplementedError) and str(error):
         return str(error)
     return _cudf.described(error)

@@ -77,9 +77,14 @@ class SimulatedGpu:
         """Count one more query, and give what it is to suffer."""
         with self._lock:
             self.queries += 1
-            if isinstance(self._fail, Mapping):
-                return self._fail.get(self.queries)
-            return self._fail
+            return self.fault
+
+    @property
+    def fault(self) -> Fault | None:
+        """What the last query has suffered, and where all suffer the same, the next one too."""
+        if isinstance(self._fail, Mapping):
+            return self._fail.get(self.queries)
+        return self._fail
 
     def check_import(self) -> None:
         """Raise what the import of cudf-polars is to raise, if that is so."""
@@ -281,11 +286,11 @@ class _Translator:
         self._gpu = gpu
 
     def translate_ir(self) -> None:
-        if self._gpu.fail == "translation":
+        if self._gpu.fault == "translation":
             raise _translation_error()
 
     def unsupported_operations_error(self) -> NotImplementedError | None:
-        return NotImplementedError(_UNSUPPORTED) if self._gpu.fail == "unsupported" else None
+        return NotImplementedError(_UNSUPPORTED) if self._gpu.fault == "unsupported" else None
 
 
 def _take(gpu: SimulatedGpu, plan: Any, engine: pl.GPUEngine) -> None:
