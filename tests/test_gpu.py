@@ -527,6 +527,30 @@ def test_first_entry_is_the_gpu_that_cudf_polars_takes(nvml, monkeypatch, visibl
 
 @pytest.mark.usefixtures("installed")
 @pytest.mark.parametrize(
+    "visible",
+    ["0,0", "0,1,0", "0, 0", "1,1,7", f"{UUIDS[0]},{UUIDS[0]}", f"{UUIDS[0]},{UUIDS[0][:12]}"],
+)
+def test_gpu_that_is_named_twice_hides_them_all(nvml, monkeypatch, visible):
+    nvml.host(H100, A100)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    status = gpu_status()
+    assert (status.usable, status.reason) == (False, Reason.DEVICES_HIDDEN)
+    assert status.message == (
+        f"CUDA_VISIBLE_DEVICES={visible!r} names a GPU twice, and so hides them all: "
+        "name each GPU once"
+    )
+    assert [each.usable for each in status.devices] == [False, False]
+
+
+@pytest.mark.usefixtures("installed")
+def test_gpu_that_is_named_twice_after_an_invalid_entry_hides_none(nvml, monkeypatch):
+    nvml.host(H100, A100)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,7,0")
+    assert gpu_status().usable
+
+
+@pytest.mark.usefixtures("installed")
+@pytest.mark.parametrize(
     ("visible", "hidden"),
     [
         (None, []),

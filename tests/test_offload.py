@@ -11,6 +11,7 @@ import time
 from concurrent.futures import CancelledError
 from contextlib import suppress
 from itertools import chain
+from types import SimpleNamespace
 from weakref import ref
 
 import polars as pl
@@ -160,6 +161,27 @@ def test_cudf_polars_is_imported_on_the_thread_of_the_gpu_by_its_first_query(col
         collector.collect_async(lf, engine="gpu").result(30)
     assert threads == runs[:1]
     assert threads[0] != threading.get_ident()
+
+
+@pytest.mark.parametrize("works", [True, False])
+def test_thread_of_the_gpu_has_a_context_of_cuda_before_its_first_query(
+    collector, monkeypatch, works
+):
+    calls = []
+
+    def cuda_free(pointer):
+        calls.append((pointer, threading.get_ident()))
+        if not works:
+            raise RuntimeError("no driver")
+
+    runtime = SimpleNamespace(cudaFree=cuda_free)
+    for name in ("cuda", "cuda.bindings"):
+        monkeypatch.setitem(sys.modules, name, SimpleNamespace())
+    monkeypatch.setitem(sys.modules, "cuda.bindings.runtime", runtime)
+    lf, runs = counting()
+    for _ in range(3):
+        assert collector.collect_async(lf, engine="gpu").result(30).item() == 1
+    assert calls == [(0, runs[0])]
 
 
 def test_engine_objects_reach_cudf_polars_as_they_are(collector, monkeypatch):

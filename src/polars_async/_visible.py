@@ -49,6 +49,9 @@ def taken(devices: Sequence[HostDevice], visibility: Visibility) -> HostDevice |
     if entry in _HIDE_ALL:
         cause = f"{VISIBLE_DEVICES}={visibility.devices!r} hides every GPU"
         return Fault(Reason.DEVICES_HIDDEN, cause, f"unset it, or set it to {_entries(devices)}")
+    if _named(devices, entry.strip()) is not None and not shown(devices, visibility):
+        cause = f"{VISIBLE_DEVICES}={visibility.devices!r} names a GPU twice, and so hides them all"
+        return Fault(Reason.DEVICES_HIDDEN, cause, "name each GPU once")
     for device in devices:
         if entry == device.uuid or entry in (device.mig_instances or ()):
             return device
@@ -58,16 +61,23 @@ def taken(devices: Sequence[HostDevice], visibility: Visibility) -> HostDevice |
 
 
 def shown(devices: Sequence[HostDevice], visibility: Visibility) -> Sequence[HostDevice]:
-    """Find the GPUs that CUDA shows: entry by entry, up to the first one that names none."""
+    """
+    Find the GPUs that CUDA shows: entry by entry, up to the first one that names none.
+
+    An entry that comes again before that hides them all.
+    """
     if visibility.devices is None:
         return devices
-    found: list[HostDevice] = []
-    for entry in visibility.devices.split(","):
-        device = _named(devices, entry.strip())
+    found: dict[str | int, HostDevice] = {}
+    for entry in map(str.strip, visibility.devices.split(",")):
+        device = _named(devices, entry)
         if device is None:
             break
-        found.append(device)
-    return found
+        key = entry if entry.startswith("MIG-") else device.index
+        if key in found:
+            return []
+        found[key] = device
+    return list(found.values())
 
 
 def _named(devices: Sequence[HostDevice], entry: str) -> HostDevice | None:

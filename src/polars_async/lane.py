@@ -202,7 +202,6 @@ class Lane:
         query.report_fall_back()
         with admission.lock:
             admission.counts.fell_back += 1
-            slot.query = None
             kept = admission.release(slot)
             if not query.done:
                 taken = fallback.admission.take_over(query)

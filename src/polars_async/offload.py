@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import polars as pl
 
-from polars_async import _cudf, _upstream
+from polars_async import _cudf, _native, _upstream
 from polars_async._native import RLock, wait_for
 from polars_async.breaker import breaker
 from polars_async.errors import EngineUnavailableError
@@ -133,7 +133,7 @@ def _have_the_turn(
     if may_fall_back and (rest := breaker.rest()) is not None:
         raise GpuFailure(Reason.GPU_RESTS, rest.cause)
     try:
-        _import_cudf_polars()
+        _prepare_thread()
         frame = _collect(lf, engine, optimizations)
     except GpuFailure as caught:
         failure = caught
@@ -149,6 +149,24 @@ def _have_the_turn(
         if (rest := breaker.failed(told, cause)) is not None:
             log.warning("the GPU rests for %g s: %s", rest.seconds, told)
     raise failure if may_fall_back else failure.raised
+
+
+class _ThisThread(_native.local):
+    has_context = False
+
+
+_this_thread: Final = _ThisThread()
+
+
+def _prepare_thread() -> None:
+    """Import cudf-polars, and see to it that this thread has a context of CUDA."""
+    _import_cudf_polars()
+    if not _this_thread.has_context:
+        _this_thread.has_context = True
+        # cudf-polars makes one when it runs a query, but needs it to translate some (NVIDIA/cudf
+        # 24156). Where it fails, so will the query.
+        with suppress(Exception):
+            importlib.import_module("cuda.bindings.runtime").cudaFree(0)
 
 
 def _import_cudf_polars() -> None:
