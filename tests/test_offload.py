@@ -753,11 +753,13 @@ import polars as pl, polars_async as pa
 from polars_async.testing import simulate_gpu
 with simulate_gpu(fail="oom"):
     collector = pa.Collector(gpu="offload")
+    others = [pa.Collector() for _ in range(20)]
     child = os.fork()
     if not child:
         handle = collector.collect_async(pl.LazyFrame({"a": [1]}), engine="gpu")
         print(handle.result(30).item(), handle.resolution.reason, flush=True)
-        print(collector._cpu.admission.lock is collector._gpu.admission.lock, flush=True)
+        pairs = [(each._cpu.admission, each._gpu.admission) for each in (collector, *others)]
+        print(all(cpu.lock is gpu.lock for cpu, gpu in pairs), flush=True)
         os._exit(0)
     print(os.waitpid(child, 0)[1])
 """

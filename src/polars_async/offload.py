@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 _LIBRARIES: Final = sys.stdlib_module_names | {
     *("cuda", "cudf", "cudf_polars", "cudf_streaming", "cupy", "dask", "distributed", "fsspec"),
     *("kvikio", "numba", "numpy", "nvtx", "polars", "polars_async", "pyarrow", "pylibcudf"),
-    *("pynvml", "rapidsmpf", "ray", "rmm", "ucxx"),
+    *("packaging", "pynvml", "rapidsmpf", "ray", "rmm", "toolz", "tornado", "ucxx"),
 }
 """Whose code runs where the GPU engine does; all other code there belongs to the query."""
 _CAUSES: Final = {

@@ -9,6 +9,7 @@ import polars as pl
 
 import polars_async as pa
 from polars_async.bridges.gevent import GeventHandle
+from polars_async.testing import simulate_gpu
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Iterable, Iterator
@@ -139,6 +140,8 @@ def decides() -> str:
     assert_type(resolution.reason, pa.Reason | None)
     assert_type(resolution.message, str)
     assert_type(resolution.gpu, pa.GpuStatus | None)
+    assert_type(resolution.fell_back, bool)
+    assert_type(resolution.cause, Exception | None)
     match resolution.source:
         case "argument" | "config" | "environment" | "default":
             return explain(resolution.reason)
@@ -233,3 +236,16 @@ async def under_load(collector: pa.Collector) -> None:
 
 
 events: list[pa.QueryEvent] = []
+
+
+def simulated() -> None:
+    with simulate_gpu(2, memory=2**30, driver=None, fail={2: "oom"}) as gpu:
+        assert_type(gpu.queries, int)
+        gpu.fail = "cuda"
+        gpu.fail = "nonsense"  # type: ignore[assignment]  # pyright: ignore[reportAttributeAccessIssue]
+
+    @simulate_gpu(fail="slow")
+    def slow() -> int:
+        return 1
+
+    assert_type(slow(), int)
