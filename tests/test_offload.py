@@ -593,6 +593,20 @@ def test_limits_of_the_line_do_not_hold_for_what_was_let_in_already(gpu, blocked
         assert fallen.result(30).item() == running.result(30).item() == 1
 
 
+def test_query_that_fell_back_is_appraised_as_what_it_is_then(collector, tried):
+    first = collector.collect_async(tried.lf, engine="gpu")
+    assert tried.started.wait(30)
+    waiting = collector.collect_async(TINY, engine="gpu")
+    appraised = waiting._query
+    appraised.appraise(collector._gpu._expectations)  # as it is where more of them wait
+    before = appraised.expectation
+    tried.gate.set()
+    first.result(30)
+    waiting.result(30)
+    assert appraised.expectation == collector._cpu._expectations.of([TINY], "in-memory")
+    assert appraised.expectation != before
+
+
 class Tried(Blocked):
     """A query at which the GPU fails when it is let go on; on the CPU it runs at once."""
 
