@@ -148,10 +148,13 @@ class AsyncEngine(DeferringEngine):
         self, lf: pl.LazyFrame, *, optimizations: pl.QueryOptFlags, **options: Any
     ) -> Iterator[pl.DataFrame]:
         """See ``LazyFrame.collect_batches``; what the GPU collects is cut up afterwards."""
-        engine = self._resolved("batches").engine
+        resolution = self._resolved("batches")
+        engine = resolution.engine
         if isinstance(engine, pl.GPUEngine):
             lf = self.collector.collect_async(lf, optimizations=optimizations).result().lazy()
             engine = pl.InMemoryEngine()
+        else:
+            tell_observers(resolution)
         return engine.collect_batches(lf, optimizations=optimizations, **options)
 
     def execute(self, lf: pl.LazyFrame, *, optimizations: pl.QueryOptFlags) -> QueryResult:
@@ -214,6 +217,7 @@ class _GPUEngineHere(pl.GPUEngine):
         engine = self._resolution.engine
         assert isinstance(engine, pl.GPUEngine)
         if post_opt_callback is not None:  # instead of that of the GPU engine
+            tell_observers(self._resolution)
             return engine.collect(
                 lf, optimizations=optimizations, post_opt_callback=post_opt_callback
             )

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 log: Final = logging.getLogger("polars_async")
 
 observers: Final[list[Callable[[Resolution], object]]] = []
-"""Told of each query of the process that is over, and of each synchronous one: for test suites."""
+"""Told of each query of the process that has run, or was let go while it did: for test suites."""
 
 
 class EventKind(enum.StrEnum):
@@ -40,7 +40,6 @@ class EventKind(enum.StrEnum):
     """The collector was full or closed."""
 
 
-_LAST: Final = frozenset(tuple(EventKind)[-5:])
 _SAID_WITH_REASON: Final = frozenset({EventKind.DOWNGRADED, EventKind.FELL_BACK})
 _LEVELS: Final = {
     EventKind.DOWNGRADED: logging.INFO,
@@ -136,8 +135,6 @@ class Reporter:
         error: BaseException | None = None,
     ) -> None:
         """Report, with no lock held. What the hook raises is logged and harms no query."""
-        if kind in _LAST:
-            tell_observers(query.resolution)
         level = _LEVELS.get(kind, logging.DEBUG)
         if self._on_event is None and not log.isEnabledFor(level):
             return

@@ -173,6 +173,8 @@ class Lane:
                 query.run()
         if self.fallback is not None and query.fall_back(self.fallback.admission):
             return self._hand_over(query, slot, self.fallback)
+        if query.reports:
+            query.report_engine()
         # Done before it is gone: `close` trusts in that, and a fork may come in between. And gone
         # before anybody wakes, who may ask at once for the slot.
         admission = self.admission

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, ClassVar, Final, Generic, Protocol, TypeVar, c
 
 from polars_async.deadlines import set_deadline
 from polars_async.errors import QueryTimeoutError
-from polars_async.events import EventKind, log
+from polars_async.events import EventKind, log, tell_observers
 from polars_async.offload import GpuFailure
 from polars_async.resolution import fallen_back
 
@@ -239,6 +239,11 @@ class Query(Generic[T]):
         """Tell that the GPU engine has failed, and why."""
         self._announce(EventKind.FELL_BACK, self.resolution.cause)
 
+    def report_engine(self) -> None:
+        """Tell which engine has run it, before it is done: whoever sees that finds it told."""
+        if self.state is State.RUNNING and self.frames:  # a search for a schema has none
+            tell_observers(self.resolution)
+
     def fail(self, error: BaseException) -> list[Waiter]:
         """End with an error of our own, with the lock held; gives whom to wake."""
         self._work = None
@@ -414,6 +419,8 @@ class Query(Generic[T]):
             self._tell_let_go()
 
     def _tell_let_go(self) -> None:
+        if self.frames:  # or it was still in line
+            tell_observers(self.resolution)
         kind = EventKind.CANCELLED if self.state is State.CANCELLED else EventKind.TIMED_OUT
         self._report(kind, self, error=self._late)
 
