@@ -328,10 +328,10 @@ import polars
 import weakref
 weakref.finalize(polars, print).detach()  # registers a function of its own, once
 before = atexit._ncallbacks()
-import polars_async
+from polars_async import Collector
 print(atexit._ncallbacks() - before)
 for _ in range(2):
-    polars_async.Collector()
+    Collector()
     print(atexit._ncallbacks() - before)
 """
 

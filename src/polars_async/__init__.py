@@ -1,25 +1,8 @@
 """Await Polars queries from asyncio, trio and gevent; the engine that ran is never a secret."""
 
-from polars_async.api import collect_all_async, collect_async, configure, default_collector
-from polars_async.background import BackgroundQuery
-from polars_async.collector import Collector
-from polars_async.engine import AsyncEngine
-from polars_async.errors import (
-    CollectorClosedError,
-    EngineDowngradeWarning,
-    EngineUnavailableError,
-    ForkedProcessError,
-    PolarsAsyncError,
-    QueryTimeoutError,
-    QueueFullError,
-)
-from polars_async.events import EventKind, QueryEvent
-from polars_async.gpu import GpuDevice, GpuStatus, gpu_status
-from polars_async.handle import QueryHandle
-from polars_async.reasons import Reason
-from polars_async.resolution import Resolution, resolve_engine
-from polars_async.streams import ResultStream
-from polars_async.support import GpuSupport, Support, gpu_support
+from typing import TYPE_CHECKING
+
+from polars_async import _fork as _fork  # from now on it sees forks, whatever is used later
 
 __all__ = [
     "AsyncEngine",
@@ -50,3 +33,68 @@ __all__ = [
     "gpu_support",
     "resolve_engine",
 ]
+
+if TYPE_CHECKING:
+    from polars_async.api import collect_all_async, collect_async, configure, default_collector
+    from polars_async.background import BackgroundQuery
+    from polars_async.collector import Collector
+    from polars_async.engine import AsyncEngine
+    from polars_async.errors import (
+        CollectorClosedError,
+        EngineDowngradeWarning,
+        EngineUnavailableError,
+        ForkedProcessError,
+        PolarsAsyncError,
+        QueryTimeoutError,
+        QueueFullError,
+    )
+    from polars_async.events import EventKind, QueryEvent
+    from polars_async.gpu import GpuDevice, GpuStatus, gpu_status
+    from polars_async.handle import QueryHandle
+    from polars_async.reasons import Reason
+    from polars_async.resolution import Resolution, resolve_engine
+    from polars_async.streams import ResultStream
+    from polars_async.support import GpuSupport, Support, gpu_support
+else:
+    from importlib import import_module
+
+    # Each is imported when it is first used: pytest imports this package at its start, for the sake
+    # of the plug-in, and Polars takes a while.
+    _HOMES = {
+        "AsyncEngine": "engine",
+        "BackgroundQuery": "background",
+        "Collector": "collector",
+        "CollectorClosedError": "errors",
+        "EngineDowngradeWarning": "errors",
+        "EngineUnavailableError": "errors",
+        "EventKind": "events",
+        "ForkedProcessError": "errors",
+        "GpuDevice": "gpu",
+        "GpuStatus": "gpu",
+        "GpuSupport": "support",
+        "PolarsAsyncError": "errors",
+        "QueryEvent": "events",
+        "QueryHandle": "handle",
+        "QueryTimeoutError": "errors",
+        "QueueFullError": "errors",
+        "Reason": "reasons",
+        "Resolution": "resolution",
+        "ResultStream": "streams",
+        "Support": "support",
+        "collect_all_async": "api",
+        "collect_async": "api",
+        "configure": "api",
+        "default_collector": "api",
+        "gpu_status": "gpu",
+        "gpu_support": "support",
+        "resolve_engine": "resolution",
+    }
+
+    def __getattr__(name: str) -> object:
+        if name not in _HOMES:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        value = globals()[name] = getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+        return value
+
+    def __dir__() -> list[str]:
+        return sorted({*globals(), *__all__})

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import os
+import sys
 from contextlib import suppress
 from pathlib import Path
 from typing import Final
 
-from polars_async._upstream import POOL_THREAD
 from polars_async.errors import ForkedProcessError
 
 _THREADS: Final = Path("/proc/self/task")
@@ -35,6 +35,11 @@ def lost() -> ForkedProcessError:
 
 
 def _polars_threads_run() -> bool:
+    if "polars" not in sys.modules:
+        return False
+    # Not at import, which is that of the package, and is to leave Polars alone.
+    from polars_async._upstream import POOL_THREAD  # noqa: PLC0415
+
     # Linux alone lists them. Elsewhere the start method "fork" is rare, and a query may hang.
     with suppress(OSError):
         for thread in _THREADS.iterdir():
