@@ -9,6 +9,8 @@ import pytest
 
 from polars_async import Collector
 
+pytest_plugins = ["polars_async.pytest_plugin", "pytester"]
+
 TINY = pl.LazyFrame({"a": [1]})
 
 
