@@ -438,7 +438,8 @@ import gevent.monkey
 gevent.monkey.patch_all()
 import pytest
 these = "gevent and not asyncio and not trio and not patched"
-sys.exit(pytest.main([sys.argv[2], "-k", these, "-q", "-p", "no:cacheprovider"]))
+options = ["-q", "-p", "no:cacheprovider", "-W", "ignore::pytest.PytestAssertRewriteWarning"]
+sys.exit(pytest.main([sys.argv[2], "-k", these, *options]))
 """
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
+import shutil
 import tomllib
 
 import polars as pl
@@ -345,7 +346,7 @@ def test_assertion_holds_for_every_query(engine_log):
             engine_log.assert_ran_on("in-memory")
 
 
-@pytest.mark.parametrize("because", [Reason.OUT_OF_MEMORY, "out-of-gpu-memory"])
+@pytest.mark.parametrize("because", [Reason.OUT_OF_MEMORY, "out-of-gpu-memory"], ids=type)
 def test_assertion_knows_the_reason(engine_log, gpu, because):
     with Collector(gpu="offload") as collector:
         gpu.fail = {1: "oom", 2: "cuda"}
@@ -717,6 +718,15 @@ def test_pytest_finds_the_plugin_of_an_installed_package(pytester, again):
     result = pytester.runpytest_subprocess("-W", "error", "--strict-markers", *options)
     result.assert_outcomes(passed=1)
     assert any(line.startswith("plugins: ") and "polars-async" in line for line in result.outlines)
+
+
+def test_suite_of_a_service_needs_nothing_but_the_plugin(pytester):
+    shutil.copytree(ROOT / "tests/service", pytester.path / "service")
+    options = ("-n", "2", "-W", "error", "--strict-markers", "--polars-no-downgrade")
+    result = pytester.runpytest_subprocess("-p", PLUGIN, "-p", "no:cacheprovider", *options)
+    outcomes = result.parseoutcomes()
+    assert outcomes.keys() == {"passed"}
+    assert outcomes["passed"] > 10
 
 
 # The README
