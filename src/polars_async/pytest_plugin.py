@@ -1,7 +1,8 @@
 """
 The plug-in for pytest: what a program does with a GPU, and without, tested on any machine.
 
-pytest finds it where polars-async is installed, and it imports Polars when it is first needed.
+pytest 8 or newer finds it where polars-async is installed; where plug-ins are not looked for,
+``-p polars_async.pytest_plugin`` brings it. It imports Polars when that is first needed.
 
 Fixtures
 --------

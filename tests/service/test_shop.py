@@ -120,4 +120,4 @@ def test_others_are_answered_while_the_gpu_takes_its_time():
 
     answer, beats = ask(meanwhile)
     assert answer == BEST[:1]
-    assert beats > 10
+    assert beats > 3

@@ -14,6 +14,9 @@ from polars_async.testing import simulate_gpu
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Iterable, Iterator
 
+    from polars_async.pytest_plugin import EngineLog
+    from polars_async.testing import SimulatedGpu
+
 lf = pl.LazyFrame({"a": [1, 2]})
 
 
@@ -180,6 +183,18 @@ def gpus() -> None:
     for device in status.devices:
         assert_type(device.memory_free, int | None)
         assert_type(device.compute_capability, tuple[int, int] | None)
+
+
+# The plug-in for pytest
+
+
+def tests(engine_log: EngineLog, gpu_host: SimulatedGpu) -> None:
+    gpu_host.fail = "oom"
+    assert_type(gpu_host.queries, int)
+    engine_log.assert_ran_on("in-memory", because=pa.Reason.OUT_OF_MEMORY)
+    engine_log.assert_ran_on("in-memory", "out-of-gpu-memory")
+    assert_type(engine_log[0], pa.Resolution)
+    assert_type([each.name for each in engine_log], list[str])
 
 
 # Errors
