@@ -342,18 +342,22 @@ def test_error_of_a_udf_is_never_tried_again(collector, gpu, events, error, faul
     assert breaker.health.failures == 0
 
 
-def test_error_that_comes_out_of_an_error_of_a_udf_is_never_tried_again(collector, monkeypatch):
-    def fail(df):  # noqa: ARG001
-        raise LookupError
-
+@pytest.mark.parametrize("named", [True, False])
+def test_error_that_comes_out_of_an_error_of_a_udf_is_never_tried_again(
+    collector, monkeypatch, named
+):
     def run(*_):
         try:
             lf.collect(engine="in-memory")
-        except LookupError as error:
-            raise RuntimeError("the GPU engine makes it one of its own") from error
+        except AttributeError as error:
+            own = RuntimeError("the GPU engine makes it one of its own")
+            if named:
+                raise own from error
+            raise own  # noqa: B904
 
-    lf = TINY.map_batches(fail)
+    lf = TINY.map_batches(eval("lambda df: df.gone", {"__name__": "service"}))
     monkeypatch.setattr(_upstream, "gpu_callback", lambda _: lambda plan, *_: plan.set_udf(run))
+    monkeypatch.setitem(run.__globals__, "__name__", "cudf_polars.callback")
     with pytest.raises(RuntimeError, match="one of its own"):
         collector.collect_async(lf, engine="gpu").result(30)
 
@@ -406,6 +410,16 @@ def test_other_errors_of_the_engine_fall_back_too(collector, monkeypatch, error,
     assert handle.result(30).item() == 1
     assert handle.resolution.reason is (reason or Reason.GPU_FAILED)
     assert handle.resolution.cause is error
+
+
+def test_error_of_the_operating_system_is_of_the_query(collector, monkeypatch):
+    def run(*_):
+        raise PermissionError("a file that it scans")
+
+    monkeypatch.setattr(_upstream, "gpu_callback", lambda _: lambda plan, *_: plan.set_udf(run))
+    monkeypatch.setitem(run.__globals__, "__name__", "cudf_polars.callback")
+    with pytest.raises(PermissionError):
+        collector.collect_async(TINY, engine="gpu").result(30)
 
 
 def test_query_runs_as_it_is_where_the_callback_has_moved(collector, gpu, monkeypatch):
@@ -605,6 +619,23 @@ def test_query_that_fell_back_is_appraised_as_what_it_is_then(collector, tried):
     waiting.result(30)
     assert appraised.expectation == collector._cpu._expectations.of([TINY], "in-memory")
     assert appraised.expectation != before
+
+
+def test_time_on_the_gpu_counts_as_time_until_it_ran(collector, tried, events):
+    handle = collector.collect_async(tried.lf, engine="gpu")
+    assert tried.started.wait(30)
+    begun = time.perf_counter()
+    while (tries := time.perf_counter() - begun) < 0.05:
+        time.sleep(0.01)
+    tried.gate.set()
+    handle.result(30)
+    collector.close()
+    by_kind = {str(event.kind): event for event in events}
+    assert by_kind["fell back"].run_seconds is None
+    finished, stats = by_kind["finished"], collector.stats()
+    assert finished.queue_seconds >= tries
+    assert stats["queue_seconds"] <= finished.queue_seconds - tries
+    assert stats["run_seconds"] == finished.run_seconds
 
 
 class Tried(Blocked):
