@@ -13,6 +13,7 @@ import polars.selectors as cs
 from benchmarks.pdsh.tables import Tables
 
 TABLES: Final = tuple(field.name for field in fields(Tables))
+_GENERATOR: Final = "tpchgen-cli"
 
 
 def make(scale: float, folder: Path) -> Path:
@@ -68,11 +69,14 @@ def tables(folder: Path) -> Tables:
 
 
 def _generate(scale: float, folder: Path) -> None:
-    command = Path(sys.executable).with_name("tpchgen-cli")
-    if not command.is_file():
+    beside = Path(sys.executable).with_name(_GENERATOR)
+    # Where `pip install --target` puts programs.
+    among = (Path(place, "bin", _GENERATOR) for place in sys.path)
+    command = next((each for each in (beside, *among) if each.is_file()), None)
+    if command is None:
         raise FileNotFoundError(
-            f"tpchgen-cli makes the data, but there is no {command}: install it into this "
-            "environment with `uv pip install tpchgen-cli`"
+            f"{_GENERATOR} makes the data, but there is no {beside}: install it into this "
+            f"environment with `uv pip install {_GENERATOR}`"
         )
     made = subprocess.run(
         [command, "parquet", "--quiet", "-s", f"{scale:g}", "--output-dir", folder],

@@ -1,17 +1,22 @@
 """The right answers to the PDS-H queries, from DuckDB, and how to tell them from wrong ones."""
 
+from __future__ import annotations
+
 import math
-from collections.abc import Iterator, Sequence
 from decimal import Decimal
 from itertools import groupby
-from pathlib import Path
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
-import duckdb
 import polars as pl
 
 from benchmarks.pdsh.data import TABLES
 from benchmarks.pdsh.sql import QUESTIONS, Question
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+    from pathlib import Path
+
+    import duckdb
 
 Row = tuple[object, ...]
 
@@ -35,6 +40,8 @@ def answers(folder: Path) -> dict[int, pl.DataFrame]:
         The answers by number of the query. One with a limit also has every row that ties with
         the last row let in: SQL leaves open which of those an answer shows.
     """
+    import duckdb  # noqa: PLC0415  # answers can be compared without it
+
     with duckdb.connect() as connection:
         for name in TABLES:
             connection.read_parquet(str(folder / f"{name}.parquet")).create_view(name)
