@@ -135,14 +135,14 @@ async def _sorts(submit: Submit, size: str) -> Figures:
 
 async def _pdsh(submit: Submit, size: str) -> Figures:
     folder = Path(size)
-    _read(folder)
+    read(folder)
     tables = data.tables(folder)
     return await _memory(submit, [query(tables) for query in QUERIES.values()])
 
 
 async def _memory(submit: Submit, queries: Iterable[pl.LazyFrame]) -> Figures:
     await submit(_tiny(frame(1000).collect(), 0))  # starts the threads
-    before = _resident()
+    before = resident()
     begun = time.perf_counter()
     seconds = max(await _at_once(submit, queries)) - begun
     return {
@@ -153,14 +153,15 @@ async def _memory(submit: Submit, queries: Iterable[pl.LazyFrame]) -> Figures:
     }
 
 
-def _read(folder: Path) -> None:
-    # So that nobody reads from a colder disk than the next.
+def read(folder: Path) -> None:
+    """Read all files, so that nobody reads from a colder disk than the next."""
     for file in folder.iterdir():
         with file.open("rb") as source, Path(os.devnull).open("wb") as sink:
             shutil.copyfileobj(source, sink)
 
 
-def _resident() -> float:
+def resident() -> float:
+    """Give the memory that this process has now, in MB."""
     pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
     return pages * resource.getpagesize() / 1e6
 

@@ -1,0 +1,1 @@
+"""What is checked on a GPU; `benchmarks.gpu` has it done."""

@@ -1,0 +1,64 @@
+"""
+One check in a process of its own: ``python -m benchmarks.gpu_checks CHECK SETTINGS``.
+
+It writes what it finds to stdout line by line, as JSON: CUDA may end the process at any time, and
+what was found before shall not be lost. `benchmarks.gpu` starts it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import faulthandler
+import json
+import sys
+import warnings
+from contextlib import ExitStack
+from typing import TYPE_CHECKING, Any, Final
+
+import polars_async as pa
+from benchmarks.gpu_checks.exits import awaited, exits, running
+from benchmarks.gpu_checks.findings import Settings
+from benchmarks.gpu_checks.host import facts, make_data
+from benchmarks.gpu_checks.memory import memory
+from benchmarks.gpu_checks.offload import collectors, offload
+from benchmarks.gpu_checks.pdsh import answers, speed, stall
+from polars_async.testing import simulate_gpu
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Coroutine, Mapping, Sequence
+
+    from polars_async.testing import SimulatedGpu
+
+    Check = Callable[[Settings, SimulatedGpu | None], Coroutine[Any, Any, None]]
+
+_CHECKS: Final[Mapping[str, Check]] = {
+    "facts": facts,
+    "data": make_data,
+    "offload": offload,
+    "answers": answers,
+    "memory": memory,
+    "collectors": collectors,
+    "stall": stall,
+    "exits": exits,
+    "awaited": awaited,
+    "running": running,
+    "speed": speed,
+}
+_LONGEST_EXIT: Final = 20.0
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Run one check."""
+    name, settings = arguments[0], Settings(**json.loads(arguments[1]))
+    faulthandler.dump_traceback_later(settings.seconds, exit=True)
+    # Which queries fell back is what the checks tell themselves.
+    warnings.simplefilter("ignore", pa.EngineDowngradeWarning)
+    with ExitStack() as stack:
+        gpu = stack.enter_context(simulate_gpu()) if settings.simulate else None
+        asyncio.run(_CHECKS[name](settings, gpu))
+    # What is left is the end of the interpreter, which shall not hang in silence either.
+    faulthandler.dump_traceback_later(_LONGEST_EXIT, exit=True)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

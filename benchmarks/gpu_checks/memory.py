@@ -1,0 +1,101 @@
+"""What becomes of a query for which the memory of the GPU does not suffice."""
+
+from __future__ import annotations
+
+import os
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import polars as pl
+
+import polars_async as pa
+from benchmarks.contenders import frame
+from benchmarks.gpu_checks.findings import tell, tell_right, telling, told
+from benchmarks.gpu_checks.offload import STRICT, grouped
+
+if TYPE_CHECKING:
+    from collections.abc import Generator
+
+    from benchmarks.gpu_checks.findings import Settings
+    from polars_async.testing import SimulatedGpu
+
+
+async def memory(_settings: Settings, gpu: SimulatedGpu | None) -> None:
+    """Have the GPU run out of memory in two ways, and work again after each."""
+    # Without managed memory, which would swap with the host's, and could stop the GPU for good.
+    os.environ["POLARS_GPU_ENABLE_CUDA_MANAGED_MEMORY"] = "0"
+    query = grouped(frame(5_000_000))
+    expected = query.collect(engine="in-memory")
+    limit = 16 * 2**20
+    async with pa.Collector(engine="gpu", gpu="offload") as collector:
+
+        async def raised(what: str, lf: pl.LazyFrame, engine: pl.GPUEngine) -> None:
+            with _failing(gpu):
+                try:
+                    await collector.collect_async(lf, engine=engine)
+                except Exception as error:  # noqa: BLE001  # its type is what is asked for
+                    tell(what, f"raised {told(error)}", ok=isinstance(error, MemoryError))
+                else:
+                    tell(what, "nothing was raised", ok=False)
+
+        async def well(what: str) -> None:
+            with telling(what):
+                handle = collector.collect_async(query, engine=STRICT)
+                answer = await handle
+                tell_right(what, handle.resolution, answer.equals(expected))
+
+        strict, lenient = (_limited(limit, raise_on_fail=strict) for strict in (True, False))
+        await raised("limit of 16 MiB, raise_on_fail", query, strict)
+        await well("next query")
+        what = "limit of 16 MiB"
+        with telling(what), _failing(gpu):
+            handle = collector.collect_async(query, engine=lenient)
+            right = (await handle).equals(expected)
+            message = handle.resolution.message
+            answer = "the right answer" if right else "a WRONG ANSWER"
+            fell_back = handle.resolution.reason is pa.Reason.OUT_OF_MEMORY
+            tell(what, f"{message}; {answer}", ok=right and fell_back)
+        await well("next query after that")
+        await raised("cross join larger than the GPU, raise_on_fail", _too_large(), STRICT)
+        await well("next query after the cross join")
+        failures = int(collector.stats()["gpu_failures"])
+        tell("failures in a row at the end", f"{failures}", ok=failures == 0)
+
+
+@contextmanager
+def _failing(gpu: SimulatedGpu | None) -> Generator[None]:
+    """Have the simulated GPU run out of memory; a real one needs no telling."""
+    if gpu is None:
+        yield
+        return
+    gpu.fail = "oom"
+    try:
+        yield
+    finally:
+        gpu.fail = None
+
+
+def _limited(limit: int, *, raise_on_fail: bool) -> pl.GPUEngine:
+    """Give an engine that may allocate `limit` bytes; only this executor heeds a resource."""
+    resource = {
+        "qualname": "rmm.mr.LimitingResourceAdaptor",
+        "options": {
+            "upstream_mr": {"qualname": "rmm.mr.CudaMemoryResource"},
+            "allocation_limit": limit,
+        },
+    }
+    return pl.GPUEngine(
+        executor="in-memory", memory_resource_config=resource, raise_on_fail=raise_on_fail
+    )
+
+
+def _too_large() -> pl.LazyFrame:
+    """Make a cross join of fewer rows than cudf's limit, 2**31, and more bytes than the GPU's."""
+    rows = 45_000
+    total = next((each.memory_total for each in pa.gpu_status().devices if each.taken), None)
+    columns = 1 + int(1.5 * (total or 2**37) / (rows**2 * 8 * 2))
+    numbers = pl.int_range(rows, eager=True)
+    left, right = (
+        pl.LazyFrame({f"{side}{column}": numbers for column in range(columns)}) for side in "lr"
+    )
+    return left.join(right, how="cross").select(pl.all().sum())

@@ -1,0 +1,168 @@
+"""Whether queries run on the GPU, off the loop, and from several collectors at once."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import tempfile
+import threading
+import time
+from collections import Counter
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+import polars as pl
+
+import polars_async as pa
+from benchmarks.contenders import frame
+from benchmarks.gpu_checks.findings import counted, tell, tell_right, telling, told
+from polars_async.events import observers
+
+if TYPE_CHECKING:
+    from benchmarks.gpu_checks.findings import Settings
+    from polars_async.testing import SimulatedGpu
+
+STRICT: Final = pl.GPUEngine(raise_on_fail=True)
+_COLLECTED: Final = 100
+_SYNCHRONOUS: Final = 20
+
+
+class Notes:
+    """What the collector says while it runs queries."""
+
+    def __init__(self) -> None:
+        self.threads: set[int] = set()
+        """Those on which queries started."""
+        self.resolutions: dict[str | None, pa.Resolution] = {}
+        """The last of each label."""
+
+    def __call__(self, event: pa.QueryEvent) -> None:
+        """Take note of what happened, on the thread where it did."""
+        self.resolutions[event.label] = event.resolution
+        if event.kind is pa.EventKind.STARTED:
+            self.threads.add(threading.get_ident())
+
+
+async def offload(_settings: Settings, _gpu: SimulatedGpu | None) -> None:
+    """Collect in every way that a collector knows."""
+    notes = Notes()
+    query = grouped(frame(1_000_000))
+    expected = query.collect(engine="in-memory")
+    async with pa.Collector(engine="gpu", gpu="offload", on_event=notes) as collector:
+        free, processors = _free_memory(), len(os.sched_getaffinity(0))
+        for what in ("first query, raise_on_fail", "second query, raise_on_fail"):
+            with telling(what):
+                begun = time.perf_counter()
+                handle = collector.collect_async(query, engine=STRICT)
+                answer = await handle
+                seconds = f"{time.perf_counter() - begun:.3f} s"
+                tell_right(what, handle.resolution, answer.equals(expected), seconds)
+        if free is not None and (left := _free_memory()) is not None:
+            tell("memory of the GPU taken", f"{(free - left) / 2**20:.0f} MiB, as NVML sees it")
+        left_over = len(os.sched_getaffinity(0))
+        tell("processors", f"{left_over} of {processors} left to this thread")
+        threads, own = notes.threads, threading.get_ident()
+        found = f"{len(threads)} thread(s), the loop's {'' if own in threads else 'not '}among them"
+        tell("thread", found, ok=len(threads) == 1 and own not in threads)
+        await _several(collector, query, expected)
+        await _batches(collector, query, expected, notes)
+        for kind, read_back in (("parquet", pl.read_parquet), ("csv", pl.read_csv)):
+            with telling(f"sink_{kind}"), tempfile.TemporaryDirectory() as folder:
+                path = Path(folder, "sink")
+                written = collector.sink_async(getattr(query, f"sink_{kind}")(path, lazy=True))
+                await written
+                answer = read_back(path).cast(expected.schema)
+                tell_right(f"sink_{kind}", written.resolution, answer.equals(expected))
+        tell("stats", str({key: round(value, 3) for key, value in collector.stats().items()}))
+
+
+async def _several(collector: pa.Collector, query: pl.LazyFrame, expected: pl.DataFrame) -> None:
+    what = "collect_all_async of three"
+    with telling(what):
+        handle = collector.collect_all_async([query, query.head(10), query.tail(10)])
+        wanted = (expected, expected.head(10), expected.tail(10))
+        right = [part.equals(whole) for part, whole in zip(await handle, wanted, strict=True)]
+        tell_right(what, handle.resolution, all(right))
+
+
+async def _batches(
+    collector: pa.Collector, query: pl.LazyFrame, expected: pl.DataFrame, notes: Notes
+) -> None:
+    what = "collect_batches_async"
+    with telling(what):
+        stream = collector.collect_batches_async(query, chunk_size=100, label=what)
+        async with stream:
+            batches = [batch async for batch in stream]
+        right = len(batches) == 10 and pl.concat(batches).equals(expected)
+        tell_right(what, notes.resolutions[what], right)
+
+
+def grouped(source: pl.LazyFrame) -> pl.LazyFrame:
+    """Make a query whose answer has no fractions, and one order."""
+    keys = (pl.col("left") % 1000).alias("key")
+    return source.group_by(keys).agg(pl.col("right").sum(), pl.len()).sort("key")
+
+
+def _free_memory() -> int | None:
+    taken = [each for each in pa.gpu_status(refresh=True).devices if each.taken]
+    return taken[0].memory_free if taken else None
+
+
+async def collectors(_settings: Settings, _gpu: SimulatedGpu | None) -> None:
+    """Have two collectors and a synchronous engine use the GPU at once."""
+    source = frame(100_000).collect()
+    queries = [
+        source.lazy().filter(pl.col("left") > number).select(pl.col("right").sum(), pl.len())
+        for number in range(2 * _COLLECTED)
+    ]
+    expected = [query.collect(engine="in-memory").row(0) for query in queries]
+    async with (
+        pa.Collector(engine="gpu", gpu="offload") as first,
+        pa.Collector(engine="gpu", gpu="offload") as second,
+    ):
+        handles = [
+            (first, second)[number % 2].collect_async(query) for number, query in enumerate(queries)
+        ]
+        beside = asyncio.create_task(
+            asyncio.to_thread(_synchronously, queries[:_SYNCHRONOUS], expected)
+        )
+        outcomes = await asyncio.gather(*handles, return_exceptions=True)
+        for place, name in enumerate(("first collector", "second collector")):
+            counts = Counter(
+                _outcome(outcome, expected[number], handles[number].resolution)
+                for number, outcome in enumerate(outcomes)
+                if number % 2 == place
+            )
+            _tell_counts(name, counts)
+        with telling("AsyncEngine, synchronously beside"):
+            _tell_counts("AsyncEngine, synchronously beside", await beside)
+
+
+def _synchronously(queries: list[pl.LazyFrame], expected: list[tuple[Any, ...]]) -> Counter[str]:
+    resolutions: list[pa.Resolution] = []
+    thread = threading.get_ident()
+
+    def observe(resolution: pa.Resolution) -> None:
+        if threading.get_ident() == thread:
+            resolutions.append(resolution)
+
+    observers.append(observe)
+    try:
+        with pa.Collector(engine="gpu", gpu="offload") as collector:
+            engine = pa.AsyncEngine(collector)
+            answers = [query.collect(engine=engine) for query in queries]
+    finally:
+        observers.remove(observe)
+    return Counter(map(_outcome, answers, expected, resolutions))
+
+
+def _outcome(outcome: object, expected: tuple[Any, ...], resolution: pa.Resolution) -> str:
+    if isinstance(outcome, BaseException):
+        return f"raised {told(outcome)}"
+    if not isinstance(outcome, pl.DataFrame) or outcome.row(0) != expected:
+        return "WRONG"
+    return "right" if resolution.name == "gpu" else f"right, but {resolution.message}"
+
+
+def _tell_counts(what: str, counts: Counter[str]) -> None:
+    tell(what, counted(counts), ok=set(counts) == {"right"})

@@ -1,0 +1,189 @@
+"""The PDS-H queries on the GPU: their answers, the stall of the loop, and their speed."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import Counter
+from pathlib import Path
+from statistics import median
+from typing import TYPE_CHECKING, Final
+
+import polars_async as pa
+from benchmarks.contenders import frame, read
+from benchmarks.gpu_checks.findings import counted, tell, tell_row, told
+from benchmarks.gpu_checks.offload import grouped
+from benchmarks.pdsh import data, oracle
+from benchmarks.pdsh.queries import QUERIES
+from benchmarks.stall import StallMeter
+from polars_async.breaker import breaker
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable
+
+    import polars as pl
+
+    from benchmarks.gpu_checks.findings import Settings
+    from polars_async.testing import SimulatedGpu
+
+FIRST: Final = "gpu, first s"
+"""The column of the first time on the GPU."""
+_ENGINES: Final = ("gpu", "in-memory", "streaming")
+_ROUNDS: Final = 3
+_AGREED: Final = ("yes", "cannot be told")
+
+
+async def answers(settings: Settings, _gpu: SimulatedGpu | None) -> None:
+    """Compare each answer, and what `gpu_support` foretold, with what came."""
+    ran_on: Counter[str] = Counter()
+    reasons: Counter[str] = Counter()
+    async with pa.Collector(gpu="offload") as collector:
+        for number, query in _queries(settings).items():
+            expected = query.collect(engine="in-memory")
+            breaker.succeeded()  # so that none rests on account of those before
+            begun = time.perf_counter()
+            handle = collector.collect_async(query, engine="gpu")
+            try:
+                answer = _compared(number, await handle, expected)
+            except Exception as error:  # noqa: BLE001  # whatever it is, it is the answer
+                answer = f"raised {told(error)}"
+            seconds = time.perf_counter() - begun
+            resolution = handle.resolution
+            ran_on[resolution.name] += 1
+            if resolution.reason is not None:
+                reasons[resolution.reason] += 1
+            support = pa.gpu_support(query)
+            row = {
+                "query": f"q{number}",
+                "s": round(seconds, 3),
+                "answer": answer,
+                "ran on": resolution.name,
+                "gpu_support": ": ".join((support.answer, *support.operations)),
+                "agree": _agreement(support, resolution),
+                "why not on the GPU": _why_not(resolution),
+            }
+            tell_row(row, ok=answer == "right" and row["agree"] in _AGREED)
+    tell("ran on the GPU", f"{ran_on['gpu']} of {ran_on.total()}", ok=ran_on["gpu"] > 0)
+    tell("fell back", counted(reasons))
+
+
+def _why_not(resolution: pa.Resolution) -> str:
+    if resolution.cause is not None:
+        return f"{resolution.reason}: {told(resolution.cause)}"
+    return "" if resolution.reason is None else resolution.message
+
+
+def _agreement(support: pa.GpuSupport, resolution: pa.Resolution) -> str:
+    """Compare what was foretold with what came; what fails at run time cannot be foretold."""
+    if support.answer is pa.Support.UNKNOWN:
+        return "cannot be told"
+    foretold = support.answer is pa.Support.YES
+    if resolution.reason not in (None, pa.Reason.UNSUPPORTED_QUERY):
+        return "failed later" if foretold else "NO"
+    return "yes" if foretold is (resolution.name == "gpu") else "NO"
+
+
+async def stall(settings: Settings, _gpu: SimulatedGpu | None) -> None:
+    """Measure how long the loop is held up while queries run on the GPU, and while not."""
+    queries = _queries(settings)
+    async with pa.Collector(gpu="offload") as collector:
+
+        async def longest(what: str, busy: Callable[[], Awaitable[int | None]]) -> None:
+            begun = time.perf_counter()
+            async with StallMeter() as meter:
+                on_gpu = await busy()
+            row = {
+                "meanwhile": what,
+                "ran on the GPU": "" if on_gpu is None else f"{on_gpu} of {len(queries)}",
+                "s": round(time.perf_counter() - begun, 2),
+                "longest stall, ms": round(1000 * meter.longest, 1),
+            }
+            tell_row(row, ok=None if on_gpu is None else on_gpu > 0)
+
+        async def on_gpu() -> int:
+            breaker.succeeded()  # as in answers
+            handles = [await _ended(collector, query, "gpu") for query in queries.values()]
+            return sum(handle.resolution.name == "gpu" for handle in handles)
+
+        async def in_memory() -> None:
+            for query in queries.values():
+                await _ended(collector, query, "in-memory")
+
+        await longest("nothing runs", lambda: asyncio.sleep(1))
+        await longest("import of cudf_polars, first queries", on_gpu)
+        for _ in range(_ROUNDS):
+            await longest("queries on the GPU", on_gpu)
+            await longest("queries on the in-memory engine", in_memory)
+        await longest("nothing runs", lambda: asyncio.sleep(1))
+
+
+async def speed(settings: Settings, _gpu: SimulatedGpu | None) -> None:
+    """Measure each query on each engine."""
+    queries = _queries(settings)
+    read(data.make(settings.scale, Path(settings.data)))
+    end = time.monotonic() + 0.9 * settings.seconds
+    longest = 0.0
+    on_gpu: list[bool] = []
+    async with pa.Collector(gpu="offload") as collector:
+        # The GPU last: it may bind its threads, and those they start, to some processors.
+        for engine in reversed(_ENGINES):
+            await collector.collect_async(grouped(frame(1000)), engine=engine)
+        for number, query in queries.items():
+            breaker.succeeded()  # as in answers
+            begun = time.monotonic()
+            if begun + longest > end:
+                left = ", ".join(f"q{each}" for each in queries if each >= number)
+                tell("not measured", f"{left}: the time was up", skipped=True)
+                break
+            try:
+                on_gpu.append(await _race(collector, number, query))
+            except Exception as error:  # noqa: BLE001  # the other queries are still to be measured
+                tell_row({"query": f"q{number}", "answer": f"raised {told(error)}"}, ok=False)
+            longest = max(longest, time.monotonic() - begun)
+    tell("ran on the GPU", f"{sum(on_gpu)} of {len(on_gpu)}", ok=any(on_gpu))
+
+
+async def _race(collector: pa.Collector, number: int, query: pl.LazyFrame) -> bool:
+    """Let the engines take turns; tells whether the GPU took part. The first turn is no contest."""
+    seconds: dict[str, list[float]] = {engine: [] for engine in _ENGINES}
+    answers: dict[str, pl.DataFrame] = {}
+    ran_on = set()
+    for turn in range(1 + _ROUNDS):
+        for engine in _ENGINES[:: -1 if turn % 2 else 1]:
+            begun = time.perf_counter()
+            handle = await _ended(collector, query, engine)
+            answers[engine] = handle.result()
+            seconds[engine].append(time.perf_counter() - begun)
+            if engine == "gpu":
+                ran_on.add(handle.resolution.name)
+    warm = {engine: median(each[1:]) for engine, each in seconds.items()}
+    answer = _compared(number, answers["gpu"], answers["in-memory"])
+    row = {
+        "query": f"q{number}",
+        "ran on": "/".join(sorted(ran_on)),
+        FIRST: round(seconds["gpu"][0], 4),
+        **{f"{engine} s": round(each, 4) for engine, each in warm.items()},
+        **{f"{each} / gpu": round(warm[each] / warm["gpu"], 2) for each in _ENGINES[1:]},
+        "answer": answer,
+    }
+    tell_row(row, ok=answer == "right")
+    return ran_on == {"gpu"}
+
+
+async def _ended(
+    collector: pa.Collector, query: pl.LazyFrame, engine: str
+) -> pa.QueryHandle[pl.DataFrame]:
+    handle = collector.collect_async(query, engine=engine)
+    await handle
+    return handle
+
+
+def _queries(settings: Settings) -> dict[int, pl.LazyFrame]:
+    tables = data.tables(data.make(settings.scale, Path(settings.data)))
+    return {number: QUERIES[number](tables) for number in settings.queries}
+
+
+def _compared(number: int, answer: pl.DataFrame, expected: pl.DataFrame) -> str:
+    if answer.schema != expected.schema:
+        return f"{dict(answer.schema)} instead of {dict(expected.schema)}"
+    return oracle.check(number, answer, expected) or "right"
