@@ -105,7 +105,7 @@ def test_named(service, gpu_host, engine_log):
     assert service == 2
     assert offload() == 3
     assert gpu_host.queries == 1
-    engine_log.assert_ran_on("in-memory", because=pa.Reason.UNSUPPORTED)
+    engine_log.assert_ran_on("in-memory", because=pa.Reason.UNSUPPORTED_QUERY)
 
 @pytest.mark.gpu_host(3)
 class TestSeveral:
@@ -608,8 +608,8 @@ class TestOld(unittest.TestCase):
     result.stdout.fnmatch_lines(
         [
             "2 queries of this test did not run on the engine that was asked for, *",
-            "  one ran on 'in-memory' (unsupported-operation): *",
-            "  one ran on 'in-memory' (unsupported-operation): *",
+            "  one ran on 'in-memory' (unsupported-query): *",
+            "  one ran on 'in-memory' (unsupported-query): *",
             "*_ test_missing _*",
             "  one ran on 'in-memory' (no-library): *",
             "*_ test_affinity _*",

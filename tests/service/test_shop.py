@@ -40,7 +40,7 @@ def test_questions_are_answered_on_the_gpu(engine_log):
 @pytest.mark.parametrize(
     ("fault", "reason"),
     [
-        ("unsupported", pa.Reason.UNSUPPORTED),
+        ("unsupported", pa.Reason.UNSUPPORTED_QUERY),
         ("translation", pa.Reason.TRANSLATION_FAILED),
         ("oom", pa.Reason.OUT_OF_MEMORY),
         ("cuda", pa.Reason.CUDA_ERROR),
