@@ -28,13 +28,15 @@ def breaker(clock):
 
 def trip(breaker):
     for _ in range(FAILURES):
-        breaker.failed(*OOM)
+        breaker.failed(*OOM, breaker.era)
 
 
 def test_gpu_is_tried_until_it_has_failed_several_times_in_a_row(breaker):
-    assert [breaker.failed(*OOM) for _ in range(FAILURES - 1)] == [None] * (FAILURES - 1)
+    assert [breaker.failed(*OOM, breaker.era) for _ in range(FAILURES - 1)] == [None] * (
+        FAILURES - 1
+    )
     assert (breaker.rest(), breaker.seconds_left()) == (None, 0.0)
-    rest = breaker.failed(*OOM)
+    rest = breaker.failed(*OOM, breaker.era)
     assert breaker.rest() is rest
     assert (rest.seconds, rest.failure, rest.cause) == (REST, *OOM)
     assert breaker.seconds_left() == REST
@@ -43,8 +45,8 @@ def test_gpu_is_tried_until_it_has_failed_several_times_in_a_row(breaker):
 def test_success_in_between_starts_the_count_anew(breaker):
     for _ in range(3):
         for _ in range(FAILURES - 1):
-            breaker.failed(*OOM)
-        breaker.succeeded()
+            breaker.failed(*OOM, breaker.era)
+        breaker.succeeded(breaker.era)
     assert breaker.health == Health()
 
 
@@ -60,18 +62,18 @@ def test_one_failure_after_the_rest_begins_one_twice_as_long(breaker, clock):
     trip(breaker)
     for turn in range(1, 4):
         clock.now += breaker.seconds_left()
-        assert breaker.failed(*OOM).seconds == REST * 2**turn
+        assert breaker.failed(*OOM, breaker.era).seconds == REST * 2**turn
 
 
 def test_one_success_after_the_rest_ends_it_all(breaker, clock):
     trip(breaker)
     clock.now = REST
-    breaker.succeeded()
+    breaker.succeeded(breaker.era)
     assert breaker.health == Health()
-    assert breaker.failed(*OOM) is None
+    assert breaker.failed(*OOM, breaker.era) is None
 
 
 def test_rests_grow_to_a_limit(breaker):
     for _ in range(10_000):
-        breaker.failed(*OOM)
+        breaker.failed(*OOM, breaker.era)
     assert breaker.seconds_left() == LONGEST_REST

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import json
 import logging
 import sys
 import threading
 import time
-from concurrent.futures import CancelledError
+from concurrent.futures import CancelledError, ThreadPoolExecutor
 from contextlib import suppress
 from itertools import chain
 from types import SimpleNamespace
@@ -31,7 +32,9 @@ from polars_async import (
     offload,
     resolve_engine,
 )
+from polars_async.admission import Admission
 from polars_async.breaker import FAILURES, REST, Health, breaker
+from polars_async.executors.threads import ThreadExecutor
 from polars_async.testing import simulate_gpu
 
 STRICT = pl.GPUEngine(raise_on_fail=True)
@@ -749,21 +752,50 @@ def test_close_waits_for_the_query_that_falls_back_meanwhile(tried, collector, c
     assert handle.result().item() == 1
 
 
-def test_query_fails_where_no_thread_is_to_be_had_for_its_fallback(collector, gpu, monkeypatch):
+@pytest.fixture
+def no_thread(collector, monkeypatch):
+    """No thread is to be had any more for queries on the CPU."""
+
+    start = ThreadExecutor.start
+
+    def start_none(executor, *job, **options):
+        if executor is collector._cpu._executor:
+            raise RuntimeError("can't start new thread")
+        start(executor, *job, **options)
+
+    with monkeypatch.context() as patch:
+        yield lambda: patch.setattr(ThreadExecutor, "start", start_none)
+
+
+def test_query_fails_where_no_thread_is_to_be_had_for_its_fallback(
+    collector, gpu, events, no_thread
+):
+    collector.collect_async(TINY, engine="gpu").result(30)
     gpu.fail = "oom"
-
-    def start(*_, **__):
-        raise RuntimeError("can't start new thread")
-
-    monkeypatch.setattr(
-        collector._cpu, "_executor", type("Full", (), {"start": start, "close": start})()
-    )
+    del events[:]
+    no_thread()
     handle = collector.collect_async(TINY, engine="gpu")
     with pytest.raises(RuntimeError, match="can't start new thread"):
         handle.result(30)
     stats = collector.stats()
     assert (stats["running"], stats["waiting"], stats["failed"]) == (0, 0, 1)
-    monkeypatch.undo()
+    assert kinds(events) == ["queued", "started", "fell back", "failed"]
+
+
+def test_query_that_fell_back_waits_for_the_threads_that_there_are(
+    collector, gpu, blocked, no_thread
+):
+    collector.collect_async(TINY, engine="gpu").result(30)
+    running = collector.collect_async(blocked.lf)
+    assert blocked.started.wait(30)
+    gpu.fail = "oom"
+    no_thread()
+    handle = collector.collect_async(TINY, engine="gpu")
+    while not collector._cpu.admission.waiting:
+        time.sleep(0.001)
+    assert not handle.done()
+    blocked.gate.set()
+    assert handle.result(30).item() == running.result(30).item() == 1
 
 
 def test_numbers_add_up_at_every_moment_while_queries_fall_back(collector, gpu):
@@ -771,7 +803,7 @@ def test_numbers_add_up_at_every_moment_while_queries_fall_back(collector, gpu):
     over, wrong = threading.Event(), []
 
     def look():
-        while not over.is_set():
+        while not over.wait(0.0001):  # or it would leave the GIL to nobody
             found = collector.stats()
             outcomes = ("completed", "failed", "cancelled", "timed_out", "rejected", "waiting")
             sum_ = sum(found[key] for key in outcomes) + found["running"] - found["abandoned"]
@@ -814,7 +846,280 @@ def test_forked_child_falls_back_too(run_script):
     assert run_script(FORK) == ["1", "out-of-gpu-memory", "True", "0"]
 
 
+def test_query_is_in_one_lane_at_least_while_it_goes_over(collector, gpu, monkeypatch):
+    """For a fork may come at any time, and its child has to find it."""
+    gpu.fail = "oom"
+    found = []
+    take_over = Admission.take_over
+
+    def look(admission, query):
+        found.append(query in collector._gpu.admission.in_slots())
+        return take_over(admission, query)
+
+    monkeypatch.setattr(Admission, "take_over", look)
+    collector.collect_async(TINY, engine="gpu").result(30)
+    assert found == [True]
+
+
+def test_text_of_a_time_out_tells_of_the_gpu(collector, tried, blocked):
+    running = [collector.collect_async(blocked.lf) for _ in range(2)]
+    assert blocked.started.wait(30)
+    handle = collector.collect_async(tried.lf, engine="gpu", timeout=0.3)
+    assert tried.started.wait(30)
+    tried.gate.set()
+    words = r"s for a slot, 0\.\d+ s of which the GPU tried it in vain, and never ran on the CPU"
+    with pytest.raises(QueryTimeoutError, match=words):
+        handle.result(30)
+    blocked.gate.set()
+    for each in running:
+        each.result(30)
+
+
+def test_what_some_frames_took_is_not_learned_for_all(collector, gpu, monkeypatch):
+    gpu.fail = {2: "oom"}
+    looked_at = []
+    of = collector._cpu._expectations.of
+    monkeypatch.setattr(
+        collector._cpu._expectations,
+        "of",
+        lambda lfs, engine: (looked_at.append((list(lfs), engine)), of(lfs, engine))[1],
+    )
+    three = frames(3)
+    collector.collect_all_async(three, engine="gpu").result(30)
+    assert looked_at[-1] == ([three[1]], "in-memory")
+
+
+# The turn on the GPU
+
+
+def test_query_that_is_let_go_while_another_collector_has_the_gpu_does_not_run(collector, blocked):
+    with Collector(gpu="offload") as other:
+        running = other.collect_async(blocked.lf, engine="gpu")
+        assert blocked.started.wait(30)
+        lf, runs = counting()
+        handle = collector.collect_async(lf, engine="gpu")
+        while not collector.stats()["gpu_running"]:
+            time.sleep(0.001)
+        assert handle.cancel()
+        blocked.gate.set()
+        running.result(30)
+    collector.close()
+    assert runs == []
+    assert collector.stats()["run_seconds"] < running._query.run_seconds
+
+
+def test_frames_after_the_one_during_which_all_were_let_go_do_not_run(collector, blocked):
+    lf, runs = counting()
+    handle = collector.collect_all_async([blocked.lf, lf, lf], engine="gpu")
+    assert blocked.started.wait(30)
+    handle.cancel()
+    blocked.gate.set()
+    collector.close()
+    assert runs == []
+
+
+def test_ctrl_c_at_the_very_moment_leaves_the_gpu_to_others(here, monkeypatch):
+    def interrupted(lock):
+        lock.acquire()
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(offload, "wait_for", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            TINY.collect(engine=here)
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(TINY.collect, engine=here).result(30).item() == 1
+
+
+def test_synchronous_query_on_the_gpu_that_asks_for_another_there_fails(here, collector):
+    for ask in (
+        lambda: collector.collect_async(TINY, engine="gpu").result(30),
+        lambda: TINY.collect(engine=here),
+    ):
+        lf = TINY.map_batches(lambda df, ask=ask: (ask(), df)[1])
+        with pytest.raises(RuntimeError, match="asks for another one there"):
+            lf.collect(engine=here)
+
+
+def test_source_on_a_thread_of_cudf_polars_may_not_ask_for_the_gpu(here, collector):
+    with ThreadPoolExecutor(1, thread_name_prefix="spmd-executor") as pool:
+        for ask in (
+            lambda: collector.collect_async(TINY, engine="gpu"),
+            lambda: TINY.collect(engine=here),
+        ):
+            with pytest.raises(RuntimeError, match="asks for another one there"):
+                pool.submit(ask).result(30)
+        assert pool.submit(lambda: collector.collect_async(TINY).result(30)).result(30).item() == 1
+
+
+# Errors in groups, in subclasses, and without a frame
+
+
+def in_group(error):
+    return ExceptionGroup("unhandled errors", [ExceptionGroup("once more", [error])])
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (pl.exceptions.SchemaError("no"), None),
+        (FileNotFoundError("no"), None),
+        (ConnectionResetError("of the cluster"), Reason.GPU_FAILED),
+        (MemoryError("full"), Reason.OUT_OF_MEMORY),
+        (RuntimeError("CUDA error at: a.cpp:1: 700"), Reason.CUDA_ERROR),
+        (ValueError("cuda_time"), Reason.GPU_FAILED),
+    ],
+    ids=lambda each: type(each).__name__ if isinstance(each, Exception) else "",
+)
+def test_error_in_a_group_is_what_it_is_alone(collector, monkeypatch, error, reason):
+    def run(*_):
+        raise in_group(error)
+
+    monkeypatch.setattr(_upstream, "gpu_callback", lambda _: lambda plan, *_: plan.set_udf(run))
+    monkeypatch.setitem(run.__globals__, "__name__", "cudf_polars.callback")
+    handle = collector.collect_async(TINY, engine="gpu")
+    if reason is None:
+        with pytest.raises(ExceptionGroup):
+            handle.result(30)
+        assert not handle.resolution.fell_back
+    else:
+        assert handle.result(30).item() == 1
+        assert handle.resolution.reason is reason
+        assert f"({type(error).__name__}: {error})" in handle.resolution.message
+
+
+def test_error_of_a_source_in_a_group_is_never_tried_again(collector, monkeypatch):
+    def run(*_):
+        try:
+            eval("{}['gone']", {"__name__": "service"})
+        except KeyError as error:
+            raise in_group(error) from None
+
+    monkeypatch.setattr(_upstream, "gpu_callback", lambda _: lambda plan, *_: plan.set_udf(run))
+    monkeypatch.setitem(run.__globals__, "__name__", "cudf_polars.callback")
+    with pytest.raises(ExceptionGroup):
+        collector.collect_async(TINY, engine="gpu").result(30)
+
+
+@every_failure
+def test_engine_whose_collect_is_its_own_falls_back(collector, gpu, fault):
+    class Timed(pl.GPUEngine):
+        def collect(self, lf, **options):
+            return super().collect(lf, **options)
+
+    gpu.fail = fault
+    handle = collector.collect_async(TINY, engine=Timed())
+    assert handle.result(30).item() == 1
+    assert handle.resolution.reason is FAILURES_OF_THE_GPU[fault][0]
+
+
+@pytest.mark.parametrize(
+    "function", [json.loads, int, lambda df: df.gone], ids=["json", "int", "own"]
+)
+def test_python_function_without_a_frame_of_its_own_is_never_tried_again(collector, function):
+    with pytest.raises((TypeError, AttributeError, pl.exceptions.ComputeError)):
+        collector.collect_async(TINY.map_batches(function), engine="gpu").result(30)
+    assert collector.stats()["fell_back"] == 0
+    assert breaker.health.failures == 0
+
+
+def test_error_that_cannot_be_told_is_told_by_its_type(monkeypatch):
+    class Mute(RuntimeError):  # noqa: N818
+        def __str__(self):
+            raise ValueError
+
+    def run(*_):
+        raise Mute
+
+    monkeypatch.setattr(_upstream, "gpu_callback", lambda _: lambda plan, *_: plan.set_udf(run))
+    monkeypatch.setitem(run.__globals__, "__name__", "cudf_polars.callback")
+    with Collector(gpu="offload") as silent:
+        handle = silent.collect_async(TINY, engine="gpu")
+        assert handle.result(30).item() == 1
+    assert "(Mute)" in handle.resolution.message
+
+
+# What is kept
+
+
+@pytest.fixture
+def _without_garbage_collection():
+    gc.collect()
+    gc.disable()
+    yield
+    gc.enable()
+
+
+@every_failure
+@pytest.mark.usefixtures("_without_garbage_collection")
+def test_nothing_is_kept_of_a_query_that_fell_back(gpu, here, fault):
+    gpu.fail = fault
+    with Collector(gpu="offload") as collector:
+        lf, other = pl.LazyFrame({"a": [1]}), pl.LazyFrame({"a": [2]})
+        kept = [ref(lf), ref(other)]
+        handle = collector.collect_async(lf, engine="gpu")
+        kept.append(ref(handle.result(30)))
+        resolution = handle.resolution
+        handle = collector.collect_all_async([lf, other], engine="gpu")
+        kept += map(ref, handle.result(30))
+        with pytest.warns(EngineDowngradeWarning):
+            kept.append(ref(lf.collect(engine=here)))
+        del lf, other, handle
+        while collector.stats()["running"]:
+            time.sleep(0.001)
+        while any(each() is not None for each in kept[:2]):
+            time.sleep(0.001)  # until the threads have let go of them
+    assert [each() for each in kept] == [None] * len(kept)
+    assert resolution.fell_back
+
+
+def test_errors_in_the_error_of_an_unsupported_query_keep_nothing(collector, gpu, monkeypatch):
+    gpu.fail = "unsupported"
+
+    def unsupported(*_):
+        try:
+            raise NotImplementedError("an operation")  # noqa: TRY301  # for a traceback
+        except NotImplementedError as error:
+            return NotImplementedError("unsupported", [error])
+
+    monkeypatch.setattr(offload, "unsupported_error", unsupported)
+    handle = collector.collect_async(TINY, engine="gpu")
+    handle.result(30)
+    [inner] = handle.resolution.cause.args[1]
+    assert inner.__traceback__ is None
+    assert handle.resolution.cause.__context__ is None
+    assert "does not support the query (an operation), so" in handle.resolution.message
+
+
+def test_error_that_the_caller_handles_keeps_its_traceback(here, gpu):
+    gpu.fail = "oom"
+    try:
+        raise LookupError  # noqa: TRY301  # for one to be handled
+    except LookupError as error:
+        with pytest.warns(EngineDowngradeWarning):
+            TINY.collect(engine=here)
+        kept = error.__traceback__
+    assert kept is not None
+
+
+def test_record_of_the_logger_keeps_no_traceback(collector, gpu, caplog):
+    caplog.set_level(logging.DEBUG, "polars_async")
+    gpu.fail = "oom"
+    collector.collect_async(TINY, engine="gpu").result(30)
+    [record] = [each for each in caplog.records if "failed on the GPU" in each.getMessage()]
+    assert record.exc_info is None
+    assert "Traceback" in record.getMessage()
+    assert "MemoryError" in record.getMessage()
+
+
 # The circuit breaker
+
+
+def test_one_query_of_several_frames_counts_as_one_failure(collector, gpu):
+    gpu.fail = "oom"
+    collector.collect_all_async(frames(5), engine="gpu").result(30)
+    assert gpu.queries == 5
+    assert breaker.health.failures == 1
 
 
 def test_gpu_that_keeps_failing_rests_and_is_tried_again(collector, gpu, clock, caplog):

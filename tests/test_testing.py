@@ -313,3 +313,40 @@ def test_fault_that_is_none_is_named_with_those_that_are(fail):
     assert repr(fail) in str(caught.value)
     with simulate_gpu() as gpu, pytest.raises(ValueError, match="must be one of"):
         gpu.fail = fail
+
+
+def test_fault_that_comes_too_late_is_refused():
+    with simulate_gpu() as gpu:
+        with pytest.raises(ValueError, match="is how a host begins"):
+            gpu.fail = "incompatible"
+        gpu.fail = "import"
+        with pytest.raises(ImportError):
+            TINY.collect(engine=STRICT)
+        gpu.fail = None
+        TINY.collect(engine=STRICT)
+        with pytest.raises(ValueError, match="comes too late"):
+            gpu.fail = "import"
+
+
+@pytest.mark.parametrize("fault", ["oom", "import"])
+def test_query_that_outlives_its_host_changes_nothing(fault):
+    started, gate = threading.Event(), threading.Event()
+
+    def hold():
+        started.set()
+        gate.wait()
+        raise MemoryError if fault == "oom" else ImportError
+
+    collector = pa.Collector(gpu="offload")
+    with simulate_gpu() as gpu:
+        if fault == "oom":
+            gpu.next_fault = hold
+        else:
+            gpu.check_import = hold
+        handle = collector.collect_async(TINY, engine="gpu")
+        assert started.wait(30)
+    gate.set()
+    assert handle.result(30).item() == 1
+    collector.close()
+    assert breaker.health == Health()
+    assert _cudf.import_failure() is None

@@ -16,7 +16,7 @@ from benchmarks.gpu_checks.offload import grouped
 from benchmarks.pdsh import data, oracle
 from benchmarks.pdsh.queries import QUERIES
 from benchmarks.stall import StallMeter
-from polars_async.breaker import breaker
+from polars_async.breaker import Health, breaker
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -40,7 +40,7 @@ async def answers(settings: Settings, _gpu: SimulatedGpu | None) -> None:
     async with pa.Collector(gpu="offload") as collector:
         for number, query in _queries(settings).items():
             expected = query.collect(engine="in-memory")
-            breaker.succeeded()  # so that none rests on account of those before
+            breaker.health = Health()  # so that none rests on account of those before
             begun = time.perf_counter()
             handle = collector.collect_async(query, engine="gpu")
             try:
@@ -101,7 +101,7 @@ async def stall(settings: Settings, _gpu: SimulatedGpu | None) -> None:
             tell_row(row, ok=None if on_gpu is None else on_gpu > 0)
 
         async def on_gpu() -> int:
-            breaker.succeeded()  # as in answers
+            breaker.health = Health()  # as in answers
             handles = [await _ended(collector, query, "gpu") for query in queries.values()]
             return sum(handle.resolution.name == "gpu" for handle in handles)
 
@@ -129,7 +129,7 @@ async def speed(settings: Settings, _gpu: SimulatedGpu | None) -> None:
         for engine in reversed(_ENGINES):
             await collector.collect_async(grouped(frame(1000)), engine=engine)
         for number, query in queries.items():
-            breaker.succeeded()  # as in answers
+            breaker.health = Health()  # as in answers
             begun = time.monotonic()
             if begun + longest > end:
                 left = ", ".join(f"q{each}" for each in queries if each >= number)

@@ -82,6 +82,11 @@ def imported() -> object:
     return sys.modules.get(MODULE, MODULE)
 
 
+def stood_in() -> CudfPolars | None:
+    """Give what stands in for what is installed; None if nothing does."""
+    return _stand_in
+
+
 def import_failure() -> str | None:
     """Give what the import of cudf-polars raised, if it was tried and failed."""
     return _import_failure

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from pathlib import Path
+from threading import current_thread
 from typing import Final
 
 from polars_async import _native
 from polars_async._upstream import POOL_THREAD
 
 _NAME: Final = Path("/proc/thread-self/comm")
+_OF_GPU_ENGINE: Final = "spmd-executor"
+"""How the threads are called on which cudf-polars runs the Python sources of a query."""
 
 
 class _ThisThread(_native.local):
     in_query: bool | None = None
-    for_gpu = False
+    in_gpu_query: bool | None = None
 
 
 _this_thread: Final = _ThisThread()
@@ -22,12 +25,18 @@ _this_thread: Final = _ThisThread()
 def enter_worker(*, for_gpu: bool) -> None:
     """Note that all this thread ever does is run queries."""
     _this_thread.in_query = True
-    _this_thread.for_gpu = for_gpu
+    _this_thread.in_gpu_query = for_gpu
 
 
 def in_gpu_query() -> bool:
-    """Tell whether a query that runs on the GPU asks, as a Python source may."""
-    return _this_thread.for_gpu
+    """
+    Tell whether a query on the GPU may be what asks: on its own thread, or on one of cudf-polars.
+
+    That is where a Python source of it runs, and what a hook hears of it.
+    """
+    if _this_thread.in_gpu_query is None:
+        _this_thread.in_gpu_query = current_thread().name.startswith(_OF_GPU_ENGINE)
+    return _this_thread.in_gpu_query
 
 
 def in_query() -> bool:
@@ -37,7 +46,7 @@ def in_query() -> bool:
     Polars' own threads are known by their names, which Linux alone tells in this way.
     """
     if _this_thread.in_query is None:
-        _this_thread.in_query = _is_polars_own()
+        _this_thread.in_query = _is_polars_own() or in_gpu_query()
     return _this_thread.in_query
 
 

@@ -11,6 +11,7 @@ from polars_async._cudf import (
     forget_import_failure,
     import_failure,
     imported,
+    stood_in,
 )
 from polars_async._native import allocate_lock
 from polars_async._nvml import Host, HostDevice, read_host
@@ -80,7 +81,7 @@ probe: Final = Probe()
 
 def _circumstances() -> tuple[object, ...]:
     """Everything that may change the status while NVML's facts stay the same."""
-    return (*Visibility.now(), imported(), import_failure())
+    return (*Visibility.now(), imported(), import_failure(), stood_in())
 
 
 def _status(host: Host, visibility: Visibility, cudf: CudfPolars) -> GpuStatus:

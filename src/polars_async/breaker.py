@@ -50,6 +50,8 @@ class Breaker:
     def __init__(self, clock: Callable[[], float] = monotonic) -> None:
         self._clock = clock
         self.health = Health()
+        self.era = object()
+        """What is told of another one counts for nothing; `polars_async.testing` begins eras."""
 
     def rest(self) -> Rest | None:
         """Give the rest that the GPU takes now; None if a query may try it."""
@@ -61,8 +63,10 @@ class Breaker:
         rest = self.health.rest
         return 0.0 if rest is None else max(rest.until - self._clock(), 0.0)
 
-    def failed(self, failure: str, cause: Exception) -> Rest | None:
+    def failed(self, failure: str, cause: Exception, era: object) -> Rest | None:
         """Count a failure; gives the rest that begins with it, if one does."""
+        if era is not self.era:
+            return None
         failures, rest = self.health.failures + 1, None
         if failures >= FAILURES:
             seconds = min(REST * 2.0 ** min(failures - FAILURES, 10), LONGEST_REST)
@@ -70,9 +74,9 @@ class Breaker:
         self.health = Health(failures, rest)
         return rest
 
-    def succeeded(self) -> None:
+    def succeeded(self, era: object) -> None:
         """Forget the failures so far."""
-        if self.health.failures:
+        if self.health.failures and era is self.era:
             self.health = Health()
 
 

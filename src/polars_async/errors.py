@@ -48,3 +48,18 @@ class ForkedProcessError(PolarsAsyncError):
 
 class EngineDowngradeWarning(UserWarning):
     """The engine that was asked for does not run; the message says which one does, and why."""
+
+
+def text_of(error: BaseException) -> str:
+    """
+    Give the text of an error in one line, or nothing where to ask for it raises another.
+
+    Some errors of cudf-polars carry others beside their text, which are left out.
+    """
+    try:
+        text, arguments = str(error), error.args
+        if len(arguments) > 1 and text == str(arguments):
+            text = str(arguments[0])
+    except Exception:  # noqa: BLE001  # of somebody else's making
+        return ""
+    return " ".join(text.split())

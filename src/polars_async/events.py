@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any, Final
 
 import polars as pl
 
+from polars_async.errors import text_of
+
 if TYPE_CHECKING:
     from collections.abc import Callable
 
@@ -99,11 +101,7 @@ class QueryEvent:
         if self.rows is not None:
             parts.append(f"{self.rows} rows")
         if self.error is not None:
-            # Some errors of cudf-polars carry others beside their text.
-            first, *more = self.error.args or ("",)
-            text = first if more and str(self.error) == str(self.error.args) else self.error
-            text = " ".join(str(text).split())
-            parts.append(f"{type(self.error).__name__}: {text}")
+            parts.append(f"{type(self.error).__name__}: {text_of(self.error)}")
         return ", ".join(parts)
 
 

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import os
+from contextlib import nullcontext
 from functools import partial
+from time import perf_counter
 from typing import TYPE_CHECKING, Any, Final
 from weakref import WeakSet
 
 from polars_async import _exit, _fork, streams
 from polars_async._native import sleep
-from polars_async._nesting import in_gpu_query, in_query
+from polars_async._nesting import in_query
 from polars_async.admission import Admission
 from polars_async.events import EventKind
 from polars_async.executors.threads import ThreadExecutor, named_thread
+from polars_async.offload import check_outside, turn
 from polars_async.query import wake
 
 if TYPE_CHECKING:
@@ -66,11 +69,7 @@ class Lane:
     def submit(self, query: Query[Any]) -> None:
         """Run `query` at once where a slot is free, or else when its turn comes."""
         if self.fallback is not None:
-            if in_gpu_query():
-                raise RuntimeError(
-                    "a query on the GPU asks for another one there, and would wait for itself: "
-                    "name another engine, such as engine='in-memory'"
-                )
+            check_outside()
             query.is_nested = in_query()
         downgraded = query.resolution.downgraded
         if query.reports:
@@ -166,13 +165,15 @@ class Lane:
 
     def _run(self, query: Query[Any], slot: Slot) -> bool:
         """Run `query` in `slot`; False if nobody is next, and the slot was taken back."""
-        if query.label is None:
+        if self.fallback is not None:
+            _run_on_gpu(query)
+            if query.fall_back(self.fallback.admission):
+                return self._hand_over(query, slot, self.fallback)
+        elif query.label is None:
             query.run()
         else:
             with named_thread(query.label):
                 query.run()
-        if self.fallback is not None and query.fall_back(self.fallback.admission):
-            return self._hand_over(query, slot, self.fallback)
         if query.reports:
             query.report_engine()
         # Done before it is gone: `close` trusts in that, and a fork may come in between. And gone
@@ -199,24 +200,38 @@ class Lane:
     def _hand_over(self, query: Query[Any], slot: Slot, fallback: Lane) -> bool:
         """Let `fallback` run what this lane could not; gives what `_run` does."""
         admission = self.admission
-        waiters: list[Waiter] = []
-        # In its slot until it is in the other lane, since `close` waits for one after the other.
+        lost: list[Waiter] | None = None
+        # In its slot until it is in the other lane, since `close` waits for one after the other,
+        # and a fork may come at any time.
         query.report_fall_back()
         with admission.lock:
             admission.counts.fell_back += 1
-            kept = admission.release(slot)
             if not query.done:
-                taken = fallback.admission.take_over(query)
-                try:
-                    if taken is not None:
-                        fallback._start_thread(taken)
-                except RuntimeError as error:  # no thread to be had
-                    fallback.admission.forget(query, taken)
-                    waiters = query.fail(error)
-        wake(waiters)
+                lost = fallback._take_over(query)
+            slot.query = None
+            kept = admission.release(slot)
+        if lost is not None:
+            query.report_end()
+            wake(lost)
         if admission.waiters:
             admission.tell_if_empty()
         return kept
+
+    def _take_over(self, query: Query[Any]) -> list[Waiter] | None:
+        """Let `query` wait here, with the lock held; gives whom to wake if it fails at that."""
+        admission = self.admission
+        slot = admission.take_over(query)
+        if slot is None:
+            return None
+        try:
+            self._start_thread(slot)
+        except RuntimeError as error:  # no thread to be had
+            if slot.query is None and admission.threads > 1:  # those that there are go on
+                admission.give_back(slot)
+                return None
+            admission.forget(query, slot)
+            return query.fail(error)
+        return None
 
     def _look_back(self, query: Query[Any], *, alone: bool) -> None:
         """Learn from a query that ended, when nobody waits for it any more."""
@@ -234,6 +249,15 @@ class Lane:
             with admission.lock:
                 admission.reappraise(corrected)
                 self._use_idle_slots()
+
+
+def _run_on_gpu(query: Query[Any]) -> None:
+    waits = perf_counter()
+    # It may be let go while it waits for the queries of other collectors, and then does not run.
+    with turn(is_wanted=lambda: not query.done):
+        query.paused_seconds += perf_counter() - waits
+        with nullcontext() if query.label is None else named_thread(query.label):
+            query.run()
 
 
 def _abandon_all() -> None:

@@ -3,25 +3,34 @@
 from __future__ import annotations
 
 import importlib
+import logging
 import os
+import re
 import sys
-from contextlib import suppress
-from traceback import walk_tb
-from typing import TYPE_CHECKING, Any, Final
+from contextlib import contextmanager, suppress
+from traceback import format_exception, walk_tb
+from typing import TYPE_CHECKING, Any, Final, NoReturn
 
 import polars as pl
 
 from polars_async import _cudf, _native, _upstream
 from polars_async._native import RLock, wait_for
+from polars_async._nesting import in_gpu_query
 from polars_async.breaker import breaker
-from polars_async.errors import EngineUnavailableError
+from polars_async.errors import EngineUnavailableError, text_of
 from polars_async.events import log
 from polars_async.reasons import Reason
 from polars_async.resolution import forbids_cpu
-from polars_async.support import is_of_the_gpu, operations_of, told, unsupported_error
+from polars_async.support import (
+    is_of_the_gpu,
+    operations_of,
+    told,
+    underlying,
+    unsupported_error,
+)
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Generator, Iterator
 
 _LIBRARIES: Final = sys.stdlib_module_names | {
     *("cuda", "cudf", "cudf_polars", "cudf_streaming", "cupy", "dask", "distributed", "fsspec"),
@@ -39,8 +48,9 @@ _CAUSES: Final = {
     Reason.GPU_FAILED: "it failed while the query ran",
     Reason.GPU_RESTS: "the GPU rests for a while, since it kept failing",
 }
-_OF_THE_GPU: Final = (Reason.OUT_OF_MEMORY, Reason.CUDA_ERROR, Reason.GPU_FAILED)
-"""What speaks against the GPU, and not against this one query there."""
+_OF_THE_GPU: Final = (Reason.OUT_OF_MEMORY, Reason.CUDA_ERROR)
+"""What speaks against the GPU, and not against this one query or the engine."""
+_CUDA_ERROR: Final = re.compile(r"\bcudaError[A-Z]\w*")
 
 
 class _Turn:
@@ -56,6 +66,15 @@ class _Turn:
     @classmethod
     def after_fork(cls) -> None:
         cls.lock = RLock()  # a thread that stayed behind may hold the old one
+
+
+class _ThisThread(_native.local):
+    has_context = False
+    attempt: _Attempt | None = None
+    is_wanted: Callable[[], bool] | None = None
+
+
+_this_thread: Final = _ThisThread()
 
 
 if hasattr(os, "register_at_fork"):
@@ -76,8 +95,10 @@ class GpuFailure(Exception):  # noqa: N818  # no error to be seen: it says where
         What Polars made of it.
     retry
         The work, or what is left of it, for the CPU; set by whoever knows it.
+    left
+        The frames that it is for, where those are not all; else None.
     share
-        How much of the work that is, such as ``"2 of 5 frames"``; None for all of it.
+        The same in words, such as ``"2 of 5 frames"``.
     """
 
     def __init__(self, reason: Reason, cause: Exception, raised: Exception | None = None) -> None:
@@ -86,6 +107,7 @@ class GpuFailure(Exception):  # noqa: N818  # no error to be seen: it says where
         self.cause = cause
         self.raised = raised or cause
         self.retry: Callable[[], Any] | None = None
+        self.left: list[pl.LazyFrame] | None = None
         self.share: str | None = None
         if self.raised is not cause:
             self.raised.__cause__ = cause
@@ -94,68 +116,128 @@ class GpuFailure(Exception):  # noqa: N818  # no error to be seen: it says where
         if self.reason is Reason.UNSUPPORTED_QUERY:
             what = "; ".join(map(told, operations_of(self.cause)))
         else:
-            what = f"{type(self.cause).__name__}: {' '.join(str(self.cause).split())}"
-        return f"{_CAUSES[self.reason]} ({what.removesuffix(': ')})"
+            first = next(_leaves(self.cause))
+            what = f"{type(first).__name__}: {text_of(first)}".removesuffix(": ")
+        return f"{_CAUSES[self.reason]} ({what})"
 
-    def let_go_of_memory(self) -> None:
+    def let_go_of_memory(self, outer: BaseException | None) -> None:
         """Drop the tracebacks, whose frames hold what the query had on the GPU."""
-        log.debug("a query failed on the GPU", exc_info=self.raised)
-        for error in (self, *_chain(self.raised, None)):
+        if log.isEnabledFor(logging.DEBUG):
+            # As a text, since some handlers keep what they are given.
+            log.debug("a query failed on the GPU\n%s", "".join(format_exception(self.raised)))
+        for error in _chain(self.raised, outer):
             error.__traceback__ = None
+            for each in underlying(error):  # which are not in the chain
+                each.__traceback__ = None
+
+
+@contextmanager
+def turn(is_wanted: Callable[[], bool] | None = None) -> Generator[None]:
+    """
+    Wait until no other query of the process is on the GPU, and keep others off it.
+
+    `is_wanted` tells whether somebody still wants what the query gives.
+    """
+    lock = _Turn.lock
+    try:
+        wait_for(lock)
+        _this_thread.is_wanted = is_wanted
+        yield
+    finally:
+        _this_thread.is_wanted = None
+        # Ctrl-C may have come before it was this thread's, or after.
+        if lock._is_owned():  # type: ignore[attr-defined]  # noqa: SLF001  # as threading uses it
+            lock.release()
+
+
+def is_wanted() -> bool:
+    """Tell whether somebody still wants the query whose turn it is on this thread."""
+    ask = _this_thread.is_wanted
+    return ask is None or ask()
 
 
 def collect_on_gpu(
-    lf: pl.LazyFrame, engine: pl.GPUEngine, optimizations: pl.QueryOptFlags
+    lf: pl.LazyFrame,
+    engine: pl.GPUEngine,
+    optimizations: pl.QueryOptFlags,
+    *,
+    counts: bool = True,
 ) -> pl.DataFrame:
     """
-    Collect `lf` on the GPU, when no other query of the process is there.
+    Collect `lf` on the GPU, when it is the turn of this thread.
+
+    `counts` tells whether a failure counts towards a rest of the GPU.
 
     Raises
     ------
     GpuFailure
         The GPU engine failed, and the query may run on the CPU instead. With ``raise_on_fail`` it
         may not: what the engine raised is raised then, as all errors of the query are anyway.
+    RuntimeError
+        A Python function of a query on the GPU asks for it.
     """
     if _upstream.is_eager(optimizations):
         return engine.collect(lf, optimizations=optimizations)
-    turn = _Turn.lock
-    wait_for(turn)
-    try:
-        return _have_the_turn(lf, engine, optimizations)
-    finally:
-        turn.release()
+    if _this_thread.attempt is not None:
+        refuse_nested()
+    if _Turn.lock._is_owned():  # type: ignore[attr-defined]  # noqa: SLF001  # as above
+        return _have_the_turn(lf, engine, optimizations, counts=counts)
+    if in_gpu_query():
+        refuse_nested()
+    with turn():
+        return _have_the_turn(lf, engine, optimizations, counts=counts)
+
+
+def check_outside() -> None:
+    """Raise RuntimeError where a query on the GPU may be what asks for another one there."""
+    if _this_thread.attempt is not None or in_gpu_query():
+        refuse_nested()
+
+
+def refuse_nested() -> NoReturn:
+    """Raise the RuntimeError of a query that would wait for the one that asks for it."""
+    raise RuntimeError(
+        "a query on the GPU asks for another one there, which would wait for it: name another "
+        "engine, such as engine='in-memory'"
+    )
+
+
+def note_error_of_query(error: BaseException) -> None:
+    """Note that `error`, on this thread, is of the query; for `polars_async.testing`."""
+    if _this_thread.attempt is not None:
+        _this_thread.attempt.of_query = error
 
 
 def _have_the_turn(
-    lf: pl.LazyFrame, engine: pl.GPUEngine, optimizations: pl.QueryOptFlags
+    lf: pl.LazyFrame, engine: pl.GPUEngine, optimizations: pl.QueryOptFlags, *, counts: bool
 ) -> pl.DataFrame:
     may_fall_back = not forbids_cpu(engine)
     if may_fall_back and (rest := breaker.rest()) is not None:
         raise GpuFailure(Reason.GPU_RESTS, rest.cause)
+    failure: GpuFailure | None = None
+    era, outer = breaker.era, sys.exception()
     try:
-        _prepare_thread()
-        frame = _collect(lf, engine, optimizations)
-    except GpuFailure as caught:
-        failure = caught
-    else:
-        breaker.succeeded()
-        return frame
-    if may_fall_back:
-        failure.let_go_of_memory()
-    if failure.reason in _OF_THE_GPU:
-        # What the caller gets to see keeps its traceback, and with it all that the query held.
-        told = str(failure)
-        cause = failure.cause if may_fall_back else EngineUnavailableError(told)
-        if (rest := breaker.failed(told, cause)) is not None:
-            log.warning("the GPU rests for %g s: %s", rest.seconds, told)
-    raise failure if may_fall_back else failure.raised
-
-
-class _ThisThread(_native.local):
-    has_context = False
-
-
-_this_thread: Final = _ThisThread()
+        try:
+            _prepare_thread()
+            frame = _collect(lf, engine, optimizations)
+        except GpuFailure as caught:
+            failure = caught
+        else:
+            breaker.succeeded(era)
+            return frame
+        if isinstance(failure.cause, _LeftToCpuError):
+            failure = _why_unsupported(lf, engine, optimizations)
+        if may_fall_back:
+            failure.let_go_of_memory(outer)
+        if counts and failure.reason in _OF_THE_GPU:
+            # What the caller gets to see keeps its traceback, and with it what the query held.
+            text = str(failure)
+            cause = failure.cause if may_fall_back else EngineUnavailableError(text)
+            if (rest := breaker.failed(text, cause, era)) is not None:
+                log.warning("the GPU rests for %g s: %s", rest.seconds, text)
+        raise failure if may_fall_back else failure.raised
+    finally:
+        del failure  # which its own traceback would hold, and all of the query with it
 
 
 def _prepare_thread() -> None:
@@ -170,10 +252,12 @@ def _prepare_thread() -> None:
 
 
 def _import_cudf_polars() -> None:
+    era = breaker.era
     try:
         importlib.import_module(_cudf.MODULE)
     except Exception as error:  # noqa: BLE001  # it has raised more than ImportError
-        _cudf.note_import_failure(error)
+        if breaker.era is era:
+            _cudf.note_import_failure(error)
         missing = isinstance(error, ModuleNotFoundError) and error.name == _cudf.MODULE
         raise GpuFailure(Reason.CUDF_MISSING if missing else Reason.CUDF_BROKEN, error) from None
 
@@ -184,19 +268,14 @@ def _collect(
     translate = _upstream.gpu_callback(engine)
     if translate is None:
         return engine.collect(lf, optimizations=optimizations)
-    attempt = _Attempt(translate)
+    attempt = _this_thread.attempt = _Attempt(translate)
     try:
         return engine.collect(lf, optimizations=optimizations, post_opt_callback=attempt)
-    except Exception as error:
-        raised, cause, taken = error, attempt.error, attempt.taken
-        if cause is None or (taken and _is_of_the_query(cause, attempt.outer)):
-            raise
-        if not isinstance(cause, Exception):  # Ctrl-C, which Polars makes an error of its own
-            raise cause from None
-        if isinstance(cause, _LeftToCpuError):
-            raised = cause = _why_unsupported(lf, engine, optimizations)
-        reason = _reason_of(cause, Reason.GPU_FAILED if taken else Reason.TRANSLATION_FAILED)
-        raise GpuFailure(reason, cause, raised) from None
+    except Exception as error:  # noqa: BLE001  # it is judged there
+        raise attempt.judged(error) from None
+    finally:
+        _this_thread.attempt = None
+        attempt.error = attempt.of_query = None  # as their tracebacks hold this frame
 
 
 class _LeftToCpuError(NotImplementedError):
@@ -212,15 +291,17 @@ class _Attempt:
 
     def __init__(self, translate: Callable[..., object]) -> None:
         self._translate = translate
-        self.outer = sys.exception()
-        """What the caller is about to handle, and has nothing to do with this."""
-        self.taken = False
+        self._outer = sys.exception()  # has nothing to do with this
+        self._taken = False
         self.error: BaseException | None = None
+        """What the engine has raised."""
+        self.of_query: BaseException | None = None
+        """The same where the query is to blame for it."""
 
     def __call__(self, plan: Any, *duration: Any) -> None:
         try:
             self._translate(_Plan(plan, self), *duration)
-            if not self.taken:
+            if not self._taken:
                 raise _LeftToCpuError  # noqa: TRY301  # to be noted, too
         except BaseException as error:
             self.error = error
@@ -228,16 +309,31 @@ class _Attempt:
 
     def take(self, run: Callable[..., Any]) -> Callable[..., Any]:
         """Note that the engine runs the query, by `run`, and look out for what that raises."""
-        self.taken = True
+        self._taken = True
 
         def watched(*arguments: Any) -> Any:
             try:
                 return run(*arguments)
             except BaseException as error:
                 self.error = error
+                # Here, where the traceback has no frame of the caller's.
+                if _is_of_the_query(error, self._outer):
+                    self.of_query = error
                 raise
 
         return watched
+
+    def judged(self, raised: Exception) -> BaseException:
+        """Give what to raise for what Polars `raised`: that, or a GpuFailure."""
+        cause = self.error
+        if cause is None or cause is self.of_query:
+            return raised
+        if not isinstance(cause, Exception):  # Ctrl-C, which Polars makes an error of its own
+            return cause
+        if isinstance(cause, _LeftToCpuError):
+            return GpuFailure(Reason.UNSUPPORTED_QUERY, cause)
+        otherwise = Reason.GPU_FAILED if self._taken else Reason.TRANSLATION_FAILED
+        return GpuFailure(_reason_of(cause, otherwise), cause, raised)
 
 
 class _Plan:
@@ -257,12 +353,23 @@ class _Plan:
 
 def _is_of_the_query(error: BaseException, outer: BaseException | None) -> bool:
     """Tell what would fail on the CPU too, or comes out of the query's own Python."""
-    if isinstance(error, pl.exceptions.PolarsError):
-        return "GPU engine" not in str(error)  # where cudf-polars says that CUDA is too old
-    return isinstance(error, OSError) or any(
-        frame.f_globals.get("__name__", "").partition(".")[0] not in _LIBRARIES
-        for each in _chain(error, outer)
-        for frame, _ in walk_tb(each.__traceback__)
+    for each in _chain(error, outer):
+        if isinstance(each, pl.exceptions.PolarsError):
+            return "GPU engine" not in str(each)  # where cudf-polars says that CUDA is too old
+        if _is_of_the_system(each):
+            return True
+        for frame, _ in walk_tb(each.__traceback__):
+            if frame.f_globals.get("__name__", "").partition(".")[0] not in _LIBRARIES:
+                return True
+    return False
+
+
+def _is_of_the_system(error: BaseException) -> bool:
+    """Tell whether it is about a file, and not about a connection of the engine's."""
+    return (
+        isinstance(error, OSError)
+        and not isinstance(error, (ConnectionError, TimeoutError))
+        and type(error).__module__ == "builtins"
     )
 
 
@@ -271,19 +378,32 @@ def _reason_of(error: Exception, otherwise: Reason) -> Reason:
         return Reason.OUT_OF_MEMORY
     if isinstance(error, NotImplementedError):
         return Reason.UNSUPPORTED_QUERY if operations_of(error) else Reason.CUDA_ERROR
-    if is_of_the_gpu(error) or "cuda" in str(error).lower():
-        return Reason.CUDA_ERROR
+    for each in _leaves(error):
+        if isinstance(each, MemoryError):
+            return Reason.OUT_OF_MEMORY
+        if is_of_the_gpu(each) or _CUDA_ERROR.search(text_of(each)):
+            return Reason.CUDA_ERROR
     return otherwise
 
 
 def _why_unsupported(
     lf: pl.LazyFrame, engine: pl.GPUEngine, optimizations: pl.QueryOptFlags
-) -> Exception:
+) -> GpuFailure:
     """Ask again, since the engine has kept it to itself."""
     error: Exception | None = None
-    with suppress(Exception):  # private, so that anything may come of it
+    with suppress(Exception, pl.exceptions.PanicException):  # private: anything may come of it
         error = unsupported_error(lf, engine, optimizations)
-    return error or NotImplementedError("cudf-polars does not tell which")
+    error = error or NotImplementedError("cudf-polars does not tell which")
+    return GpuFailure(_reason_of(error, Reason.UNSUPPORTED_QUERY), error)
+
+
+def _leaves(error: BaseException) -> Iterator[BaseException]:
+    """Give the errors of a group, and of groups in it; any other error as it is."""
+    if isinstance(error, BaseExceptionGroup):
+        for each in error.exceptions:
+            yield from _leaves(each)
+    else:
+        yield error
 
 
 def _chain(error: BaseException, outer: BaseException | None) -> Iterator[BaseException]:
@@ -296,4 +416,6 @@ def _chain(error: BaseException, outer: BaseException | None) -> Iterator[BaseEx
             continue
         seen.add(id(each))
         left += (each.__cause__, each.__context__)
+        if isinstance(each, BaseExceptionGroup):
+            left += each.exceptions
         yield each

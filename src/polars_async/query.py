@@ -92,6 +92,7 @@ class Query(Generic[T]):
         "_submitted",
         "_timeout",
         "_traceback",
+        "_tried_seconds",
         "_value",
         "_waiters",
         "_work",
@@ -147,6 +148,7 @@ class Query(Generic[T]):
         self._deadline: Deadline | None = None
         self._submitted = perf_counter()
         self._fell_back: float | None = None
+        self._tried_seconds: float | None = None
         self._started: float | None = None
         self._ended: float | None = None
 
@@ -205,6 +207,8 @@ class Query(Generic[T]):
         try:
             self._value = self._context.run(work)
         except GpuFailure as failure:
+            # Its traceback holds this frame, and all of the query with it.
+            failure.__traceback__ = failure.__context__ = None
             self._failure = failure
         except BaseException as error:  # noqa: BLE001  # a panic and SystemExit are outcomes too
             self._error = error
@@ -227,12 +231,16 @@ class Query(Generic[T]):
         with admission.lock:
             if self.done:
                 return False
+            self._tried_seconds = self.run_seconds
             self.resolution = fallen_back(self.resolution, failure)
             self.state = State.WAITING
             self.expectation = None
+            if failure.left is not None:
+                self.frames = failure.left
             self._work = failure.retry
             self._admission = admission
             self._fell_back, self._started = perf_counter(), None
+            self.paused_seconds = 0.0
         return True
 
     def report_fall_back(self) -> None:
@@ -426,12 +434,18 @@ class Query(Generic[T]):
 
     def _timeout_error(self) -> QueryTimeoutError:
         waited, ran = self.queue_seconds, self.run_seconds
+        tried = (
+            ""
+            if self._tried_seconds is None
+            else (f", {self._tried_seconds:.3f} s of which the GPU tried it in vain,")
+        )
         if ran is None:
-            how = f"it waited {waited:.3f} s for a slot, and never ran"
+            never = "never ran" if self._tried_seconds is None else "never ran on the CPU"
+            how = f"it waited {waited:.3f} s for a slot{tried.rstrip(',')}, and {never}"
         else:
             how = (
-                f"it waited {waited:.3f} s for a slot and ran for {ran:.3f} s. Polars cannot stop "
-                "it, so its slot is free when it really ends"
+                f"it waited {waited:.3f} s for a slot{tried} and ran for {ran:.3f} s. Polars "
+                "cannot stop it, so its slot is free when it really ends"
             )
         message = f"{self._named()} was not done after {self._timeout:g} s: {how}"
         return QueryTimeoutError(message, self._timeout, waited, ran)

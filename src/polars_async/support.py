@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Final, NoReturn
 import polars as pl
 
 from polars_async import _cudf, _upstream
+from polars_async.errors import text_of
 from polars_async.frames import check_frame
 from polars_async.reasons import Fault, Reason
 
@@ -208,7 +209,7 @@ def _judged(unsupported: Exception | None) -> GpuSupport:
         return GpuSupport(answer=Support.YES, message=message)
     own = operations_of(unsupported)
     if not own:
-        return _unknown(_gpu_fault(_underlying(unsupported)[0]))
+        return _unknown(_gpu_fault(underlying(unsupported)[0]))
     operations = tuple(dict.fromkeys(map(told, own)))
     return GpuSupport(
         answer=Support.NO,
@@ -219,17 +220,17 @@ def _judged(unsupported: Exception | None) -> GpuSupport:
     )
 
 
-def operations_of(unsupported: Exception) -> list[Exception]:
+def operations_of(unsupported: BaseException) -> list[BaseException]:
     """Give what cudf-polars does not support wherever it is asked: not what ails the host."""
-    return [each for each in _underlying(unsupported) if not is_of_the_gpu(each)]
+    return [each for each in underlying(unsupported) if not is_of_the_gpu(each)]
 
 
-def _underlying(unsupported: Exception) -> list[Exception]:
+def underlying(unsupported: BaseException) -> list[BaseException]:
     """Give the errors that cudf-polars has summed up, or the sum where it does not give them."""
     errors = unsupported.args[1] if len(unsupported.args) > 1 else None
     if not isinstance(errors, (list, tuple)):
         return [unsupported]
-    return [each for each in errors if isinstance(each, Exception)] or [unsupported]
+    return [each for each in errors if isinstance(each, BaseException)] or [unsupported]
 
 
 def is_of_the_gpu(error: BaseException) -> bool:
@@ -240,10 +241,10 @@ def is_of_the_gpu(error: BaseException) -> bool:
         return True
     # As native code raises them; what libcudf itself does not support is a "CUDF failure".
     native = isinstance(error, (RuntimeError, MemoryError))
-    return native and _OF_THE_GPU.search(str(error)) is not None
+    return native and _OF_THE_GPU.search(text_of(error)) is not None
 
 
-def told(error: Exception) -> str:
+def told(error: BaseException) -> str:
     """Give what rules the GPU engine out, in its own words."""
     if isinstance(error, NotImplementedError) and str(error):
         return str(error)

@@ -17,6 +17,7 @@ from polars_async import _cudf, _nvml, _probe
 from polars_async._native import allocate_lock, sleep
 from polars_async._visible import DEVICE_ORDER, VISIBLE_DEVICES
 from polars_async.breaker import Health, breaker
+from polars_async.offload import note_error_of_query
 
 if TYPE_CHECKING:
     from collections.abc import Generator, Sequence
@@ -71,6 +72,10 @@ class SimulatedGpu:
                 f"fail must be one of {', '.join(map(repr, _FAULTS))}, or None, or a mapping of "
                 f"query numbers to one of the first five, got {fail!r}"
             )
+        if fail == "incompatible" and hasattr(self, "_fail"):
+            raise ValueError("fail='incompatible' is how a host begins: give it to simulate_gpu")
+        if fail == "import" and self.queries:
+            raise ValueError("fail='import' comes too late: cudf_polars was imported before")
         self._fail: Failing = fail
 
     def next_fault(self) -> Fault | None:
@@ -163,8 +168,8 @@ def simulate_gpu(
         for variable in (VISIBLE_DEVICES, DEVICE_ORDER):
             stack.callback(_set_variable, variable, os.environ.pop(variable, None))
         stack.callback(_cudf.stand_in, _cudf.stand_in(_cudf.Known(_installed(cudf_polars, fail))))
-        stack.callback(setattr, breaker, "health", breaker.health)
-        breaker.health = Health()
+        stack.callback(_begin_era, breaker.health)
+        _begin_era(Health())
         stack.callback(_set_module, sys.modules.pop(_cudf.MODULE, _cudf.MODULE))
         if cudf_polars is None:
             _set_module(None)
@@ -207,6 +212,11 @@ def _installed(version: str | None, fail: object) -> _cudf.CudfPolars:
     here = _cudf.CudfPolars(installed=version is not None, build=_cudf.CU13, version=version)
     needs_another = version is not None and fail == "incompatible"
     return here._replace(fault=_cudf.incompatible(here, "<1")) if needs_another else here
+
+
+def _begin_era(health: Health) -> None:
+    """Have the GPU be in that health, whatever comes of a query that is on its way."""
+    breaker.era, breaker.health = object(), health
 
 
 def _set_variable(name: str, value: str | None) -> None:
@@ -317,7 +327,11 @@ def _run(
         raise RuntimeError("cudaErrorIllegalAddress: an illegal memory access (simulated)")
     if fault == "slow":
         sleep(_SLOW)
-    return pl.InMemoryEngine().collect(lf, optimizations=optimizations)
+    try:
+        return pl.InMemoryEngine().collect(lf, optimizations=optimizations)
+    except BaseException as error:
+        note_error_of_query(error)
+        raise
 
 
 def _translation_error() -> Exception:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import polars as pl
 
-from polars_async.offload import GpuFailure, collect_on_gpu
+from polars_async.offload import GpuFailure, collect_on_gpu, is_wanted
 from polars_async.resolution import IN_MEMORY
 
 if TYPE_CHECKING:
@@ -45,16 +45,22 @@ def _collect_each_on_gpu(
     """Collect `frames` one by one; those that fail there are left for the CPU, as one query."""
     found: dict[int, pl.DataFrame] = {}
     failure: GpuFailure | None = None
-    for number, frame in enumerate(frames):
-        try:
-            found[number] = collect_on_gpu(frame, engine, optimizations)
-        except GpuFailure as caught:
-            failure = failure or caught
-    if failure is None:
-        return list(found.values())
-    failure.share = f"{len(frames) - len(found)} of {len(frames)} frames"
-    failure.retry = partial(_complete, found, frames, optimizations)
-    raise failure
+    try:
+        for number, frame in enumerate(frames):
+            if not is_wanted():
+                break
+            try:
+                found[number] = collect_on_gpu(frame, engine, optimizations, counts=failure is None)
+            except GpuFailure as caught:
+                failure = failure or caught
+        if failure is None:
+            return list(found.values())
+        failure.left = [frame for number, frame in enumerate(frames) if number not in found]
+        failure.share = f"{len(failure.left)} of {len(frames)} frames"
+        failure.retry = partial(_complete, found, frames, optimizations)
+        raise failure
+    finally:
+        del failure, found  # which its own traceback would hold
 
 
 def _complete(
