@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from polars_async.breaker import FAILURES, LONGEST_REST, REST, Breaker, Health
+from polars_async.gpu.breaker import FAILURES, LONGEST_REST, REST, Breaker, Health
 
 OOM = "out of memory", MemoryError("full")
 

@@ -14,17 +14,9 @@ import polars as pl
 import pytest
 from nvml_stub import DRIVER_NOT_LOADED, Gpu, compile_stub, describe
 
-from polars_async import (
-    Collector,
-    Reason,
-    _cudf,
-    _probe,
-    cli,
-    gpu_status,
-    resolution,
-    resolve_engine,
-)
-from polars_async._nvml import Host, HostDevice
+from polars_async import Collector, Reason, cli, gpu_status, resolution, resolve_engine
+from polars_async.gpu import _cudf, _probe
+from polars_async.gpu._nvml import Host, HostDevice
 from polars_async.reasons import Fault
 from polars_async.testing import simulate_gpu
 

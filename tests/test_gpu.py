@@ -32,10 +32,9 @@ from nvml_stub import (
     describe,
 )
 
-from polars_async import _cudf, _probe
-from polars_async._cudf import note_import_failure
-from polars_async._nvml import Host, HostDevice
-from polars_async.gpu import GpuDevice, gpu_status
+from polars_async.gpu import GpuDevice, _cudf, _probe, gpu_status
+from polars_async.gpu._cudf import note_import_failure
+from polars_async.gpu._nvml import Host, HostDevice
 from polars_async.reasons import Reason
 
 UUIDS = [f"GPU-{digit * 8}-d72c-4106-c12f-20bd9faed9f6" for digit in "abcd"]
@@ -980,7 +979,8 @@ def test_threads_ask_nvml_once_under_gevents_patch(stub_library, patched):
 patch = "import gevent.monkey; gevent.monkey.patch_all()"
 if {patched == "before"}:
     exec(patch)
-from polars_async import _native, _probe, gpu
+from polars_async import _native, gpu
+from polars_async.gpu import _probe
 if {patched == "after"}:
     exec(patch)
 import ctypes, pynvml

@@ -29,12 +29,12 @@ from polars_async import (
     Reason,
     _upstream,
     gpu_status,
-    offload,
     resolve_engine,
 )
 from polars_async.admission import Admission
-from polars_async.breaker import FAILURES, REST, Health, breaker
 from polars_async.executors.threads import ThreadExecutor
+from polars_async.gpu import offload
+from polars_async.gpu.breaker import FAILURES, REST, Health, breaker
 from polars_async.testing import simulate_gpu
 
 STRICT = pl.GPUEngine(raise_on_fail=True)

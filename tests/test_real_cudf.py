@@ -6,9 +6,10 @@ import polars as pl
 import pytest
 from conftest import TINY
 
-from polars_async import Collector, Reason, _cudf, _probe, gpu_status, gpu_support
-from polars_async._nvml import Host, HostDevice, read_host
-from polars_async.breaker import Health, breaker
+from polars_async import Collector, Reason, gpu_status, gpu_support
+from polars_async.gpu import _cudf, _probe
+from polars_async.gpu._nvml import Host, HostDevice, read_host
+from polars_async.gpu.breaker import Health, breaker
 
 pytestmark = [
     pytest.mark.skipif(
@@ -124,8 +125,8 @@ def test_answer_beforehand_is_what_happens(collector):
 IMPORT = """
 import sys, threading
 import polars as pl, polars_async as pa
-from polars_async import _probe
-from polars_async._nvml import Host, HostDevice
+from polars_async.gpu import _probe
+from polars_async.gpu._nvml import Host, HostDevice
 import logging
 logging.disable()
 device = HostDevice(index=0, compute_capability=(9, 0))

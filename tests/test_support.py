@@ -18,8 +18,9 @@ import pytest
 from test_cli import install_cudf
 
 import polars_async as pa
-from polars_async import Reason, _cudf, _upstream, gpu_status, gpu_support, support
-from polars_async.support import Support, unsupported_error
+from polars_async import Reason, _upstream, gpu_status, gpu_support
+from polars_async.gpu import _cudf, support
+from polars_async.gpu.support import Support, unsupported_error
 
 ROOT = Path(__file__).parents[1]
 QUERY = pl.LazyFrame({"a": [1, 2]}).sum()
@@ -429,7 +430,7 @@ import polars as pl
 import polars_async as pa
 from benchmarks.pdsh import data
 from benchmarks.pdsh.queries import QUERIES
-from polars_async.support import unsupported_error
+from polars_async.gpu.support import unsupported_error
 
 assert "cudf_polars" not in sys.modules
 lf = pl.LazyFrame({"a": [1.0, 2.0], "b": ["x", "y"]})

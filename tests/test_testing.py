@@ -13,8 +13,9 @@ import pytest
 from conftest import TINY
 
 import polars_async as pa
-from polars_async import Reason, _cudf, _probe
-from polars_async.breaker import Health, breaker
+from polars_async import Reason
+from polars_async.gpu import _cudf, _probe
+from polars_async.gpu.breaker import Health, breaker
 from polars_async.testing import simulate_gpu
 
 GIBIBYTE = 2**30
@@ -37,6 +38,7 @@ def state():
 
 @pytest.fixture(autouse=True)
 def nothing_is_left_behind():
+    pa.gpu_status(refresh=True)  # other tests may have installed something meanwhile
     before = state()
     yield
     assert state() == before

@@ -16,7 +16,7 @@ from benchmarks.gpu_checks.offload import grouped
 from benchmarks.pdsh import data, oracle
 from benchmarks.pdsh.queries import QUERIES
 from benchmarks.stall import StallMeter
-from polars_async.breaker import Health, breaker
+from polars_async.gpu.breaker import Health, breaker
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable

@@ -50,11 +50,11 @@ if TYPE_CHECKING:
     )
     from polars_async.events import EventKind, QueryEvent
     from polars_async.gpu import GpuDevice, GpuStatus, gpu_status
+    from polars_async.gpu.support import GpuSupport, Support, gpu_support
     from polars_async.handle import QueryHandle
     from polars_async.reasons import Reason
     from polars_async.resolution import Resolution, resolve_engine
     from polars_async.streams import ResultStream
-    from polars_async.support import GpuSupport, Support, gpu_support
 else:
     from importlib import import_module
 
@@ -71,7 +71,7 @@ else:
         "ForkedProcessError": "errors",
         "GpuDevice": "gpu",
         "GpuStatus": "gpu",
-        "GpuSupport": "support",
+        "GpuSupport": "gpu.support",
         "PolarsAsyncError": "errors",
         "QueryEvent": "events",
         "QueryHandle": "handle",
@@ -80,13 +80,13 @@ else:
         "Reason": "reasons",
         "Resolution": "resolution",
         "ResultStream": "streams",
-        "Support": "support",
+        "Support": "gpu.support",
         "collect_all_async": "api",
         "collect_async": "api",
         "configure": "api",
         "default_collector": "api",
         "gpu_status": "gpu",
-        "gpu_support": "support",
+        "gpu_support": "gpu.support",
         "resolve_engine": "resolution",
     }
 

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 from polars_async._native import RLock
 from polars_async._nesting import in_query
-from polars_async.breaker import breaker
 from polars_async.errors import CollectorClosedError, QueueFullError
 from polars_async.expectations import UNKNOWN
+from polars_async.gpu.breaker import breaker
 from polars_async.query import wake
 from polars_async.scheduling import SMALL, Line, kept_for_small
 

@@ -15,7 +15,7 @@ from polars_async._nesting import in_query
 from polars_async.admission import Admission
 from polars_async.events import EventKind
 from polars_async.executors.threads import ThreadExecutor, named_thread
-from polars_async.offload import check_outside, turn
+from polars_async.gpu.offload import check_outside, turn
 from polars_async.query import wake
 
 if TYPE_CHECKING:

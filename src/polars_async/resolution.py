@@ -15,16 +15,16 @@ from typing import TYPE_CHECKING, Final, Literal, TypeAlias, get_args
 import polars as pl
 
 from polars_async import _upstream
-from polars_async.breaker import breaker
 from polars_async.errors import EngineDowngradeWarning, EngineUnavailableError
 from polars_async.gpu import GpuStatus, gpu_status
+from polars_async.gpu.breaker import breaker
 from polars_async.reasons import Reason
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
     from types import FrameType
 
-    from polars_async.offload import GpuFailure
+    from polars_async.gpu.offload import GpuFailure
 
 EngineRequest: TypeAlias = str | pl.Engine
 EngineSource: TypeAlias = Literal["argument", "config", "environment", "default"]

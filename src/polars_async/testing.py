@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING, Any, Final, Literal, TypeAlias, get_args
 
 import polars as pl
 
-from polars_async import _cudf, _nvml, _probe
 from polars_async._native import allocate_lock, sleep
-from polars_async._visible import DEVICE_ORDER, VISIBLE_DEVICES
-from polars_async.breaker import Health, breaker
-from polars_async.offload import note_error_of_query
+from polars_async.gpu import _cudf, _nvml, _probe
+from polars_async.gpu._visible import DEVICE_ORDER, VISIBLE_DEVICES
+from polars_async.gpu.breaker import Health, breaker
+from polars_async.gpu.offload import note_error_of_query
 
 if TYPE_CHECKING:
     from collections.abc import Generator, Sequence

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import polars as pl
 
-from polars_async.offload import GpuFailure, collect_on_gpu, is_wanted
+from polars_async.gpu.offload import GpuFailure, collect_on_gpu, is_wanted
 from polars_async.resolution import IN_MEMORY
 
 if TYPE_CHECKING:

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Final
 
-from polars_async._cudf import CU12, CU13
-from polars_async._visible import DEVICE_ORDER, VISIBLE_DEVICES
+from polars_async.gpu._cudf import CU12, CU13
+from polars_async.gpu._visible import DEVICE_ORDER, VISIBLE_DEVICES
 from polars_async.reasons import Fault, Reason
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from polars_async._cudf import CudfPolars
-    from polars_async._nvml import Host, HostDevice
-    from polars_async._visible import Visibility
+    from polars_async.gpu._cudf import CudfPolars
+    from polars_async.gpu._nvml import Host, HostDevice
+    from polars_async.gpu._visible import Visibility
 
 _BUS_ORDER: Final = "PCI_BUS_ID"
 

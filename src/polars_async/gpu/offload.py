@@ -13,21 +13,22 @@ from typing import TYPE_CHECKING, Any, Final, NoReturn
 
 import polars as pl
 
-from polars_async import _cudf, _native, _upstream
+from polars_async import _native, _upstream
 from polars_async._native import RLock, wait_for
 from polars_async._nesting import in_gpu_query
-from polars_async.breaker import breaker
 from polars_async.errors import EngineUnavailableError, text_of
 from polars_async.events import log
-from polars_async.reasons import Reason
-from polars_async.resolution import forbids_cpu
-from polars_async.support import (
+from polars_async.gpu import _cudf
+from polars_async.gpu.breaker import breaker
+from polars_async.gpu.support import (
     is_of_the_gpu,
     operations_of,
     told,
     underlying,
     unsupported_error,
 )
+from polars_async.reasons import Reason
+from polars_async.resolution import forbids_cpu
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Iterator

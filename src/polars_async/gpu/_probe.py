@@ -5,22 +5,22 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Final
 
-from polars_async import _requirements as requirements
-from polars_async._cudf import (
+from polars_async._native import allocate_lock
+from polars_async.gpu import GpuDevice, GpuStatus
+from polars_async.gpu import _requirements as requirements
+from polars_async.gpu._cudf import (
     find_cudf_polars,
     forget_import_failure,
     import_failure,
     imported,
     stood_in,
 )
-from polars_async._native import allocate_lock
-from polars_async._nvml import Host, HostDevice, read_host
-from polars_async._visible import Visibility, shown, taken
-from polars_async.gpu import GpuDevice, GpuStatus
+from polars_async.gpu._nvml import Host, HostDevice, read_host
+from polars_async.gpu._visible import Visibility, shown, taken
 from polars_async.reasons import Fault
 
 if TYPE_CHECKING:
-    from polars_async._cudf import CudfPolars
+    from polars_async.gpu._cudf import CudfPolars
 
 
 class Probe:

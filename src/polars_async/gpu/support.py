@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Any, Final, NoReturn
 
 import polars as pl
 
-from polars_async import _cudf, _upstream
+from polars_async import _upstream
 from polars_async.errors import text_of
 from polars_async.frames import check_frame
+from polars_async.gpu import _cudf
 from polars_async.reasons import Fault, Reason
 
 if TYPE_CHECKING:

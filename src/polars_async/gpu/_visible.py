@@ -5,13 +5,13 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING, Final, NamedTuple
 
-from polars_async._nvml import NO_DEVICE
+from polars_async.gpu._nvml import NO_DEVICE
 from polars_async.reasons import Fault, Reason
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from polars_async._nvml import HostDevice
+    from polars_async.gpu._nvml import HostDevice
 
 VISIBLE_DEVICES: Final = "CUDA_VISIBLE_DEVICES"
 DEVICE_ORDER: Final = "CUDA_DEVICE_ORDER"
