@@ -905,7 +905,23 @@ def test_query_that_is_let_go_while_another_collector_has_the_gpu_does_not_run(c
         running.result(30)
     collector.close()
     assert runs == []
-    assert collector.stats()["run_seconds"] < running._query.run_seconds
+
+
+def test_wait_for_another_collector_is_no_part_of_the_run(collector, blocked):
+    with Collector(gpu="offload") as other:
+        running = other.collect_async(blocked.lf, engine="gpu")
+        assert blocked.started.wait(30)
+        handle = collector.collect_async(TINY, engine="gpu")
+        while not collector.stats()["gpu_running"]:
+            time.sleep(0.001)
+        begun = time.perf_counter()
+        while (waited := time.perf_counter() - begun) < 0.3:
+            time.sleep(0.1)
+        blocked.gate.set()
+        running.result(30)
+        handle.result(30)
+    collector.close()
+    assert collector.stats()["run_seconds"] < waited
 
 
 def test_frames_after_the_one_during_which_all_were_let_go_do_not_run(collector, blocked):
@@ -955,6 +971,13 @@ def test_source_on_a_thread_of_cudf_polars_may_not_ask_for_the_gpu(here, collect
 # Errors in groups, in subclasses, and without a frame
 
 
+class CommClosedError(OSError):
+    """As that of distributed."""
+
+
+CommClosedError.__module__ = "distributed.comm.core"
+
+
 def in_group(error):
     return ExceptionGroup("unhandled errors", [ExceptionGroup("once more", [error])])
 
@@ -965,6 +988,7 @@ def in_group(error):
         (pl.exceptions.SchemaError("no"), None),
         (FileNotFoundError("no"), None),
         (ConnectionResetError("of the cluster"), Reason.GPU_FAILED),
+        (CommClosedError("of the cluster"), Reason.GPU_FAILED),
         (MemoryError("full"), Reason.OUT_OF_MEMORY),
         (RuntimeError("CUDA error at: a.cpp:1: 700"), Reason.CUDA_ERROR),
         (ValueError("cuda_time"), Reason.GPU_FAILED),

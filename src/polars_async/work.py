@@ -45,22 +45,19 @@ def _collect_each_on_gpu(
     """Collect `frames` one by one; those that fail there are left for the CPU, as one query."""
     found: dict[int, pl.DataFrame] = {}
     failure: GpuFailure | None = None
-    try:
-        for number, frame in enumerate(frames):
-            if not is_wanted():
-                break
-            try:
-                found[number] = collect_on_gpu(frame, engine, optimizations, counts=failure is None)
-            except GpuFailure as caught:
-                failure = failure or caught
-        if failure is None:
-            return list(found.values())
-        failure.left = [frame for number, frame in enumerate(frames) if number not in found]
-        failure.share = f"{len(failure.left)} of {len(frames)} frames"
-        failure.retry = partial(_complete, found, frames, optimizations)
-        raise failure
-    finally:
-        del failure, found  # which its own traceback would hold
+    for number, frame in enumerate(frames):
+        if not is_wanted():
+            break
+        try:
+            found[number] = collect_on_gpu(frame, engine, optimizations, counts=failure is None)
+        except GpuFailure as caught:
+            failure = failure or caught
+    if failure is None:
+        return list(found.values())
+    failure.left = [frame for number, frame in enumerate(frames) if number not in found]
+    failure.share = f"{len(failure.left)} of {len(frames)} frames"
+    failure.retry = partial(_complete, found, frames, optimizations)
+    raise failure
 
 
 def _complete(
