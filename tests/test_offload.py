@@ -907,7 +907,9 @@ def test_query_that_is_let_go_while_another_collector_has_the_gpu_does_not_run(c
     assert runs == []
 
 
-def test_wait_for_another_collector_is_no_part_of_the_run(collector, blocked):
+@pytest.mark.parametrize("fault", [None, "oom"])
+def test_wait_for_another_collector_is_no_part_of_the_run(collector, gpu, blocked, events, fault):
+    gpu.fail = {} if fault is None else {2: fault}
     with Collector(gpu="offload") as other:
         running = other.collect_async(blocked.lf, engine="gpu")
         assert blocked.started.wait(30)
@@ -922,6 +924,7 @@ def test_wait_for_another_collector_is_no_part_of_the_run(collector, blocked):
         handle.result(30)
     collector.close()
     assert collector.stats()["run_seconds"] < waited
+    assert events[-1].run_seconds >= 0
 
 
 def test_frames_after_the_one_during_which_all_were_let_go_do_not_run(collector, blocked):

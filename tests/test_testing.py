@@ -15,6 +15,7 @@ from conftest import TINY
 import polars_async as pa
 from polars_async import Reason
 from polars_async.gpu import _cudf, _probe
+from polars_async.gpu._nvml import Host, HostDevice
 from polars_async.gpu.breaker import Health, breaker
 from polars_async.testing import simulate_gpu
 
@@ -352,3 +353,17 @@ def test_query_that_outlives_its_host_changes_nothing(fault):
     collector.close()
     assert breaker.health == Health()
     assert _cudf.import_failure() is None
+
+
+def test_status_of_a_simulated_host_holds_for_no_other(monkeypatch):
+    """As where another thread asks for it while this one goes from one host to the next."""
+    probe = _probe.Probe()
+    monkeypatch.setattr(_probe, "probe", probe)
+    host = Host(devices=(HostDevice(index=0),), cuda_version=(13, 0))
+    with simulate_gpu(cudf_polars="27.1"):
+        probe.stand_in(host)
+        assert pa.gpu_status().cudf_polars_version == "27.1"
+        judged = probe._judged
+    probe.stand_in(host)
+    probe._judged = judged
+    assert pa.gpu_status().cudf_polars_version != "27.1"
