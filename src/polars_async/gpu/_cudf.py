@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import importlib.metadata
 import importlib.util
 import sys
 from typing import TYPE_CHECKING, Final, NamedTuple
@@ -154,9 +153,11 @@ def _broken(here: CudfPolars, how: str) -> Fault:
 
 
 def _distributions(build: Build) -> list[Distribution]:
+    from importlib import metadata  # noqa: PLC0415  # which takes as long as all of this package
+
     try:
-        return [importlib.metadata.distribution(build.name)]
-    except importlib.metadata.PackageNotFoundError:
+        return [metadata.distribution(build.name)]
+    except metadata.PackageNotFoundError:
         return []
 
 
