@@ -12,7 +12,8 @@ from polars_async.api import default_collector
 from polars_async.errors import EngineUnavailableError
 from polars_async.events import tell_observers
 from polars_async.frames import checked_frames
-from polars_async.gpu.offload import GpuFailure, collect_on_gpu
+from polars_async.gpu.failure import GpuFailure
+from polars_async.gpu.offload import collect_on_gpu
 from polars_async.resolution import DeferringEngine, fallen_back, is_on_gpu, warn_of
 from polars_async.work import collect_each
 

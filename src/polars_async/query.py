@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, ClassVar, Final, Generic, Protocol, TypeVar, c
 from polars_async.deadlines import set_deadline
 from polars_async.errors import QueryTimeoutError
 from polars_async.events import EventKind, log, tell_observers
-from polars_async.gpu.offload import GpuFailure
+from polars_async.gpu.failure import GpuFailure
 from polars_async.resolution import fallen_back
 
 if TYPE_CHECKING:

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
     from types import FrameType
 
-    from polars_async.gpu.offload import GpuFailure
+    from polars_async.gpu.failure import GpuFailure
 
 EngineRequest: TypeAlias = str | pl.Engine
 EngineSource: TypeAlias = Literal["argument", "config", "environment", "default"]

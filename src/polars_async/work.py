@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import polars as pl
 
-from polars_async.gpu.offload import GpuFailure, collect_on_gpu, is_wanted
+from polars_async.gpu.failure import GpuFailure
+from polars_async.gpu.offload import collect_on_gpu, is_wanted
 from polars_async.resolution import IN_MEMORY
 
 if TYPE_CHECKING:

@@ -1,14 +1,11 @@
-"""Queries on the GPU: one at a time in the process, and what it means where one fails there."""
+"""Queries on the GPU, one at a time in the process."""
 
 from __future__ import annotations
 
 import importlib
-import logging
 import os
-import re
 import sys
 from contextlib import contextmanager, suppress
-from traceback import format_exception, walk_tb
 from typing import TYPE_CHECKING, Any, Final, NoReturn
 
 import polars as pl
@@ -16,42 +13,20 @@ import polars as pl
 from polars_async import _native, _upstream
 from polars_async._native import RLock, wait_for
 from polars_async._nesting import in_gpu_query
-from polars_async.errors import EngineUnavailableError, text_of
+from polars_async.errors import EngineUnavailableError
 from polars_async.events import log
 from polars_async.gpu import _cudf
 from polars_async.gpu.breaker import breaker
-from polars_async.gpu.support import (
-    is_of_the_gpu,
-    operations_of,
-    told,
-    underlying,
-    unsupported_error,
-)
+from polars_async.gpu.failure import GpuFailure, is_of_the_query, reason_of
+from polars_async.gpu.support import unsupported_error
 from polars_async.reasons import Reason
 from polars_async.resolution import forbids_cpu
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Generator, Iterator
+    from collections.abc import Callable, Generator
 
-_LIBRARIES: Final = sys.stdlib_module_names | {
-    *("cuda", "cudf", "cudf_polars", "cudf_streaming", "cupy", "dask", "distributed", "fsspec"),
-    *("kvikio", "numba", "numpy", "nvtx", "polars", "polars_async", "pyarrow", "pylibcudf"),
-    *("packaging", "pynvml", "rapidsmpf", "ray", "rmm", "toolz", "tornado", "ucxx"),
-}
-"""Whose code runs where the GPU engine does; all other code there belongs to the query."""
-_CAUSES: Final = {
-    Reason.CUDF_MISSING: "cudf-polars is not installed",
-    Reason.CUDF_BROKEN: "cudf-polars cannot be imported",
-    Reason.UNSUPPORTED_QUERY: "it does not support the query",
-    Reason.TRANSLATION_FAILED: "it failed to translate the query",
-    Reason.OUT_OF_MEMORY: "the memory of the GPU did not suffice",
-    Reason.CUDA_ERROR: "CUDA failed",
-    Reason.GPU_FAILED: "it failed while the query ran",
-    Reason.GPU_RESTS: "the GPU rests for a while, since it kept failing",
-}
 _OF_THE_GPU: Final = (Reason.OUT_OF_MEMORY, Reason.CUDA_ERROR)
 """What speaks against the GPU, and not against this one query or the engine."""
-_CUDA_ERROR: Final = re.compile(r"\bcudaError[A-Z]\w*")
 
 
 class _Turn:
@@ -80,56 +55,6 @@ _this_thread: Final = _ThisThread()
 
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_Turn.after_fork)
-
-
-class GpuFailure(Exception):  # noqa: N818  # no error to be seen: it says where to go on
-    """
-    The GPU engine failed where the query need not.
-
-    Attributes
-    ----------
-    reason
-        What kind of failure it was.
-    cause
-        What the GPU engine raised.
-    raised
-        What Polars made of it.
-    retry
-        The work, or what is left of it, for the CPU; set by whoever knows it.
-    left
-        The frames that it is for, where those are not all; else None.
-    share
-        The same in words, such as ``"2 of 5 frames"``.
-    """
-
-    def __init__(self, reason: Reason, cause: Exception, raised: Exception | None = None) -> None:
-        super().__init__(reason, cause)
-        self.reason = reason
-        self.cause = cause
-        self.raised = raised or cause
-        self.retry: Callable[[], Any] | None = None
-        self.left: list[pl.LazyFrame] | None = None
-        self.share: str | None = None
-        if self.raised is not cause:
-            self.raised.__cause__ = cause
-
-    def __str__(self) -> str:
-        if self.reason is Reason.UNSUPPORTED_QUERY:
-            what = "; ".join(map(told, operations_of(self.cause)))
-        else:
-            first = next(_leaves(self.cause))
-            what = f"{type(first).__name__}: {text_of(first)}".removesuffix(": ")
-        return f"{_CAUSES[self.reason]} ({what})"
-
-    def let_go_of_memory(self, outer: BaseException | None) -> None:
-        """Drop the tracebacks, whose frames hold what the query had on the GPU."""
-        if log.isEnabledFor(logging.DEBUG):
-            # As a text, since some handlers keep what they are given.
-            log.debug("a query failed on the GPU\n%s", "".join(format_exception(self.raised)))
-        for error in _chain(self.raised, outer):
-            error.__traceback__ = None
-            for each in underlying(error):  # which are not in the chain
-                each.__traceback__ = None
 
 
 @contextmanager
@@ -318,7 +243,7 @@ class _Attempt:
             except BaseException as error:
                 self.error = error
                 # Here, where the traceback has no frame of the caller's.
-                if _is_of_the_query(error, self._outer):
+                if is_of_the_query(error, self._outer):
                     self.of_query = error
                 raise
 
@@ -334,7 +259,7 @@ class _Attempt:
         if isinstance(cause, _LeftToCpuError):
             return GpuFailure(Reason.UNSUPPORTED_QUERY, cause)
         otherwise = Reason.GPU_FAILED if self._taken else Reason.TRANSLATION_FAILED
-        return GpuFailure(_reason_of(cause, otherwise), cause, raised)
+        return GpuFailure(reason_of(cause, otherwise), cause, raised)
 
 
 class _Plan:
@@ -352,41 +277,6 @@ class _Plan:
         self._plan.set_udf(self._attempt.take(run), *options)
 
 
-def _is_of_the_query(error: BaseException, outer: BaseException | None) -> bool:
-    """Tell what would fail on the CPU too, or comes out of the query's own Python."""
-    for each in _chain(error, outer):
-        if isinstance(each, pl.exceptions.PolarsError):
-            return "GPU engine" not in str(each)  # where cudf-polars says that CUDA is too old
-        if _is_of_the_system(each):
-            return True
-        for frame, _ in walk_tb(each.__traceback__):
-            if frame.f_globals.get("__name__", "").partition(".")[0] not in _LIBRARIES:
-                return True
-    return False
-
-
-def _is_of_the_system(error: BaseException) -> bool:
-    """Tell whether it is about a file, and not about a connection of the engine's."""
-    return (
-        isinstance(error, OSError)
-        and not isinstance(error, (ConnectionError, TimeoutError))
-        and type(error).__module__ == "builtins"
-    )
-
-
-def _reason_of(error: Exception, otherwise: Reason) -> Reason:
-    if isinstance(error, MemoryError):
-        return Reason.OUT_OF_MEMORY
-    if isinstance(error, NotImplementedError):
-        return Reason.UNSUPPORTED_QUERY if operations_of(error) else Reason.CUDA_ERROR
-    for each in _leaves(error):
-        if isinstance(each, MemoryError):
-            return Reason.OUT_OF_MEMORY
-        if is_of_the_gpu(each) or _CUDA_ERROR.search(text_of(each)):
-            return Reason.CUDA_ERROR
-    return otherwise
-
-
 def _why_unsupported(
     lf: pl.LazyFrame, engine: pl.GPUEngine, optimizations: pl.QueryOptFlags
 ) -> GpuFailure:
@@ -395,28 +285,4 @@ def _why_unsupported(
     with suppress(Exception, pl.exceptions.PanicException):  # private: anything may come of it
         error = unsupported_error(lf, engine, optimizations)
     error = error or NotImplementedError("cudf-polars does not tell which")
-    return GpuFailure(_reason_of(error, Reason.UNSUPPORTED_QUERY), error)
-
-
-def _leaves(error: BaseException) -> Iterator[BaseException]:
-    """Give the errors of a group, and of groups in it; any other error as it is."""
-    if isinstance(error, BaseExceptionGroup):
-        for each in error.exceptions:
-            yield from _leaves(each)
-    else:
-        yield error
-
-
-def _chain(error: BaseException, outer: BaseException | None) -> Iterator[BaseException]:
-    """Go from an error to all it came from, up to what was there before."""
-    seen: set[int] = {id(outer)}
-    left: list[BaseException | None] = [error]
-    while left:
-        each = left.pop()
-        if each is None or id(each) in seen:
-            continue
-        seen.add(id(each))
-        left += (each.__cause__, each.__context__)
-        if isinstance(each, BaseExceptionGroup):
-            left += each.exceptions
-        yield each
+    return GpuFailure(reason_of(error, Reason.UNSUPPORTED_QUERY), error)
