@@ -7,6 +7,7 @@ import os
 import sys
 import threading
 import time
+from types import ModuleType
 
 import polars as pl
 import pytest
@@ -332,7 +333,11 @@ def test_fault_that_comes_too_late_is_refused():
 
 
 @pytest.mark.parametrize("fault", ["oom", "import"])
-def test_query_that_outlives_its_host_changes_nothing(fault):
+def test_query_that_outlives_its_host_changes_nothing(fault, monkeypatch):
+    if "cudf_polars" not in sys.modules:
+        real = ModuleType("cudf_polars")
+        monkeypatch.setitem(sys.modules, "cudf_polars", real)
+    real = sys.modules["cudf_polars"]
     started, gate = threading.Event(), threading.Event()
 
     def hold():
@@ -351,6 +356,7 @@ def test_query_that_outlives_its_host_changes_nothing(fault):
     gate.set()
     assert handle.result(30).item() == 1
     collector.close()
+    assert sys.modules["cudf_polars"] is real
     assert breaker.health == Health()
     assert _cudf.import_failure() is None
 

@@ -272,11 +272,13 @@ class _Finder:
             return None
         return importlib.machinery.ModuleSpec(name, self, origin=__name__)  # type: ignore[arg-type]
 
-    def create_module(self, spec: importlib.machinery.ModuleSpec) -> None:
-        """Leave it to the import system."""
+    def create_module(self, _spec: importlib.machinery.ModuleSpec) -> None:
+        """Leave it to the import system, if there is one to be made."""
+        # Here, before it has its place in sys.modules, where an import that fails leaves nothing,
+        # not even the real one that may be back by then.
+        self._gpu.check_import()
 
     def exec_module(self, module: ModuleType) -> None:
-        self._gpu.check_import()
         gpu = self._gpu
 
         def execute_with_cudf(plan: Any, *_duration: Any, config: pl.GPUEngine) -> None:
