@@ -1,0 +1,191 @@
+"""Measures cases: every run of a contender a fresh process, and the contenders take turns."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from dataclasses import dataclass, field, replace
+from functools import partial
+from os import getloadavg
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+import polars as pl
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from benchmarks.results import Environment, Fault, Ratio, Report, Result, spread
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+
+    from benchmarks.results import Better
+
+    Figures = Mapping[str, float]
+
+OWN: Final = "polars-async"
+NATIVE: Final = "native"
+_ROOT: Final = Path(__file__).parents[1]
+
+
+@dataclass(frozen=True)
+class Target:
+    """What a ratio to native should be, or with `alone` the figure itself; `line` is of Polars."""
+
+    row: str
+    at_most: float | None = None
+    at_least: float | None = None
+    alone: bool = False
+    line: str | None = None
+
+    def __str__(self) -> str:
+        return f"<= {self.at_most:g}" if self.at_most is not None else f">= {self.at_least:g}"
+
+    def holds(self, figure: float) -> bool:
+        """Tell whether `figure` is within it."""
+        if self.at_most is not None:
+            return figure <= self.at_most
+        return self.at_least is None or figure >= self.at_least
+
+
+@dataclass(frozen=True)
+class Metric:
+    """What is measured of every contender of a case."""
+
+    name: str
+    unit: str
+    better: Better = "lower"
+    targets: Sequence[Target] = ()
+
+    @property
+    def target(self) -> Target | None:
+        """The one that is for the Polars that is measured."""
+        for each in self.targets:
+            if each.line is None or pl.__version__.startswith(each.line):
+                return each
+        return None
+
+
+@dataclass(frozen=True)
+class Case:
+    """One comparison: who takes part, what is measured, and of what size it is."""
+
+    suite: str
+    name: str
+    contenders: Sequence[str]
+    metrics: Sequence[Metric]
+    size: Mapping[str, object] = field(default_factory=dict)
+    timeout: float = 120
+    runs: int | None = None
+    """None leaves it to the command line."""
+
+
+def measure(cases: Sequence[Case], runs: int, *, quick: bool) -> Report:
+    """Run every contender of every case `runs` times after a run that does not count."""
+    environment = Environment.here(quick=quick)
+    report = Report()
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()
+    with Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True)) as progress:
+        total = sum(len(case.contenders) * _turns(case, runs) for case in cases)
+        task = progress.add_task("", total=total)
+        for case in cases:
+            progress.update(task, description=f"{case.suite}: {case.name}")
+            _measure(case, _turns(case, runs), report, partial(progress.advance, task))
+    report.environments.append(replace(environment, load_after=getloadavg()[0]))
+    return report
+
+
+def _turns(case: Case, runs: int) -> int:
+    return 1 + (case.runs or runs)
+
+
+def _measure(case: Case, turns: int, report: Report, advance: Callable[[], None]) -> None:
+    figures: dict[str, list[Figures | None]] = {who: [] for who in case.contenders}
+    for turn in range(turns):
+        for who in case.contenders[:: -1 if turn % 2 else 1]:  # nobody is always the first
+            found, fault = _run(case, who)
+            advance()
+            if turn:
+                figures[who].append(found)
+            if fault is not None:
+                report.faults.append(
+                    Fault(pl.__version__, case.suite, case.name, who, turn, fault)
+                )
+    for metric in case.metrics:
+        for who in case.contenders:
+            runs = [each[metric.name] for each in figures[who] if each is not None]
+            if runs:
+                report.results.append(
+                    Result(
+                        polars=pl.__version__,
+                        suite=case.suite,
+                        case=case.name,
+                        contender=who,
+                        metric=metric.name,
+                        unit=metric.unit,
+                        better=metric.better,
+                        runs=runs,
+                        **spread(runs),
+                    )
+                )
+        _compare(case, metric, figures, report)
+
+
+def _compare(
+    case: Case,
+    metric: Metric,
+    figures: Mapping[str, Sequence[Figures | None]],
+    report: Report,
+) -> None:
+    """Set polars-async beside native, or beside its target where that stands alone."""
+    target, name = metric.target, metric.name
+    if OWN not in figures:
+        return
+    if target is not None and target.alone:
+        against, pairs = None, [own[name] for own in figures[OWN] if own is not None]
+    elif NATIVE in figures:
+        against = NATIVE
+        pairs = [
+            own[name] / native[name]
+            for own, native in zip(figures[OWN], figures[NATIVE], strict=True)
+            if own is not None and native is not None and native[name]
+        ]
+    else:
+        return
+    if not pairs:
+        return
+    middle = spread(pairs)
+    report.ratios.append(
+        Ratio(
+            polars=pl.__version__,
+            suite=case.suite,
+            case=case.name,
+            metric=name,
+            contender=OWN,
+            against=against,
+            row=None if target is None else target.row,
+            target=None if target is None else str(target),
+            holds=None if target is None else target.holds(middle["median"]),
+            **middle,
+        )
+    )
+
+
+def _run(case: Case, who: str) -> tuple[Figures | None, str | None]:
+    """Run one contender once; gives its figures, if any, and what was wrong, if anything."""
+    size = json.dumps(case.size)
+    command = [sys.executable, "-m", "benchmarks.contender", case.suite, case.name, who, size]
+    try:
+        done = subprocess.run(
+            command, capture_output=True, text=True, timeout=case.timeout, check=False, cwd=_ROOT
+        )
+    except subprocess.TimeoutExpired:
+        return None, f"no end after {case.timeout:g} s"
+    figures = json.loads(done.stdout) if done.stdout else None
+    if not done.returncode:
+        return figures, None
+    complaints = done.stderr.strip().splitlines() or ["nothing on stderr"]
+    # An abort begins with its reason, a traceback ends with it.
+    reason = complaints[0 if done.returncode < 0 else -1]
+    return figures, f"exit status {done.returncode}: {reason}"

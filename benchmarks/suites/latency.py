@@ -1,0 +1,276 @@
+"""
+Round trip, fan-out, loop stall, resolution and import: what a query costs beside its own work.
+
+A suite has ``cases(quick=...)`` for the runner, and ``run(case, contender, **size)``, which gives
+the figures of one run by the names of their metrics.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import subprocess
+import sys
+import time
+import timeit
+from typing import TYPE_CHECKING, Any, Final
+
+import gevent
+import polars as pl
+import trio
+
+import polars_async as pa
+from benchmarks.runner import NATIVE, OWN, Case, Metric, Target
+from benchmarks.stall import StallMeter
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    Submit = Callable[[pl.LazyFrame], Any]
+
+ASYNCIO_THREAD: Final = "asyncio.to_thread"
+TRIO_THREAD: Final = "trio.to_thread"
+HUB_THREADS: Final = "gevent threadpool"
+
+_LOOPS: Final = {
+    "asyncio": (NATIVE, OWN, ASYNCIO_THREAD),
+    "trio": (OWN, TRIO_THREAD),
+    "gevent": (NATIVE, OWN, HUB_THREADS),
+}
+_ENGINES: Final = ("in-memory", "streaming")
+_TARGETS: Final = {
+    ("asyncio", "in-memory"): (Target("P1", at_most=0.5), Target("P2", at_least=2)),
+    ("gevent", "in-memory"): (Target("P3", at_most=0.6), Target("P3", at_least=1.5)),
+    ("asyncio", "streaming"): (Target("P4", at_most=0.85), Target("P4", at_least=1)),
+}
+_STALLS: Final = {
+    "6 collect_async": (Target("P5", at_most=1),),
+    "collect_all_async": (
+        Target("P5", at_most=0.1, line="1.44"),
+        Target("P5", at_most=1),
+    ),
+}
+_HEAVY: Final = 6
+_RESOLUTION: Final = "resolve_engine"
+_IMPORT: Final = "import"
+
+
+def cases(*, quick: bool) -> list[Case]:
+    """List the comparisons of this suite."""
+    trips = {"trips": 300 if quick else 1000, "fan": 1000 if quick else 3000}
+    found = []
+    for loop, contenders in _LOOPS.items():
+        for engine in _ENGINES:
+            trip, fan = _TARGETS.get((loop, engine), (None, None))
+            metrics = (
+                Metric("round trip", "us", "lower", () if trip is None else (trip,)),
+                Metric("gathered", "queries/s", "higher", () if fan is None else (fan,)),
+            )
+            found.append(Case("async", f"tiny, {loop}, {engine}", contenders, metrics, trips))
+    rows = {"rows": 600_000 if quick else 6_000_000}
+    for loop in ("asyncio", "gevent"):
+        for what, targets in _STALLS.items():
+            metric = Metric("longest stall", "ms", "lower", targets)
+            found.append(Case("async", f"{what}, {loop}", (NATIVE, OWN), (metric,), rows))
+    resolution = Metric("time", "us", "lower", (Target("P9", at_most=5, alone=True),))
+    imports = Metric("time", "ms", "lower", (Target("P10", at_most=20, alone=True),))
+    found.append(Case("async", _RESOLUTION, (OWN,), (resolution,)))
+    found.append(Case("async", _IMPORT, (OWN,), (imports,)))
+    return found
+
+
+def run(case: str, contender: str, **size: int) -> dict[str, float]:
+    """Measure one contender in one case, once."""
+    if case == _RESOLUTION:
+        return {"time": min(timeit.repeat(pa.resolve_engine, number=2000, repeat=5)) / 2000 * 1e6}
+    if case == _IMPORT:
+        return {"time": _import()}
+    what, loop, *engine = case.split(", ")
+    if what == "tiny":
+        return _TINY[loop](_SUBMITS[loop, contender](engine[0]), **size)
+    submit = _stalling(what, contender, gevent_=loop == "gevent", **size)
+    return {"longest stall": (_green_stall if loop == "gevent" else _stall)(submit)}
+
+
+# A trivial query
+
+
+def _trivial() -> pl.LazyFrame:
+    return pl.LazyFrame({"a": [1, 2, 3]}).select(pl.col("a").sum())
+
+
+def _own(engine: str) -> Submit:
+    return lambda lf: pa.collect_async(lf, engine=engine)
+
+
+def _native(engine: str) -> Submit:
+    return lambda lf: lf.collect_async(engine=engine)
+
+
+def _to_thread(engine: str) -> Submit:
+    return lambda lf: asyncio.to_thread(lf.collect, engine=engine)
+
+
+def _to_trio_thread(engine: str) -> Submit:
+    return lambda lf: trio.to_thread.run_sync(lambda: lf.collect(engine=engine))
+
+
+def _own_green(engine: str) -> Submit:
+    return lambda lf: pa.collect_async(lf, engine=engine, gevent=True)
+
+
+def _native_green(engine: str) -> Submit:
+    return lambda lf: lf.collect_async(engine=engine, gevent=True)
+
+
+def _to_hub_thread(engine: str) -> Submit:
+    pool = gevent.get_hub().threadpool
+    return lambda lf: pool.spawn(lf.collect, engine=engine)
+
+
+_SUBMITS: Final[dict[tuple[str, str], Callable[[str], Submit]]] = {
+    ("asyncio", OWN): _own,
+    ("asyncio", NATIVE): _native,
+    ("asyncio", ASYNCIO_THREAD): _to_thread,
+    ("trio", OWN): _own,
+    ("trio", TRIO_THREAD): _to_trio_thread,
+    ("gevent", OWN): _own_green,
+    ("gevent", NATIVE): _native_green,
+    ("gevent", HUB_THREADS): _to_hub_thread,
+}
+
+
+def _asyncio(submit: Submit, trips: int, fan: int) -> dict[str, float]:
+    lf = _trivial()
+
+    async def one_by_one(number: int) -> float:
+        begun = time.perf_counter()
+        for _ in range(number):
+            await submit(lf)
+        return (time.perf_counter() - begun) / number
+
+    async def gathered() -> float:
+        begun = time.perf_counter()
+        await asyncio.gather(*(submit(lf) for _ in range(fan)))
+        return fan / (time.perf_counter() - begun)
+
+    async def main() -> dict[str, float]:
+        await one_by_one(trips // 10)
+        trip = await one_by_one(trips)
+        await gathered()
+        return {"round trip": trip * 1e6, "gathered": await gathered()}
+
+    return asyncio.run(main())
+
+
+def _trio(submit: Submit, trips: int, fan: int) -> dict[str, float]:
+    lf = _trivial()
+
+    async def collect() -> None:
+        await submit(lf)
+
+    async def one_by_one(number: int) -> float:
+        begun = time.perf_counter()
+        for _ in range(number):
+            await submit(lf)
+        return (time.perf_counter() - begun) / number
+
+    async def gathered() -> float:
+        begun = time.perf_counter()
+        async with trio.open_nursery() as nursery:
+            for _ in range(fan):
+                nursery.start_soon(collect)
+        return fan / (time.perf_counter() - begun)
+
+    async def main() -> dict[str, float]:
+        await one_by_one(trips // 10)
+        trip = await one_by_one(trips)
+        await gathered()
+        return {"round trip": trip * 1e6, "gathered": await gathered()}
+
+    return trio.run(main)
+
+
+def _gevent(submit: Submit, trips: int, fan: int) -> dict[str, float]:
+    lf = _trivial()
+
+    def one_by_one(number: int) -> float:
+        begun = time.perf_counter()
+        for _ in range(number):
+            submit(lf).get()
+        return (time.perf_counter() - begun) / number
+
+    def gathered() -> float:
+        begun = time.perf_counter()
+        for handle in [submit(lf) for _ in range(fan)]:
+            handle.get()
+        return fan / (time.perf_counter() - begun)
+
+    one_by_one(trips // 10)
+    trip = one_by_one(trips)
+    gathered()
+    return {"round trip": trip * 1e6, "gathered": gathered()}
+
+
+_TINY: Final = {"asyncio": _asyncio, "trio": _trio, "gevent": _gevent}
+
+
+# The loop beside heavy queries
+
+
+def _stalling(
+    what: str, contender: str, *, gevent_: bool, rows: int
+) -> Callable[[], Sequence[Any]]:
+    keys = pl.int_range(rows, eager=True)
+    frame = pl.LazyFrame({"key": keys % 1000, "value": keys})
+    # Not equal, so that they share the source and nothing else.
+    heavy = [
+        frame.group_by("key").agg(pl.col("value").sum() + number) for number in range(_HEAVY)
+    ]
+    green: dict[str, Any] = {"gevent": True} if gevent_ else {}
+    one = pa.collect_async if contender == OWN else pl.LazyFrame.collect_async
+    several = pa.collect_all_async if contender == OWN else pl.collect_all_async
+    if what == "collect_all_async":
+        return lambda: [several(heavy, engine="in-memory", **green)]
+    return lambda: [one(lf, engine="in-memory", **green) for lf in heavy]
+
+
+def _stall(submit: Callable[[], Sequence[Any]]) -> float:
+    async def main() -> float:
+        await asyncio.gather(*submit())  # starts the threads
+        async with StallMeter() as meter:
+            await asyncio.gather(*submit())
+        return meter.longest * 1000
+
+    return asyncio.run(main())
+
+
+def _green_stall(submit: Callable[[], Sequence[Any]]) -> float:
+    interval, longest, stopping = 0.001, 0.0, False
+
+    def tick() -> None:
+        nonlocal longest
+        while not stopping:
+            begun = time.monotonic()
+            gevent.sleep(interval)
+            longest = max(longest, time.monotonic() - begun - interval)
+
+    for handle in submit():
+        handle.get()
+    ticker = gevent.spawn(tick)
+    gevent.sleep(0)
+    for handle in submit():
+        handle.get()
+    stopping = True
+    ticker.join()
+    return longest * 1000
+
+
+def _import() -> float:
+    code = (
+        "import os, time, polars; before = len(os.listdir('/proc/self/task'))\n"
+        "begun = time.perf_counter(); from polars_async import *; end = time.perf_counter()\n"
+        "assert len(os.listdir('/proc/self/task')) == before, 'the import started a thread'\n"
+        "print((end - begun) * 1000)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    return float(done.stdout)
