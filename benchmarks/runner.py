@@ -68,6 +68,14 @@ class Metric:
 
 
 @dataclass(frozen=True)
+class NotRun:
+    """A contender that cannot take part here, and why."""
+
+    contender: str
+    why: str
+
+
+@dataclass(frozen=True)
 class Case:
     """One comparison: who takes part, what is measured, and of what size it is."""
 
@@ -79,6 +87,9 @@ class Case:
     timeout: float = 120
     runs: int | None = None
     """None leaves it to the command line."""
+    warm_up: bool = True
+    """Whether the first run does not count."""
+    not_run: Sequence[NotRun] = ()
 
 
 def measure(cases: Sequence[Case], runs: int, *, quick: bool) -> Report:
@@ -97,21 +108,22 @@ def measure(cases: Sequence[Case], runs: int, *, quick: bool) -> Report:
 
 
 def _turns(case: Case, runs: int) -> int:
-    return 1 + (case.runs or runs)
+    return case.warm_up + (case.runs or runs)
 
 
 def _measure(case: Case, turns: int, report: Report, advance: Callable[[], None]) -> None:
     figures: dict[str, list[Figures | None]] = {who: [] for who in case.contenders}
+    for each in case.not_run:
+        why = f"not run: {each.why}"
+        report.faults.append(Fault(pl.__version__, case.suite, case.name, each.contender, 0, why))
     for turn in range(turns):
         for who in case.contenders[:: -1 if turn % 2 else 1]:  # nobody is always the first
             found, fault = _run(case, who)
             advance()
-            if turn:
+            if turn or not case.warm_up:
                 figures[who].append(found)
             if fault is not None:
-                report.faults.append(
-                    Fault(pl.__version__, case.suite, case.name, who, turn, fault)
-                )
+                report.faults.append(Fault(pl.__version__, case.suite, case.name, who, turn, fault))
     for metric in case.metrics:
         for who in case.contenders:
             runs = [each[metric.name] for each in figures[who] if each is not None]

@@ -1,31 +1,152 @@
 """The benchmarks run, in a size that says nothing, and no contender goes without figures."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
+import polars as pl
 import pytest
 
-from benchmarks import gpu, load
-from benchmarks.contenders import NATIVE, OWN
+from benchmarks import gpu, table
+from benchmarks.__main__ import main
+from benchmarks.results import Report, Result, spread
+from benchmarks.runner import NATIVE, OWN, Case, Metric, measure
+from benchmarks.suites import SUITES, load
 
 CACHE = Path(__file__).parents[1] / ".cache" / "data"
 
 
-@pytest.mark.parametrize("row", ["p6", "p7", "p8", "r3"])
-def test_load_measures_every_contender(row, capsys):
-    sizes = ["--quick", "--runs=1", "--exits=1", "--scale=0.03", f"--data={CACHE}"]
-    assert load.main([row, *sizes, "--max-running", "1"]) == 0
-    printed = capsys.readouterr().out
-    assert f"{OWN} max_running=1" in printed
-    assert "failed" not in printed
+SIZES = ["--quick", "--runs=1", "--scale=0.03", f"--data={CACHE}"]
+
+
+@pytest.fixture
+def tiny(monkeypatch):
+    """Sizes that say nothing, and hardly any time."""
+    monkeypatch.setattr(load, "_SHARES", (0.5,))
+
+    def cases(module):
+        found = module.cases
+
+        def smaller(**options):
+            return [
+                replace(case, warm_up=False, size={**case.size, **shrunk(case.size)})
+                for case in found(**options)
+            ]
+
+        monkeypatch.setattr(module, "cases", smaller)
+
+    for module in SUITES.values():
+        cases(module)
+
+
+def shrunk(size):
+    least = {"trips": 10, "fan": 10, "rows": 10_000, "seconds": 0.2, "number": 1}
+    return {name: least[name] for name in size if name in least}
+
+
+@pytest.mark.timeout(180)  # some of Polars' own never end, and are waited for
+@pytest.mark.parametrize("suite", SUITES)
+@pytest.mark.usefixtures("tiny")
+def test_suite_measures_every_contender(suite, capsys, tmp_path):
+    path = tmp_path / "found.json"
+    assert main(["run", suite, *SIZES, f"--json={path}"]) == 0
+    assert f"Polars {pl.__version__}" in capsys.readouterr().out
+    report = Report.read(path)
+    assert [each.polars for each in report.environments] == [pl.__version__]
+    scaled = {"scale": 0.03, "folder": CACHE} if suite in ("engines", "load") else {}
+    for case in SUITES[suite].cases(quick=True, **scaled):
+        for metric in case.metrics:
+            found = [
+                each.contender
+                for each in report.results
+                if (each.case, each.metric) == (case.name, metric.name)
+            ]
+            # Polars' own may abort before its figures.
+            assert set(case.contenders) - set(found) <= {NATIVE}
+            if metric.target is not None:
+                assert metric.target.row in {
+                    each.row
+                    for each in report.ratios
+                    if (each.case, each.metric) == (case.name, metric.name)
+                } | ({metric.target.row} if NATIVE not in found else set())
     # Polars' own may abort at the exit, after its figures.
-    assert not [line for line in printed.splitlines() if OWN in line and "run 1 of 1:" in line]
+    own = [each for each in report.faults if NATIVE not in each.contender and each.run]
+    assert own == []
 
 
-def test_load_says_why_a_contender_has_no_figures(capsys):
-    assert load.main(["p7", "--quick", "--runs=1", "--timeout=0.01"]) == 0
-    last = capsys.readouterr().out.splitlines()[-2:]
-    assert last == [f"  P7 {who}, run 1 of 1: no end after 0.01 s" for who in (NATIVE, OWN)]
+@pytest.mark.usefixtures("tiny")
+def test_reports_become_one_with_charts(tmp_path, capsys):
+    one = str(tmp_path / "one.json")
+    assert main(["run", "async", *SIZES, f"--json={one}"]) == 0
+    assert main(["show", one, one, f"--output={tmp_path}"]) == 0
+    report = Report.read(tmp_path / "results.json")
+    assert len(report.results) == 2 * len(Report.read(tmp_path / "one.json").results)
+    assert (tmp_path / "async-round-trip.png").read_bytes().startswith(b"\x89PNG")
+    page = (tmp_path / "report.html").read_text()
+    assert "async: round trip" in page
+    assert 'src="http' not in page
+    assert main(["compare", one, one]) == 0
+    assert "within noise" in capsys.readouterr().out
+
+
+def result(*runs, better="lower", metric="time"):
+    return Result("2.1.0", "async", "a case", OWN, metric, "ms", better, runs=runs, **spread(runs))
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "better", "verdict"),
+    [
+        ((3, 4, 5), (1, 2), "lower", "better"),
+        ((3, 4, 5), (1, 2), "higher", "worse"),
+        ((3, 4, 5), (6, 7), "lower", "worse"),
+        ((3, 4, 5), (6, 7), "higher", "better"),
+        ((3, 4, 5), (5, 9), "lower", "within noise"),
+        ((3,), (3,), "lower", "within noise"),
+    ],
+)
+def test_change_is_one_where_the_spreads_do_not_meet(old, new, better, verdict):
+    assert table.change(result(*old, better=better), result(*new, better=better)) == verdict
+
+
+def test_comparison_names_what_is_in_one_alone(capsys):
+    table.compare(
+        Report(results=[result(1), result(2, metric="gone")]), Report(results=[result(9)])
+    )
+    printed = capsys.readouterr().out
+    assert "worse" in printed
+    assert "not in the new one: a case, polars-async, gone" in printed
+
+
+@pytest.mark.parametrize("text", ["[]", '{"schema": 2}', "{}", '{"schema": 1, "results": 3}'])
+def test_file_that_is_no_report_is_named(tmp_path, text):
+    path = tmp_path / "other.json"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=r"other\.json"):
+        Report.read(path)
+
+
+def test_contender_that_does_not_end_is_a_row():
+    case = Case(
+        "async",
+        "tiny, asyncio, in-memory",
+        (OWN,),
+        (Metric("round trip", "us"),),
+        {"trips": 10, "fan": 10},
+        timeout=0.01,
+    )
+    report = measure([case], 1, quick=True)
+    assert report.results == []
+    assert [(each.contender, each.what) for each in report.faults] == [
+        (OWN, "no end after 0.01 s"),
+        (OWN, "no end after 0.01 s"),
+    ]
+    table.show(report)
+
+
+def test_unknown_suite_is_named(capsys):
+    with pytest.raises(SystemExit):
+        main(["run", "speed", "--json=x"])
+    assert "no such suite: speed; choose of engines, async, load, faults" in capsys.readouterr().err
 
 
 GPU = ["--scale=0.03", f"--data={CACHE}", "--exits=1", "--queries", "6", "17"]

@@ -53,7 +53,9 @@ def test_every_program_is_followed_by_its_output():
         assert first != "file" or second == "sh"
 
 
-@pytest.mark.parametrize("command", ["ci/demo", "ci/test", "ci/test-cudf", "ci/soak", "ci/gpu"])
+@pytest.mark.parametrize(
+    "command", ["ci/demo", "ci/test", "ci/bench", "ci/test-cudf", "ci/soak", "ci/gpu"]
+)
 def test_commands_of_the_readme_can_be_run(command):
     assert f"\n{command} " in README
     path = ROOT / command

@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Final
 import polars as pl
 
 import polars_async as pa
-from benchmarks.contenders import frame
 from benchmarks.gpu_checks.findings import counted, tell
+from benchmarks.workloads import frame
 
 if TYPE_CHECKING:
     from benchmarks.gpu_checks.findings import Settings

@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Final
 import polars as pl
 
 import polars_async as pa
-from benchmarks.contenders import resident
 from benchmarks.gpu_checks.findings import tell, telling, told
 from benchmarks.pdsh import data
+from benchmarks.workloads import resident
 
 if TYPE_CHECKING:
     from benchmarks.gpu_checks.findings import Settings

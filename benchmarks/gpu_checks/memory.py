@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING
 import polars as pl
 
 import polars_async as pa
-from benchmarks.contenders import frame
 from benchmarks.gpu_checks.findings import tell, tell_right, telling, told
 from benchmarks.gpu_checks.offload import STRICT, grouped
+from benchmarks.workloads import frame
 
 if TYPE_CHECKING:
     from collections.abc import Generator

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any, Final
 import polars as pl
 
 import polars_async as pa
-from benchmarks.contenders import frame
 from benchmarks.gpu_checks.findings import counted, tell, tell_right, telling, told
+from benchmarks.workloads import frame
 from polars_async.events import observers
 
 if TYPE_CHECKING:

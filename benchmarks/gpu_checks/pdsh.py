@@ -10,12 +10,12 @@ from statistics import median
 from typing import TYPE_CHECKING, Final
 
 import polars_async as pa
-from benchmarks.contenders import frame, read
 from benchmarks.gpu_checks.findings import counted, tell, tell_row, told
 from benchmarks.gpu_checks.offload import grouped
 from benchmarks.pdsh import data, oracle
 from benchmarks.pdsh.queries import QUERIES
 from benchmarks.stall import StallMeter
+from benchmarks.workloads import frame, read
 from polars_async.gpu.breaker import Health, breaker
 
 if TYPE_CHECKING:

@@ -1,9 +1,4 @@
-"""
-Round trip, fan-out, loop stall, resolution and import: what a query costs beside its own work.
-
-A suite has ``cases(quick=...)`` for the runner, and ``run(case, contender, **size)``, which gives
-the figures of one run by the names of their metrics.
-"""
+"""Round trip, fan-out, loop stall, resolution and import: what a query costs beside its work."""
 
 from __future__ import annotations
 
@@ -98,31 +93,31 @@ def _trivial() -> pl.LazyFrame:
     return pl.LazyFrame({"a": [1, 2, 3]}).select(pl.col("a").sum())
 
 
-def _own(engine: str) -> Submit:
+def _own(engine: Any) -> Submit:
     return lambda lf: pa.collect_async(lf, engine=engine)
 
 
-def _native(engine: str) -> Submit:
+def _native(engine: Any) -> Submit:
     return lambda lf: lf.collect_async(engine=engine)
 
 
-def _to_thread(engine: str) -> Submit:
+def _to_thread(engine: Any) -> Submit:
     return lambda lf: asyncio.to_thread(lf.collect, engine=engine)
 
 
-def _to_trio_thread(engine: str) -> Submit:
+def _to_trio_thread(engine: Any) -> Submit:
     return lambda lf: trio.to_thread.run_sync(lambda: lf.collect(engine=engine))
 
 
-def _own_green(engine: str) -> Submit:
+def _own_green(engine: Any) -> Submit:
     return lambda lf: pa.collect_async(lf, engine=engine, gevent=True)
 
 
-def _native_green(engine: str) -> Submit:
+def _native_green(engine: Any) -> Submit:
     return lambda lf: lf.collect_async(engine=engine, gevent=True)
 
 
-def _to_hub_thread(engine: str) -> Submit:
+def _to_hub_thread(engine: Any) -> Submit:
     pool = gevent.get_hub().threadpool
     return lambda lf: pool.spawn(lf.collect, engine=engine)
 
@@ -223,9 +218,7 @@ def _stalling(
     keys = pl.int_range(rows, eager=True)
     frame = pl.LazyFrame({"key": keys % 1000, "value": keys})
     # Not equal, so that they share the source and nothing else.
-    heavy = [
-        frame.group_by("key").agg(pl.col("value").sum() + number) for number in range(_HEAVY)
-    ]
+    heavy = [frame.group_by("key").agg(pl.col("value").sum() + number) for number in range(_HEAVY)]
     green: dict[str, Any] = {"gevent": True} if gevent_ else {}
     one = pa.collect_async if contender == OWN else pl.LazyFrame.collect_async
     several = pa.collect_all_async if contender == OWN else pl.collect_all_async

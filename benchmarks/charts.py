@@ -1,0 +1,108 @@
+"""The charts of a report: PNGs, and all of them in one HTML that needs nothing else."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Final
+
+import altair as alt
+import polars as pl
+
+from benchmarks.table import number
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+    from benchmarks.results import Report
+
+_CONTENDERS: Final = (
+    "polars-async",
+    "native",
+    "native, semaphore",
+    "asyncio.to_thread",
+    "trio.to_thread",
+    "gevent threadpool",
+    "in-memory",
+    "streaming",
+    "gpu",
+)
+_COLOURS: Final = (
+    "#1b7f5c",
+    "#c0504d",
+    "#e39c94",
+    "#7f7f7f",
+    "#7f7f7f",
+    "#7f7f7f",
+    "#4472a8",
+    "#e0913a",
+    "#1b7f5c",
+)
+_DECADES: Final = 20
+"""Spread over so many times, figures need a logarithmic scale."""
+
+
+def draw(report: Report, folder: Path) -> list[Path]:
+    """Write a PNG for each suite and metric, and ``report.html``; gives the files."""
+    charts = dict(_charts(report))
+    written = []
+    for name, chart in charts.items():
+        path = folder / f"{name}.png"
+        chart.save(path, scale_factor=2)
+        written.append(path)
+    if charts:
+        page = folder / "report.html"
+        alt.vconcat(*charts.values()).save(page, inline=True)
+        written.append(page)
+    return written
+
+
+def _charts(report: Report) -> Iterator[tuple[str, Any]]:
+    fields = ("polars", "suite", "case", "contender", "metric", "unit", "median", "min", "max")
+    frame = pl.DataFrame(
+        [
+            {name: getattr(each, name) for name in fields}
+            for each in report.results
+            # Counts are for the table, and so are single queries.
+            if not each.unit.startswith(("of ", "in ")) and not each.metric.startswith("query ")
+        ]
+    )
+    if frame.is_empty():
+        return
+    for (suite, metric), figures in frame.group_by("suite", "metric", maintain_order=True):
+        yield f"{suite}-{metric}".replace(" ", "-"), _chart(str(suite), str(metric), figures)
+
+
+def _chart(suite: str, metric: str, figures: pl.DataFrame) -> Any:
+    figures = figures.with_columns(label=pl.col("median").map_elements(number, pl.String))
+    medians: list[float] = figures["median"].to_list()
+    wide = 0 < _DECADES * min(medians) < max(medians)
+    scale = alt.Scale(type="log") if wide else alt.Scale(zero=True)
+    present = set(figures["contender"])
+    names = [each for each in _CONTENDERS if each in present]
+    colours = [_COLOURS[_CONTENDERS.index(each)] for each in names]
+    base = alt.Chart(figures).encode(
+        y=alt.Y("contender:N", title=None, sort=names, axis=alt.Axis(labelLimit=200)),
+        color=alt.Color("contender:N", scale=alt.Scale(domain=names, range=colours), legend=None),
+    )
+    unit = figures["unit"][0]
+    point = base.mark_point(filled=True, size=70).encode(
+        x=alt.X("median:Q", title=f"{metric} ({unit})", scale=scale),
+        tooltip=["polars", "case", "contender", "median", "min", "max"],
+    )
+    spread = base.mark_rule(strokeWidth=2).encode(x=alt.X("min:Q", scale=scale), x2="max:Q")
+    label = base.mark_text(align="left", dx=8, fontSize=10).encode(
+        x=alt.X("max:Q", scale=scale), text="label:N"
+    )
+    rows = alt.Row(
+        "case:N",
+        title=None,
+        header=alt.Header(labelAngle=0, labelAlign="left"),
+        sort=figures["case"].unique(maintain_order=True).to_list(),
+    )
+    return (
+        (spread + point + label)
+        .properties(width=320, height=alt.Step(18))
+        .facet(row=rows, column=alt.Column("polars:N", title=None))
+        .properties(title=f"{suite}: {metric}, median and range")
+        .resolve_scale(y="independent")
+    )

@@ -1,0 +1,80 @@
+"""
+The 22 PDS-H queries on each engine: one at a time, and all at once.
+
+Every answer is checked against that of the in-memory engine, which `ci/demo` checks against DuckDB.
+The GPU takes part where it is usable. A query that ran on another engine than it was to is counted,
+by its resolution.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+import polars_async as pa
+from benchmarks.pdsh import data, oracle
+from benchmarks.pdsh.queries import QUERIES
+from benchmarks.runner import Case, Metric, NotRun
+from benchmarks.workloads import peak, read
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+ENGINES: Final = ("in-memory", "streaming", "gpu")
+_ONE_AT_A_TIME: Final = "22 PDS-H queries, one at a time"
+_AT_ONCE: Final = "22 PDS-H queries, all at once"
+_COUNTS: Final = (Metric("wrong answers", "of 22"), Metric("on another engine", "of 22"))
+
+
+def cases(
+    *, quick: bool, scale: float, folder: Path, engines: Sequence[str] = ENGINES
+) -> list[Case]:
+    """List the comparisons of this suite."""
+    del quick  # the scale says it all
+    size = {"folder": str(data.make(scale, folder).absolute())}
+    status = pa.gpu_status()
+    usable = [engine for engine in engines if engine != "gpu" or status.usable]
+    not_run = [NotRun("gpu", status.message)] if "gpu" in engines and not status.usable else []
+    total = (Metric("total", "s"), Metric("peak RSS", "MB"), *_COUNTS)
+    each = tuple(Metric(f"query {number}", "ms") for number in QUERIES)
+    return [
+        Case("engines", _ONE_AT_A_TIME, usable, (*total, *each), size, 600, not_run=not_run),
+        Case("engines", _AT_ONCE, usable, total, size, 600, not_run=not_run),
+    ]
+
+
+def run(case: str, contender: str, folder: str) -> dict[str, float]:
+    """Measure one engine in one case, once."""
+    read(Path(folder))
+    tables = data.tables(Path(folder))
+    queries = {number: query(tables) for number, query in QUERIES.items()}
+    collector = pa.Collector(gpu="offload")
+    seconds: dict[int, float] = {}
+    handles: dict[int, pa.QueryHandle[Any]] = {}
+
+    async def one_at_a_time() -> None:
+        for number, query in queries.items():
+            begun = time.perf_counter()
+            handles[number] = collector.collect_async(query, engine=contender)
+            await handles[number]
+            seconds[number] = time.perf_counter() - begun
+
+    async def at_once() -> None:
+        for number, query in queries.items():
+            handles[number] = collector.collect_async(query, engine=contender)
+        await asyncio.gather(*handles.values())
+
+    begun = time.perf_counter()
+    asyncio.run(at_once() if case == _AT_ONCE else one_at_a_time())
+    found = {"total": time.perf_counter() - begun, "peak RSS": peak()}
+    answers = {number: handle.result() for number, handle in handles.items()}
+    found["on another engine"] = sum(
+        handle.resolution.name != contender for handle in handles.values()
+    )
+    found["wrong answers"] = sum(
+        oracle.check(number, answer, queries[number].collect(engine="in-memory")) is not None
+        for number, answer in answers.items()
+    )
+    return found | {f"query {number}": each * 1000 for number, each in seconds.items()}

@@ -1,0 +1,265 @@
+"""
+What goes wrong, counted: queries that never resolve (R1), noise (R2), exits (R3).
+
+Each count is over as many interpreters of their own. One that dies has resolved nothing.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import random
+import subprocess
+import sys
+import time
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+import polars as pl
+
+import polars_async as pa
+from benchmarks.runner import NATIVE, OWN, Case, Metric, Target
+from benchmarks.workloads import frame
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable, Coroutine, Iterable
+
+    Submit = Callable[[pl.LazyFrame], Awaitable[pl.DataFrame]]
+
+_PROGRAM: Final = "import sys; from benchmarks.suites import faults; faults.main(*sys.argv[1:])"
+_STATUS: Final = 7
+_RUNNING: Final = 6
+_AWAITED: Final = 64
+_LONGEST_DELAY: Final = 0.05
+_RESOLVE: Final = 3.0
+"""Seconds that a query has to resolve; none of them takes one."""
+_PATIENCE: Final = 20.0
+_UNRESOLVED: Final = "unresolved"
+_EXITS: Final = ("aborts", "wrong statuses", "stderr lines", "hangs")
+_EXIT_STATES: Final = {
+    "exits, Rust running": "rust",
+    "exits, Python UDFs running": "udf",
+    "exits, all awaited": "awaited",
+}
+
+
+def cases(*, quick: bool) -> list[Case]:
+    """List the comparisons of this suite."""
+
+    def target(row: str) -> tuple[Target]:
+        return (Target(row, at_most=0, alone=True),)
+
+    number = {"number": 2 if quick else 10}
+    metric = Metric(_UNRESOLVED, f"of {number['number']}", "lower", target("R1"))
+    found = [_case(f"resolves after {name}", (metric,), number) for name in _FAULTS]
+    metric = Metric("lines", f"in {number['number']} runs", "lower", target("R2"))
+    found += [_case(f"noise of {name}", (metric,), number) for name in _NOISES]
+    exits = {"number": 10 if quick else 200}
+    metrics = [Metric(name, f"of {exits['number']}", "lower", target("R3")) for name in _EXITS]
+    return [*found, *(_case(name, metrics, exits) for name in _EXIT_STATES)]
+
+
+def _case(name: str, metrics: Any, size: dict[str, int]) -> Case:
+    return Case("faults", name, (NATIVE, OWN), metrics, size, timeout=1800, runs=1, warm_up=False)
+
+
+def run(case: str, contender: str, number: int) -> dict[str, float]:
+    """Count what goes wrong with one contender in `number` interpreters."""
+    generator = random.Random(0)  # noqa: S311  # no secret, and the same for all
+    delays = [generator.uniform(0, _LONGEST_DELAY) for _ in range(number)]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        faults = sum(pool.map(partial(_start, case, contender), delays), Counter[str]())
+    if case in _EXIT_STATES:
+        return {fault: faults[fault] for fault in _EXITS}
+    if case.startswith("noise of "):
+        return {"lines": faults["stderr lines"]}
+    return {_UNRESOLVED: faults[_UNRESOLVED]}
+
+
+def _start(case: str, contender: str, delay: float) -> Counter[str]:
+    command = [sys.executable, "-c", _PROGRAM, case, contender, str(delay)]
+    root = Path(__file__).parents[2]
+    try:
+        done = subprocess.run(
+            command, capture_output=True, text=True, timeout=_PATIENCE, check=False, cwd=root
+        )
+    except subprocess.TimeoutExpired:
+        return Counter({"hangs": 1, _UNRESOLVED: 1})
+    return Counter(
+        {
+            "aborts": int(done.returncode < 0),
+            "wrong statuses": int(done.returncode >= 0 and done.returncode != _STATUS),
+            "stderr lines": len(done.stderr.splitlines()),
+            _UNRESOLVED: int("resolved" not in done.stdout),
+        }
+    )
+
+
+# In such an interpreter
+
+
+def main(case: str, contender: str, delay: str) -> None:
+    """Do what is to go wrong, and print whether it resolved."""
+    submit: Submit = pa.collect_async if contender == OWN else _native
+    if case in _EXIT_STATES:
+        asyncio.run(_leave(_EXIT_STATES[case], submit, float(delay)))
+        sys.exit(_STATUS)
+    what, _, name = case.partition(" after " if " after " in case else " of ")
+    if what == "noise":
+        _NOISES[name](submit)
+        sys.exit(0)
+    if asyncio.run(_FAULTS[name](submit)):
+        print("resolved", flush=True)
+    os._exit(0)  # the exit is another case
+
+
+def _native(lf: pl.LazyFrame) -> Any:
+    return lf.collect_async(engine="in-memory")
+
+
+async def _resolves(query: Awaitable[pl.DataFrame]) -> bool:
+    """Tell whether a query gives or raises anything in time."""
+
+    async def ask() -> None:
+        with suppress(BaseException):
+            await query
+
+    done, _ = await asyncio.wait([asyncio.ensure_future(ask())], timeout=_RESOLVE)
+    return bool(done)
+
+
+def _raising(error: type[BaseException]) -> Callable[[Submit], Coroutine[Any, Any, bool]]:
+    def udf(_df: pl.DataFrame) -> pl.DataFrame:
+        raise error
+
+    return lambda submit: _resolves(submit(frame(10).map_batches(udf)))
+
+
+async def _panics(submit: Submit) -> bool:
+    return await _resolves(submit(pl.LazyFrame().select(pl.int_range(0, 2**62))))
+
+
+async def _forks(submit: Submit) -> bool:
+    await submit(frame(10))
+    child = os.fork()
+    if not child:
+        resolved = False
+        with suppress(BaseException):  # an error at once resolves it, too
+            loop = asyncio.new_event_loop()
+            resolved = loop.run_until_complete(_resolves_or_raises(submit))
+        os._exit(0 if resolved else 1)
+    end = time.monotonic() + 2 * _RESOLVE
+    while time.monotonic() < end:
+        pid, status = os.waitpid(child, os.WNOHANG)  # noqa: ASYNC222  # which does not wait
+        if pid:
+            return status == 0
+        await asyncio.sleep(0.01)
+    os.kill(child, 9)
+    os.waitpid(child, 0)  # noqa: ASYNC222  # nobody else is on this loop
+    return False
+
+
+async def _resolves_or_raises(submit: Submit) -> bool:
+    try:
+        query = submit(frame(10))
+    except pa.PolarsAsyncError:
+        return True
+    return await _resolves(query)
+
+
+_FAULTS: Final[dict[str, Callable[[Submit], Coroutine[Any, Any, bool]]]] = {
+    "a Rust panic": _panics,
+    "KeyboardInterrupt in a UDF": _raising(KeyboardInterrupt),
+    "SystemExit in a UDF": _raising(SystemExit),
+    "StopIteration in a UDF": _raising(StopIteration),
+    "a fork": _forks,
+}
+
+
+def _cancels(submit: Submit) -> None:
+    async def main() -> None:
+        tasks = [asyncio.ensure_future(_awaited(submit(query))) for query in _sorted(20)]
+        await asyncio.sleep(0.005)
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        await asyncio.sleep(2)  # for what runs on to end
+
+    asyncio.run(main())
+
+
+def _times_out(submit: Submit) -> None:
+    async def main() -> None:
+        waits = (asyncio.wait_for(_awaited(submit(query)), 0.005) for query in _sorted(20))
+        await asyncio.gather(*waits, return_exceptions=True)
+        await asyncio.sleep(2)
+
+    asyncio.run(main())
+
+
+def _closes(submit: Submit) -> None:
+    async def main() -> list[Any]:
+        return [submit(query) for query in _sorted(6)]
+
+    loop = asyncio.new_event_loop()
+    handles = loop.run_until_complete(main())
+    loop.close()
+    time.sleep(2)
+    del handles
+
+
+async def _awaited(query: Awaitable[pl.DataFrame]) -> None:
+    await query
+
+
+def _sorted(number: int) -> list[pl.LazyFrame]:
+    source = frame(300_000)
+    return [source.sort(pl.col("left") + each) for each in range(number)]
+
+
+_NOISES: Final[dict[str, Callable[[Submit], None]]] = {
+    "cancellations": _cancels,
+    "time-outs": _times_out,
+    "a closed loop": _closes,
+}
+
+
+async def _leave(state: str, submit: Submit, delay: float) -> None:
+    handles = [submit(query) for query in _left(state)]
+    if state == "awaited":
+        await asyncio.gather(*handles)
+    else:
+        await asyncio.sleep(delay)
+
+
+def _left(state: str) -> Iterable[pl.LazyFrame]:
+    if state == "udf":
+        tiny = frame(10)
+        return [tiny.map_batches((_sleeping, _busy)[n % 2]) for n in range(_RUNNING)]
+    number, rows = (_RUNNING, 1_000_000) if state == "rust" else (_AWAITED, 10_000)
+    source = frame(rows)
+    sorts = [source.sort(pl.col("left") + n) for n in range(number)]
+    if state == "rust":
+        return sorts
+    return [lf.map_batches(_quick) if n % 2 else lf for n, lf in enumerate(sorts)]
+
+
+def _sleeping(df: pl.DataFrame) -> pl.DataFrame:
+    for _ in range(1000):
+        time.sleep(0.001)
+    return df
+
+
+def _busy(df: pl.DataFrame) -> pl.DataFrame:
+    end = time.perf_counter() + 1
+    while time.perf_counter() < end:
+        pass
+    return df
+
+
+def _quick(df: pl.DataFrame) -> pl.DataFrame:
+    return df
