@@ -93,7 +93,9 @@ class Case:
 
 
 def measure(cases: Sequence[Case], runs: int, *, quick: bool) -> Report:
-    """Run every contender of every case `runs` times after a run that does not count."""
+    """Run each contender of every case `runs` times; before that once for nothing, unless quick."""
+    if quick:
+        cases = [replace(case, warm_up=False) for case in cases]
     environment = Environment.here(quick=quick)
     report = Report()
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()

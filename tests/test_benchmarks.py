@@ -138,7 +138,6 @@ def test_contender_that_does_not_end_is_a_row():
     assert report.results == []
     assert [(each.contender, each.what) for each in report.faults] == [
         (OWN, "no end after 0.01 s"),
-        (OWN, "no end after 0.01 s"),
     ]
     table.show(report)
 

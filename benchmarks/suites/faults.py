@@ -53,12 +53,12 @@ def cases(*, quick: bool) -> list[Case]:
     def target(row: str) -> tuple[Target]:
         return (Target(row, at_most=0, alone=True),)
 
-    number = {"number": 2 if quick else 10}
+    number = {"number": 1 if quick else 10}
     metric = Metric(_UNRESOLVED, f"of {number['number']}", "lower", target("R1"))
     found = [_case(f"resolves after {name}", (metric,), number) for name in _FAULTS]
     metric = Metric("lines", f"in {number['number']} runs", "lower", target("R2"))
     found += [_case(f"noise of {name}", (metric,), number) for name in _NOISES]
-    exits = {"number": 10 if quick else 200}
+    exits = {"number": 4 if quick else 200}
     metrics = [Metric(name, f"of {exits['number']}", "lower", target("R3")) for name in _EXITS]
     return [*found, *(_case(name, metrics, exits) for name in _EXIT_STATES)]
 
@@ -187,7 +187,7 @@ def _cancels(submit: Submit) -> None:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-        await asyncio.sleep(2)  # for what runs on to end
+        await asyncio.sleep(1)  # for what runs on to end
 
     asyncio.run(main())
 
@@ -196,7 +196,7 @@ def _times_out(submit: Submit) -> None:
     async def main() -> None:
         waits = (asyncio.wait_for(_awaited(submit(query)), 0.005) for query in _sorted(20))
         await asyncio.gather(*waits, return_exceptions=True)
-        await asyncio.sleep(2)
+        await asyncio.sleep(1)
 
     asyncio.run(main())
 
@@ -208,7 +208,7 @@ def _closes(submit: Submit) -> None:
     loop = asyncio.new_event_loop()
     handles = loop.run_until_complete(main())
     loop.close()
-    time.sleep(2)
+    time.sleep(1)
     del handles
 
 

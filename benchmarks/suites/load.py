@@ -62,7 +62,7 @@ def cases(*, quick: bool, scale: float, folder: Path) -> list[Case]:
         Case("load", name, _CONTENDERS, metrics, size, timeout=300) for name, metrics, size in sizes
     ]
     capacity = _capacity()
-    seconds = 3 if quick else 15
+    seconds = 1 if quick else 15
     for share in _SHARES:
         metrics = [Metric(name, "ms") for name, _ in _LATENCIES]
         size = {"rate": round(share * capacity, 1), "seconds": seconds}
