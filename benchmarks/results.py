@@ -19,8 +19,6 @@ from typing import TYPE_CHECKING, Final, Literal, TypeAlias
 
 import polars as pl
 
-import polars_async
-
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
     from typing import Self
@@ -163,11 +161,6 @@ def spread(figures: Iterable[float]) -> dict[str, float]:
     """Give the middle, the smallest and the largest of several runs."""
     runs = list(figures)
     return {"median": median(runs), "min": min(runs), "max": max(runs)}
-
-
-def library() -> str:
-    """Tell where the library that is measured lies, so that nobody measures another one."""
-    return str(Path(polars_async.__file__).parent)
 
 
 def _processor() -> str:

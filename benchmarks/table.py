@@ -63,11 +63,11 @@ def _table(
         table.add_column(column, justify="right", no_wrap=True)
     for (case, metric), each in groupby(results, lambda result: (result.case, result.metric)):
         ratio = ratios.get((suite, case, metric))
-        for number, result in enumerate(each):
+        for row, result in enumerate(each):
             own = ratio if ratio is not None and result.contender == ratio.contender else None
             table.add_row(
-                case if not number else "",
-                metric if not number else "",
+                case if not row else "",
+                metric if not row else "",
                 result.contender,
                 f"{spread_of(result)} {result.unit}",
                 spread_of(own) if own is not None and own.against is not None else "",

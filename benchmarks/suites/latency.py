@@ -136,14 +136,15 @@ _SUBMITS: Final[dict[tuple[str, str], Callable[[str], Submit]]] = {
 }
 
 
+async def _one_by_one(submit: Submit, lf: pl.LazyFrame, number: int) -> float:
+    begun = time.perf_counter()
+    for _ in range(number):
+        await submit(lf)
+    return (time.perf_counter() - begun) / number
+
+
 def _asyncio(submit: Submit, trips: int, fan: int) -> dict[str, float]:
     lf = _trivial()
-
-    async def one_by_one(number: int) -> float:
-        begun = time.perf_counter()
-        for _ in range(number):
-            await submit(lf)
-        return (time.perf_counter() - begun) / number
 
     async def gathered() -> float:
         begun = time.perf_counter()
@@ -151,8 +152,8 @@ def _asyncio(submit: Submit, trips: int, fan: int) -> dict[str, float]:
         return fan / (time.perf_counter() - begun)
 
     async def main() -> dict[str, float]:
-        await one_by_one(trips // 10)
-        trip = await one_by_one(trips)
+        await _one_by_one(submit, lf, trips // 10)
+        trip = await _one_by_one(submit, lf, trips)
         await gathered()
         return {"round trip": trip * 1e6, "gathered": await gathered()}
 
@@ -165,12 +166,6 @@ def _trio(submit: Submit, trips: int, fan: int) -> dict[str, float]:
     async def collect() -> None:
         await submit(lf)
 
-    async def one_by_one(number: int) -> float:
-        begun = time.perf_counter()
-        for _ in range(number):
-            await submit(lf)
-        return (time.perf_counter() - begun) / number
-
     async def gathered() -> float:
         begun = time.perf_counter()
         async with trio.open_nursery() as nursery:
@@ -179,8 +174,8 @@ def _trio(submit: Submit, trips: int, fan: int) -> dict[str, float]:
         return fan / (time.perf_counter() - begun)
 
     async def main() -> dict[str, float]:
-        await one_by_one(trips // 10)
-        trip = await one_by_one(trips)
+        await _one_by_one(submit, lf, trips // 10)
+        trip = await _one_by_one(submit, lf, trips)
         await gathered()
         return {"round trip": trip * 1e6, "gathered": await gathered()}
 

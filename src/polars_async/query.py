@@ -434,19 +434,19 @@ class Query(Generic[T]):
 
     def _timeout_error(self) -> QueryTimeoutError:
         waited, ran = self.queue_seconds, self.run_seconds
-        tried = (
-            ""
-            if self._tried_seconds is None
-            else (f", {self._tried_seconds:.3f} s of which the GPU tried it in vain,")
-        )
-        if ran is None:
-            never = "never ran" if self._tried_seconds is None else "never ran on the CPU"
-            how = f"it waited {waited:.3f} s for a slot{tried.rstrip(',')}, and {never}"
-        else:
-            how = (
-                f"it waited {waited:.3f} s for a slot{tried} and ran for {ran:.3f} s. Polars "
-                "cannot stop it, so its slot is free when it really ends"
+        tried = self._tried_seconds
+        how = f"it waited {waited:.3f} s for a slot"
+        if tried is not None:
+            how += f", {tried:.3f} s of which the GPU tried it in vain,"
+        if ran is not None:
+            how += (
+                f" and ran for {ran:.3f} s. Polars cannot stop it, so its slot is free when it "
+                "really ends"
             )
+        elif tried is None:
+            how += ", and never ran"
+        else:
+            how += " and never ran on the CPU"
         message = f"{self._named()} was not done after {self._timeout:g} s: {how}"
         return QueryTimeoutError(message, self._timeout, waited, ran)
 

@@ -56,17 +56,6 @@ _ASKERS: Final[dict[EngineSource, str]] = {
     "environment": AFFINITY_VARIABLE,
     "default": "default_engine",
 }
-_REMEDIES: Final = {
-    Reason.CUDF_MISSING: "install cudf-polars",
-    Reason.CUDF_BROKEN: "reinstall cudf-polars",
-    Reason.UNSUPPORTED_QUERY: "polars_async.gpu_support tells so beforehand",
-    Reason.TRANSLATION_FAILED: "polars_async.gpu_support tells more, and cudf-polars' developers "
-    "may want to know",
-    Reason.OUT_OF_MEMORY: "ask for fewer rows or columns at once, or for the streaming engine",
-    Reason.CUDA_ERROR: "look into nvidia-smi and the kernel's log for the cause",
-    Reason.GPU_FAILED: "cudf-polars' developers may want to know",
-    Reason.GPU_RESTS: "it is tried again after that",
-}
 _PATHS: Final[tuple[QueryPath, ...]] = get_args(QueryPath)
 _POLICIES: Final[tuple[GpuPolicy, ...]] = get_args(GpuPolicy)
 _SWITCHED_OFF: Final[dict[QueryPath, Reason]] = {
@@ -269,7 +258,7 @@ def fallen_back(resolution: Resolution, failure: GpuFailure) -> Resolution:
         name=IN_MEMORY.name,
         fell_back=True,
         reason=failure.reason,
-        message=f"{asks}, but {failure}, so {runs}: {_REMEDIES[failure.reason]}",
+        message=f"{asks}, but {failure}, so {runs}: {failure.remedy}",
         cause=failure.cause,
     )
 

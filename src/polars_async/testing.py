@@ -58,7 +58,11 @@ class SimulatedGpu:
 
     @property
     def fail(self) -> Failing:
-        """Its faults, as `simulate_gpu` takes them; they may be set anew at any time."""
+        """
+        Its faults, as `simulate_gpu` takes them; they may be set anew.
+
+        Not so ``"incompatible"``, and ``"import"`` before the first query alone.
+        """
         return self._fail
 
     @fail.setter

@@ -13,7 +13,7 @@ import polars as pl
 from polars_async.errors import text_of
 from polars_async.events import log
 from polars_async.gpu.support import is_of_the_gpu, operations_of, told, underlying
-from polars_async.reasons import Reason
+from polars_async.reasons import Fault, Reason
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -24,15 +24,42 @@ _LIBRARIES: Final = sys.stdlib_module_names | {
     *("packaging", "pynvml", "rapidsmpf", "ray", "rmm", "toolz", "tornado", "ucxx"),
 }
 """Whose code runs where the GPU engine does; all other code there belongs to the query."""
-_CAUSES: Final = {
-    Reason.CUDF_MISSING: "cudf-polars is not installed",
-    Reason.CUDF_BROKEN: "cudf-polars cannot be imported",
-    Reason.UNSUPPORTED_QUERY: "it does not support the query",
-    Reason.TRANSLATION_FAILED: "it failed to translate the query",
-    Reason.OUT_OF_MEMORY: "the memory of the GPU did not suffice",
-    Reason.CUDA_ERROR: "CUDA failed",
-    Reason.GPU_FAILED: "it failed while the query ran",
-    Reason.GPU_RESTS: "the GPU rests for a while, since it kept failing",
+_FAULTS: Final = {
+    fault.reason: fault
+    for fault in (
+        Fault(Reason.CUDF_MISSING, "cudf-polars is not installed", "install cudf-polars"),
+        Fault(Reason.CUDF_BROKEN, "cudf-polars cannot be imported", "reinstall cudf-polars"),
+        Fault(
+            Reason.UNSUPPORTED_QUERY,
+            "it does not support the query",
+            "polars_async.gpu_support tells so beforehand",
+        ),
+        Fault(
+            Reason.TRANSLATION_FAILED,
+            "it failed to translate the query",
+            "polars_async.gpu_support tells more, and cudf-polars' developers may want to know",
+        ),
+        Fault(
+            Reason.OUT_OF_MEMORY,
+            "the memory of the GPU did not suffice",
+            "ask for fewer rows or columns at once, or for the streaming engine",
+        ),
+        Fault(
+            Reason.CUDA_ERROR,
+            "CUDA failed",
+            "look into nvidia-smi and the kernel's log for the cause",
+        ),
+        Fault(
+            Reason.GPU_FAILED,
+            "it failed while the query ran",
+            "cudf-polars' developers may want to know",
+        ),
+        Fault(
+            Reason.GPU_RESTS,
+            "the GPU rests for a while, since it kept failing",
+            "it is tried again after that",
+        ),
+    )
 }
 _CUDA_ERROR: Final = re.compile(r"\bcudaError[A-Z]\w*")
 
@@ -74,7 +101,12 @@ class GpuFailure(Exception):  # noqa: N818  # no error to be seen: it says where
         else:
             first = next(_leaves(self.cause))
             what = f"{type(first).__name__}: {text_of(first)}".removesuffix(": ")
-        return f"{_CAUSES[self.reason]} ({what})"
+        return f"{_FAULTS[self.reason].cause} ({what})"
+
+    @property
+    def remedy(self) -> str:
+        """What to do about it."""
+        return _FAULTS[self.reason].remedy
 
     def let_go_of_memory(self, outer: BaseException | None) -> None:
         """Drop the tracebacks, whose frames hold what the query had on the GPU."""
