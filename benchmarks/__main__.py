@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Final
 
 from benchmarks import charts, table
 from benchmarks.results import Report
-from benchmarks.runner import measure
-from benchmarks.suites import SUITES, engines
+from benchmarks.runner import ENGINES, Options, measure
+from benchmarks.suites import SUITES, suite
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -41,18 +41,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _cases(options: argparse.Namespace) -> list[Case]:
-    sized = {"scale": options.scale, "folder": options.data}
-    more = {
-        "engines": {**sized, "engines": options.engines},
-        "async": {},
-        "load": sized,
-        "faults": {},
-    }
-    return [
-        case
-        for suite in options.suites or SUITES
-        for case in SUITES[suite].cases(quick=options.quick, **more[suite])
-    ]
+    asked = Options(options.data, options.quick, options.scale, options.engines)
+    return [case for name in options.suites or SUITES for case in suite(name).cases(asked)]
 
 
 def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -63,7 +53,7 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     run.add_argument("--quick", action="store_true", help="small sizes, 2 runs, scale 0.1")
     run.add_argument("--runs", type=int, help="that count, of each contender (default: 5)")
     run.add_argument("--scale", type=float, help="of PDS-H; 1 is 345 MB (default: 1)")
-    run.add_argument("--engines", nargs="+", choices=engines.ENGINES, default=engines.ENGINES)
+    run.add_argument("--engines", nargs="+", choices=ENGINES, default=ENGINES)
     run.add_argument("--data", type=Path, default=_DATA, help="where PDS-H data is kept")
     run.add_argument("--json", type=Path, required=True, help="where to write what was found")
     show = commands.add_parser("show", help="put reports together, and draw charts of them")

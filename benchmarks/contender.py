@@ -9,9 +9,9 @@ from __future__ import annotations
 import json
 import sys
 
-from benchmarks.suites import SUITES
+from benchmarks.suites import suite
 
 if __name__ == "__main__":
-    suite, case, contender, size = sys.argv[1:]
+    name, case, who, size = sys.argv[1:]
     # At once: an interpreter may still abort when it exits.
-    print(json.dumps(SUITES[suite].run(case, contender, **json.loads(size))), flush=True)
+    print(json.dumps(suite(name).run(case, who, **json.loads(size))), flush=True)

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 OWN: Final = "polars-async"
 NATIVE: Final = "native"
+ENGINES: Final = ("in-memory", "streaming", "gpu")
 _ROOT: Final = Path(__file__).parents[1]
 
 
@@ -65,6 +66,16 @@ class Metric:
             if each.line is None or pl.__version__.startswith(each.line):
                 return each
         return None
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the command line asks of a suite; `data` is where the tables of PDS-H are kept."""
+
+    data: Path
+    quick: bool = False
+    scale: float = 1
+    engines: Sequence[str] = ENGINES
 
 
 @dataclass(frozen=True)

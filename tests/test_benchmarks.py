@@ -1,6 +1,9 @@
 """The benchmarks run, in a size that says nothing, and no contender goes without figures."""
 
 import json
+import re
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,8 +13,8 @@ import pytest
 from benchmarks import gpu, table
 from benchmarks.__main__ import main
 from benchmarks.results import Report, Result, spread
-from benchmarks.runner import NATIVE, OWN, Case, Metric, measure
-from benchmarks.suites import SUITES, load
+from benchmarks.runner import NATIVE, OWN, Case, Metric, Options, measure
+from benchmarks.suites import SUITES, load, suite
 
 CACHE = Path(__file__).parents[1] / ".cache" / "data"
 
@@ -27,16 +30,16 @@ def tiny(monkeypatch):
     def cases(module):
         found = module.cases
 
-        def smaller(**options):
+        def smaller(options):
             return [
                 replace(case, warm_up=False, size={**case.size, **shrunk(case.size)})
-                for case in found(**options)
+                for case in found(options)
             ]
 
         monkeypatch.setattr(module, "cases", smaller)
 
-    for module in SUITES.values():
-        cases(module)
+    for name in SUITES:
+        cases(suite(name))
 
 
 def shrunk(size):
@@ -45,16 +48,15 @@ def shrunk(size):
 
 
 @pytest.mark.timeout(180)  # some of Polars' own never end, and are waited for
-@pytest.mark.parametrize("suite", SUITES)
+@pytest.mark.parametrize("name", SUITES)
 @pytest.mark.usefixtures("tiny")
-def test_suite_measures_every_contender(suite, capsys, tmp_path):
+def test_suite_measures_every_contender(name, capsys, tmp_path):
     path = tmp_path / "found.json"
-    assert main(["run", suite, *SIZES, f"--json={path}"]) == 0
+    assert main(["run", name, *SIZES, f"--json={path}"]) == 0
     assert f"Polars {pl.__version__}" in capsys.readouterr().out
     report = Report.read(path)
     assert [each.polars for each in report.environments] == [pl.__version__]
-    scaled = {"scale": 0.03, "folder": CACHE} if suite in ("engines", "load") else {}
-    for case in SUITES[suite].cases(quick=True, **scaled):
+    for case in suite(name).cases(Options(CACHE, quick=True, scale=0.03)):
         for metric in case.metrics:
             found = [
                 each.contender
@@ -208,3 +210,21 @@ def test_gpu_report_outlives_a_check_that_fails(end, verdict, capsys, tmp_path, 
         assert "- Two collectors: the 0.02 minutes were up" in printed
     else:
         assert "| Two collectors | passed |" in printed
+
+
+def test_steps_of_a_query_are_measured():
+    micro = Path(__file__).parents[1] / "benchmarks" / "micro.py"
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        micro,
+        "-p",
+        "no:cacheprovider",
+        "--benchmark-disable",
+    ]
+    done = subprocess.run(
+        command, capture_output=True, text=True, cwd=micro.parents[1], check=False
+    )
+    assert not done.returncode, done.stdout
+    assert re.search(r"^=+ 15 passed in", done.stdout, re.MULTILINE)

@@ -49,7 +49,7 @@ def downgrade():
 
 @pytest.fixture
 def run(pytester, monkeypatch):
-    """Run pytest on a file with this code after `HEAD`, as on a machine of one's own: in CI it prints more."""
+    """Run pytest on a file with this code after `HEAD`, alike in CI, where it prints more."""
     monkeypatch.delenv("CI", raising=False)
     monkeypatch.delenv("BUILD_NUMBER", raising=False)
 

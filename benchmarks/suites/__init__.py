@@ -1,5 +1,5 @@
 """
-The suites: each a module with ``cases(...)`` for the runner, and ``run(case, contender, **size)``.
+The suites: each a module with ``cases(options)`` for the runner, and ``run(case, who, **size)``.
 
 The latter measures one contender in one case once, in a process of its own, and gives its figures
 by the names of their metrics.
@@ -7,16 +7,16 @@ by the names of their metrics.
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Final
-
-from benchmarks.suites import engines, faults, latency, load
 
 if TYPE_CHECKING:
     from types import ModuleType
 
-SUITES: Final[dict[str, ModuleType]] = {
-    "engines": engines,
-    "async": latency,
-    "load": load,
-    "faults": faults,
-}
+SUITES: Final = {"engines": "engines", "async": "latency", "load": "load", "faults": "faults"}
+"""The module of each, by the name that the command line knows."""
+
+
+def suite(name: str) -> ModuleType:
+    """Import one suite, and not the loops and libraries of the others."""
+    return import_module(f"benchmarks.suites.{SUITES[name]}")

@@ -20,20 +20,17 @@ from benchmarks.runner import Case, Metric, NotRun
 from benchmarks.workloads import peak, read
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from benchmarks.runner import Options
 
-ENGINES: Final = ("in-memory", "streaming", "gpu")
 _ONE_AT_A_TIME: Final = "22 PDS-H queries, one at a time"
 _AT_ONCE: Final = "22 PDS-H queries, all at once"
 _COUNTS: Final = (Metric("wrong answers", "of 22"), Metric("on another engine", "of 22"))
 
 
-def cases(
-    *, quick: bool, scale: float, folder: Path, engines: Sequence[str] = ENGINES
-) -> list[Case]:
+def cases(options: Options) -> list[Case]:
     """List the comparisons of this suite."""
-    del quick  # the scale says it all
-    size = {"folder": str(data.make(scale, folder).absolute())}
+    engines = options.engines
+    size = {"folder": str(data.make(options.scale, options.data).absolute())}
     status = pa.gpu_status()
     usable = [engine for engine in engines if engine != "gpu" or status.usable]
     not_run = [NotRun("gpu", status.message)] if "gpu" in engines and not status.usable else []

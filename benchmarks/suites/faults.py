@@ -28,6 +28,8 @@ from benchmarks.workloads import frame
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Coroutine, Iterable
 
+    from benchmarks.runner import Options
+
     Submit = Callable[[pl.LazyFrame], Awaitable[pl.DataFrame]]
 
 _PROGRAM: Final = "import sys; from benchmarks.suites import faults; faults.main(*sys.argv[1:])"
@@ -47,18 +49,18 @@ _EXIT_STATES: Final = {
 }
 
 
-def cases(*, quick: bool) -> list[Case]:
+def cases(options: Options) -> list[Case]:
     """List the comparisons of this suite."""
 
     def target(row: str) -> tuple[Target]:
         return (Target(row, at_most=0, alone=True),)
 
-    number = {"number": 1 if quick else 10}
+    number = {"number": 1 if options.quick else 10}
     metric = Metric(_UNRESOLVED, f"of {number['number']}", "lower", target("R1"))
     found = [_case(f"resolves after {name}", (metric,), number) for name in _FAULTS]
     metric = Metric("lines", f"in {number['number']} runs", "lower", target("R2"))
     found += [_case(f"noise of {name}", (metric,), number) for name in _NOISES]
-    exits = {"number": 4 if quick else 200}
+    exits = {"number": 4 if options.quick else 200}
     metrics = [Metric(name, f"of {exits['number']}", "lower", target("R3")) for name in _EXITS]
     return [*found, *(_case(name, metrics, exits) for name in _EXIT_STATES)]
 

@@ -22,6 +22,8 @@ from benchmarks.stall import StallMeter
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
+    from benchmarks.runner import Options
+
     Submit = Callable[[pl.LazyFrame], Any]
 
 ASYNCIO_THREAD: Final = "asyncio.to_thread"
@@ -51,8 +53,9 @@ _RESOLUTION: Final = "resolve_engine"
 _IMPORT: Final = "import"
 
 
-def cases(*, quick: bool) -> list[Case]:
+def cases(options: Options) -> list[Case]:
     """List the comparisons of this suite."""
+    quick = options.quick
     trips = {"trips": 300 if quick else 1000, "fan": 1000 if quick else 3000}
     found = []
     for loop, contenders in _LOOPS.items():

@@ -25,6 +25,8 @@ from benchmarks.workloads import frame, peak, rank, read
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Coroutine, Iterable
 
+    from benchmarks.runner import Options
+
     Submit = Callable[[pl.LazyFrame], Awaitable[pl.DataFrame]]
     Figures = dict[str, float]
 
@@ -44,15 +46,15 @@ _PATIENCE: Final = 30.0
 """Seconds that a request is waited for when no more come; its latency is then that at least."""
 
 
-def cases(*, quick: bool, scale: float, folder: Path) -> list[Case]:
+def cases(options: Options) -> list[Case]:
     """List the comparisons of this suite."""
-    rows = 300_000 if quick else 6_000_000
+    rows = 300_000 if options.quick else 6_000_000
     heavy = Metric("heavy finished", "s", "lower", (Target("P6", at_most=0.9),))
     tiny = [
         Metric(f"tiny {name}", "ms", "lower", (Target("P6", at_most=0.2),) if name == "p99" else ())
         for name, _ in _LATENCIES
     ]
-    pdsh = {"folder": str(data.make(scale, folder).absolute())}
+    pdsh = {"folder": str(data.make(options.scale, options.data).absolute())}
     sizes = (
         (_BESIDE, (*tiny, heavy), {"rows": rows}),
         (_SORTED, _memory_metrics("P7", 0.3), {"rows": rows // 3}),
@@ -62,7 +64,7 @@ def cases(*, quick: bool, scale: float, folder: Path) -> list[Case]:
         Case("load", name, _CONTENDERS, metrics, size, timeout=300) for name, metrics, size in sizes
     ]
     capacity = _capacity()
-    seconds = 1 if quick else 15
+    seconds = 1 if options.quick else 15
     for share in _SHARES:
         metrics = [Metric(name, "ms") for name, _ in _LATENCIES]
         size = {"rate": round(share * capacity, 1), "seconds": seconds}

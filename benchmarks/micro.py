@@ -1,0 +1,131 @@
+"""
+What the steps of one query cost, for whoever works on them: ``ci/bench micro``.
+
+It takes pytest-benchmark's own options. A query is a trivial one, and `test_collect` is that query
+alone, with none of this project's code. Where loops take part, a round is as many queries as the
+name tells, since it takes time to start and stop a loop, too.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING, Any
+
+import gevent
+import polars as pl
+import pytest
+import trio
+
+import polars_async as pa
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from pytest_benchmark.fixture import BenchmarkFixture
+
+QUERY = pl.LazyFrame({"a": [1, 2, 3]}).select(pl.col("a").sum())
+NUMBER = 300
+
+
+def test_collect(benchmark: BenchmarkFixture) -> None:
+    """The query alone."""
+    assert benchmark(QUERY.collect, engine="in-memory").item() == 6
+
+
+@pytest.mark.parametrize("engine", ["auto", "streaming", pl.StreamingEngine()], ids=str)
+def test_resolve_engine(benchmark: BenchmarkFixture, engine: Any) -> None:
+    """What decides on the engine of a query."""
+    found = benchmark(pa.resolve_engine, engine)
+    assert found.name == ("in-memory" if engine == "auto" else "streaming")
+
+
+def test_gpu_status(benchmark: BenchmarkFixture) -> None:
+    """What is asked of the probe again and again."""
+    assert benchmark(pa.gpu_status) == pa.gpu_status()
+
+
+def test_handle(benchmark: BenchmarkFixture) -> None:
+    """Handing a query over, while the line grows."""
+    with pa.Collector() as collector:
+        handle = benchmark(collector.collect_async, QUERY)
+        assert handle.result().item() == 6
+
+
+def test_result_of_done(benchmark: BenchmarkFixture) -> None:
+    """Asking again for what is there."""
+    handle = pa.collect_async(QUERY)
+    handle.result()
+    assert benchmark(handle.result).item() == 6
+
+
+def _thread_trips() -> int:
+    return sum(pa.collect_async(QUERY).result().item() for _ in range(NUMBER))
+
+
+def _thread_fan() -> int:
+    return sum(each.result().item() for each in [pa.collect_async(QUERY) for _ in range(NUMBER)])
+
+
+def _asyncio_trips() -> int:
+    async def main() -> int:
+        return sum([(await pa.collect_async(QUERY)).item() for _ in range(NUMBER)])
+
+    return asyncio.run(main())
+
+
+def _asyncio_fan() -> int:
+    async def main() -> int:
+        found = await asyncio.gather(*(pa.collect_async(QUERY) for _ in range(NUMBER)))
+        return sum(each.item() for each in found)
+
+    return asyncio.run(main())
+
+
+def _trio_trips() -> int:
+    async def main() -> int:
+        return sum([(await pa.collect_async(QUERY)).item() for _ in range(NUMBER)])
+
+    return trio.run(main)
+
+
+def _trio_fan() -> int:
+    found = []
+
+    async def ask() -> None:
+        found.append((await pa.collect_async(QUERY)).item())
+
+    async def main() -> None:
+        async with trio.open_nursery() as nursery:
+            for _ in range(NUMBER):
+                nursery.start_soon(ask)
+
+    trio.run(main)
+    return sum(found)
+
+
+def _gevent_trips() -> int:
+    return sum(pa.collect_async(QUERY, gevent=True).get().item() for _ in range(NUMBER))
+
+
+def _gevent_fan() -> int:
+    handles = [pa.collect_async(QUERY, gevent=True) for _ in range(NUMBER)]
+    waiting = [gevent.spawn(handle.get) for handle in handles]
+    return sum(each.get().item() for each in waiting)
+
+
+def _name(function: Callable[[], int]) -> str:
+    return function.__name__.split("_")[1]
+
+
+@pytest.mark.parametrize(
+    "ask", [_thread_trips, _asyncio_trips, _trio_trips, _gevent_trips], ids=_name
+)
+def test_300_one_by_one(benchmark: BenchmarkFixture, ask: Callable[[], int]) -> None:
+    """Round trips."""
+    assert benchmark(ask) == 6 * NUMBER
+
+
+@pytest.mark.parametrize("ask", [_thread_fan, _asyncio_fan, _trio_fan, _gevent_fan], ids=_name)
+def test_300_at_once(benchmark: BenchmarkFixture, ask: Callable[[], int]) -> None:
+    """Queries that follow each other on their threads."""
+    assert benchmark(ask) == 6 * NUMBER
