@@ -24,7 +24,7 @@ from polars_async import (
     lane,
     query,
 )
-from polars_async.admission import Admission
+from polars_async.admission import Admission, Slot
 from polars_async.events import Reporter
 from polars_async.expectations import UNKNOWN, Expectation, Expectations
 from polars_async.scheduling import QUICK, QUICK_ROW
@@ -363,17 +363,17 @@ def test_decimal_timeout_is_taken_or_refused_before_anything_runs(collector):
         assert handle.result(30).item() == 1
 
 
-# One of several slots is kept for small queries
+# Of several slots, one or two are kept for small queries
 
 
-@pytest.mark.parametrize("slots", [2, 3, 4])
-def test_long_queries_leave_one_of_several_slots_which_tiny_ones_take(make, block, slots):
+@pytest.mark.parametrize(("slots", "at_most"), [(2, 1), (3, 1), (4, 2), (5, 3)])
+def test_long_queries_leave_slots_which_tiny_ones_take(make, block, slots, at_most):
     collector = make(max_running=slots)
-    for _ in range(slots - 1):
+    for _ in range(at_most):
         run_blocked(collector, block)
     long = [collector.collect_async(UNSEEN) for _ in range(3)]
     settle(collector)
-    assert collector._cpu.admission.running == slots - 1
+    assert collector._cpu.admission.running == at_most
     assert collector._cpu.admission.waiting == 3
     for _ in range(5):
         assert collector.collect_async(TINY).result(30).item() == 1
@@ -626,6 +626,37 @@ def test_nobody_waits_for_the_hook_of_a_quick_query(make):
         assert collector.collect_async(TINY).result(10).item() == 1
     finally:
         gate.set()
+
+
+@pytest.mark.parametrize("slots", [2, 3, 4])
+def test_those_taken_unseen_leave_one_slot_which_tiny_ones_take(make, block, slots):
+    collector = make(max_running=slots)
+    be_quick(collector)
+    for _ in range(slots - 1):
+        run_blocked(collector, block)
+    long = collector.collect_async(UNSEEN)
+    settle(collector)
+    assert collector._cpu.admission.running == slots - 1
+    assert collector.collect_async(TINY).result(30).item() == 1
+    assert not long.done()
+
+
+@pytest.mark.parametrize(("slots", "is_taken"), [(2, False), (3, True), (4, True)])
+def test_where_the_last_were_quick_the_next_is_taken_unseen_in_all_slots_but_one(slots, is_taken):
+    line = Admission(slots)
+    ending, other, waiting = (
+        query.Query(TINY.collect, None, line, Reporter(None)) for _ in range(3)
+    )
+    slot, others = line.enter(ending), Slot()
+    line._slots.add(others)
+    line._start(other, others, small=False, overtook=False)
+    line._line.add(waiting)
+    for _ in range(QUICK_ROW):
+        line._line.serve(QUICK, overtook=False)
+    ending._started = ending._ended = 1.0  # this machine may be busy
+    with line.lock:
+        assert line.release(slot)
+    assert (slot.query is waiting) == is_taken
 
 
 @pytest.mark.parametrize("appraised", [False, True])

@@ -15,7 +15,7 @@ from polars_async.scheduling import (
     QUICK_ROW,
     SMALL,
     Line,
-    kept_for_small,
+    is_kept,
 )
 
 LEAST = 1e-5
@@ -112,7 +112,8 @@ class Simulation:
         job.overtaken_before = self.overtaken
         job.mark = self.overtaken + job.patience
         free = self.slots - len(self.running)
-        if not len(self.line) and (free > 1 or free == self.slots):
+        kept = 1 if self.quick_row >= QUICK_ROW else 2
+        if not len(self.line) and (free > kept or free == self.slots):
             self.start(job, small=False)
             return
         self.line.add(job, priority=job.priority)
@@ -144,10 +145,13 @@ class Simulation:
         self.fill()
         self.check_slots()
 
+    def keeps(self, slots):
+        return self.slots > 1 and self.long_running >= max(self.slots - slots, 1)
+
     def take_quickly(self):
-        only_small = kept_for_small(self.long_running, self.slots)
+        only_small, only_seen = self.keeps(2), self.keeps(1)
         oldest = next(iter(self.line), None)
-        turn = self.line.take_quickly(only_small=only_small)
+        turn = self.line.take_quickly(only_small=only_small, unseen=not only_seen)
         if turn is None:
             return
         job, small, job.overtook = turn
@@ -160,7 +164,7 @@ class Simulation:
         else:
             assert job is oldest
             assert not self.appraised
-            assert not only_small
+            assert not only_seen
             assert job.priority == 0
             self.unseen += 1
         assert small == (job in self.appraised)
@@ -183,7 +187,7 @@ class Simulation:
 
     def fill(self):
         while len(self.running) < self.slots:
-            only_small = kept_for_small(self.long_running, self.slots)
+            only_small = self.keeps(2)
             taken = self.next(only_small)
             if taken is None:
                 return
@@ -228,7 +232,7 @@ class Simulation:
             assert self.long_running < slots, "long ones took the slot that is kept for small ones"
         if running < slots:
             assert not self.small_waiting, "a small one waits beside a free slot"
-            assert not waiting or self.long_running == slots - 1 > 0, "a slot is idle"
+            assert not waiting or self.keeps(2), "a slot is idle"
         assert waiting >= len(self.appraised)
 
     def check_turn(self, job, only_small):
@@ -543,16 +547,20 @@ def test_what_is_not_small_waits_for_its_slot():
     assert drain(line) == ["heavy"]
 
 
-def test_one_of_several_slots_is_kept_for_small_ones():
-    kept = [[kept_for_small(running, slots) for running in range(slots)] for slots in (1, 2, 3, 4)]
-    assert kept == [
-        [False],
-        [False, True],
-        [False, False, True],
-        [False, False, False, True],
-    ]
-    assert not kept_for_small(1, 1)
-    assert kept_for_small(5, 3)  # some run beyond the slots
+@pytest.mark.parametrize(
+    ("kept", "expected"),
+    [
+        (1, [[False], [False, True], [False, False, True], [False, False, False, True]]),
+        (2, [[False], [False, True], [False, True, True], [False, False, True, True]]),
+    ],
+)
+def test_some_of_several_slots_are_kept_for_small_ones(kept, expected):
+    all_slots = (1, 2, 3, 4)
+    assert [
+        [is_kept(kept, slots, busy) for busy in range(slots)] for slots in all_slots
+    ] == expected
+    assert not is_kept(kept, 1, 1)
+    assert is_kept(kept, 3, 5)  # some run beyond the slots
 
 
 def test_nobody_goes_unappraised():
@@ -873,8 +881,8 @@ def test_late_tiny_one_overtakes_a_backlog_that_overtook_nobody(served):
     assert take(line, only_small=False) == ("tiny", True)
 
 
-def take_quickly(line, *, only_small=False):
-    turn = line.take_quickly(only_small=only_small)
+def take_quickly(line, *, only_small=False, unseen=True):
+    turn = line.take_quickly(only_small=only_small, unseen=unseen)
     return None if turn is None else turn.item
 
 
@@ -900,15 +908,16 @@ def test_newcomers_are_taken_unseen_after_a_row_of_quick_ones():
     assert take_quickly(line) is None
 
 
-def test_where_only_small_ones_may_go_nobody_is_taken_unseen():
+@pytest.mark.parametrize("only_small", [False, True])
+def test_where_nobody_may_go_unseen_those_that_were_appraised_do(only_small):
     line = Line()
     row_of_quick(line)
     line.add("a")
-    assert take_quickly(line, only_small=True) is None
+    assert take_quickly(line, only_small=only_small, unseen=False) is None
     assert list(line) == ["a"]
-    assert take_quickly(line) == "a"
+    assert take_quickly(line, only_small=only_small) == "a"
     put(line, "appraised", SMALL)
-    assert take_quickly(line, only_small=True) == "appraised"
+    assert take_quickly(line, only_small=only_small, unseen=False) == "appraised"
 
 
 def test_small_ones_that_were_appraised_go_before_newcomers_are_taken_unseen():

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import os
 import random
+import signal
 import subprocess
 import sys
 import time
@@ -114,7 +115,7 @@ def main(case: str, contender: str, delay: str) -> None:
     if what == "noise":
         _NOISES[name](submit)
         sys.exit(0)
-    if asyncio.run(_FAULTS[name](submit)):
+    if _FAULTS[name](submit):
         print("resolved", flush=True)
     os._exit(0)  # the exit is another case
 
@@ -134,15 +135,54 @@ async def _resolves(query: Awaitable[pl.DataFrame]) -> bool:
     return bool(done)
 
 
-def _raising(error: type[BaseException]) -> Callable[[Submit], Coroutine[Any, Any, bool]]:
+def _in_loop(fault: Callable[[Submit], Coroutine[Any, Any, bool]]) -> Callable[[Submit], bool]:
+    return lambda submit: asyncio.run(fault(submit))
+
+
+def _raising(error: type[BaseException]) -> Callable[[Submit], bool]:
     def udf(_df: pl.DataFrame) -> pl.DataFrame:
         raise error
 
-    return lambda submit: _resolves(submit(frame(10).map_batches(udf)))
+    async def fault(submit: Submit) -> bool:
+        return await _resolves(submit(frame(10).map_batches(udf)))
+
+    return _in_loop(fault)
 
 
 async def _panics(submit: Submit) -> bool:
     return await _resolves(submit(pl.LazyFrame().select(pl.int_range(0, 2**62))))
+
+
+def _loses_its_loop(submit: Submit) -> bool:
+    async def ask() -> Awaitable[pl.DataFrame]:
+        return submit(_sorted(1)[0])
+
+    loop = asyncio.new_event_loop()
+    query = loop.run_until_complete(ask())
+    loop.close()
+    return asyncio.run(_resolves(query))
+
+
+async def _loses_its_waiter(submit: Submit) -> bool:
+    query = submit(_sorted(1)[0])
+    waiter = asyncio.ensure_future(_awaited(query))
+    await asyncio.sleep(0)
+    waiter.cancel()
+    await asyncio.wait([waiter])
+    return await _resolves(query)
+
+
+def _is_interrupted(submit: Submit) -> bool:
+    queries: list[Awaitable[pl.DataFrame]] = []
+
+    async def ask() -> None:
+        queries.append(submit(_sorted(1)[0]))
+        signal.raise_signal(signal.SIGINT)
+        await queries[0]
+
+    with suppress(KeyboardInterrupt):
+        asyncio.run(ask())
+    return asyncio.run(_resolves(queries[0]))
 
 
 async def _forks(submit: Submit) -> bool:
@@ -173,12 +213,15 @@ async def _resolves_or_raises(submit: Submit) -> bool:
     return await _resolves(query)
 
 
-_FAULTS: Final[dict[str, Callable[[Submit], Coroutine[Any, Any, bool]]]] = {
-    "a Rust panic": _panics,
+_FAULTS: Final[dict[str, Callable[[Submit], bool]]] = {
+    "a Rust panic": _in_loop(_panics),
     "KeyboardInterrupt in a UDF": _raising(KeyboardInterrupt),
     "SystemExit in a UDF": _raising(SystemExit),
     "StopIteration in a UDF": _raising(StopIteration),
-    "a fork": _forks,
+    "its loop is closed": _loses_its_loop,
+    "its waiter is cancelled": _in_loop(_loses_its_waiter),
+    "Ctrl-C": _is_interrupted,
+    "a fork": _in_loop(_forks),
 }
 
 

@@ -13,7 +13,7 @@ from polars_async.errors import CollectorClosedError, QueueFullError
 from polars_async.expectations import UNKNOWN
 from polars_async.gpu.breaker import breaker
 from polars_async.query import wake
-from polars_async.scheduling import SMALL, Line, kept_for_small
+from polars_async.scheduling import KEPT_FROM_LARGE, KEPT_FROM_UNSEEN, SMALL, Line, is_kept
 
 if TYPE_CHECKING:
     from polars_async.expectations import Expectation
@@ -141,8 +141,9 @@ class Admission:
                     "this collector was closed and takes no more queries: make a new one"
                 )
             free = self.max_running - len(self._slots)
-            # The last of several slots is not given away unseen: it may be kept for small queries.
-            at_once = not self._line and (free > 1 or free == self.max_running)
+            # What may be kept for small queries is not given away unseen.
+            kept = KEPT_FROM_UNSEEN if self._line.is_quick else KEPT_FROM_LARGE
+            at_once = not self._line and (free > kept or free == self.max_running)
             if at_once or (not self._exclusive and in_query()):
                 slot = Slot()
                 self._slots.add(slot)
@@ -165,14 +166,15 @@ class Admission:
         for whoever is next.
         """
         with self.lock:
-            slot = Slot()
             if query.is_nested:
+                slot = Slot()
                 self._slots.add(slot)
                 self._start(query, slot, small=False, overtook=False)
                 return slot
             self._line.add(query, priority=query.priority)
             if len(self._slots) >= self.max_running:
                 return None
+            slot = Slot()
             self._slots.add(slot)
             return slot
 
@@ -208,7 +210,7 @@ class Admission:
                 return False
             if thorough and line.is_undecided:
                 return True
-            only_small = self._is_kept_for_small()
+            only_small = is_kept(KEPT_FROM_LARGE, self.max_running, self._long_running())
             while (turn := line.take(only_small=only_small)) is not None:
                 if self._start(turn.item, slot, small=turn.small, overtook=turn.overtook):
                     return True
@@ -226,9 +228,12 @@ class Admission:
         whatever keeps them.
         """
         with self.lock:
-            if not self._line.is_quick or not self._line or not self._is_kept_for_small():
-                return 0.0
-            return self._taken_unseen + SMALL - perf_counter()
+            stands_by = (
+                self._line.is_quick
+                and bool(self._line)
+                and is_kept(KEPT_FROM_UNSEEN, self.max_running, self._long_running())
+            )
+            return self._taken_unseen + SMALL - perf_counter() if stands_by else 0.0
 
     def release(self, slot: Slot) -> bool:
         """
@@ -245,7 +250,11 @@ class Admission:
             self.counts.run_seconds += seconds
             line.serve(seconds, overtook=slot.overtook)
         if line and slot in slots and len(slots) <= self.max_running:
-            turn = line.take_quickly(only_small=self._is_kept_for_small())
+            long_running = self._long_running()
+            turn = line.take_quickly(
+                only_small=is_kept(KEPT_FROM_LARGE, self.max_running, long_running),
+                unseen=not is_kept(KEPT_FROM_UNSEEN, self.max_running, long_running),
+            )
             if turn is not None:
                 self._start(turn.item, slot, small=turn.small, overtook=turn.overtook)
                 if not turn.small:
@@ -345,14 +354,12 @@ class Admission:
         self.counts.queue_seconds += waited
         return True
 
-    def _is_kept_for_small(self) -> bool:
-        if self.max_running == 1:
-            return False
-        long_running = 0
-        for slot in self._slots:
+    def _long_running(self) -> int:
+        number = 0
+        for slot in self._slots:  # a sum over a generator takes twice as long
             if slot.query is not None and not slot.small:
-                long_running += 1
-        return kept_for_small(long_running, self.max_running)
+                number += 1
+        return number
 
     def _is_empty(self) -> bool:
         return not self._line and not self.in_slots()

@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 DEFAULT_OPTIMIZATIONS: Final = pl.QueryOptFlags()
-_DEFAULT_RUNNING: Final = min(4, max(2, os.cpu_count() or 2))
+_DEFAULT_RUNNING: Final = min(4, max(2, os.cpu_count() or 2)) + 1
 _TINY: Final = Expectation(0.0, None)
 
 
@@ -74,8 +74,9 @@ class Collector:
     max_running
         How many queries run at once; the others wait for their turn. One query already uses every
         thread of Polars, so that more of them cost memory and gain little. None means as many as
-        there are processors, but at least 2 and at most 4. Of several slots one is kept for small
-        queries. Queries on the GPU have a lane of their own, and run one at a time.
+        there are processors and one, but at least 3 and at most 5. Of two slots one is kept for
+        small queries, and of more than two, two are. Queries on the GPU have a lane of their own,
+        and run one at a time.
     max_waiting
         How many queries wait at most, for the GPU and for the CPU each; the next one is refused at
         once with a `QueueFullError`. None sets no limit.

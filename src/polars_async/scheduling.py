@@ -19,6 +19,11 @@ PATIENCE: Final = 4.0
 FAIR_TURN: Final = 8
 """One turn in so many disregards priorities."""
 PRIORITIES: Final = range(-10, 11)
+KEPT_FROM_LARGE: Final = 2
+"""So many slots are kept for small queries: one query that is not has all threads of Polars busy,
+and small ones use no more than one each."""
+KEPT_FROM_UNSEEN: Final = 1
+"""So many slots are for nobody of whom nothing is known."""
 QUICK: Final = 0.001
 """Seconds of work that are no more than a few times those that it takes to appraise it."""
 QUICK_ROW: Final = 8
@@ -28,9 +33,13 @@ _MOST_WORK: Final = 60.0
 """Seconds; more patience than for these nobody needs to have, whatever was expected."""
 
 
-def kept_for_small(long_running: int, slots: int) -> bool:
-    """Tell whether the next free slot is one for small queries; `long_running` are not small."""
-    return slots > 1 and long_running >= slots - 1
+def is_kept(kept: int, slots: int, long_running: int) -> bool:
+    """
+    Tell whether the next free one of `slots` is among those `kept`, and so for small queries only.
+
+    `long_running` are taken by others. However few slots there are, one is for anybody.
+    """
+    return slots > 1 and long_running >= max(1, slots - kept)
 
 
 class Turn(NamedTuple, Generic[T]):
@@ -215,14 +224,18 @@ class Line(Generic[T]):
                 self._turns[only_small] += 1
                 return Turn(item, place.small, self._is_overtaking(place))
 
-    def take_quickly(self, *, only_small: bool) -> Turn[T] | None:
-        """Take the next without an appraisal, while all that ran was quick; None if none may go."""
+    def take_quickly(self, *, only_small: bool, unseen: bool) -> Turn[T] | None:
+        """
+        Take the next without an appraisal, while all that ran was quick; None if none may go.
+
+        `unseen` tells whether it may be one of which nothing is known.
+        """
         if not self.is_quick:
             return None
         if self._sorted_in:
             large = any(heap for (_, small), heap in self._heaps.items() if not small)
             return None if large or self.is_undecided else self.take(only_small=only_small)
-        if only_small:
+        if not unseen:
             return None
         newcomers = self._newcomers
         try:
