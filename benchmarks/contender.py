@@ -15,7 +15,7 @@ from benchmarks.suites import suite
 if __name__ == "__main__":
     name, case, who, size = sys.argv[1:]
     run = suite(name).run
-    # So that no collection of what the imports left, of up to 30 ms, falls to one of them by chance.
+    # What the imports left takes up to 30 ms to go through, which would fall to one by chance.
     gc.collect()
     gc.freeze()
     # At once: an interpreter may still abort when it exits.

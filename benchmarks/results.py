@@ -102,7 +102,7 @@ class Ratio:
 
 @dataclass(frozen=True)
 class Fault:
-    """A run that gave no figures, or ended badly after it gave them."""
+    """A run, counted from 1, that gave no figures or ended badly; 0 for who could not take part."""
 
     polars: str
     suite: str

@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 
 OWN: Final = "polars-async"
 NATIVE: Final = "native"
+THREADS: Final = "loop's threads"
+"""``asyncio.to_thread``, ``trio.to_thread`` or gevent's threadpool, for a synchronous collect."""
 ENGINES: Final = ("in-memory", "streaming", "gpu")
 _ROOT: Final = Path(__file__).parents[1]
 
@@ -98,30 +100,22 @@ class Case:
     timeout: float = 120
     runs: int | None = None
     """None leaves it to the command line."""
-    warm_up: bool = True
-    """Whether the first run does not count."""
     not_run: Sequence[NotRun] = ()
 
 
 def measure(cases: Sequence[Case], runs: int, *, quick: bool) -> Report:
-    """Run each contender of every case `runs` times; before that once for nothing, unless quick."""
-    if quick:
-        cases = [replace(case, warm_up=False) for case in cases]
+    """Run each contender of every case `runs` times, in a process that warms up by itself."""
     environment = Environment.here(quick=quick)
     report = Report()
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()
     with Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True)) as progress:
-        total = sum(len(case.contenders) * _turns(case, runs) for case in cases)
+        total = sum(len(case.contenders) * (case.runs or runs) for case in cases)
         task = progress.add_task("", total=total)
         for case in cases:
             progress.update(task, description=f"{case.suite}: {case.name}")
-            _measure(case, _turns(case, runs), report, partial(progress.advance, task))
+            _measure(case, case.runs or runs, report, partial(progress.advance, task))
     report.environments.append(replace(environment, load_after=getloadavg()[0]))
     return report
-
-
-def _turns(case: Case, runs: int) -> int:
-    return case.warm_up + (case.runs or runs)
 
 
 def _measure(case: Case, turns: int, report: Report, advance: Callable[[], None]) -> None:
@@ -129,12 +123,11 @@ def _measure(case: Case, turns: int, report: Report, advance: Callable[[], None]
     for each in case.not_run:
         why = f"not run: {each.why}"
         report.faults.append(Fault(pl.__version__, case.suite, case.name, each.contender, 0, why))
-    for turn in range(turns):
-        for who in case.contenders[:: -1 if turn % 2 else 1]:  # nobody is always the first
+    for turn in range(1, turns + 1):
+        for who in case.contenders[:: 1 if turn % 2 else -1]:  # nobody is always the first
             found, fault = _run(case, who)
             advance()
-            if turn or not case.warm_up:
-                figures[who].append(found)
+            figures[who].append(found)
             if fault is not None:
                 report.faults.append(Fault(pl.__version__, case.suite, case.name, who, turn, fault))
     for metric in case.metrics:

@@ -32,7 +32,7 @@ def tiny(monkeypatch):
 
         def smaller(options):
             return [
-                replace(case, warm_up=False, size={**case.size, **shrunk(case.size)})
+                replace(case, runs=1, size={**case.size, **shrunk(case.size)})
                 for case in found(options)
             ]
 

@@ -20,7 +20,7 @@ from polars_async import _exit, _native
 after = []  # atexit calls them once the collectors are closed
 atexit.register(lambda: [function() for function in after])
 TINY = pl.LazyFrame({"a": [1]})
-collector = pa.Collector(max_running=3)  # one of them is kept for small queries
+collector = pa.Collector(max_running=4)  # two of them are kept for small queries
 begun = _native.allocate_lock()
 begun.acquire()
 

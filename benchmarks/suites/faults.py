@@ -67,7 +67,7 @@ def cases(options: Options) -> list[Case]:
 
 
 def _case(name: str, metrics: Any, size: dict[str, int]) -> Case:
-    return Case("faults", name, (NATIVE, OWN), metrics, size, timeout=1800, runs=1, warm_up=False)
+    return Case("faults", name, (NATIVE, OWN), metrics, size, timeout=1800, runs=1)
 
 
 def run(case: str, contender: str, number: int) -> dict[str, float]:

@@ -16,7 +16,7 @@ import polars as pl
 import trio
 
 import polars_async as pa
-from benchmarks.runner import NATIVE, OWN, Case, Metric, Target
+from benchmarks.runner import NATIVE, OWN, THREADS, Case, Metric, Target
 from benchmarks.stall import StallMeter
 
 if TYPE_CHECKING:
@@ -26,14 +26,10 @@ if TYPE_CHECKING:
 
     Submit = Callable[[pl.LazyFrame], Any]
 
-ASYNCIO_THREAD: Final = "asyncio.to_thread"
-TRIO_THREAD: Final = "trio.to_thread"
-HUB_THREADS: Final = "gevent threadpool"
-
 _LOOPS: Final = {
-    "asyncio": (NATIVE, OWN, ASYNCIO_THREAD),
-    "trio": (OWN, TRIO_THREAD),
-    "gevent": (NATIVE, OWN, HUB_THREADS),
+    "asyncio": (NATIVE, OWN, THREADS),
+    "trio": (OWN, THREADS),
+    "gevent": (NATIVE, OWN, THREADS),
 }
 _ENGINES: Final = ("in-memory", "streaming")
 _TARGETS: Final = {
@@ -130,12 +126,12 @@ def _to_hub_thread(engine: Any) -> Submit:
 _SUBMITS: Final[dict[tuple[str, str], Callable[[str], Submit]]] = {
     ("asyncio", OWN): _own,
     ("asyncio", NATIVE): _native,
-    ("asyncio", ASYNCIO_THREAD): _to_thread,
+    ("asyncio", THREADS): _to_thread,
     ("trio", OWN): _own,
-    ("trio", TRIO_THREAD): _to_trio_thread,
+    ("trio", THREADS): _to_trio_thread,
     ("gevent", OWN): _own_green,
     ("gevent", NATIVE): _native_green,
-    ("gevent", HUB_THREADS): _to_hub_thread,
+    ("gevent", THREADS): _to_hub_thread,
 }
 
 

@@ -19,7 +19,7 @@ import polars as pl
 import polars_async as pa
 from benchmarks.pdsh import data
 from benchmarks.pdsh.queries import QUERIES
-from benchmarks.runner import NATIVE, OWN, Case, Metric, Target
+from benchmarks.runner import NATIVE, OWN, THREADS, Case, Metric, Target
 from benchmarks.workloads import frame, peak, rank, read
 
 if TYPE_CHECKING:
@@ -31,9 +31,8 @@ if TYPE_CHECKING:
     Figures = dict[str, float]
 
 LIMITED: Final = "native, semaphore"
-TO_THREAD: Final = "asyncio.to_thread"
 
-_CONTENDERS: Final = (NATIVE, LIMITED, TO_THREAD, OWN)
+_CONTENDERS: Final = (NATIVE, LIMITED, THREADS, OWN)
 _INTERVAL: Final = 0.005
 _HEAVY: Final = 8
 _SORTS: Final = 64
@@ -42,6 +41,7 @@ _BESIDE: Final = "tiny beside 8 heavy"
 _SORTED: Final = "64 sorts at once"
 _PDSH: Final = "22 PDS-H queries at once"
 _SHARES: Final = (0.5, 0.8, 1.2)
+_REQUEST_RUNS: Final = 3
 _PATIENCE: Final = 30.0
 """Seconds that a request is waited for when no more come; its latency is then that at least."""
 
@@ -64,12 +64,12 @@ def cases(options: Options) -> list[Case]:
         Case("load", name, _CONTENDERS, metrics, size, timeout=300) for name, metrics, size in sizes
     ]
     capacity = _capacity()
-    seconds = 1 if options.quick else 15
+    seconds = 1 if options.quick else 5
     for share in _SHARES:
         metrics = [Metric(name, "ms") for name, _ in _LATENCIES]
         size = {"rate": round(share * capacity, 1), "seconds": seconds}
         name = f"requests at {share:g} of capacity"
-        found.append(Case("load", name, _CONTENDERS, metrics, size, timeout=seconds + 90))
+        found.append(Case("load", name, _CONTENDERS, metrics, size, seconds + 90, _REQUEST_RUNS))
     return found
 
 
@@ -90,7 +90,7 @@ def _submitter(contender: str) -> Submit:
         return pa.collect_async
     if contender == NATIVE:
         return _native
-    if contender == TO_THREAD:
+    if contender == THREADS:
         return lambda lf: asyncio.to_thread(lf.collect, engine="in-memory")
     slots = asyncio.Semaphore(int(pa.default_collector().stats()["max_running"]))
 
