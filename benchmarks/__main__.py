@@ -33,8 +33,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
             report.add(Report.read(path))
         options.output.mkdir(parents=True, exist_ok=True)
         report.write(options.output / "results.json")
-        for path in charts.draw(report, options.output):
+        written = options.output / "targets.md"
+        written.write_text(f"{table.targets(report)}\n", encoding="utf-8")
+        for path in (*charts.draw(report, options.output), written):
             print(path)
+        print(f"\n{table.targets(report)}")
     else:
         table.compare(Report.read(options.old), Report.read(options.new))
     return 0

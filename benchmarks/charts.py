@@ -38,8 +38,8 @@ _DECADES: Final = 20
 
 
 def draw(report: Report, folder: Path) -> list[Path]:
-    """Write a PNG for each suite and metric, and ``report.html``; gives the files."""
-    charts = dict(_charts(report))
+    """Write PNGs of the targets and of each metric, and ``report.html``; gives the files."""
+    charts = dict([*_targets(report), *_charts(report)])
     written = []
     for name, chart in charts.items():
         path = folder / f"{name}.png"
@@ -50,6 +50,58 @@ def draw(report: Report, folder: Path) -> list[Path]:
         alt.vconcat(*charts.values()).save(page, inline=True)
         written.append(page)
     return written
+
+
+def _targets(report: Report) -> Iterator[tuple[str, Any]]:
+    """Draw what was reached in relation to Polars' own, for each target of that kind."""
+    better = {(each.suite, each.case, each.metric): each.better for each in report.results}
+    frame = pl.DataFrame(
+        [
+            {
+                "what": f"{each.row}  {each.case}: {each.metric}",
+                "Polars": f"Polars {each.polars}",
+                "better": f"{better[each.suite, each.case, each.metric]} is better",
+                "median": each.median,
+                "min": each.min,
+                "max": each.max,
+                "target": float(each.target.split()[1]),
+                "label": number(each.median),
+                "holds": "holds" if each.holds else "missed",
+            }
+            for each in sorted(report.ratios, key=lambda ratio: ratio.row or "")
+            if each.target is not None and each.against is not None and each.max > 0
+        ]
+    )
+    if frame.is_empty():
+        return
+    scale = alt.Scale(type="log")
+    base = alt.Chart(frame).encode(
+        y=alt.Y("what:N", title=None, sort=None, axis=alt.Axis(labelLimit=400)),
+        color=alt.Color(
+            "holds:N",
+            title="target",
+            scale=alt.Scale(domain=["holds", "missed"], range=["#1b7f5c", "#c0504d"]),
+        ),
+    )
+    x = alt.X("median:Q", title="times that of Polars' own, median and range", scale=scale)
+    spread = base.mark_rule(strokeWidth=2).encode(x=alt.X("min:Q", scale=scale), x2="max:Q")
+    point = base.mark_point(filled=True, size=70).encode(x=x)
+    label = base.mark_text(align="left", fontSize=10).encode(x=alt.value(366), text="label:N")
+    target = base.mark_tick(thickness=2, size=14, color="black").encode(
+        x="target:Q", color=alt.value("black")
+    )
+    native = alt.Chart().mark_rule(strokeDash=[4, 3], color="#888").encode(x=alt.datum(1.0))
+    yield (
+        "targets",
+        (native + spread + target + point + label)
+        .properties(width=360, height=alt.Step(18), data=frame)
+        .facet(
+            row=alt.Row("better:N", title=None, sort=["lower is better", "higher is better"]),
+            column=alt.Column("Polars:N", title=None),
+        )
+        .properties(title="polars-async beside Polars' own (dashed); the targets are black")
+        .resolve_scale(y="independent"),
+    )
 
 
 def _charts(report: Report) -> Iterator[tuple[str, Any]]:

@@ -38,7 +38,7 @@ def show(report: Report, console: Console | None = None) -> None:
 def _console() -> Console:
     console = Console()
     # As wide as it takes where nobody looks on.
-    return console if console.is_terminal else Console(width=160)
+    return console if console.is_terminal else Console(width=180)
 
 
 def _described(environment: Environment) -> str:
@@ -57,25 +57,33 @@ def _table(
     suite: str, results: Sequence[Result], ratios: dict[tuple[str, str, str], Ratio]
 ) -> Table:
     table = Table(title=suite, title_justify="left", expand=False)
-    for column in ("case", "metric", "contender"):
-        table.add_column(column, overflow="fold")
-    for column in ("median [min - max]", "of native", "target", ""):
-        table.add_column(column, justify="right", no_wrap=True)
-    for (case, metric), each in groupby(results, lambda result: (result.case, result.metric)):
-        ratio = ratios.get((suite, case, metric))
-        for row, result in enumerate(each):
-            own = ratio if ratio is not None and result.contender == ratio.contender else None
-            table.add_row(
-                case if not row else "",
-                metric if not row else "",
-                result.contender,
-                f"{spread_of(result)} {result.unit}",
-                spread_of(own) if own is not None and own.against is not None else "",
-                (own.target or "") if own is not None else "",
-                _verdict(own),
-            )
+    contenders = list(dict.fromkeys(each.contender for each in results))
+    table.add_column("case", min_width=16)
+    table.add_column("median [min-max]")
+    for contender in contenders:
+        table.add_column(contender, justify="right")
+    targets = any(ratio.row for key, ratio in ratios.items() if key[0] == suite)
+    if targets:
+        for column in ("of native", "target", ""):
+            table.add_column(column, justify="right")
+    for case, of_case in groupby(results, lambda result: result.case):
+        for row, (metric, of_metric) in enumerate(groupby(of_case, lambda result: result.metric)):
+            found = {each.contender: each for each in of_metric}
+            unit = next(iter(found.values())).unit
+            cells = [spread_of(found[each]) if each in found else "" for each in contenders]
+            ratio = ratios.get((suite, case, metric))
+            more = [_of_native(ratio), _target(ratio), _verdict(ratio)] if targets else []
+            table.add_row("" if row else case, f"{metric}, {unit}", *cells, *more)
         table.add_section()
     return table
+
+
+def _of_native(ratio: Ratio | None) -> str:
+    return "" if ratio is None or ratio.against is None else spread_of(ratio)
+
+
+def _target(ratio: Ratio | None) -> str:
+    return "" if ratio is None or ratio.target is None else ratio.target
 
 
 def _verdict(ratio: Ratio | None) -> str:
@@ -84,17 +92,55 @@ def _verdict(ratio: Ratio | None) -> str:
     return f"[green]{ratio.row} holds[/]" if ratio.holds else f"[red]{ratio.row} missed[/]"
 
 
+def targets(report: Report) -> str:
+    """
+    Write, as a table in Markdown, what became of each target: on one Polars beside the other.
+
+    Ratios are to Polars' own. Of counts, which are to be 0, the worst case stands for all.
+    """
+    versions = list(dict.fromkeys(each.polars for each in report.environments))
+    units = {_place(each): each.unit for each in report.results}
+    rows: dict[tuple[str, str], dict[str, list[Ratio]]] = {}
+    goals: dict[tuple[str, str], dict[str, None]] = {}
+    for ratio in report.ratios:
+        if ratio.row is not None:
+            unit = units[_place(ratio)]
+            counts = unit.startswith(("of ", "in "))
+            key = ratio.row, ratio.metric if counts else f"{ratio.case}: {ratio.metric}"
+            rows.setdefault(key, {}).setdefault(ratio.polars, []).append(ratio)
+            goal = str(ratio.target) if ratio.against is not None else f"{ratio.target} {unit}"
+            goals.setdefault(key, {})[goal] = None
+    lines = [
+        f"| | what | target | {' | '.join(versions)} |",
+        f"| --- | --- | --- |{' --- |' * len(versions)}",
+    ]
+    for key, found in sorted(rows.items(), key=lambda item: (item[0][0][0], int(item[0][0][1:]))):
+        row, what = key
+        cells = [_worst(found[each]) if each in found else "not run" for each in versions]
+        lines.append(f"| {row} | {what} | {', '.join(goals[key])} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _place(figures: Result | Ratio) -> tuple[str, str, str, str]:
+    return figures.polars, figures.suite, figures.case, figures.metric
+
+
+def _worst(ratios: Sequence[Ratio]) -> str:
+    worst = max(ratios, key=lambda ratio: (not ratio.holds, ratio.median))
+    return f"{spread_of(worst)} {'✓' if worst.holds else '✗'}"
+
+
 def spread_of(figures: Result | Ratio) -> str:
     """Write the median, and in brackets the smallest and the largest."""
     middle, low, high = map(number, (figures.median, figures.min, figures.max))
-    return middle if low == high else f"{middle} [{low} - {high}]"
+    return middle if low == high else f"{middle} [{low}-{high}]"
 
 
 def number(figure: float) -> str:
     """Write a figure with three digits that count."""
-    if figure == 0 or abs(figure) >= 100:
-        return f"{figure:,.0f}"
-    return f"{figure:.3g}"
+    if abs(figure) >= 10_000:
+        return f"{figure / 1000:.3g}k"
+    return f"{figure:.0f}" if figure == 0 or abs(figure) >= 100 else f"{figure:.3g}"
 
 
 def compare(old: Report, new: Report, console: Console | None = None) -> None:

@@ -2,21 +2,22 @@
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
-from pathlib import Path
 
 import polars as pl
 import pytest
+from test_readme import BLOCKS, ROOT
 
 from benchmarks import gpu, table
 from benchmarks.__main__ import main
-from benchmarks.results import Report, Result, spread
+from benchmarks.results import Environment, Ratio, Report, Result, spread
 from benchmarks.runner import NATIVE, OWN, Case, Metric, Options, measure
 from benchmarks.suites import SUITES, load, suite
 
-CACHE = Path(__file__).parents[1] / ".cache" / "data"
+CACHE = ROOT / ".cache" / "data"
 
 
 SIZES = ["--quick", "--runs=1", "--scale=0.03", f"--data={CACHE}"]
@@ -76,19 +77,81 @@ def test_suite_measures_every_contender(name, capsys, tmp_path):
     assert own == []
 
 
+def test_suite_is_a_file_as_in_the_readme(tmp_path):
+    shutil.copytree(ROOT / "benchmarks", tmp_path / "benchmarks")
+    ((_, code),) = [block for block in BLOCKS if block[0] == "py"]
+    assert len(code.splitlines()) < 30
+    (tmp_path / "benchmarks" / "suites" / "sums.py").write_text(code)
+    path = tmp_path / "found.json"
+    command = ["benchmarks", "run", "sums", "--quick", f"--json={path}"]
+    done = subprocess.run(
+        [sys.executable, "-m", *command], capture_output=True, text=True, cwd=tmp_path, check=False
+    )
+    assert not done.returncode, done.stderr
+    report = Report.read(path)
+    assert report.faults == []
+    assert [(each.contender, len(each.runs)) for each in report.results] == [(OWN, 2), (NATIVE, 2)]
+
+
 @pytest.mark.usefixtures("tiny")
 def test_reports_become_one_with_charts(tmp_path, capsys):
     one = str(tmp_path / "one.json")
     assert main(["run", "async", *SIZES, f"--json={one}"]) == 0
+    capsys.readouterr()
     assert main(["show", one, one, f"--output={tmp_path}"]) == 0
+    targets = (tmp_path / "targets.md").read_text()
+    assert capsys.readouterr().out.endswith(f"\n\n{targets}")
     report = Report.read(tmp_path / "results.json")
     assert len(report.results) == 2 * len(Report.read(tmp_path / "one.json").results)
-    assert (tmp_path / "async-round-trip.png").read_bytes().startswith(b"\x89PNG")
+    for name in ("async-round-trip", "targets"):
+        assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
     page = (tmp_path / "report.html").read_text()
     assert "async: round trip" in page
     assert 'src="http' not in page
     assert main(["compare", one, one]) == 0
     assert "within noise" in capsys.readouterr().out
+
+
+def test_targets_stand_in_one_table_for_both_polars():
+    report = Report(environments=[environment(polars="1.44.2"), environment(polars="2.1.0")])
+    found = [
+        ("1.44.2", "async", "tiny", "trip", "us", 0.5, NATIVE, "P1", "<= 0.5", True),
+        ("2.1.0", "async", "tiny", "trip", "us", 0.9, NATIVE, "P1", "<= 0.4", False),
+        ("2.1.0", "async", "import", "time", "ms", 9.0, None, "P10", "<= 20", True),
+        ("1.44.2", "async", "resolve", "time", "us", 0.3, None, "P9", "<= 5", True),
+        ("1.44.2", "faults", "one", "lines", "in 10 runs", 0.0, None, "R2", "<= 0", True),
+        ("1.44.2", "faults", "another", "lines", "in 10 runs", 3.0, None, "R2", "<= 0", False),
+        ("1.44.2", "load", "free", "time", "s", 0.3, NATIVE, None, None, None),
+    ]
+    for polars, suite_, case, metric, unit, figure, against, row, target, holds in found:
+        middle = {"median": figure, "min": figure, "max": figure}
+        place = {"polars": polars, "suite": suite_, "case": case, "metric": metric}
+        report.results.append(
+            Result(**place, contender=OWN, unit=unit, better="lower", runs=[figure], **middle)
+        )
+        report.ratios.append(
+            Ratio(
+                **place,
+                **middle,
+                contender=OWN,
+                against=against,
+                row=row,
+                target=target,
+                holds=holds,
+            )
+        )
+    assert table.targets(report).splitlines() == [
+        "| | what | target | 1.44.2 | 2.1.0 |",
+        "| --- | --- | --- | --- | --- |",
+        "| P1 | tiny: trip | <= 0.5, <= 0.4 | 0.5 ✓ | 0.9 ✗ |",
+        "| P9 | resolve: time | <= 5 us | 0.3 ✓ | not run |",
+        "| P10 | import: time | <= 20 ms | not run | 9 ✓ |",
+        "| R2 | lines | <= 0 in 10 runs | 3 ✗ | not run |",
+    ]
+
+
+def environment(**changed):
+    return replace(Environment.here(quick=True), **changed)
 
 
 def result(*runs, better="lower", metric="time"):
@@ -147,7 +210,7 @@ def test_contender_that_does_not_end_is_a_row():
 def test_unknown_suite_is_named(capsys):
     with pytest.raises(SystemExit):
         main(["run", "speed", "--json=x"])
-    assert "no such suite: speed; choose of engines, async, load, faults" in capsys.readouterr().err
+    assert "no such suite: speed; choose of async, engines, faults, load" in capsys.readouterr().err
 
 
 GPU = ["--scale=0.03", f"--data={CACHE}", "--exits=1", "--queries", "6", "17"]
@@ -213,7 +276,7 @@ def test_gpu_report_outlives_a_check_that_fails(end, verdict, capsys, tmp_path, 
 
 
 def test_steps_of_a_query_are_measured():
-    micro = Path(__file__).parents[1] / "benchmarks" / "micro.py"
+    micro = ROOT / "benchmarks" / "micro.py"
     command = [
         sys.executable,
         "-m",
@@ -223,8 +286,6 @@ def test_steps_of_a_query_are_measured():
         "no:cacheprovider",
         "--benchmark-disable",
     ]
-    done = subprocess.run(
-        command, capture_output=True, text=True, cwd=micro.parents[1], check=False
-    )
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
     assert not done.returncode, done.stdout
     assert re.search(r"^=+ 15 passed in", done.stdout, re.MULTILINE)

@@ -1,5 +1,5 @@
 """
-The suites: each a module with ``cases(options)`` for the runner, and ``run(case, who, **size)``.
+The suites: each a module here, with ``cases(options)`` and ``run(case, contender, **size)``.
 
 The latter measures one contender in one case once, in a process of its own, and gives its figures
 by the names of their metrics.
@@ -8,12 +8,13 @@ by the names of their metrics.
 from __future__ import annotations
 
 from importlib import import_module
+from pkgutil import iter_modules
 from typing import TYPE_CHECKING, Final
 
 if TYPE_CHECKING:
     from types import ModuleType
 
-SUITES: Final = {"engines": "engines", "async": "latency", "load": "load", "faults": "faults"}
+SUITES: Final = {module.name.rstrip("_"): module.name for module in iter_modules(__path__)}
 """The module of each, by the name that the command line knows."""
 
 
