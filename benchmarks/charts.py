@@ -39,8 +39,13 @@ _DECADES: Final = 20
 
 def draw(report: Report, folder: Path) -> list[Path]:
     """Write PNGs of the targets and of each metric, and ``report.html``; gives the files."""
-    charts = dict([*_targets(report), *_charts(report)])
+    targets = dict(_targets(report))
+    charts = {**targets, **dict(_charts(report))}
     written = []
+    for name, chart in targets.items():
+        path = folder / f"{name}.svg"  # for the README
+        chart.save(path)
+        written.append(path)
     for name, chart in charts.items():
         path = folder / f"{name}.png"
         chart.save(path, scale_factor=2)

@@ -103,6 +103,7 @@ def test_reports_become_one_with_charts(tmp_path, capsys):
     assert capsys.readouterr().out.endswith(f"\n\n{targets}")
     report = Report.read(tmp_path / "results.json")
     assert len(report.results) == 2 * len(Report.read(tmp_path / "one.json").results)
+    assert "lower is better" in (tmp_path / "targets.svg").read_text()
     for name in ("async-round-trip", "targets"):
         assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
     page = (tmp_path / "report.html").read_text()
