@@ -30,7 +30,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     elif options.command == "show":
         report = Report()
         for path in options.reports:
-            report.add(Report.read(path))
+            report.add(_read(path))
         options.output.mkdir(parents=True, exist_ok=True)
         report.write(options.output / "results.json")
         written = options.output / "targets.md"
@@ -39,8 +39,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(path)
         print(f"\n{table.targets(report)}")
     else:
-        table.compare(Report.read(options.old), Report.read(options.new))
+        table.compare(_read(options.old), _read(options.new))
     return 0
+
+
+def _read(path: Path) -> Report:
+    try:
+        return Report.read(path)
+    except (OSError, ValueError) as error:
+        sys.exit(f"give the JSON that ci/bench wrote: {error}")
 
 
 def _cases(options: argparse.Namespace) -> list[Case]:

@@ -153,7 +153,13 @@ class Report:
                 [Ratio(**each) for each in found.pop("ratios")],
                 [Fault(**each) for each in found.pop("faults")],
             )
-        except (KeyError, TypeError, AttributeError) as error:
+        except (
+            json.JSONDecodeError,
+            UnicodeDecodeError,
+            KeyError,
+            TypeError,
+            AttributeError,
+        ) as error:
             raise ValueError(f"{path} is no report of ci/bench: {error!r}") from error
 
 

@@ -183,12 +183,17 @@ def test_comparison_names_what_is_in_one_alone(capsys):
     assert "not in the new one: a case, polars-async, gone" in printed
 
 
-@pytest.mark.parametrize("text", ["[]", '{"schema": 2}', "{}", '{"schema": 1, "results": 3}'])
-def test_file_that_is_no_report_is_named(tmp_path, text):
+@pytest.mark.parametrize(
+    "text", [None, "", "# no JSON", "[]", '{"schema": 2}', "{}", '{"schema": 1, "results": 3}']
+)
+@pytest.mark.parametrize("command", ["compare", "show"])
+def test_file_that_is_no_report_is_named(tmp_path, text, command):
     path = tmp_path / "other.json"
-    path.write_text(text)
-    with pytest.raises(ValueError, match=r"other\.json"):
-        Report.read(path)
+    if text is not None:
+        path.write_text(text)
+    rest = [str(path)] if command == "compare" else [f"--output={tmp_path}"]
+    with pytest.raises(SystemExit, match=r"give the JSON that ci/bench wrote: .*other\.json"):
+        main([command, str(path), *rest])
 
 
 def test_contender_that_does_not_end_is_a_row():
