@@ -15,24 +15,16 @@ if TYPE_CHECKING:
 
     from benchmarks.results import Report
 
-_CONTENDERS: Final = (
-    "polars-async",
-    "native",
-    "native, semaphore",
-    "loop's threads",
-    "in-memory",
-    "streaming",
-    "gpu",
-)
-_COLOURS: Final = (
-    "#1b7f5c",
-    "#c0504d",
-    "#e39c94",
-    "#7f7f7f",
-    "#4472a8",
-    "#e0913a",
-    "#1b7f5c",
-)
+_COLOURS: Final = {
+    "polars-async": "#1b7f5c",
+    "native": "#c0504d",
+    "native, semaphore": "#e39c94",
+    "loop's threads": "#7f7f7f",
+    "in-memory": "#4472a8",
+    "streaming": "#e0913a",
+    "gpu": "#1b7f5c",
+}
+"""Of the contenders, in the order in which they are drawn."""
 _DECADES: Final = 20
 """Spread over so many times, figures need a logarithmic scale."""
 
@@ -116,7 +108,7 @@ def _charts(report: Report) -> Iterator[tuple[str, Any]]:
             {name: getattr(each, name) for name in fields}
             for each in report.results
             # Counts are for the table, and so are single queries.
-            if not each.unit.startswith(("of ", "in ")) and not each.metric.startswith("query ")
+            if not each.is_count and not each.metric.startswith("query ")
         ]
     )
     if frame.is_empty():
@@ -131,8 +123,8 @@ def _chart(suite: str, metric: str, figures: pl.DataFrame) -> Any:
     wide = 0 < _DECADES * min(medians) < max(medians)
     scale = alt.Scale(type="log") if wide else alt.Scale(zero=True)
     present = set(figures["contender"])
-    names = [each for each in _CONTENDERS if each in present]
-    colours = [_COLOURS[_CONTENDERS.index(each)] for each in names]
+    names = [each for each in _COLOURS if each in present]
+    colours = [_COLOURS[each] for each in names]
     base = alt.Chart(figures).encode(
         y=alt.Y("contender:N", title=None, sort=names, axis=alt.Axis(labelLimit=200)),
         color=alt.Color("contender:N", scale=alt.Scale(domain=names, range=colours), legend=None),

@@ -66,11 +66,12 @@ def _thread_fan() -> int:
     return sum(each.result().item() for each in [pa.collect_async(QUERY) for _ in range(NUMBER)])
 
 
-def _asyncio_trips() -> int:
-    async def main() -> int:
-        return sum([(await pa.collect_async(QUERY)).item() for _ in range(NUMBER)])
+async def _one_by_one() -> int:
+    return sum([(await pa.collect_async(QUERY)).item() for _ in range(NUMBER)])
 
-    return asyncio.run(main())
+
+def _asyncio_trips() -> int:
+    return asyncio.run(_one_by_one())
 
 
 def _asyncio_fan() -> int:
@@ -82,10 +83,7 @@ def _asyncio_fan() -> int:
 
 
 def _trio_trips() -> int:
-    async def main() -> int:
-        return sum([(await pa.collect_async(QUERY)).item() for _ in range(NUMBER)])
-
-    return trio.run(main)
+    return trio.run(_one_by_one)
 
 
 def _trio_fan() -> int:

@@ -75,6 +75,11 @@ class Result:
     max: float
     runs: Sequence[float]
 
+    @property
+    def is_count(self) -> bool:
+        """Whether it counts, as its unit tells: "of 22", or "in 10 runs"."""
+        return self.unit.startswith(("of ", "in "))
+
 
 @dataclass(frozen=True)
 class Ratio:

@@ -99,17 +99,17 @@ def targets(report: Report) -> str:
     Ratios are to Polars' own. Of counts, which are to be 0, the worst case stands for all.
     """
     versions = list(dict.fromkeys(each.polars for each in report.environments))
-    units = {_place(each): each.unit for each in report.results}
+    results = {_place(each): each for each in report.results}
     rows: dict[tuple[str, str], dict[str, list[Ratio]]] = {}
     goals: dict[tuple[str, str], dict[str, None]] = {}
     for ratio in report.ratios:
         if ratio.row is not None:
-            unit = units[_place(ratio)]
-            counts = unit.startswith(("of ", "in "))
-            key = ratio.row, ratio.metric if counts else f"{ratio.case}: {ratio.metric}"
+            result = results[_place(ratio)]
+            what = ratio.metric if result.is_count else f"{ratio.case}: {ratio.metric}"
+            key = ratio.row, what
             rows.setdefault(key, {}).setdefault(ratio.polars, []).append(ratio)
-            goal = str(ratio.target) if ratio.against is not None else f"{ratio.target} {unit}"
-            goals.setdefault(key, {})[goal] = None
+            unit = f" {result.unit}" if ratio.against is None else ""
+            goals.setdefault(key, {})[f"{ratio.target}{unit}"] = None
     lines = [
         f"| | what | target | {' | '.join(versions)} |",
         f"| --- | --- | --- |{' --- |' * len(versions)}",

@@ -546,9 +546,11 @@ def explained(monkeypatch):
     return threads
 
 
-def test_nobody_is_appraised_while_slots_are_free(make, block, explained, monkeypatch):
+def test_nobody_is_appraised_while_more_slots_are_free_than_are_kept(
+    make, block, explained, monkeypatch
+):
     monkeypatch.setattr(query, "_WORTH_APPRAISING", inf)  # this machine may be busy
-    collector = make(max_running=3)
+    collector = make(max_running=4)
     for _ in range(10):
         collector.collect_async(UNSEEN).result(30)
     for _ in range(2):

@@ -20,7 +20,7 @@ from benchmarks.runner import NATIVE, OWN, THREADS, Case, Metric, Target
 from benchmarks.stall import StallMeter
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Coroutine, Sequence
 
     from benchmarks.runner import Options
 
@@ -142,6 +142,15 @@ async def _one_by_one(submit: Submit, lf: pl.LazyFrame, number: int) -> float:
     return (time.perf_counter() - begun) / number
 
 
+async def _tiny(
+    submit: Submit, lf: pl.LazyFrame, trips: int, gathered: Callable[[], Coroutine[Any, Any, float]]
+) -> dict[str, float]:
+    await _one_by_one(submit, lf, trips // 10)
+    trip = await _one_by_one(submit, lf, trips)
+    await gathered()
+    return {"round trip": trip * 1e6, "gathered": await gathered()}
+
+
 def _asyncio(submit: Submit, trips: int, fan: int) -> dict[str, float]:
     lf = _trivial()
 
@@ -150,13 +159,7 @@ def _asyncio(submit: Submit, trips: int, fan: int) -> dict[str, float]:
         await asyncio.gather(*(submit(lf) for _ in range(fan)))
         return fan / (time.perf_counter() - begun)
 
-    async def main() -> dict[str, float]:
-        await _one_by_one(submit, lf, trips // 10)
-        trip = await _one_by_one(submit, lf, trips)
-        await gathered()
-        return {"round trip": trip * 1e6, "gathered": await gathered()}
-
-    return asyncio.run(main())
+    return asyncio.run(_tiny(submit, lf, trips, gathered))
 
 
 def _trio(submit: Submit, trips: int, fan: int) -> dict[str, float]:
@@ -172,13 +175,7 @@ def _trio(submit: Submit, trips: int, fan: int) -> dict[str, float]:
                 nursery.start_soon(collect)
         return fan / (time.perf_counter() - begun)
 
-    async def main() -> dict[str, float]:
-        await _one_by_one(submit, lf, trips // 10)
-        trip = await _one_by_one(submit, lf, trips)
-        await gathered()
-        return {"round trip": trip * 1e6, "gathered": await gathered()}
-
-    return trio.run(main)
+    return trio.run(_tiny, submit, lf, trips, gathered)
 
 
 def _gevent(submit: Submit, trips: int, fan: int) -> dict[str, float]:

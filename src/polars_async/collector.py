@@ -73,8 +73,8 @@ class Collector:
         The engine where nothing at all was asked for.
     max_running
         How many queries run at once; the others wait for their turn. One query already uses every
-        thread of Polars, so that more of them cost memory and gain little. None means as many as
-        there are processors and one, but at least 3 and at most 5. Of two slots one is kept for
+        thread of Polars, so that more of them cost memory and gain little. None means one more
+        than there are processors, but at least 3 and at most 5. Of two slots one is kept for
         small queries, and of more than two, two are. Queries on the GPU have a lane of their own,
         and run one at a time.
     max_waiting
