@@ -14,6 +14,7 @@ from conftest import TINY
 from polars_async import Collector, CollectorClosedError
 from polars_async.admission import Admission
 from polars_async.events import Reporter
+from polars_async.executors.threads import HERE
 from polars_async.expectations import Expectations
 from polars_async.query import Query, State
 
@@ -224,7 +225,7 @@ class Told:
 def query_of(admission, value):
     query = Query(lambda: value, None, admission, Reporter(None))
     assert admission.enter(query).query is query
-    query.run()
+    query.run(HERE)
     return query
 
 

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 if TYPE_CHECKING:
     from _thread import LockType, RLock, allocate_lock, start_new_thread
+    from os import waitpid
     from queue import SimpleQueue
     from threading import local
     from time import sleep
@@ -33,6 +34,7 @@ else:
     start_new_thread = _original("_thread", "start_new_thread")
     SimpleQueue = _original("queue", "SimpleQueue")
     sleep = _original("time", "sleep")
+    waitpid = _original("os", "waitpid")
 
 _SLICE: Final = 0.1
 """Seconds that a signal waits at most. Polars installs its SIGINT handler with SA_RESTART, so that
@@ -67,5 +69,6 @@ __all__ = [
     "sleep",
     "start_new_thread",
     "wait_for",
+    "waitpid",
     "when_put",
 ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 import os
 import re
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 import polars as pl
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
 
     from polars.lazyframe.in_process import InProcessQuery
 else:
@@ -25,6 +26,7 @@ else:
 
 __all__ = [
     "AUTO_ENGINE",
+    "BUILT_IN_ENGINES",
     "PACKAGE_FOLDER",
     "POOL_THREAD",
     "InProcessQuery",
@@ -32,6 +34,9 @@ __all__ = [
     "affinity_override",
     "gpu_callback",
     "is_eager",
+    "map_ipc",
+    "optimization_flags",
+    "optimizations_of",
     "optimized_plan",
     "plan_sources",
 ]
@@ -75,6 +80,12 @@ AUTO_ENGINE: Final = _find_auto_engine()
 the affinity again, which would find AsyncEngine there, for ever."""
 
 
+BUILT_IN_ENGINES: Final = frozenset(
+    {pl.InMemoryEngine, pl.StreamingEngine, pl.GPUEngine, type(AUTO_ENGINE)}
+)
+"""Those of Polars itself that are settings and no more, and so are the same in any process."""
+
+
 def is_eager(optimizations: pl.QueryOptFlags) -> bool:
     """Tell whether it is an operation on a DataFrame, which the GPU engine runs on the CPU."""
     try:
@@ -82,6 +93,60 @@ def is_eager(optimizations: pl.QueryOptFlags) -> bool:
     except AttributeError:
         return False
     return eager
+
+
+def optimization_flags(optimizations: pl.QueryOptFlags) -> dict[str, bool]:
+    """Give all flags of `optimizations`, which cannot be pickled, by their names."""
+    flags: Any = getattr(optimizations, "_pyoptflags", optimizations)
+    found = {name: getattr(flags, name) for name in dir(flags) if not name.startswith("_")}
+    return {name: value for name, value in found.items() if isinstance(value, bool)}
+
+
+def optimizations_of(flags: Mapping[str, bool]) -> pl.QueryOptFlags:
+    """Make optimisations of what `optimization_flags` gave, of this release or another."""
+    optimizations = pl.QueryOptFlags()
+    target: Any = getattr(optimizations, "_pyoptflags", optimizations)
+    for name, value in flags.items():
+        if getattr(target, name, value) != value:
+            setattr(target, name, value)
+    return optimizations
+
+
+def map_ipc(path: str, schema: Mapping[str, pl.DataType]) -> pl.DataFrame:
+    """
+    Map an uncompressed IPC file of a frame with `schema`, which has to stay as it is.
+
+    Polars 2 has no way of its own. pyarrow has one, but for a few types; else it is read.
+    """
+    try:
+        frame = _map_ipc(path)
+    except Exception:  # noqa: BLE001  # what pyarrow does not know, in one way or another
+        frame = None
+    if frame is None or dict(frame.schema) != dict(schema):
+        frame = pl.read_ipc(path)
+    return frame
+
+
+def _map_with_polars(path: str) -> pl.DataFrame | None:
+    read: Any = pl.read_ipc  # which has the parameter in Polars 1 alone
+    frame: pl.DataFrame = read(path, memory_map=True)
+    return frame
+
+
+def _map_with_pyarrow(path: str) -> pl.DataFrame | None:
+    try:
+        arrow: Any = importlib.import_module("pyarrow")
+    except ImportError:
+        return None
+    with arrow.memory_map(path) as file:
+        return pl.DataFrame(arrow.ipc.open_file(file).read_all())
+
+
+_map_ipc: Final = (
+    _map_with_polars
+    if "memory_map" in inspect.signature(pl.read_ipc).parameters
+    else _map_with_pyarrow
+)
 
 
 def gpu_callback(engine: pl.GPUEngine) -> Callable[..., object] | None:

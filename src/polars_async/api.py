@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
     from polars_async.bridges.gevent import GeventHandle
     from polars_async.events import QueryEvent
+    from polars_async.executors.choice import ExecutorRequest
     from polars_async.handle import QueryHandle
     from polars_async.resolution import EngineRequest, GpuPolicy
 
@@ -38,8 +39,10 @@ def configure(
     engine: EngineRequest = "auto",
     gpu: GpuPolicy | None = None,
     default_engine: EngineRequest = "in-memory",
+    executor: ExecutorRequest = "threads",
     max_running: int | None = None,
     max_waiting: int | None = None,
+    max_memory: int | None = None,
     on_event: Callable[[QueryEvent], object] | None = None,
 ) -> Collector:
     """
@@ -47,7 +50,7 @@ def configure(
 
     Parameters
     ----------
-    engine, gpu, default_engine, max_running, max_waiting, on_event
+    engine, gpu, default_engine, executor, max_running, max_waiting, max_memory, on_event
         As for `Collector`.
 
     Returns
@@ -72,8 +75,10 @@ def configure(
             engine=engine,
             gpu=gpu,
             default_engine=default_engine,
+            executor=executor,
             max_running=max_running,
             max_waiting=max_waiting,
+            max_memory=max_memory,
             on_event=on_event,
         )
         return _Default.collector

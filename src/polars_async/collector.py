@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from functools import partial
 from math import nan
@@ -16,6 +15,7 @@ from polars_async.admission import stats_of
 from polars_async.background import BackgroundQuery
 from polars_async.bridges.threads import block_or_let_run
 from polars_async.events import Reporter
+from polars_async.executors.choice import default_running, place_of
 from polars_async.expectations import Expectation, Expectations
 from polars_async.frames import check_frame, checked_frames
 from polars_async.handle import QueryHandle
@@ -24,7 +24,7 @@ from polars_async.query import Query
 from polars_async.resolution import engine_object, gpu_policy, is_on_gpu, resolve_engine, warn_of
 from polars_async.scheduling import PRIORITIES
 from polars_async.streams import Batches, Buffer, Completions, Suspension
-from polars_async.work import collect, collect_each, feed
+from polars_async.work import collect, collect_each, feed, schema
 from polars_async.work import sink as run_sink
 
 if TYPE_CHECKING:
@@ -34,13 +34,13 @@ if TYPE_CHECKING:
 
     from polars_async.bridges.gevent import GeventHandle
     from polars_async.events import QueryEvent
+    from polars_async.executors.choice import ExecutorRequest
     from polars_async.resolution import EngineRequest, GpuPolicy, QueryPath, Resolution
     from polars_async.streams import ResultStream
 
 T = TypeVar("T")
 
 DEFAULT_OPTIMIZATIONS: Final = pl.QueryOptFlags()
-_DEFAULT_RUNNING: Final = min(4, max(2, os.cpu_count() or 2)) + 1
 _TINY: Final = Expectation(0.0, None)
 
 
@@ -71,6 +71,12 @@ class Collector:
         `resolve_engine` explains; None takes ``POLARS_ASYNC_GPU``, else ``"downgrade"``.
     default_engine
         The engine where nothing at all was asked for.
+    executor
+        Where queries run: on ``"threads"`` of this process; in worker ``"processes"``, where they
+        are stopped when nobody wants them any more, and can take nothing with them if they crash;
+        ``"auto"``, the small ones on threads and the others in processes; or in any
+        ``concurrent.futures.Executor``, such as that of a cluster. Engines that are objects of the
+        caller's own run on threads in any case.
     max_running
         How many queries run at once; the others wait for their turn. One query already uses every
         thread of Polars, so that more of them cost memory and gain little. None means one more
@@ -80,6 +86,9 @@ class Collector:
     max_waiting
         How many queries wait at most, for the GPU and for the CPU each; the next one is refused at
         once with a `QueueFullError`. None sets no limit.
+    max_memory
+        How many bytes of memory each worker process may take; a query that takes more is stopped,
+        and raises a `QueryMemoryError`. None sets no limit.
     on_event
         Called with a `QueryEvent` for all that happens to a query, on the thread where it happens,
         which waits for it: it has to be quick, and safe to call from many threads. What it raises
@@ -97,12 +106,15 @@ class Collector:
         engine: EngineRequest = "auto",
         gpu: GpuPolicy | None = None,
         default_engine: EngineRequest = "in-memory",
+        executor: ExecutorRequest = "threads",
         max_running: int | None = None,
         max_waiting: int | None = None,
+        max_memory: int | None = None,
         on_event: Callable[[QueryEvent], object] | None = None,
     ) -> None:
         _check_number("max_running", max_running, 1)
         _check_number("max_waiting", max_waiting, 0)
+        _check_number("max_memory", max_memory, 1)
         if on_event is not None and not callable(on_event):
             raise TypeError(f"on_event must be callable, got {on_event!r}")
         engine_object(engine)
@@ -114,7 +126,15 @@ class Collector:
         self._default_engine: Final = default_engine
         self._report: Final = Reporter(on_event)
         known = Expectations()
-        self._cpu: Final = Lane(max_running or _DEFAULT_RUNNING, max_waiting, known, self._report)
+        max_running = max_running or default_running(executor)
+        self._cpu: Final = Lane(
+            max_running,
+            max_waiting,
+            known,
+            self._report,
+            place=place_of(executor, max_running, max_memory),
+            tiny_here=executor == "auto",
+        )
         self._gpu: Final = Lane(1, max_waiting, known, self._report, fallback=self._cpu)
         # The GPU's first, whose queries may go over to the other, and never back.
         self._lanes: Final = (self._gpu, self._cpu)
@@ -459,7 +479,7 @@ class Collector:
         resolution = self._resolved("in-memory", "async")
         return handle(
             self._submit(
-                lf.collect_schema, resolution, (), timeout, priority, label, expectation=_TINY
+                partial(schema, lf), resolution, (), timeout, priority, label, expectation=_TINY
             )
         )
 

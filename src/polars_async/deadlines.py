@@ -5,14 +5,18 @@ from __future__ import annotations
 import os
 from heapq import heapify, heappop, heappush
 from time import monotonic
-from typing import TYPE_CHECKING, Any, Final
+from typing import Final, Protocol
 
 from polars_async._native import RLock, SimpleQueue, start_new_thread, when_put
 
-if TYPE_CHECKING:
-    from polars_async.query import Query
-
 _SWEPT_FROM: Final = 1000
+
+
+class Timed(Protocol):
+    """What has to be done in time, such as a query."""
+
+    def expire(self) -> None:
+        """Know that it is late; on the clock's thread, which has to be let go at once."""
 
 
 class Deadline:
@@ -20,8 +24,8 @@ class Deadline:
 
     __slots__ = ("query",)
 
-    def __init__(self, query: Query[Any]) -> None:
-        self.query: Query[Any] | None = query
+    def __init__(self, query: Timed) -> None:
+        self.query: Timed | None = query
 
     def lift(self) -> None:
         """Forget the query, which is done. It takes no lock, so that a finaliser may do it."""
@@ -43,7 +47,7 @@ class _Clock:
         self.runs = False
         self.swept_at = _SWEPT_FROM
 
-    def add(self, seconds: float, query: Query[Any]) -> Deadline:
+    def add(self, seconds: float, query: Timed) -> Deadline:
         deadline = Deadline(query)
         with self.lock:
             self.number += 1
@@ -97,6 +101,6 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_TheClock.after_fork)
 
 
-def set_deadline(seconds: float, query: Query[Any]) -> Deadline:
+def set_deadline(seconds: float, query: Timed) -> Deadline:
     """Have `query` expire in so many seconds, unless the deadline is lifted before."""
     return _TheClock.clock.add(seconds, query)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from signal import Signals
+
 
 class PolarsAsyncError(Exception):
     """Base of every error that polars-async itself raises."""
@@ -40,6 +42,51 @@ class QueryTimeoutError(PolarsAsyncError, TimeoutError):
 
     def __reduce__(self) -> tuple[type[QueryTimeoutError], tuple[object, ...]]:
         return type(self), (self.args[0], self.timeout, self.queue_seconds, self.run_seconds)
+
+
+class QueryMemoryError(PolarsAsyncError, MemoryError):
+    """
+    A query outgrew the ``max_memory=`` of its worker process, and was stopped.
+
+    Attributes
+    ----------
+    max_memory
+        What the worker may have, in bytes.
+    """
+
+    def __init__(self, message: str, max_memory: int) -> None:
+        super().__init__(message)
+        self.max_memory = max_memory
+
+    def __reduce__(self) -> tuple[type[QueryMemoryError], tuple[object, ...]]:
+        return type(self), (self.args[0], self.max_memory)
+
+
+class WorkerDiedError(PolarsAsyncError):
+    """
+    A worker process died with the query that it ran; other queries are none the worse for it.
+
+    Attributes
+    ----------
+    exitcode
+        The exit status of the worker, or the negative number of the signal that ended it; None if
+        that is not known.
+    plan
+        What it ran: the start of the query's plan; None if that is not known.
+    """
+
+    def __init__(self, message: str, exitcode: int | None = None, plan: str | None = None) -> None:
+        super().__init__(message)
+        self.exitcode = exitcode
+        self.plan = plan
+
+    @property
+    def signal(self) -> Signals | None:
+        """The signal that ended the worker; None if none did, or that is not known."""
+        return None if self.exitcode is None or self.exitcode >= 0 else Signals(-self.exitcode)
+
+    def __reduce__(self) -> tuple[type[WorkerDiedError], tuple[object, ...]]:
+        return type(self), (self.args[0], self.exitcode, self.plan)
 
 
 class ForkedProcessError(PolarsAsyncError):

@@ -12,15 +12,17 @@ from weakref import WeakSet
 from polars_async import _exit, _fork, streams
 from polars_async._native import sleep
 from polars_async._nesting import in_query
+from polars_async._upstream import BUILT_IN_ENGINES
 from polars_async.admission import Admission
 from polars_async.events import EventKind
-from polars_async.executors.threads import ThreadExecutor, named_thread
+from polars_async.executors.threads import HERE, ThreadExecutor, named_thread
 from polars_async.gpu.offload import check_outside, turn
 from polars_async.query import wake
 
 if TYPE_CHECKING:
     from polars_async.admission import Slot
     from polars_async.events import Reporter
+    from polars_async.executors import Place
     from polars_async.expectations import Expectations
     from polars_async.query import Query, Waiter
 
@@ -35,6 +37,9 @@ class Lane:
     """
     Where the queries of one kind go: those for the CPU, or those for the GPU.
 
+    They run in its `place`, but for those whose engine is the caller's own object: it may hold what
+    cannot be sent. With `tiny_here` those that are expected to be small stay here, too.
+
     The lane of the GPU has a `fallback`, that of the CPU, where queries go on that the GPU engine
     could not run. All its queries run on one thread.
 
@@ -44,7 +49,16 @@ class Lane:
     its queries have.
     """
 
-    __slots__ = ("__weakref__", "_executor", "_expectations", "_report", "admission", "fallback")
+    __slots__ = (
+        "__weakref__",
+        "_executor",
+        "_expectations",
+        "_report",
+        "_tiny_here",
+        "admission",
+        "fallback",
+        "place",
+    )
 
     def __init__(
         self,
@@ -53,6 +67,8 @@ class Lane:
         expectations: Expectations,
         report: Reporter,
         *,
+        place: Place = HERE,
+        tiny_here: bool = False,
         fallback: Lane | None = None,
     ) -> None:
         on_gpu = fallback is not None
@@ -61,6 +77,8 @@ class Lane:
         self.admission: Admission = Admission(max_running, max_waiting, exclusive=on_gpu, lock=lock)
         self.fallback = fallback
         self._executor = ThreadExecutor(for_gpu=on_gpu)
+        self.place = place
+        self._tiny_here = tiny_here
         self._expectations = expectations
         self._report = report
         _lanes.add(self)
@@ -110,6 +128,7 @@ class Lane:
         with admission.lock:
             admission.closed = True
             self._executor.close()
+            self.place.close()
             # A stream may wait for its consumer, and that for ever.
             waiting = [query for query in admission.in_slots() if query.is_stream]
             waiting += admission.in_line()
@@ -121,6 +140,7 @@ class Lane:
         """Start afresh in a forked child, which has neither the threads nor their queries."""
         fallback = self.fallback
         self._executor = ThreadExecutor(for_gpu=fallback is not None)
+        self.place.abandon()
         for query in self.admission.reset(None if fallback is None else fallback.admission.lock):
             query.lose(error)
 
@@ -170,10 +190,10 @@ class Lane:
             if query.fall_back(self.fallback.admission):
                 return self._hand_over(query, slot, self.fallback)
         elif query.label is None:
-            query.run()
+            query.run(self._place_of(query))
         else:
             with named_thread(query.label):
-                query.run()
+                query.run(self._place_of(query))
         if query.reports:
             query.report_engine()
         # Done before it is gone: `close` trusts in that, and a fork may come in between. And gone
@@ -196,6 +216,15 @@ class Lane:
             admission.tell_if_empty()
         del query, waiters  # as in Query.run
         return kept
+
+    def _place_of(self, query: Query[Any]) -> Place:
+        if self.place is HERE or type(query.resolution.engine) not in BUILT_IN_ENGINES:
+            return HERE
+        if self._tiny_here:
+            query.appraise(self._expectations)
+            if query.is_small:
+                return HERE
+        return self.place
 
     def _hand_over(self, query: Query[Any], slot: Slot, fallback: Lane) -> bool:
         """Let `fallback` run what this lane could not; gives what `_run` does."""
@@ -257,7 +286,7 @@ def _run_on_gpu(query: Query[Any]) -> None:
     with turn(is_wanted=lambda: not query.done):
         query.paused_seconds += perf_counter() - waits
         with nullcontext() if query.label is None else named_thread(query.label):
-            query.run()
+            query.run(HERE)
 
 
 def _abandon_all() -> None:

@@ -14,6 +14,7 @@ from polars_async.errors import QueryTimeoutError
 from polars_async.events import EventKind, log, tell_observers
 from polars_async.gpu.failure import GpuFailure
 from polars_async.resolution import fallen_back
+from polars_async.scheduling import SMALL
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from polars_async.admission import Admission
     from polars_async.deadlines import Deadline
     from polars_async.events import Reporter
+    from polars_async.executors import Place
     from polars_async.expectations import Expectation, Expectations
     from polars_async.resolution import Resolution
 
@@ -80,7 +82,6 @@ class Query(Generic[T]):
         "__weakref__",
         "_admission",
         "_announcing",
-        "_context",
         "_deadline",
         "_ended",
         "_error",
@@ -89,6 +90,7 @@ class Query(Generic[T]):
         "_late",
         "_report",
         "_started",
+        "_stop",
         "_submitted",
         "_timeout",
         "_traceback",
@@ -96,6 +98,7 @@ class Query(Generic[T]):
         "_value",
         "_waiters",
         "_work",
+        "context",
         "expectation",
         "frames",
         "id",
@@ -136,7 +139,8 @@ class Query(Generic[T]):
         self._report = report
         self._work: Callable[[], T] | None = work
         self.frames: Sequence[pl.LazyFrame] = frames
-        self._context = copy_context()
+        self.context = copy_context()
+        self._stop: Callable[[], object] | None = None
         self._value: T | None = None
         self._error: BaseException | None = None
         self._failure: GpuFailure | None = None
@@ -158,6 +162,11 @@ class Query(Generic[T]):
         return self.state is not State.RUNNING and self.state is not State.WAITING
 
     @property
+    def named(self) -> str:
+        """What to call it in the middle of a sentence."""
+        return "the query" if self.label is None else f"the query {self.label!r}"
+
+    @property
     def queue_seconds(self) -> float:
         """How long it has waited, or waited, to run; what the GPU has tried in vain included."""
         return (self._started or self._ended or perf_counter()) - self._submitted
@@ -168,6 +177,13 @@ class Query(Generic[T]):
         if self._started is None:
             return None
         return (self._ended or perf_counter()) - self._started - self.paused_seconds
+
+    @property
+    def is_small(self) -> bool:
+        """Whether it counts as small, once it was appraised: its caller knows better than that."""
+        if self.priority:
+            return self.priority > 0
+        return self.expectation is not None and self.expectation.seconds <= SMALL
 
     def expire_in(self, seconds: float) -> None:
         """Have the query time out, unless it is done before."""
@@ -197,15 +213,15 @@ class Query(Generic[T]):
         if self.expectation is None:
             self.expectation = expectations.of(self.frames, self.resolution.name)
 
-    def run(self) -> None:
-        """Run the work on this thread and keep its outcome, which `end` then makes final."""
+    def run(self, place: Place) -> None:
+        """Run the work in `place` and keep its outcome, which `end` then makes final."""
         if self.reports:
             self._announce(EventKind.STARTED)
         work, self._work = self._work, None
         if work is None or self.state is not State.RUNNING:  # it was let go on the way
             return
         try:
-            self._value = self._context.run(work)
+            self._value = place.run(work, self)
         except GpuFailure as failure:
             # Its traceback holds this frame, and all of the query with it.
             failure.__traceback__ = failure.__context__ = None
@@ -218,6 +234,12 @@ class Query(Generic[T]):
                 _name_in(error, self.label)
         finally:
             del self, work  # the frames of the traceback lead back here all the same
+
+    def on_let_go(self, stop: Callable[[], object] | None) -> bool:
+        """Have `stop` called if somebody lets go of it while it runs; False if it is done."""
+        with self._admission.lock:
+            self._stop = stop
+            return not self.done
 
     def fall_back(self, admission: Admission) -> bool:
         """
@@ -361,7 +383,7 @@ class Query(Generic[T]):
     def outcome(self, cancelled: type[BaseException]) -> T:
         """Give the result of a query that is done, or raise its error."""
         if self.state is State.CANCELLED:
-            raise cancelled(f"{self._named()} was cancelled")
+            raise cancelled(f"{self.named} was cancelled")
         try:
             if self._late is not None:
                 raise self._late.with_traceback(None)
@@ -380,11 +402,14 @@ class Query(Generic[T]):
         self._was_let_go(*dropped)
         return True
 
-    def _end_as(self, state: State) -> tuple[list[Waiter], bool, object]:
+    def _end_as(
+        self, state: State
+    ) -> tuple[list[Waiter], bool, Callable[[], object] | None, object]:
         """
         With the lock held, let it go.
 
-        Gives whom to wake, whether to tell, and what to drop, all of it without the lock.
+        Gives whom to wake, whether to tell, what to call to stop it, and what to drop, all of it
+        without the lock.
         """
         dropped: object = None
         if self.state is State.WAITING:
@@ -400,11 +425,19 @@ class Query(Generic[T]):
             self._late = self._timeout_error()
         self.state = state
         waiters, self._waiters = self._waiters, []
-        return waiters, self.reports and not self._announcing, dropped
+        return waiters, self.reports and not self._announcing, self._stop, dropped
 
-    def _was_let_go(self, waiters: list[Waiter], tells: bool, _dropped: object) -> None:  # noqa: FBT001
+    def _was_let_go(
+        self,
+        waiters: list[Waiter],
+        tells: bool,  # noqa: FBT001
+        stop: Callable[[], object] | None,
+        _dropped: object,
+    ) -> None:
         if self._deadline is not None:
             self._deadline.lift()
+        if stop is not None:
+            stop()
         try:
             if tells:
                 self._tell_let_go()
@@ -442,16 +475,15 @@ class Query(Generic[T]):
             how += (
                 f" and ran for {ran:.3f} s. Polars cannot stop it, so its slot is free when it "
                 "really ends"
+                if self._stop is None
+                else f" and ran for {ran:.3f} s. It is stopped now"
             )
         elif tried is None:
             how += ", and never ran"
         else:
             how += " and never ran on the CPU"
-        message = f"{self._named()} was not done after {self._timeout:g} s: {how}"
+        message = f"{self.named} was not done after {self._timeout:g} s: {how}"
         return QueryTimeoutError(message, self._timeout, waited, ran)
-
-    def _named(self) -> str:
-        return "the query" if self.label is None else f"the query {self.label!r}"
 
 
 def _name_in(error: BaseException, label: str) -> None:

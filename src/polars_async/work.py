@@ -71,6 +71,11 @@ def _complete(
     return [found[number] for number in range(len(frames))]
 
 
+def schema(lf: pl.LazyFrame) -> pl.Schema:
+    """Find out the schema."""
+    return lf.collect_schema()
+
+
 def sink(lf: pl.LazyFrame, engine: pl.Engine, optimizations: pl.QueryOptFlags) -> None:
     """Run a sink, whose result is an empty frame."""
     try:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from threading import current_thread
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from polars_async._native import SimpleQueue, start_new_thread
 from polars_async._nesting import enter_worker
@@ -13,8 +13,28 @@ from polars_async._nesting import enter_worker
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator
 
+    from polars_async.query import Query
+
+T = TypeVar("T")
+
 _SYSTEM_NAME: Final = Path("/proc/thread-self/comm")
 _OWN_NAME: Final = "polars-async"
+
+
+class Threads:
+    """The thread of the slot itself, in this process: where queries run unless told otherwise."""
+
+    def run(self, work: Callable[[], T], query: Query[Any]) -> T:
+        """Run `work` here; nothing stops it."""
+        return query.context.run(work)
+
+    def close(self) -> None:
+        """Do nothing: the threads are those of the lane."""
+
+    abandon = close
+
+
+HERE: Final = Threads()
 
 
 class ThreadExecutor:

@@ -1,0 +1,71 @@
+"""Which place an ``executor=`` means."""
+
+from __future__ import annotations
+
+import os
+import sys
+from concurrent.futures import Executor
+from math import ceil
+from typing import TYPE_CHECKING, Final, Literal
+
+from polars_async.executors.threads import HERE
+from polars_async.scheduling import KEPT_FROM_LARGE
+
+if TYPE_CHECKING:
+    from polars_async.executors import Place
+
+ExecutorRequest = Literal["threads", "processes", "auto"] | Executor
+
+_IN_PROCESSES: Final = ("processes", "auto")
+_ELSEWHERE: Final = 32
+"""Queries at once in an executor of the caller's, which has bounds of its own."""
+
+
+def default_running(executor: ExecutorRequest) -> int:
+    """Give how many queries run at once where nobody says how many."""
+    if isinstance(executor, Executor):
+        return _ELSEWHERE
+    return min(4, max(2, os.cpu_count() or 2)) + 1
+
+
+def place_of(executor: ExecutorRequest, max_running: int, max_memory: int | None) -> Place:
+    """
+    Make the place for the queries of a collector.
+
+    Raises
+    ------
+    ValueError
+        `executor` is none, or not to be had on this system; or `max_memory` is not for it.
+    """
+    if max_memory is not None and executor not in _IN_PROCESSES:
+        raise ValueError(
+            f"max_memory={max_memory!r} is for worker processes: it needs executor='processes' or "
+            f"executor='auto', and executor is {executor!r}"
+        )
+    if executor == "threads":
+        return HERE
+    if isinstance(executor, Executor):
+        from polars_async.executors.futures import Futures  # noqa: PLC0415  # as below
+
+        return Futures(executor)
+    if executor not in _IN_PROCESSES:
+        raise ValueError(
+            "executor must be 'threads', 'processes', 'auto' or a concurrent.futures.Executor, got "
+            f"{executor!r}"
+        )
+    if sys.platform != "linux":
+        raise ValueError(
+            f"executor={executor!r} needs Linux, and this is {sys.platform}: give it an executor, "
+            "such as concurrent.futures.ProcessPoolExecutor()"
+        )
+    from polars_async.executors.processes import Processes  # noqa: PLC0415  # what few need
+
+    return Processes(threads=_threads_each(max_running), max_memory=max_memory)
+
+
+def _threads_each(max_running: int) -> int:
+    """Share the processors out among the queries that are not small and run at once."""
+    at_once = max(1, max_running - (KEPT_FROM_LARGE if max_running > KEPT_FROM_LARGE else 1))
+    wanted = os.environ.get("POLARS_MAX_THREADS", "")
+    threads = int(wanted) if wanted.isdecimal() else len(os.sched_getaffinity(0))
+    return max(1, ceil(threads / at_once))

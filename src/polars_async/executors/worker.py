@@ -1,0 +1,148 @@
+"""What a worker process does: one query after the other, for as long as its parent lives."""
+
+from __future__ import annotations
+
+import fcntl
+import logging
+import os
+import select
+import signal
+import sys
+from _socket import socket
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import polars as pl
+
+from polars_async._nesting import enter_worker
+from polars_async.executors.channel import Channel
+from polars_async.executors.parcels import outcome_of, pack, packed_error, unpack
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+_NAME = Path("/proc/self/comm")
+_BADNESS = Path("/proc/self/oom_score_adj")
+_EXPENDABLE = 500
+
+
+def main(socket_file: int, lifeline: int) -> None:
+    """
+    Serve the parent, at the other end of a socket, until that is closed.
+
+    A no-op has to be the handler of SIGINT already, before the import of Polars, which puts its own
+    before it; and the signal has to be blocked until now.
+    """
+    os.closerange(3, min(socket_file, lifeline))
+    os.closerange(min(socket_file, lifeline) + 1, max(socket_file, lifeline))
+    os.closerange(max(socket_file, lifeline) + 1, os.sysconf("SC_OPEN_MAX"))
+    _die_with_parent(lifeline)
+    with suppress(OSError):
+        _NAME.write_text("polars-worker")
+    with suppress(OSError):  # the kernel had better kill this process than its parent
+        _BADNESS.write_text(str(_EXPENDABLE))
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
+    enter_worker(for_gpu=False)
+    channel = Channel(socket(fileno=socket_file))
+    with suppress(EOFError, OSError):
+        levels: dict[str, int] = unpack(channel.receive())
+        logs = _Logs(channel)
+        _set_up_logging(logs, levels)
+        channel.send(pack(("ready", None), in_files=False))
+        while True:
+            _serve(channel, logs)
+
+
+def _serve(channel: Channel, logs: _Logs) -> None:
+    task = channel.receive()
+    if not task.data:
+        _come_to_rest()
+        channel.send(pack(("rested", None), in_files=False))
+        return
+    logs.listens = True
+    outcome = outcome_of(lambda: unpack(task, _RemoteBuffer(channel))())  # noqa: PLW0108  # or it would be unpacked outside
+    with suppress(Exception):  # what a Python function has printed would stay here
+        sys.stdout.flush()
+    logs.listens = False
+    try:
+        parcel = pack(outcome, in_files=True)
+    except BaseException as error:  # noqa: BLE001  # as of a column of Python objects
+        parcel = pack(("error", packed_error(error)), in_files=False)
+    channel.send(parcel)
+
+
+def _come_to_rest() -> None:
+    """
+    Wait until the signal that has stopped a query stops no more.
+
+    It does as long as a thread is left of the query that it was meant for.
+    """
+    probe = pl.LazyFrame({"": [0]})
+    while True:
+        try:
+            probe.collect(engine="in-memory")
+        except KeyboardInterrupt:
+            continue
+        return
+
+
+class _RemoteBuffer:
+    """The buffer of a stream, whose consumer is in the parent."""
+
+    def __init__(self, channel: Channel) -> None:
+        self._channel = channel
+
+    def add(self, batch: pl.DataFrame) -> None:
+        """Send a batch that is there anyway."""
+        self._send("add", batch)
+
+    def put(self, batch: pl.DataFrame) -> bool:
+        """Send a batch, and wait until there is room for one more; True if none is wanted."""
+        return self._send("put", batch)
+
+    def _send(self, kind: str, batch: pl.DataFrame) -> bool:
+        self._channel.send(pack((kind, batch), in_files=True))
+        enough: bool = unpack(self._channel.receive())
+        return enough
+
+
+class _Logs(logging.Handler):
+    """Sends what is logged to the parent, while that listens."""
+
+    def __init__(self, channel: Channel) -> None:
+        super().__init__()
+        self.listens = False
+        self._channel = channel
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if not self.listens:
+            return
+        try:
+            # As a text, since anything may be among the arguments.
+            sent: dict[str, Any] = record.__dict__ | {"msg": record.getMessage(), "args": None}
+            if record.exc_info:
+                sent["exc_text"] = logging.Formatter().formatException(record.exc_info)
+                sent["exc_info"] = None
+            self._channel.send(pack(("log", sent), in_files=False))
+        except Exception:  # noqa: BLE001  # as every handler does
+            self.handleError(record)
+
+
+def _set_up_logging(logs: _Logs, levels: Mapping[str, int]) -> None:
+    logging.captureWarnings(capture=True)
+    logging.getLogger().addHandler(logs)
+    for name, level in levels.items():
+        logging.getLogger(name).setLevel(level)
+
+
+def _die_with_parent(lifeline: int) -> None:
+    """Have the kernel kill this process when the parent does not hold the lifeline any more."""
+    fcntl.fcntl(lifeline, fcntl.F_SETOWN, os.getpid())
+    fcntl.fcntl(lifeline, fcntl.F_SETSIG, signal.SIGKILL)
+    flags = fcntl.fcntl(lifeline, fcntl.F_GETFL)
+    fcntl.fcntl(lifeline, fcntl.F_SETFL, flags | os.O_ASYNC | os.O_NONBLOCK)
+    poll = select.poll()
+    poll.register(lifeline, 0)
+    if poll.poll(0):  # it was too late
+        os._exit(1)
