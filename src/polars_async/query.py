@@ -15,6 +15,7 @@ from polars_async.events import EventKind, log, tell_observers
 from polars_async.gpu.failure import GpuFailure
 from polars_async.resolution import fallen_back
 from polars_async.scheduling import SMALL
+from polars_async.work import on_cpu
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
@@ -226,6 +227,7 @@ class Query(Generic[T]):
             # Its traceback holds this frame, and all of the query with it.
             failure.__traceback__ = failure.__context__ = None
             self._failure = failure
+            self._work = on_cpu(work, failure)
         except BaseException as error:  # noqa: BLE001  # a panic and SystemExit are outcomes too
             self._error = error
             # Without this frame, which holds the query that holds the error.
@@ -252,14 +254,16 @@ class Query(Generic[T]):
             return False
         with admission.lock:
             if self.done:
+                self._work = None
                 return False
             self._tried_seconds = self.run_seconds
             self.resolution = fallen_back(self.resolution, failure)
             self.state = State.WAITING
             self.expectation = None
-            if failure.left is not None:
-                self.frames = failure.left
-            self._work = failure.retry
+            if (found := failure.found) is not None:
+                self.frames = [
+                    frame for number, frame in enumerate(self.frames) if number not in found
+                ]
             self._admission = admission
             self._fell_back, self._started = perf_counter(), None
             self.paused_seconds = 0.0

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import polars as pl
 
@@ -12,21 +12,30 @@ from polars_async.gpu.offload import collect_on_gpu, is_wanted
 from polars_async.resolution import IN_MEMORY
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from polars_async.streams import Buffer
+
+T = TypeVar("T")
 
 _GPU_BATCH = 100_000
 """Rows of a batch of what the GPU collected, where nobody says how many."""
 
 
+def on_cpu(work: Callable[[], T], failure: GpuFailure) -> Callable[[], T]:
+    """Give the work, or what is left of it, for the in-memory engine."""
+    assert isinstance(work, partial)  # of a function below
+    frames, _, *rest = work.args
+    if failure.found is not None:
+        return partial(_complete, failure.found, frames, *rest)  # type: ignore[return-value]  # as of collect_each
+    return partial(work.func, frames, IN_MEMORY, *rest)
+
+
 def collect(lf: pl.LazyFrame, engine: pl.Engine, optimizations: pl.QueryOptFlags) -> pl.DataFrame:
     """Collect one frame."""
-    if not isinstance(engine, pl.GPUEngine):
-        return engine.collect(lf, optimizations=optimizations)
-    try:
+    if isinstance(engine, pl.GPUEngine):
         return collect_on_gpu(lf, engine, optimizations)
-    except GpuFailure as failure:
-        failure.retry = partial(collect, lf, IN_MEMORY, optimizations)
-        raise
+    return engine.collect(lf, optimizations=optimizations)
 
 
 def collect_each(
@@ -55,9 +64,8 @@ def _collect_each_on_gpu(
             failure = failure or caught
     if failure is None:
         return list(found.values())
-    failure.left = [frame for number, frame in enumerate(frames) if number not in found]
-    failure.share = f"{len(failure.left)} of {len(frames)} frames"
-    failure.retry = partial(_complete, found, frames, optimizations)
+    failure.found = found
+    failure.share = f"{len(frames) - len(found)} of {len(frames)} frames"
     raise failure
 
 
@@ -78,11 +86,7 @@ def schema(lf: pl.LazyFrame) -> pl.Schema:
 
 def sink(lf: pl.LazyFrame, engine: pl.Engine, optimizations: pl.QueryOptFlags) -> None:
     """Run a sink, whose result is an empty frame."""
-    try:
-        collect(lf, engine, optimizations)
-    except GpuFailure as failure:
-        failure.retry = partial(sink, lf, IN_MEMORY, optimizations)
-        raise
+    collect(lf, engine, optimizations)
 
 
 def feed(
@@ -128,11 +132,7 @@ def _feed_from_gpu(
     options: dict[str, Any],
 ) -> int:
     """Put the whole result into `buffer`, since the GPU engine has no sink of batches."""
-    try:
-        frame = collect_on_gpu(lf, engine, optimizations)
-    except GpuFailure as failure:
-        failure.retry = partial(feed, lf, IN_MEMORY, optimizations, buffer, options)
-        raise
+    frame = collect_on_gpu(lf, engine, optimizations)
     for batch in frame.iter_slices(options["chunk_size"] or _GPU_BATCH):
         buffer.add(batch)
     return frame.height

@@ -6,7 +6,7 @@ import logging
 import re
 import sys
 from traceback import format_exception, walk_tb
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
 import polars as pl
 
@@ -16,7 +16,7 @@ from polars_async.gpu.support import is_of_the_gpu, operations_of, told, underly
 from polars_async.reasons import Fault, Reason
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Iterator
 
 _LIBRARIES: Final = sys.stdlib_module_names | {
     *("cuda", "cudf", "cudf_polars", "cudf_streaming", "cupy", "dask", "distributed", "fsspec"),
@@ -76,12 +76,10 @@ class GpuFailure(Exception):  # noqa: N818  # no error to be seen: it says where
         What the GPU engine raised.
     raised
         What Polars made of it.
-    retry
-        The work, or what is left of it, for the CPU; set by whoever knows it.
-    left
-        The frames that it is for, where those are not all; else None.
+    found
+        The results of some of several frames, by the numbers of those; else None.
     share
-        The same in words, such as ``"2 of 5 frames"``.
+        How many are left, in words, such as ``"2 of 5 frames"``; else None.
     """
 
     def __init__(self, reason: Reason, cause: Exception, raised: Exception | None = None) -> None:
@@ -89,8 +87,7 @@ class GpuFailure(Exception):  # noqa: N818  # no error to be seen: it says where
         self.reason = reason
         self.cause = cause
         self.raised = raised or cause
-        self.retry: Callable[[], Any] | None = None
-        self.left: list[pl.LazyFrame] | None = None
+        self.found: dict[int, pl.DataFrame] | None = None
         self.share: str | None = None
         if self.raised is not cause:
             self.raised.__cause__ = cause
