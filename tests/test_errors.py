@@ -31,7 +31,11 @@ def test_each_is_public_and_survives_a_pickle(name):
     assert getattr(pa, name) is DEFINED[name]
     assert name in pa.__all__
 
-    more = {"QueryTimeoutError": (3.0, 1.0, None)}.get(name, ())
+    more = {
+        "QueryMemoryError": (2**30,),
+        "QueryTimeoutError": (3.0, 1.0, None),
+        "WorkerDiedError": (-9, "the plan"),
+    }.get(name, ())
     error = DEFINED[name]("what, why: remedy", *more)
     back = pickle.loads(pickle.dumps(error))
     assert vars(back) == vars(error)
