@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from concurrent.futures import Executor
 from functools import partial
 from math import nan
 from typing import TYPE_CHECKING, Any, Final, Literal, TypedDict, TypeVar, overload
@@ -15,13 +16,13 @@ from polars_async.admission import stats_of
 from polars_async.background import BackgroundQuery
 from polars_async.bridges.threads import block_or_let_run
 from polars_async.events import Reporter
-from polars_async.executors.choice import default_running, place_of
+from polars_async.executors.choice import default_running, gpu_place_of, place_of
 from polars_async.expectations import Expectation, Expectations
 from polars_async.frames import check_frame, checked_frames
 from polars_async.handle import QueryHandle
 from polars_async.lane import Lane
 from polars_async.query import Query
-from polars_async.resolution import engine_object, gpu_policy, is_on_gpu, resolve_engine, warn_of
+from polars_async.resolution import decide, engine_object, gpu_policy, is_on_gpu, warn_of
 from polars_async.scheduling import PRIORITIES
 from polars_async.streams import Batches, Buffer, Completions, Suspension
 from polars_async.work import collect, collect_each, feed, schema
@@ -127,15 +128,24 @@ class Collector:
         self._report: Final = Reporter(on_event)
         known = Expectations()
         max_running = max_running or default_running(executor)
+        place = place_of(executor, max_running, max_memory)
         self._cpu: Final = Lane(
             max_running,
             max_waiting,
             known,
             self._report,
-            place=place_of(executor, max_running, max_memory),
+            place=place,
             tiny_here=executor == "auto",
         )
-        self._gpu: Final = Lane(1, max_waiting, known, self._report, fallback=self._cpu)
+        self._elsewhere: Final = isinstance(executor, Executor)
+        self._gpu: Final = Lane(
+            max_running if self._elsewhere else 1,
+            max_waiting,
+            known,
+            self._report,
+            place=gpu_place_of(executor, place, max_running),
+            fallback=self._cpu,
+        )
         # The GPU's first, whose queries may go over to the other, and never back.
         self._lanes: Final = (self._gpu, self._cpu)
 
@@ -517,11 +527,12 @@ class Collector:
         self, engine: EngineRequest | None = None, *, path: QueryPath = "async"
     ) -> Resolution:
         """Decide which engine of this collector would run a query; see `resolve_engine`."""
-        return resolve_engine(
+        return decide(
             self.engine if engine is None else engine,
-            path=path,
-            gpu=self._gpu_policy,
-            default_engine=self._default_engine,
+            path,
+            self._gpu_policy,
+            self._default_engine,
+            gpu_elsewhere=self._elsewhere,
         )
 
     @property
@@ -544,9 +555,13 @@ class Collector:
             limits are ``max_running`` and ``max_waiting`` (infinite without one). All that counts
             the GPU's queries too; ``gpu_running`` and ``gpu_waiting`` do so alone. Of the whole
             process, ``gpu_failures`` tells how many times in a row the GPU has failed, and
-            ``gpu_rest_seconds`` how long it still rests for that, and is not tried.
+            ``gpu_rest_seconds`` how long it still rests for that, and is not tried. ``workers``
+            counts the worker processes, and ``workers_died`` those that died with a query.
         """
-        return stats_of(self._cpu.admission, self._gpu.admission)
+        found = stats_of(self._cpu.admission, self._gpu.admission)
+        found["workers"] = sum(lane.place.workers for lane in self._lanes)
+        found["workers_died"] = sum(lane.place.died for lane in self._lanes)
+        return found
 
     def close(self, *, wait: bool = True, cancel_waiting: bool = True) -> None:
         """
@@ -660,7 +675,11 @@ class Collector:
         return resolution
 
     def _lane(self, resolution: Resolution) -> Lane:
-        return self._gpu if is_on_gpu(resolution) else self._cpu
+        if not is_on_gpu(resolution):
+            return self._cpu
+        if resolution.gpu is not None:
+            self._gpu.use(resolution.gpu)
+        return self._gpu
 
     def _submit(
         self,

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from polars_async.events import Reporter
     from polars_async.executors import Place
     from polars_async.expectations import Expectations
+    from polars_async.gpu import GpuStatus
     from polars_async.query import Query, Waiter
 
 
@@ -41,7 +42,7 @@ class Lane:
     cannot be sent. With `tiny_here` those that are expected to be small stay here, too.
 
     The lane of the GPU has a `fallback`, that of the CPU, where queries go on that the GPU engine
-    could not run. All its queries run on one thread.
+    could not run. All its queries run on one thread, unless they run elsewhere.
 
     A thread that ends a query takes the next from the line itself, so queries that follow each
     other need no hand-over, and there are never more threads than queries that ran at once. A
@@ -83,6 +84,11 @@ class Lane:
         self._report = report
         _lanes.add(self)
         _exit.watch(self)
+
+    def use(self, gpu: GpuStatus) -> None:
+        """Have as many slots as there are GPUs for queries to run on at once."""
+        if self.place is not HERE and (slots := self.place.prepare(gpu)) is not None:
+            self.admission.max_running = slots
 
     def submit(self, query: Query[Any]) -> None:
         """Run `query` at once where a slot is free, or else when its turn comes."""
@@ -185,15 +191,16 @@ class Lane:
 
     def _run(self, query: Query[Any], slot: Slot) -> bool:
         """Run `query` in `slot`; False if nobody is next, and the slot was taken back."""
-        if self.fallback is not None:
+        place = self._place_of(query)
+        if self.fallback is not None and place is HERE:
             _run_on_gpu(query)
-            if query.fall_back(self.fallback.admission):
-                return self._hand_over(query, slot, self.fallback)
         elif query.label is None:
-            query.run(self._place_of(query))
+            query.run(place)
         else:
             with named_thread(query.label):
-                query.run(self._place_of(query))
+                query.run(place)
+        if self.fallback is not None and query.fall_back(self.fallback.admission):
+            return self._hand_over(query, slot, self.fallback)
         if query.reports:
             query.report_engine()
         # Done before it is gone: `close` trusts in that, and a fork may come in between. And gone

@@ -169,6 +169,18 @@ def resolve_engine(
     >>> pa.resolve_engine("streaming").message
     'the streaming engine runs: asked for by the engine argument'
     """
+    return decide(engine, path, gpu, default_engine)
+
+
+def decide(
+    engine: EngineRequest,
+    path: QueryPath,
+    gpu: GpuPolicy | None,
+    default_engine: EngineRequest,
+    *,
+    gpu_elsewhere: bool = False,
+) -> Resolution:
+    """Do what `resolve_engine` does; with `gpu_elsewhere`, whatever the GPU of this host is."""
     if path not in _PATHS:
         raise ValueError(f"path must be one of {_listed(_PATHS)}, got {path!r}")
     if gpu is not None:
@@ -178,6 +190,8 @@ def resolve_engine(
     if asked.name in _ENGINES or not (
         asked.name == "gpu" or isinstance(asked.engine, pl.GPUEngine)
     ):
+        return asked
+    if gpu_elsewhere and path != "sync" and gpu_policy(gpu) != "downgrade":
         return asked
     return _gpu_rule(asked, path, gpu)
 

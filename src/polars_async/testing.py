@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Final, Literal, TypeAlias, get_args
 import polars as pl
 
 from polars_async._native import allocate_lock, sleep
-from polars_async.gpu import _cudf, _nvml, _probe
+from polars_async.gpu import _cudf, _nvml, _probe, simulation
 from polars_async.gpu._visible import DEVICE_ORDER, VISIBLE_DEVICES
 from polars_async.gpu.breaker import Health, breaker
 from polars_async.gpu.offload import note_error_of_query
@@ -167,6 +167,13 @@ def simulate_gpu(
     """
     _check_count(count)
     gpu = SimulatedGpu(fail)
+
+    def arguments() -> dict[str, Any]:
+        """Give those for a worker process, which asks here for the fault of each query."""
+        own = gpu.fail if gpu.fail in ("import", "incompatible") else None
+        same = {"memory": memory, "compute_capability": compute_capability, "driver": driver}
+        return {"count": count, "cudf_polars": cudf_polars, "fail": own, **same}
+
     host = _host(count, memory, compute_capability, driver)
     with ExitStack() as stack:
         for variable in (VISIBLE_DEVICES, DEVICE_ORDER):
@@ -182,6 +189,8 @@ def simulate_gpu(
         stack.callback(sys.meta_path.remove, finder)
         stack.enter_context(_noting_queries())
         stack.callback(_probe.probe.stand_in, _probe.probe.stand_in(host))
+        here = simulation.Simulation(arguments, gpu.next_fault)
+        stack.callback(simulation.begin, simulation.begin(here))
         yield gpu
 
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from polars_async.gpu import GpuStatus
     from polars_async.query import Query
 
 T = TypeVar("T")
@@ -14,6 +15,19 @@ T = TypeVar("T")
 
 class Place(Protocol):
     """Where the queries of a lane run. The thread of a slot hands each over, and waits for it."""
+
+    @property
+    def workers(self) -> int:
+        """How many worker processes it has."""
+        ...
+
+    @property
+    def died(self) -> int:
+        """How many of its worker processes have died with a query."""
+        ...
+
+    def prepare(self, gpu: GpuStatus) -> int | None:
+        """Prepare for queries on the GPU; gives how many run at once, None for as many as come."""
 
     def run(self, work: Callable[[], T], query: Query[Any]) -> T:
         """

@@ -63,6 +63,15 @@ def place_of(executor: ExecutorRequest, max_running: int, max_memory: int | None
     return Processes(threads=_threads_each(max_running), max_memory=max_memory)
 
 
+def gpu_place_of(executor: ExecutorRequest, place: Place, max_running: int) -> Place:
+    """Make the place for the queries on a GPU of a collector that has `place` for the others."""
+    if executor not in _IN_PROCESSES:
+        return place
+    from polars_async.executors.gpus import GpuProcesses  # noqa: PLC0415  # what few need
+
+    return GpuProcesses(threads=_threads_each(max_running))
+
+
 def _threads_each(max_running: int) -> int:
     """Share the processors out among the queries that are not small and run at once."""
     at_once = max(1, max_running - (KEPT_FROM_LARGE if max_running > KEPT_FROM_LARGE else 1))

@@ -12,20 +12,22 @@ import polars as pl
 
 from polars_async._native import allocate_lock
 from polars_async.errors import PolarsAsyncError, WorkerDiedError
+from polars_async.executors.mains import defined, definition, looked_up
 from polars_async.executors.parcels import (
     Parcel,
     buffer_of,
+    error_of,
     outcome_of,
     pack,
     packed_error,
     unpack,
-    unpacked_error,
 )
 
 if TYPE_CHECKING:
     from collections.abc import Callable
     from concurrent.futures import Executor, Future
 
+    from polars_async.gpu import GpuStatus
     from polars_async.query import Query
 
 T = TypeVar("T")
@@ -38,28 +40,23 @@ class Futures:
     A query that was let go is cancelled as far as the executor can: mostly if it has not begun.
     """
 
+    workers = died = 0  # of its own are known to it alone
+
     def __init__(self, executor: Executor) -> None:
         self._executor: Final = executor
+
+    def prepare(self, gpu: GpuStatus) -> int | None:  # noqa: ARG002  # as GpuProcesses
+        """Do nothing: a GPU is no other place here."""
+        return None
 
     def run(self, work: Callable[[], T], query: Query[Any]) -> T:
         """Run `work` there; what it raises has the other traceback as its cause."""
         buffer = buffer_of(work)
         task = pack(work, in_files=False).data
         try:
-            future = self._executor.submit(run_task, task, pl.__version__)
-            if not query.on_let_go(future.cancel):
-                future.cancel()
-            _await(future)
-            query.on_let_go(None)
-            try:
-                found = future.result()
-            except Exception as error:
-                if not _is_of_the_executor(error):
-                    raise
-                raise _loss(error, query) from error
-            kind, value, batches = unpack(Parcel(found, []))
-            if kind == "error":
-                raise unpacked_error(value)
+            kind, value, batches = self._outcome(task, query)
+            if (failed := error_of(kind, value)) is not None:
+                raise failed
             for batch in batches:
                 if buffer is None or buffer.put(batch):
                     break
@@ -68,19 +65,58 @@ class Futures:
             query.on_let_go(None)
             del self, work, query, buffer  # an error's traceback holds this frame
 
+    def _outcome(self, task: bytes, query: Query[Any]) -> tuple[str, Any, list[pl.DataFrame]]:
+        mains: dict[str, bytes | None] = {}
+        while True:
+            future = self._executor.submit(run_task, task, pl.__version__, mains)
+            if not query.on_let_go(future.cancel):
+                future.cancel()
+            _await(future)
+            query.on_let_go(None)
+            try:
+                outcome = future.result()
+            except Exception as error:
+                if not _is_of_the_executor(error):
+                    raise
+                raise _loss(error, query) from error
+            found: tuple[str, Any, list[pl.DataFrame]] = unpack(Parcel(outcome, []))
+            if found[0] != "missing":
+                return found
+            # It could not even be unpacked, so that nothing of it has run yet.
+            mains[found[1]] = definition(found[1])
+
     def close(self) -> None:
         """Do nothing: the executor is the caller's."""
 
     abandon = close
 
 
-def run_task(task: bytes, version: str) -> bytes:
-    """Run a query that was packed with a `version` of Polars, and pack what comes of it."""
+def run_task(task: bytes, version: str, mains: dict[str, bytes | None]) -> bytes:
+    """
+    Run a query, and pack what comes of it.
+
+    Parameters
+    ----------
+    task
+        The query, packed up.
+    version
+        The release of Polars that did so.
+    mains
+        What it takes from the ``__main__`` of its own process, as far as that is known.
+    """
     batches = _Batches()
+    missing: list[str] = []
+
+    def look_up(name: str) -> object:
+        if name not in mains:
+            missing.append(name)
+            raise AttributeError(name)
+        return defined(name, mains[name])
 
     def work() -> object:
         try:
-            query = unpack(Parcel(task, []), batches)
+            with looked_up(look_up):
+                query = unpack(Parcel(task, []), batches)
         except Exception as error:
             if version == pl.__version__:
                 raise
@@ -91,6 +127,8 @@ def run_task(task: bytes, version: str) -> bytes:
         return query()
 
     kind, found = outcome_of(work, noted=_note)
+    if missing:
+        kind, found = "missing", missing[0]
     try:
         return pack((kind, found, batches), in_files=False).data
     except BaseException as error:  # noqa: BLE001  # as of a column of Python objects

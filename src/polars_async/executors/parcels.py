@@ -16,6 +16,7 @@ import polars as pl
 
 from polars_async._upstream import map_ipc, optimization_flags, optimizations_of
 from polars_async.errors import PolarsAsyncError
+from polars_async.gpu.failure import GpuFailure
 from polars_async.streams import Buffer
 
 if TYPE_CHECKING:
@@ -164,16 +165,32 @@ def outcome_of(
     work: Callable[[], object], *, noted: Callable[[BaseException], object] | None = None
 ) -> tuple[str, object]:
     """
-    Run `work`; gives ``("value", result)`` or ``("error", what packed_error gives)``.
+    Run `work`; gives the kind of the outcome, and what `error_of` makes of that.
 
     `noted` may add to the error what is known here alone.
     """
     try:
         return "value", work()
+    except GpuFailure as failure:
+        errors = packed_error(failure.cause), packed_error(failure.raised)
+        return "gpu failure", (failure.reason, errors, failure.found, failure.share)
     except BaseException as error:  # noqa: BLE001  # a panic and SystemExit are outcomes too
         if noted is not None:
             noted(error)
         return "error", packed_error(error)
+
+
+def error_of(kind: str, found: Any) -> BaseException | None:
+    """Give the error that an outcome holds; None where `found` is the result."""
+    if kind == "value":
+        return None
+    if kind == "error":
+        return unpacked_error(found)
+    reason, errors, results, share = found
+    cause, raised = map(unpacked_error, errors)
+    failure = GpuFailure(reason, cause, raised)  # type: ignore[arg-type]  # which both were
+    failure.found, failure.share = results, share
+    return failure
 
 
 def packed_error(error: BaseException) -> tuple[bytes, str]:

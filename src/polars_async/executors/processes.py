@@ -19,12 +19,15 @@ from polars_async.deadlines import set_deadline
 from polars_async.errors import QueryMemoryError, WorkerDiedError
 from polars_async.events import log
 from polars_async.executors.channel import Channel
-from polars_async.executors.parcels import Parcel, buffer_of, pack, unpack, unpacked_error
+from polars_async.executors.mains import definition
+from polars_async.executors.parcels import Parcel, buffer_of, error_of, pack, unpack
+from polars_async.gpu.simulation import current
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
     from polars_async.deadlines import Deadline
+    from polars_async.gpu import GpuStatus
     from polars_async.query import Query
     from polars_async.streams import Buffer
 
@@ -55,8 +58,6 @@ class Processes:
     taken it, until that gives it back; `_lock` guards who has which.
     """
 
-    stops_queries = True
-
     def __init__(
         self, *, threads: int, max_memory: int | None = None, env: Mapping[str, str] | None = None
     ) -> None:
@@ -73,6 +74,10 @@ class Processes:
     def workers(self) -> int:
         """How many worker processes there are."""
         return len(self._workers)
+
+    def prepare(self, gpu: GpuStatus) -> int | None:  # noqa: ARG002  # as GpuProcesses
+        """Do nothing: a GPU is no other place here."""
+        return None
 
     def run(self, work: Callable[[], T], query: Query[Any]) -> T:
         """Run `work` in a worker; what it raises has the other traceback as its cause."""
@@ -91,10 +96,13 @@ class Processes:
             self._lose(worker)
             raise
         else:
-            self._give(worker)
-            if kind == "value":
+            if worker.is_leaving:
+                self._replace(worker)
+            else:
+                self._give(worker)
+            if (outcome := error_of(kind, found)) is None:
                 return found  # type: ignore[no-any-return]
-            error = unpacked_error(found)
+            error = outcome
             if errand.outgrown is not None and isinstance(error, KeyboardInterrupt):
                 error = errand.outgrown
         finally:
@@ -125,9 +133,10 @@ class Processes:
                 worker = self._idle.pop() if self._idle else None
             if worker is None:
                 return self._start()
-            if worker.is_alive():
+            if worker.simulation is current() and worker.is_alive():
                 return worker
-            self._lose(worker)  # as by the kernel, for want of memory
+            # Lost to the kernel, for want of memory, or of a host that was simulated before.
+            self._lose(worker)
 
     def _start(self) -> _Worker:
         worker = _Worker(self._env)
@@ -149,13 +158,23 @@ class Processes:
             self._workers.discard(worker)
         return worker.end()
 
-    def _bury(self, worker: _Worker, errand: _Errand, query: Query[Any]) -> BaseException:
-        """Put a fresh worker in the place of one that is gone; gives the error of its query."""
-        status = self._lose(worker)
+    def _replace(self, worker: _Worker) -> None:
+        """Let a fresh worker take the place of one that ends by itself."""
+        with self._lock:
+            self._workers.discard(worker)
+        _dismiss([worker])
+        self._refill()
+
+    def _refill(self) -> None:
         with suppress(OSError):  # then the next query tries it again
             fresh = None if self._closed else self._start()
             if fresh is not None:
                 self._give(fresh)
+
+    def _bury(self, worker: _Worker, errand: _Errand, query: Query[Any]) -> BaseException:
+        """Put a fresh worker in the place of one that is gone; gives the error of its query."""
+        status = self._lose(worker)
+        self._refill()
         if errand.outgrown is not None:
             return errand.outgrown
         if not errand.stopped:
@@ -173,7 +192,10 @@ class _Worker:
         _alive.add(self)
         self._lock = RLock()
         self._reaped = False
+        self.simulation = current()
         self.is_ready = False
+        self.is_leaving = False
+        """Whether it ends after this query, for a reason of its own."""
         try:
             code = _START.format(path=sys.path, socket=theirs.fileno(), lifeline=lifeline)
             executable = os.fsdecode(get_executable() or sys.executable)
@@ -205,7 +227,8 @@ class _Worker:
         if self.is_ready:
             return
         try:
-            self.channel.send(pack(_levels(), in_files=False))
+            simulated = None if self.simulation is None else self.simulation.arguments()
+            self.channel.send(pack((_levels(), simulated), in_files=False))
         except OSError as error:
             raise EOFError from error
         unpack(self.channel.receive())
@@ -374,6 +397,14 @@ class _Errand:
             kind, content = unpack(parcel)
             if kind == "log":
                 _log(content)
+            elif kind == "main":
+                channel.send(pack(definition(content), in_files=False))
+            elif kind == "leaving":
+                self._worker.is_leaving = True
+            elif kind == "fault":
+                simulation = self._worker.simulation
+                fault = None if simulation is None else simulation.next_fault()
+                channel.send(pack(fault, in_files=False))
             elif kind in _OF_STREAMS and buffer is not None:
                 enough = getattr(buffer, kind)(content)
                 channel.send(pack(bool(enough), in_files=False))

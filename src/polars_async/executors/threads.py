@@ -13,6 +13,7 @@ from polars_async._nesting import enter_worker
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator
 
+    from polars_async.gpu import GpuStatus
     from polars_async.query import Query
 
 T = TypeVar("T")
@@ -23,6 +24,12 @@ _OWN_NAME: Final = "polars-async"
 
 class Threads:
     """The thread of the slot itself, in this process: where queries run unless told otherwise."""
+
+    workers = died = 0
+
+    def prepare(self, gpu: GpuStatus) -> int | None:  # noqa: ARG002  # as GpuProcesses
+        """Do nothing: a GPU is no other place here."""
+        return None
 
     def run(self, work: Callable[[], T], query: Query[Any]) -> T:
         """Run `work` here; nothing stops it."""

@@ -9,7 +9,8 @@ import select
 import signal
 import sys
 from _socket import socket
-from contextlib import suppress
+from contextlib import contextmanager, nullcontext, suppress
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,10 +18,15 @@ import polars as pl
 
 from polars_async._nesting import enter_worker
 from polars_async.executors.channel import Channel
+from polars_async.executors.mains import defined, looked_up
 from polars_async.executors.parcels import outcome_of, pack, packed_error, unpack
+from polars_async.gpu.offload import context_is_poisoned
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Generator, Mapping
+
+    from polars_async.executors.parcels import Parcel
+    from polars_async.testing import Fault
 
 _NAME = Path("/proc/self/comm")
 _BADNESS = Path("/proc/self/oom_score_adj")
@@ -46,12 +52,13 @@ def main(socket_file: int, lifeline: int) -> None:
     enter_worker(for_gpu=False)
     channel = Channel(socket(fileno=socket_file))
     with suppress(EOFError, OSError):
-        levels: dict[str, int] = unpack(channel.receive())
+        levels, simulated = unpack(channel.receive())
         logs = _Logs(channel)
         _set_up_logging(logs, levels)
-        channel.send(pack(("ready", None), in_files=False))
-        while True:
-            _serve(channel, logs)
+        with nullcontext() if simulated is None else _simulated_gpu(simulated, channel):
+            channel.send(pack(("ready", None), in_files=False))
+            while not context_is_poisoned():
+                _serve(channel, logs)
 
 
 def _serve(channel: Channel, logs: _Logs) -> None:
@@ -61,15 +68,27 @@ def _serve(channel: Channel, logs: _Logs) -> None:
         channel.send(pack(("rested", None), in_files=False))
         return
     logs.listens = True
-    outcome = outcome_of(lambda: unpack(task, _RemoteBuffer(channel))())  # noqa: PLW0108  # or it would be unpacked outside
+    outcome = outcome_of(partial(_run, task, channel))
     with suppress(Exception):  # what a Python function has printed would stay here
         sys.stdout.flush()
     logs.listens = False
+    if context_is_poisoned():
+        channel.send(pack(("leaving", None), in_files=False))
     try:
         parcel = pack(outcome, in_files=True)
     except BaseException as error:  # noqa: BLE001  # as of a column of Python objects
         parcel = pack(("error", packed_error(error)), in_files=False)
     channel.send(parcel)
+
+
+def _run(task: Parcel, channel: Channel) -> object:
+    def look_up(name: str) -> object:
+        channel.send(pack(("main", name), in_files=False))
+        return defined(name, unpack(channel.receive()))
+
+    with looked_up(look_up):
+        work = unpack(task, _RemoteBuffer(channel))
+    return work()
 
 
 def _come_to_rest() -> None:
@@ -85,6 +104,25 @@ def _come_to_rest() -> None:
         except KeyboardInterrupt:
             continue
         return
+
+
+@contextmanager
+def _simulated_gpu(arguments: dict[str, Any], channel: Channel) -> Generator[None]:
+    """Have the simulated host of the parent, which counts the queries."""
+    from polars_async.testing import simulate_gpu  # noqa: PLC0415  # for tests alone
+
+    def next_fault() -> Fault | None:
+        channel.send(pack(("fault", None), in_files=False))
+        fault: Fault | None = unpack(channel.receive())
+        gpu.queries += 1
+        gpu.fail = fault
+        return fault
+
+    environment = dict(os.environ)
+    with simulate_gpu(**arguments) as gpu:
+        os.environ.update(environment)  # it may see one of the GPUs alone
+        gpu.next_fault = next_fault  # type: ignore[method-assign]
+        yield
 
 
 class _RemoteBuffer:

@@ -25,7 +25,7 @@ from polars_async.resolution import forbids_cpu
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator
 
-_OF_THE_GPU: Final = (Reason.OUT_OF_MEMORY, Reason.CUDA_ERROR)
+OF_THE_GPU: Final = (Reason.OUT_OF_MEMORY, Reason.CUDA_ERROR)
 """What speaks against the GPU, and not against this one query or the engine."""
 
 
@@ -42,6 +42,10 @@ class _Turn:
     @classmethod
     def after_fork(cls) -> None:
         cls.lock = RLock()  # a thread that stayed behind may hold the old one
+
+
+class _Context:
+    is_poisoned = False
 
 
 class _ThisThread(_native.local):
@@ -128,6 +132,17 @@ def refuse_nested() -> NoReturn:
     )
 
 
+def count_failure(text: str, cause: Exception, era: object) -> None:
+    """Count a failure that speaks against the GPU."""
+    if (rest := breaker.failed(text, cause, era)) is not None:
+        log.warning("the GPU rests for %g s: %s", rest.seconds, text)
+
+
+def context_is_poisoned() -> bool:
+    """Tell whether CUDA has failed in this process, after which it may fail with all that comes."""
+    return _Context.is_poisoned
+
+
 def note_error_of_query(error: BaseException) -> None:
     """Note that `error`, on this thread, is of the query; for `polars_async.testing`."""
     if _this_thread.attempt is not None:
@@ -155,12 +170,13 @@ def _have_the_turn(
             failure = _why_unsupported(lf, engine, optimizations)
         if may_fall_back:
             failure.let_go_of_memory(outer)
-        if counts and failure.reason in _OF_THE_GPU:
+        if failure.reason is Reason.CUDA_ERROR:
+            _Context.is_poisoned = True
+        if counts and failure.reason in OF_THE_GPU:
             # What the caller gets to see keeps its traceback, and with it what the query held.
             text = str(failure)
             cause = failure.cause if may_fall_back else EngineUnavailableError(text)
-            if (rest := breaker.failed(text, cause, era)) is not None:
-                log.warning("the GPU rests for %g s: %s", rest.seconds, text)
+            count_failure(text, cause, era)
         raise failure if may_fall_back else failure.raised
     finally:
         del failure  # which its own traceback would hold, and all of the query with it
