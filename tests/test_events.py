@@ -123,9 +123,9 @@ def test_cancellation_is_the_last_event_though_the_thread_had_not_begun(
 ):
     run, cancelled = Query.run, threading.Event()
 
-    def run_late(query):
+    def run_late(query, place):
         cancelled.wait()
-        run(query)
+        run(query, place)
 
     monkeypatch.setattr(Query, "run", run_late)
     handle = telling.collect_async(TINY, label="it")
