@@ -34,6 +34,7 @@ __all__ = [
     "gpu_status",
     "gpu_support",
     "resolve_engine",
+    "share",
 ]
 
 if TYPE_CHECKING:
@@ -58,6 +59,7 @@ if TYPE_CHECKING:
     from polars_async.handle import QueryHandle
     from polars_async.reasons import Reason
     from polars_async.resolution import Resolution, resolve_engine
+    from polars_async.sharing import share
     from polars_async.streams import ResultStream
 else:
     from importlib import import_module
@@ -94,6 +96,7 @@ else:
         "gpu_status": "gpu",
         "gpu_support": "gpu.support",
         "resolve_engine": "resolution",
+        "share": "sharing",
     }
 
     def __getattr__(name: str) -> object:

@@ -563,7 +563,9 @@ class Collector:
         found["workers_died"] = sum(lane.place.died for lane in self._lanes)
         return found
 
-    def close(self, *, wait: bool = True, cancel_waiting: bool = True) -> None:
+    def close(
+        self, *, wait: bool = True, cancel_waiting: bool = True, cancel_running: bool = False
+    ) -> None:
         """
         Take no more queries. It may be called more than once, and from any thread.
 
@@ -575,6 +577,9 @@ class Collector:
         cancel_waiting
             Whether queries that did not start yet are cancelled, and batches that nobody fetched;
             else they still run.
+        cancel_running
+            Whether those that run are cancelled, too: in processes they are stopped, and on threads
+            they are let go, and end when they end.
 
         Raises
         ------
@@ -583,18 +588,18 @@ class Collector:
         """
         if wait:
             _check_outside()
-        _close_lanes(self._lanes, cancel_waiting=cancel_waiting)
+        _close_lanes(self._lanes, cancel_waiting=cancel_waiting, cancel_running=cancel_running)
         if wait:
             for lane in self._lanes:
                 block_or_let_run(lane.admission)
 
-    async def aclose(self, *, cancel_waiting: bool = True) -> None:
+    async def aclose(self, *, cancel_waiting: bool = True, cancel_running: bool = False) -> None:
         """
         Take no more queries, and suspend the calling task until all have really ended.
 
         Parameters
         ----------
-        cancel_waiting
+        cancel_waiting, cancel_running
             As for `close`.
 
         Raises
@@ -603,7 +608,7 @@ class Collector:
             A Python UDF called it, and would wait for its own query, too.
         """
         _check_outside()
-        _close_lanes(self._lanes, cancel_waiting=cancel_waiting)
+        _close_lanes(self._lanes, cancel_waiting=cancel_waiting, cancel_running=cancel_running)
         bridge = bridges.current()
         for lane in self._lanes:
             await Suspension(bridge, lane.admission)
@@ -756,6 +761,8 @@ def _gevent_handle() -> type[QueryHandle[Any]]:
     return GeventHandle
 
 
-def _close_lanes(lanes: tuple[Lane, ...], *, cancel_waiting: bool = False) -> None:
+def _close_lanes(
+    lanes: tuple[Lane, ...], *, cancel_waiting: bool = False, cancel_running: bool = False
+) -> None:
     for lane in lanes:
-        lane.close(cancel_waiting=cancel_waiting)
+        lane.close(cancel_waiting=cancel_waiting, cancel_running=cancel_running)

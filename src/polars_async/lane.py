@@ -128,7 +128,7 @@ class Lane:
             self.admission.pause(query)
             self._use_idle_slots()
 
-    def close(self, *, cancel_waiting: bool) -> None:
+    def close(self, *, cancel_waiting: bool, cancel_running: bool = False) -> None:
         """Take no more queries, and let the threads end with the last of those here."""
         admission = self.admission
         with admission.lock:
@@ -136,11 +136,11 @@ class Lane:
             self._executor.close()
             self.place.close()
             # A stream may wait for its consumer, and that for ever.
-            waiting = [query for query in admission.in_slots() if query.is_stream]
+            running = admission.in_slots()
+            waiting = [query for query in running if query.is_stream]
             waiting += admission.in_line()
-        if cancel_waiting:
-            for query in waiting:
-                query.cancel()
+        for query in (*(waiting if cancel_waiting else ()), *(running if cancel_running else ())):
+            query.cancel()
 
     def abandon(self, error: BaseException) -> None:
         """Start afresh in a forked child, which has neither the threads nor their queries."""
