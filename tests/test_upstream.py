@@ -6,6 +6,7 @@ import inspect
 import io
 import json
 import os
+import pickle
 import subprocess
 import sys
 import traceback
@@ -43,6 +44,7 @@ def run(script, *arguments, **environment):
 def test_every_name_is_polars_own_or_tested_here():
     assert set(_upstream.__all__) == {
         "AUTO_ENGINE",
+        "BUILT_IN_ENGINES",
         "InProcessQuery",
         "PACKAGE_FOLDER",
         "POOL_THREAD",
@@ -50,6 +52,9 @@ def test_every_name_is_polars_own_or_tested_here():
         "affinity_override",
         "gpu_callback",
         "is_eager",
+        "map_ipc",
+        "optimization_flags",
+        "optimizations_of",
         "optimized_plan",
         "plan_sources",
     }
@@ -370,3 +375,64 @@ pl.Config.set_engine_affinity(pl.StreamingEngine())
 del engine_config.get_engine_affinity_override
 """
     assert run(GUARDED.format(breakage=breakage))[2:] == ["None", "auto", "in-memory"]
+
+
+@pytest.mark.parametrize(
+    "make", [pl.QueryOptFlags, pl.QueryOptFlags.none, pl.QueryOptFlags._eager], ids=str
+)
+def test_optimizations_are_taken_apart_and_put_together_again(make):
+    before = make()
+    flags = _upstream.optimization_flags(before)
+    after = _upstream.optimizations_of(flags)
+    assert _upstream.optimization_flags(after) == flags
+    assert _upstream.is_eager(after) is _upstream.is_eager(before)
+    assert after.predicate_pushdown is before.predicate_pushdown
+    assert {"predicate_pushdown", "comm_subplan_elim", "eager"} <= set(flags)
+
+
+def test_optimizations_without_their_private_half_are_the_public_flags():
+    class Public:
+        predicate_pushdown = False
+
+    assert _upstream.optimization_flags(Public()) == {"predicate_pushdown": False}
+
+
+def test_optimization_that_this_release_does_not_know_is_left_out():
+    after = _upstream.optimizations_of({"predicate_pushdown": False, "of_another_release": True})
+    assert not after.predicate_pushdown
+
+
+def test_built_in_engines_are_settings_and_no_more():
+    assert len(_upstream.BUILT_IN_ENGINES) == 4
+    for kind in _upstream.BUILT_IN_ENGINES:
+        made = pickle.loads(pickle.dumps(kind()))
+        assert (type(made), made.name) == (kind, kind().name)
+
+
+@pytest.mark.parametrize("ways", ["its own", "none"])
+def test_ipc_file_is_mapped_or_else_read(tmp_path, monkeypatch, ways):
+    frame = pl.concat([pl.DataFrame({"a": [1, None], "b": ["x", "y"]})] * 3, rechunk=False)
+    path = str(tmp_path / "frame.arrow")
+    frame.write_ipc(path)
+    if ways == "none":
+        monkeypatch.setattr(_upstream, "_map_ipc", lambda _: None)
+    found = _upstream.map_ipc(path, dict(frame.schema))
+    assert found.equals(frame)
+    assert (path in Path("/proc/self/maps").read_text()) is (ways == "its own")
+
+
+def test_ipc_file_that_maps_to_another_schema_is_read(tmp_path, monkeypatch):
+    frame = pl.DataFrame({"a": [1]})
+    path = str(tmp_path / "frame.arrow")
+    frame.write_ipc(path)
+    monkeypatch.setattr(_upstream, "_map_ipc", lambda _: pl.DataFrame({"a": ["1"]}))
+    assert _upstream.map_ipc(path, dict(frame.schema)).equals(frame)
+
+
+def test_ipc_file_is_read_without_pyarrow(tmp_path, monkeypatch):
+    frame = pl.DataFrame({"a": [1]})
+    path = str(tmp_path / "frame.arrow")
+    frame.write_ipc(path)
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    assert _upstream._map_with_pyarrow(path) is None
+    assert _upstream.map_ipc(path, dict(frame.schema)).equals(frame)

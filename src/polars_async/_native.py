@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 if TYPE_CHECKING:
     from _thread import LockType, RLock, allocate_lock, start_new_thread
-    from os import waitpid
+    from os import posix_spawn, waitpid
     from queue import SimpleQueue
     from threading import local
     from time import sleep
@@ -25,7 +25,7 @@ else:
     def _original(module: str, name: str) -> Any:
         monkey = sys.modules.get("gevent.monkey")
         if monkey is None:
-            return getattr(import_module(module), name)
+            return getattr(import_module(module), name, None)
         return monkey.get_original(module, name)
 
     RLock = _original("_thread", "RLock")
@@ -34,6 +34,7 @@ else:
     start_new_thread = _original("_thread", "start_new_thread")
     SimpleQueue = _original("queue", "SimpleQueue")
     sleep = _original("time", "sleep")
+    posix_spawn = _original("os", "posix_spawn")
     waitpid = _original("os", "waitpid")
 
 _SLICE: Final = 0.1
@@ -66,6 +67,7 @@ __all__ = [
     "SimpleQueue",
     "allocate_lock",
     "local",
+    "posix_spawn",
     "sleep",
     "start_new_thread",
     "wait_for",

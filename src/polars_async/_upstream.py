@@ -103,11 +103,11 @@ def optimization_flags(optimizations: pl.QueryOptFlags) -> dict[str, bool]:
 
 
 def optimizations_of(flags: Mapping[str, bool]) -> pl.QueryOptFlags:
-    """Make optimisations of what `optimization_flags` gave, of this release or another."""
+    """Make optimisations of what `optimization_flags` gave, in this release or another."""
     optimizations = pl.QueryOptFlags()
     target: Any = getattr(optimizations, "_pyoptflags", optimizations)
     for name, value in flags.items():
-        if getattr(target, name, value) != value:
+        if getattr(target, name, value) != value:  # one that another release has is left out
             setattr(target, name, value)
     return optimizations
 
@@ -139,7 +139,9 @@ def _map_with_pyarrow(path: str) -> pl.DataFrame | None:
     except ImportError:
         return None
     with arrow.memory_map(path) as file:
-        return pl.DataFrame(arrow.ipc.open_file(file).read_all())
+        table = arrow.ipc.open_file(file).read_all()
+    frame = pl.from_arrow(table, rechunk=False)  # which would copy it
+    return frame if isinstance(frame, pl.DataFrame) else None
 
 
 _map_ipc: Final = (

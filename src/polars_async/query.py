@@ -230,8 +230,10 @@ class Query(Generic[T]):
             self._work = on_cpu(work, failure)
         except BaseException as error:  # noqa: BLE001  # a panic and SystemExit are outcomes too
             self._error = error
-            # Without this frame, which holds the query that holds the error.
-            self._traceback = error.__traceback__ and error.__traceback__.tb_next
+            # Without this frame, which holds the query that holds the error, and the place's.
+            here = error.__traceback__ and error.__traceback__.tb_next
+            self._traceback = here and here.tb_next
+            del here
             if self.label is not None:
                 _name_in(error, self.label)
         finally:

@@ -34,7 +34,7 @@ class Channel:
 
         Raises
         ------
-        OSError
+        EOFError
             The other end is gone.
         """
         head = _HEAD.pack(len(parcel.data), len(parcel.files))
@@ -45,6 +45,8 @@ class Channel:
                 rest = memoryview(head + parcel.data)[sent:]
                 if rest:
                     self._socket.sendall(rest)
+        except OSError as error:
+            raise EOFError from error
         finally:
             parcel.close()
 

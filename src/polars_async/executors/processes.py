@@ -14,7 +14,7 @@ from time import monotonic
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 from weakref import WeakSet
 
-from polars_async._native import RLock, sleep, start_new_thread, waitpid
+from polars_async._native import RLock, posix_spawn, sleep, start_new_thread, waitpid
 from polars_async.deadlines import set_deadline
 from polars_async.errors import QueryMemoryError, WorkerDiedError
 from polars_async.events import log
@@ -45,6 +45,8 @@ _START: Final = (
     "import signal, sys; signal.signal(signal.SIGINT, lambda *_: None); sys.path[:] = {path}; "
     "from polars_async.executors.worker import main; main({socket}, {lifeline})"
 )
+_TRIES: Final = 3
+"""How many workers may die one after the other before they begin a query; it has harmed none."""
 _OF_STREAMS: Final = ("put", "add")
 _PLAN_CHARACTERS: Final = 200
 _PAGE: Final = os.sysconf("SC_PAGE_SIZE")
@@ -81,36 +83,45 @@ class Processes:
 
     def run(self, work: Callable[[], T], query: Query[Any]) -> T:
         """Run `work` in a worker; what it raises has the other traceback as its cause."""
-        parcel = pack(work, in_files=True)
+        error: BaseException | None = None
         try:
-            worker = self._take()
-        except BaseException:
-            parcel.close()
-            raise
-        errand = _Errand(worker, query, self._max_memory)
-        try:
-            kind, found = errand.run(parcel, buffer_of(work))
-        except EOFError:
-            error = self._bury(worker, errand, query)
-        except BaseException:  # as when the program ends
-            self._lose(worker)
-            raise
-        else:
+            kind, found, outgrown = self._outcome(work, query)
+            error = error_of(kind, found)
+            if error is None:
+                return found  # type: ignore[no-any-return]
+            if outgrown is not None and isinstance(error, KeyboardInterrupt):
+                error = outgrown
+            raise error
+        finally:
+            del self, work, query, error  # an error's traceback holds this frame
+
+    def _outcome(
+        self, work: Callable[[], object], query: Query[Any]
+    ) -> tuple[str, Any, QueryMemoryError | None]:
+        for _ in range(_TRIES):
+            parcel = pack(work, in_files=True)
+            try:
+                worker = self._take()
+            except BaseException:
+                parcel.close()
+                raise
+            errand = _Errand(worker, query, self._max_memory)
+            try:
+                kind, found = errand.run(parcel, buffer_of(work))
+            except EOFError:
+                if errand.may_be_repeated:
+                    self._lose(worker)
+                    continue
+                raise self._bury(worker, errand, query) from None
+            except BaseException:  # as when the program ends
+                self._lose(worker)
+                raise
             if worker.is_leaving:
                 self._replace(worker)
             else:
                 self._give(worker)
-            if (outcome := error_of(kind, found)) is None:
-                return found  # type: ignore[no-any-return]
-            error = outcome
-            if errand.outgrown is not None and isinstance(error, KeyboardInterrupt):
-                error = errand.outgrown
-        finally:
-            del self, work, query  # an error's traceback holds this frame
-        try:
-            raise error
-        finally:
-            del error, errand
+            return kind, found, errand.outgrown
+        raise WorkerDiedError(f"{_TRIES} worker processes in a row died before they began a query")
 
     def close(self) -> None:
         """Let idle workers end, and the others after their query."""
@@ -174,7 +185,8 @@ class Processes:
     def _bury(self, worker: _Worker, errand: _Errand, query: Query[Any]) -> BaseException:
         """Put a fresh worker in the place of one that is gone; gives the error of its query."""
         status = self._lose(worker)
-        self._refill()
+        if worker.is_ready:  # else the next one might not start, either
+            self._refill()
         if errand.outgrown is not None:
             return errand.outgrown
         if not errand.stopped:
@@ -198,9 +210,9 @@ class _Worker:
         """Whether it ends after this query, for a reason of its own."""
         try:
             code = _START.format(path=sys.path, socket=theirs.fileno(), lifeline=lifeline)
-            executable = os.fsdecode(get_executable() or sys.executable)
+            executable = _executable()
             warnings = [f"-W{option}" for option in sys.warnoptions]
-            self.pid = os.posix_spawn(
+            self.pid = posix_spawn(
                 executable,
                 [executable, "-P", *warnings, "-c", code],
                 {**os.environ, **env},
@@ -318,25 +330,21 @@ class _Errand:
         self._phase = _Phase.RUNS
         self._nudges = 0
         self._deadline: Deadline | None = None
+        self._begun = False
         self.stopped = False
         self.outgrown: QueryMemoryError | None = None
 
     def run(self, parcel: Parcel, buffer: Buffer | None) -> tuple[str, Any]:
         """Give what came of it; EOFError when the worker is gone."""
-        channel, query = self._worker.channel, self._query
+        query = self._query
         try:
             self._worker.await_start()
             if not query.on_let_go(self.stop):
                 return "value", None
-            try:
-                channel.send(parcel)
-            except OSError as error:
-                raise EOFError from error
-            kind, found = self._follow(buffer)
+            kind, found = self._follow(parcel, buffer)
             query.on_let_go(None)
             if self._is_to_rest():
-                channel.send(Parcel(b"", []))
-                self._follow(None)
+                self._follow(Parcel(b"", []), None)
         finally:
             parcel.close()
             query.on_let_go(None)
@@ -345,6 +353,11 @@ class _Errand:
                 self._lift()
             del self, query
         return kind, found
+
+    @property
+    def may_be_repeated(self) -> bool:
+        """Whether the worker died before it began; one that cannot even start would do it again."""
+        return self._worker.is_ready and not self._begun and not self.stopped
 
     def stop(self) -> None:
         """Stop the query, if it runs: nobody wants it."""
@@ -385,9 +398,10 @@ class _Errand:
         if self._deadline is not None:
             self._deadline.lift()
 
-    def _follow(self, buffer: Buffer | None) -> tuple[str, Any]:
-        """Take what the worker sends, up to the outcome."""
+    def _follow(self, parcel: Parcel, buffer: Buffer | None) -> tuple[str, Any]:
+        """Send `parcel`, and take what the worker sends, up to the outcome."""
         channel = self._worker.channel
+        channel.send(parcel)
         while True:
             try:
                 parcel = channel.receive(None if self._max_memory is None else _SAMPLED)
@@ -395,7 +409,9 @@ class _Errand:
                 self._check_memory()
                 continue
             kind, content = unpack(parcel)
-            if kind == "log":
+            if kind == "begun":
+                self._begun = True
+            elif kind == "log":
                 _log(content)
             elif kind == "main":
                 channel.send(pack(definition(content), in_files=False))
@@ -423,6 +439,11 @@ class _Errand:
                 limit,
             )
             self.stop()
+
+
+def _executable() -> str:
+    # Which `multiprocessing.set_executable` sets where sys.executable is no Python.
+    return os.fsdecode(get_executable() or sys.executable)
 
 
 def _dismiss(workers: list[_Worker]) -> None:
@@ -467,7 +488,7 @@ def _death(worker: _Worker, status: int | None, query: Query[Any]) -> WorkerDied
     if not worker.is_ready:
         return WorkerDiedError(
             f"the worker process {worker.pid} ended before it was ready, {_told(exitcode)}: what "
-            f"it wrote to stderr may tell why, or whether {get_executable()!r} runs by itself",
+            f"it wrote to stderr may tell why, or whether {_executable()!r} runs by itself",
             exitcode,
             None,
         )

@@ -33,7 +33,10 @@ class Threads:
 
     def run(self, work: Callable[[], T], query: Query[Any]) -> T:
         """Run `work` here; nothing stops it."""
-        return query.context.run(work)
+        try:
+            return query.context.run(work)
+        finally:
+            del work, query  # an error's traceback holds this frame
 
     def close(self) -> None:
         """Do nothing: the threads are those of the lane."""

@@ -51,7 +51,7 @@ def main(socket_file: int, lifeline: int) -> None:
     signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
     enter_worker(for_gpu=False)
     channel = Channel(socket(fileno=socket_file))
-    with suppress(EOFError, OSError):
+    with suppress(EOFError):
         levels, simulated = unpack(channel.receive())
         logs = _Logs(channel)
         _set_up_logging(logs, levels)
@@ -67,6 +67,7 @@ def _serve(channel: Channel, logs: _Logs) -> None:
         _come_to_rest()
         channel.send(pack(("rested", None), in_files=False))
         return
+    channel.send(pack(("begun", None), in_files=False))
     logs.listens = True
     outcome = outcome_of(partial(_run, task, channel))
     with suppress(Exception):  # what a Python function has printed would stay here

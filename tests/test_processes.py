@@ -1,0 +1,687 @@
+from __future__ import annotations
+
+import asyncio
+import gc
+import logging
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from datetime import date
+from decimal import Decimal
+from pathlib import Path
+
+import cloudpickle
+import polars as pl
+import pytest
+
+import polars_async as pa
+from polars_async.executors import processes
+
+TINY = pl.LazyFrame({"a": [1, 2, 3]}).sum()
+HEAVY = (
+    pl.LazyFrame({"n": [0]})
+    .select(k=pl.int_range(0, 30_000_000))
+    .group_by(pl.col("k") * 7919 % 5_000_003)
+    .agg(pl.len())
+    .sort("k")
+)
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="worker processes need Linux")
+
+
+@pytest.fixture
+def make():
+    made = []
+
+    def make(**options):
+        collector = pa.Collector(executor="processes", **options)
+        made.append(collector)
+        return collector
+
+    yield make
+    for collector in made:
+        collector.close(cancel_running=True)
+    eventually(lambda: not children())
+
+
+@pytest.fixture
+def collector(make):
+    return make(max_running=1)
+
+
+def eventually(holds, seconds=30):
+    end = time.monotonic() + seconds
+    while not holds():
+        assert time.monotonic() < end
+        time.sleep(0.005)
+
+
+def children():
+    """Give the worker processes of this process."""
+    found = []
+    for status in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            pid, rest = status.read_text().split(" (", 1)
+        except OSError:
+            continue
+        name, rest = rest.rsplit(") ", 1)
+        state, parent = rest.split()[:2]
+        if name == "polars-worker" and int(parent) == os.getpid() and state != "Z":
+            found.append(int(pid))
+    return found
+
+
+def udf(function, dtype=pl.Int64):
+    return pl.LazyFrame({"a": [1]}).select(pl.col("a").map_batches(function, return_dtype=dtype))
+
+
+def worker_of(collector):
+    return collector.collect_async(udf(lambda s: s * 0 + os.getpid())).result(30).item()
+
+
+def until_freed(collector):
+    eventually(lambda: not collector.stats()["running"])
+
+
+class Gate:
+    """A query that tells when it has begun, and goes on when it may, in whatever process."""
+
+    def __init__(self, folder):
+        self.begun, self.go = folder / "begun", folder / "go"
+        begun, go = str(self.begun), str(self.go)
+
+        def wait(values):
+            Path(begun).write_text(str(os.getpid()))
+            while not Path(go).exists():
+                time.sleep(0.005)
+            return values
+
+        self.lf = udf(wait)
+
+    def pid(self):
+        eventually(lambda: self.begun.exists() and self.begun.read_text())
+        return int(self.begun.read_text())
+
+    def open(self):
+        self.go.touch()
+
+
+@pytest.fixture
+def gate(tmp_path):
+    gate = Gate(tmp_path)
+    yield gate
+    gate.open()
+
+
+ALL_TYPES = pl.DataFrame(
+    {
+        "int": [1, None, 3],
+        "text": ["a", None, "ü" * 40],
+        "bytes": [b"a", b"", None],
+        "bool": [True, None, False],
+        "float": [1.5, float("nan"), None],
+        "date": [date(2026, 1, 1), None, date(1900, 1, 1)],
+        "decimal": [Decimal("1.25"), None, Decimal("-3.50")],
+        "list": [[1, 2], [], None],
+        "struct": [{"x": 1, "y": "a"}, {"x": None, "y": None}, {"x": 3, "y": "c"}],
+        "null": [None, None, None],
+    }
+).with_columns(
+    pl.col("text").cast(pl.Categorical).alias("categorical"),
+    pl.Series("enum", ["b", "a", None], dtype=pl.Enum(["a", "b"])),
+    pl.Series("array", [[1, 2], [3, 4], None], dtype=pl.Array(pl.Int8, 2)),
+    pl.col("int").cast(pl.Int128).alias("int128"),
+    pl.col("date").cast(pl.Datetime("us", "Europe/Zurich")).alias("datetime"),
+    pl.col("int").cast(pl.Duration("ms")).alias("duration"),
+    pl.col("int").cast(pl.Time).alias("time"),
+)
+FRAMES = {
+    "all types": ALL_TYPES,
+    "all types, mapped": pl.concat([ALL_TYPES] * 2000, rechunk=False),
+    "numbers, mapped": pl.select(a=pl.int_range(0, 200_000), b=pl.lit(0.5)),
+    "no rows": ALL_TYPES.clear(),
+    "no columns": pl.DataFrame(),
+}
+
+
+@pytest.mark.parametrize("name", FRAMES)
+def test_frame_goes_there_and_comes_back(collector, name):
+    frame = FRAMES[name]
+    found = collector.collect_async(frame.lazy()).result(30)
+    assert found.schema == frame.schema
+    assert found.equals(frame)
+
+
+@pytest.mark.parametrize("name", FRAMES)
+def test_shared_frame_is_read_there(collector, name):
+    frame = FRAMES[name]
+    shared = pa.share(frame)
+    assert collector.collect_async(shared).result(30).equals(frame)
+    assert shared.collect().equals(frame)
+
+
+def test_shared_frame_is_read_as_far_as_a_query_needs_it(collector):
+    frame = pl.DataFrame({"a": range(1000), "b": range(1000)})
+    for query in (
+        lambda lf: lf.filter(pl.col("a") % 3 == 0).select("b"),
+        lambda lf: lf.head(7).select("a"),
+        lambda lf: lf.filter(pl.col("b") > 5).tail(3),
+        lambda lf: lf.join(lf, on="a").select(pl.len()),
+    ):
+        found = collector.collect_async(query(pa.share(frame))).result(30)
+        assert found.equals(query(frame.lazy()).collect())
+
+
+def in_shm():
+    return set(Path("/dev/shm").iterdir())
+
+
+def shared_files():
+    files = [each for each in Path("/proc/self/fd").iterdir() if each.is_symlink()]
+    return [int(each.name) for each in files if "memfd:polars-async" in str(each.readlink())]
+
+
+def test_shared_memory_is_private_nameless_and_freed_with_the_last_query():
+    before = in_shm()
+    query = pa.share(pl.DataFrame({"a": [1]})).select("a")
+    (file,) = shared_files()
+    assert os.fstat(file).st_mode & 0o777 == 0o600
+    assert in_shm() == before
+    assert query.collect().item() == 1
+    del query
+    gc.collect()
+    assert shared_files() == []
+
+
+def test_only_a_frame_is_shared():
+    with pytest.raises(TypeError, match="frame must be a DataFrame, got LazyFrame"):
+        pa.share(TINY)
+
+
+def test_shared_frame_of_a_process_that_ended_is_not_to_be_had(run_script):
+    script = """
+import sys, cloudpickle, polars as pl, polars_async as pa
+print(cloudpickle.dumps(pa.share(pl.DataFrame({"a": [1]}))).hex())
+"""
+    (data,) = run_script(script)
+    with pytest.raises(Exception, match=r"share\(\) is for worker processes on the same machine"):
+        cloudpickle.loads(bytes.fromhex(data))
+
+
+def mapped():
+    return "memfd:polars-async" in Path("/proc/self/maps").read_text()
+
+
+def test_large_result_is_mapped_and_its_memory_is_freed_with_it(collector):
+    lf = pl.LazyFrame({"n": [0]}).select(k=pl.int_range(0, 1_000_000))
+    files = len(list(Path("/proc/self/fd").iterdir()))
+    found = collector.collect_async(lf).result(30)
+    assert mapped()
+    assert (
+        len(list(Path("/proc/self/fd").iterdir())) <= files + 2
+    )  # the worker's channel and lifeline
+    assert found["k"].sum() == 499_999_500_000
+    del found
+    gc.collect()
+    assert not mapped()
+
+
+def test_result_that_cannot_be_mapped_is_read(collector, monkeypatch):
+    monkeypatch.setattr("polars_async._upstream._map_ipc", lambda _: None)
+    lf = pl.LazyFrame({"n": [0]}).select(k=pl.int_range(0, 1_000_000))
+    assert collector.collect_async(lf).result(30)["k"].sum() == 499_999_500_000
+    assert not mapped()
+
+
+def test_more_frames_than_one_message_can_carry_files(collector):
+    frames = [pl.LazyFrame({"a": [n]}) for n in range(300)]
+    found = collector.collect_all_async(frames).result(60)
+    assert [frame.item() for frame in found] == list(range(300))
+
+
+def test_column_of_python_objects_is_a_clear_error(collector):
+    frame = pl.DataFrame({"a": pl.Series([object()], dtype=pl.Object)})
+    with pytest.raises(pa.PolarsAsyncError, match="a column of Python objects"):
+        collector.collect_async(frame.lazy()).result(30)
+    assert collector.collect_async(TINY).result(30).item() == 6
+
+
+def test_function_that_cannot_be_pickled_is_a_clear_error(collector):
+    lock = threading.Lock()
+    with pytest.raises(pa.PolarsAsyncError, match="cannot be pickled"):
+        collector.collect_async(udf(lambda s: lock and s)).result(30)
+
+
+def test_optimizations_go_with_the_query(collector):
+    none = pl.QueryOptFlags.none()
+    seen = udf(lambda s: s * 0 + os.getpid())
+    assert collector.collect_async(seen, optimizations=none).result(30).item() in children()
+
+
+MAIN = """
+import os
+import polars as pl
+import polars_async as pa
+
+class Refused(ValueError):
+    def __init__(self, one, two):
+        super().__init__(one, two)
+
+def elsewhere(frame):
+    return frame.with_columns(pid=pl.lit(os.getpid()))
+
+def refuse(frame):
+    raise Refused("no", 3)
+
+if True:  # no guard is needed, since no worker runs this again
+    lf = pl.LazyFrame({"a": [1]})
+    with pa.Collector(executor="processes") as collector:
+        query = lf.map_batches(elsewhere, schema={"a": pl.Int64, "pid": pl.Int32})
+        found = collector.collect_async(query).result(30)
+        print(found["pid"].item() != os.getpid())
+        try:
+            collector.collect_async(lf.map_batches(refuse)).result(30)
+        except Refused as error:
+            print(error.args)
+"""
+
+
+def test_functions_and_classes_of_the_main_program_are_found(tmp_path):
+    script = tmp_path / "program.py"
+    script.write_text(MAIN)
+    done = subprocess.run(
+        [sys.executable, script], capture_output=True, text=True, timeout=50, check=False
+    )
+    assert (done.stderr, done.returncode) == ("", 0)
+    assert done.stdout.splitlines() == ["True", "('no', 3)"]
+
+
+class NotPicklableError(ValueError):
+    def __init__(self, one, two):
+        super().__init__(f"{one} and {two}")
+
+
+def test_error_keeps_type_message_notes_and_traceback(collector):
+    def fail(values):  # noqa: ARG001
+        error = KeyError("gone")
+        error.add_note("look there")
+        raise error
+
+    with pytest.raises(KeyError, match="gone") as caught:
+        collector.collect_async(udf(fail), label="it").result(30)
+    assert caught.value.__notes__[-2:] == ["look there", "in the query 'it'"] or (
+        caught.value.__notes__[-1] == "in the query 'it'"
+    )
+    text = str(caught.value.__cause__)
+    assert "in fail" in text
+    assert "KeyError" in text
+
+
+def test_error_that_cannot_be_pickled_is_one_of_its_nearest_known_class(collector):
+    def fail(frame):  # noqa: ARG001
+        raise NotPicklableError("this", "that")
+
+    lf = pl.LazyFrame({"a": [1]}).map_batches(fail)
+    with pytest.raises(ValueError, match="NotPicklableError: this and that"):
+        collector.collect_async(lf).result(30)
+
+
+@pytest.mark.parametrize("kind", [SystemExit, KeyboardInterrupt, GeneratorExit, StopIteration])
+def test_worker_survives_whatever_a_function_raises(collector, kind):
+    def fail(frame):  # noqa: ARG001
+        raise kind("out")
+
+    before = worker_of(collector)
+    with pytest.raises(BaseException, match=r"out|StopIteration|KeyboardInterrupt") as caught:
+        collector.collect_async(pl.LazyFrame({"a": [1]}).map_batches(fail)).result(30)
+    assert not isinstance(caught.value, pa.WorkerDiedError)
+    assert worker_of(collector) == before
+
+
+def test_worker_survives_a_panic(collector, capfd):
+    before = worker_of(collector)
+    lf = pl.LazyFrame({"a": [1]}).select(pl.int_range(0, 2**62))
+    with pytest.raises(pl.exceptions.PanicException, match="capacity overflow"):
+        collector.collect_async(lf).result(30)
+    assert worker_of(collector) == before
+    assert "panicked" in capfd.readouterr().err  # Polars says so itself
+
+
+def test_worker_logs_to_its_parent(make, caplog):
+    caplog.set_level(logging.INFO, "of.a.function")
+
+    def log(values):
+        logger = logging.getLogger("of.a.function")
+        logger.info("%d values, %s", len(values), object)
+        logger.debug("not wanted")
+        try:
+            {}["inner"]
+        except KeyError:
+            logger.exception("failed")
+        logging.getLogger("of.another").info("not wanted, either")
+        import warnings  # noqa: PLC0415
+
+        warnings.warn("careful", stacklevel=1)
+        return values
+
+    make().collect_async(udf(log)).result(30)
+    said = [
+        (each.name, each.levelname, each.getMessage())
+        for each in caplog.records
+        if each.name != "polars_async"
+    ]
+    assert said[:2] == [
+        ("of.a.function", "INFO", "1 values, <class 'object'>"),
+        ("of.a.function", "ERROR", "failed"),
+    ]
+    assert "KeyError: 'inner'" in caplog.records[1].exc_text
+    assert said[2][:2] == ("py.warnings", "WARNING")
+    assert "UserWarning: careful" in said[2][2]
+    assert len(said) == 3
+
+
+def test_workers_print_where_their_parent_does(run_script):
+    script = """
+import polars as pl, polars_async as pa
+def say(frame):
+    print("said")
+    return frame
+with pa.Collector(executor="processes") as collector:
+    collector.collect_async(pl.LazyFrame({"a": [1]}).map_batches(say)).result(30)
+"""
+    assert run_script(script) == ["said"]
+
+
+@pytest.mark.parametrize("engine", ["in-memory", "streaming"])
+def test_cancelled_query_is_stopped_and_the_next_is_unharmed(collector, engine):
+    worker_of(collector)
+    for n in range(10):
+        handle = collector.collect_async(HEAVY, engine=engine)
+        time.sleep(0.02 * n)
+        handle.cancel()
+        until_freed(collector)
+        assert collector.collect_async(TINY).result(30).item() == 6
+
+
+def test_query_cancelled_at_any_moment_costs_no_other_anything(make):
+    collector = make(max_running=2)
+    for n in range(150):
+        cancelled = collector.collect_async(TINY)
+        kept = collector.collect_async(TINY)
+        time.sleep(n % 15 * 1e-4)
+        cancelled.cancel()
+        assert kept.result(30).item() == 6
+    assert collector.stats()["workers_died"] == 0
+
+
+def test_query_that_polars_can_abort_leaves_its_worker_warm(collector):
+    lf = pl.LazyFrame({"n": range(200)}).select(
+        pl.col("n").map_elements(lambda n: time.sleep(0.005) or n, return_dtype=pl.Int64)
+    )
+    many = pl.concat([lf] * 500, parallel=False)
+    before = worker_of(collector)
+    handle = collector.collect_async(pl.concat([many, HEAVY.select(n="k")]))
+    time.sleep(0.3)
+    handle.cancel()
+    until_freed(collector)
+    assert worker_of(collector) in {before, *children()}
+
+
+def test_query_that_does_not_stop_is_killed_with_its_worker(collector, gate):
+    handle = collector.collect_async(gate.lf)
+    old = gate.pid()
+    handle.cancel()
+    until_freed(collector)
+    assert old not in children()
+    assert worker_of(collector) != old
+    assert collector.stats()["workers_died"] == 0
+    assert collector.stats()["workers"] == 1
+
+
+def test_late_query_is_stopped_and_says_so(collector, gate):
+    worker_of(collector)
+    handle = collector.collect_async(gate.lf, timeout=0.3)
+    with pytest.raises(pa.QueryTimeoutError, match="It is stopped now") as caught:
+        handle.result(30)
+    assert caught.value.run_seconds > 0
+    until_freed(collector)
+    assert collector.collect_async(TINY).result(30).item() == 6
+
+
+def test_close_stops_what_runs_where_it_is_told_to(make, gate):
+    collector = make()
+    handle = collector.collect_async(gate.lf)
+    gate.pid()
+    collector.close(cancel_running=True)
+    assert collector.stats()["cancelled"] == 1
+    assert handle.done()
+    eventually(lambda: not children())
+
+
+def test_close_lets_what_runs_end_otherwise(make, gate):
+    collector = make()
+    handle = collector.collect_async(gate.lf)
+    gate.pid()
+    collector.close(wait=False)
+    gate.open()
+    assert handle.result(30).item() == 1
+    eventually(lambda: not children())
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSEGV, signal.SIGABRT])
+def test_death_of_a_worker_is_the_error_of_one_query(make, gate, number):
+    collector = make(max_running=2)
+    handle = collector.collect_async(gate.lf)
+    gate.pid()
+    with pytest.raises(pa.WorkerDiedError) as caught:
+        collector.collect_async(
+            udf(lambda s: os.kill(os.getpid(), number) or s), label="deadly", priority=1
+        ).result(30)
+    assert caught.value.signal is number
+    assert caught.value.exitcode == -number
+    assert "python_udf" in caught.value.plan
+    assert "'deadly'" in str(caught.value)
+    assert number.name in str(caught.value)
+    gate.open()
+    assert handle.result(30).item() == 1
+    stats = collector.stats()
+    assert (stats["workers"], stats["workers_died"], stats["failed"]) == (2, 1, 1)
+    assert collector.collect_async(TINY).result(30).item() == 6
+
+
+def test_query_that_ends_the_process_is_told_so(collector):
+    with pytest.raises(pa.WorkerDiedError, match=r"with exit status 3.*os\._exit") as caught:
+        collector.collect_async(udf(lambda _: os._exit(3))).result(30)
+    assert (caught.value.exitcode, caught.value.signal) == (3, None)
+
+
+def test_worker_that_dies_idle_is_replaced_unseen(collector):
+    for _ in range(3):
+        pid = worker_of(collector)
+        os.kill(pid, signal.SIGKILL)
+        eventually(lambda gone=pid: gone not in children())
+        assert worker_of(collector) != pid
+    assert collector.stats()["workers_died"] == 0
+
+
+def test_status_that_somebody_else_has_taken_is_not_known(collector, gate, monkeypatch):
+    def take(pid, options):
+        if not options:
+            os.waitpid(pid, options)
+        raise ChildProcessError
+
+    monkeypatch.setattr(processes, "waitpid", take)
+    handle = collector.collect_async(gate.lf)
+    os.kill(gate.pid(), signal.SIGKILL)
+    with pytest.raises(pa.WorkerDiedError, match="taken by other code") as caught:
+        handle.result(30)
+    assert caught.value.exitcode is None
+    monkeypatch.undo()
+
+
+def test_worker_that_cannot_start_is_a_clear_error(make, monkeypatch):
+    monkeypatch.setattr(processes, "_START", "raise SystemExit(7)  # {path}{socket}{lifeline}")
+    collector = make()
+    with pytest.raises(pa.WorkerDiedError, match="ended before it was ready, with exit status 7"):
+        collector.collect_async(TINY).result(30)
+    monkeypatch.undo()
+    assert collector.collect_async(TINY).result(30).item() == 6
+
+
+def test_query_that_outgrows_its_memory_is_stopped_and_the_service_lives(make):
+    collector = make(max_memory=400 * 2**20)
+    with pytest.raises(pa.QueryMemoryError, match="max_memory=419,430,400") as caught:
+        collector.collect_async(HEAVY).result(30)
+    assert isinstance(caught.value, MemoryError)
+    assert caught.value.max_memory == 400 * 2**20
+    assert collector.collect_async(TINY).result(30).item() == 6
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"executor": "fibres"}, "executor must be 'threads', 'processes', 'auto' or a"),
+        ({"executor": None}, "got None"),
+        ({"max_memory": 1000}, "needs executor='processes' or executor='auto'"),
+        ({"executor": "processes", "max_memory": 0}, "max_memory must be a whole number"),
+        ({"executor": "processes", "max_memory": 1.5}, "max_memory must be a whole number"),
+    ],
+)
+def test_arguments_that_mean_nothing(options, words):
+    with pytest.raises(ValueError, match=words):
+        pa.Collector(**options)
+
+
+def test_no_process_starts_before_the_first_query(make):
+    collector = make()
+    assert children() == []
+    assert collector.stats()["workers"] == 0
+
+
+def test_worker_shares_the_processors(make, monkeypatch):
+    monkeypatch.setenv("POLARS_MAX_THREADS", "6")
+    threads = udf(lambda s: s * 0 + pl.thread_pool_size())
+    for running, each in ((1, 6), (2, 6), (3, 6), (5, 2)):
+        assert make(max_running=running).collect_async(threads).result(30).item() == each
+
+
+def test_slow_consumer_holds_its_worker_up_and_leaving_early_frees_it(collector):
+    lf = pl.LazyFrame({"n": [0]}).select(k=pl.int_range(0, 5_000_000))
+
+    async def main():
+        rows = 0
+        async with collector.collect_batches_async(lf, chunk_size=100_000) as batches:
+            async for batch in batches:
+                rows += batch.height
+                if rows >= 300_000:
+                    break
+        total = 0
+        async for batch in collector.collect_batches_async(lf, chunk_size=100_000):
+            total += batch.height
+        return rows, total
+
+    assert asyncio.run(main()) == (300_000, 5_000_000)
+    until_freed(collector)
+
+
+def test_function_may_ask_for_queries_in_its_worker(collector):
+    def ask(values):
+        inner = pl.LazyFrame({"a": [40]}).select(pl.col("a") + 1)
+        return values + pa.collect_async(inner).result(20).item()
+
+    assert collector.collect_async(udf(ask)).result(30).item() == 42
+
+
+KILLED = """
+import os, sys, time, polars as pl, polars_async as pa
+def wait(frame):
+    print(os.getpid(), flush=True)
+    while True:
+        time.sleep(1)
+collector = pa.Collector(executor="processes", max_running=3)
+big = pl.LazyFrame({"n": [0]}).select(k=pl.int_range(0, 1_000_000))
+kept = collector.collect_async(big).result(30)
+for _ in range(2):
+    collector.collect_async(pl.LazyFrame({"a": [1]}).map_batches(wait), priority=1)
+time.sleep(60)
+"""
+
+
+def alive(pid):
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(") ", 1)[1][0] != "Z"
+    except OSError:
+        return False
+
+
+def test_nothing_is_left_of_a_parent_that_is_killed():
+    before = in_shm()
+    with subprocess.Popen([sys.executable, "-c", KILLED], stdout=subprocess.PIPE, text=True) as run:
+        workers = [int(run.stdout.readline()) for _ in range(2)]
+        assert all(map(alive, workers))
+        run.kill()
+        eventually(lambda: not any(map(alive, workers)))
+    assert in_shm() == before
+
+
+def test_program_ends_at_once_and_quietly_while_workers_run(run_script):
+    script = f"{KILLED.rsplit('time.sleep(60)', 1)[0]}time.sleep(1)"
+    workers = run_script(script)
+    assert len(workers) == 2
+    eventually(lambda: not any(alive(int(each)) for each in workers))
+
+
+def test_forked_child_neither_keeps_workers_alive_nor_uses_them(run_script):
+    script = """
+import os, time, polars as pl, polars_async as pa
+collector = pa.Collector(executor="processes")
+tiny = pl.LazyFrame({"a": [1]})
+assert collector.collect_async(tiny).result(30).item() == 1
+def pid(frame):
+    return frame.with_columns(a=pl.lit(os.getpid(), pl.Int64))
+(worker,) = {collector.collect_async(tiny.map_batches(pid)).result(30).item() for _ in range(3)}
+read, write = os.pipe()
+if not (child := os.fork()):
+    os.write(write, b"x")
+    try:
+        found = collector.collect_async(tiny.map_batches(pid)).result(30).item()
+        print("other" if found != worker else "same", flush=True)
+    except pa.ForkedProcessError:
+        print("refused", flush=True)
+    time.sleep(0.5)
+    collector.close()
+    os._exit(0)
+os.read(read, 1)
+collector.close()
+while True:
+    try:
+        os.kill(worker, 0)
+    except ProcessLookupError:
+        break
+    time.sleep(0.01)
+print(os.waitpid(child, 0)[1])
+"""
+    assert run_script(script) in (["other", "0"], ["refused", "0"])
+
+
+def test_workers_serve_greenlets_though_all_is_patched(run_script):
+    script = """
+from gevent import monkey; monkey.patch_all()
+import gevent, polars as pl, polars_async as pa
+ticks = []
+def tick():
+    while True:
+        ticks.append(1)
+        gevent.sleep(0.005)
+gevent.spawn(tick)
+lf = pl.LazyFrame({"n": [0]}).select(k=pl.int_range(0, 5_000_000)).sort("k", descending=True).sum()
+with pa.Collector(executor="processes") as collector:
+    handles = [collector.collect_async(lf, gevent=True) for _ in range(4)]
+    print({handle.get(timeout=40).item() for handle in handles}, len(ticks) > 10)
+    late = collector.collect_async(lf, gevent=True)
+    late.cancel() if hasattr(late, "cancel") else None
+"""
+    assert run_script(script) == ["{12499997500000}", "True"]
