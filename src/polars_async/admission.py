@@ -143,6 +143,8 @@ class Admission:
             free = self.max_running - len(self._slots)
             # What may be kept for small queries is not given away unseen.
             kept = KEPT_FROM_UNSEEN if self._line.is_quick else KEPT_FROM_LARGE
+            if self._exclusive:
+                kept = 0
             at_once = not self._line and (free > kept or free == self.max_running)
             if at_once or (not self._exclusive and in_query()):
                 slot = Slot()
@@ -355,7 +357,10 @@ class Admission:
         return True
 
     def _long_running(self) -> int:
+        """Count those that leave few slots for others, which nobody does that has a whole GPU."""
         number = 0
+        if self._exclusive:
+            return number
         for slot in self._slots:  # a sum over a generator takes twice as long
             if slot.query is not None and not slot.small:
                 number += 1
