@@ -10,7 +10,7 @@ import sys
 from _socket import AF_UNIX, SOCK_STREAM, socketpair
 from contextlib import suppress
 from multiprocessing.spawn import get_executable
-from time import monotonic
+from time import monotonic, perf_counter
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 from weakref import WeakSet
 
@@ -338,7 +338,9 @@ class _Errand:
         """Give what came of it; EOFError when the worker is gone."""
         query = self._query
         try:
+            waits = perf_counter()
             self._worker.await_start()
+            query.paused_seconds += perf_counter() - waits  # or it would seem to be a slow query
             if not query.on_let_go(self.stop):
                 return "value", None
             kind, found = self._follow(parcel, buffer)
