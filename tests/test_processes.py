@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import asyncio
+import builtins
 import gc
 import logging
 import os
@@ -538,6 +539,21 @@ def test_query_that_outgrows_its_memory_is_stopped_and_the_service_lives(make):
     assert isinstance(caught.value, MemoryError)
     assert caught.value.max_memory == 400 * 2**20
     assert collector.collect_async(TINY).result(30).item() == 6
+
+
+def test_worker_that_keeps_much_memory_makes_room_for_another(make):
+    collector = make(max_memory=2**30, max_running=1)
+    before = worker_of(collector)
+    keep = udf(lambda s: setattr(builtins, "kept", b"x" * 600_000_000) or s)
+    assert collector.collect_async(keep).result(30).item() == 1
+    assert worker_of(collector) != before
+    assert collector.stats()["workers_died"] == 0
+
+
+def test_lambda_without_cloudpickle_says_what_to_install(make, monkeypatch):
+    monkeypatch.setitem(sys.modules, "cloudpickle", None)
+    with pytest.raises(pa.PolarsAsyncError, match=r"install cloudpickle, or polars-async\[proc"):
+        make().collect_async(udf(lambda s: s)).result(30)
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,6 @@ import os
 import pickle
 from contextlib import suppress
 from importlib import import_module
-from importlib.util import find_spec
 from traceback import TracebackException
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
@@ -248,7 +247,7 @@ def _plain(error: BaseException) -> BaseException:
 
 
 def _unsendable(error: Exception) -> PolarsAsyncError:
-    if find_spec("cloudpickle") is None:
+    if "ModuleNotFoundError" in str(error) and "cloudpickle" in str(error):
         return PolarsAsyncError(
             "the query cannot be sent to another process, since a Python function in it cannot be "
             "pickled by its name: install cloudpickle, or polars-async[processes]"

@@ -116,7 +116,7 @@ class Processes:
             except BaseException:  # as when the program ends
                 self._lose(worker)
                 raise
-            if worker.is_leaving:
+            if worker.is_leaving or self._is_bloated(worker):
                 self._replace(worker)
             else:
                 self._give(worker)
@@ -169,6 +169,10 @@ class Processes:
             self._workers.discard(worker)
         return worker.end()
 
+    def _is_bloated(self, worker: _Worker) -> bool:
+        """Tell whether it keeps memory that might be taken for that of the next query."""
+        return self._max_memory is not None and worker.memory() > self._max_memory / 2
+
     def _replace(self, worker: _Worker) -> None:
         """Let a fresh worker take the place of one that ends by itself."""
         with self._lock:
@@ -190,7 +194,8 @@ class Processes:
         if errand.outgrown is not None:
             return errand.outgrown
         if not errand.stopped:
-            self.died += 1
+            with self._lock:
+                self.died += 1
         return _death(worker, status, query)
 
 
