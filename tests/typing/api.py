@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+from concurrent.futures import ThreadPoolExecutor
+from signal import Signals
 from typing import TYPE_CHECKING, assert_type
 
 import polars as pl
@@ -77,7 +79,29 @@ def plain_threads(handle: pa.QueryHandle[pl.DataFrame]) -> None:
 def configured() -> pa.Collector:
     pa.Collector()
     pa.Collector(engine=pl.StreamingEngine(), default_engine="streaming", max_running=None)
+    pa.Collector(executor="processes", max_memory=2**30)
+    pa.Collector(executor="auto")
+    pa.Collector(executor=ThreadPoolExecutor())
     return pa.Collector(engine="auto", gpu="offload", default_engine="in-memory", max_running=2)
+
+
+def shares(frame: pl.DataFrame) -> None:
+    assert_type(pa.share(frame), pl.LazyFrame)
+    pa.share(lf)  # type: ignore[arg-type]
+
+
+async def stops() -> None:
+    collector = pa.configure(executor="processes", max_memory=10**9)
+    await collector.aclose(cancel_running=True)
+    collector.close(cancel_running=True)
+    try:
+        await collector.collect_async(lf)
+    except pa.WorkerDiedError as error:
+        assert_type(error.exitcode, int | None)
+        assert_type(error.signal, Signals | None)
+        assert_type(error.plan, str | None)
+    except pa.QueryMemoryError as error:
+        assert_type(error.max_memory, int)
 
 
 async def collects(collector: pa.Collector, frames: Iterable[pl.LazyFrame]) -> None:
@@ -223,6 +247,7 @@ def mistakes(frame: pl.DataFrame, collector: pa.Collector) -> None:
     pa.resolve_engine(gpu="always")  # type: ignore[arg-type]
     pa.Collector("gpu")  # type: ignore[call-arg]
     pa.Collector(gpu="always")  # type: ignore[arg-type]
+    pa.Collector(executor="fibres")  # type: ignore[arg-type]
     pa.AsyncEngine("gpu")  # type: ignore[arg-type]
     pa.resolve_engine().name = "gpu"  # type: ignore[misc]
     pa.gpu_status().usable = True  # type: ignore[misc]
