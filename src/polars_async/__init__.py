@@ -30,6 +30,7 @@ __all__ = [
     "collect_all_async",
     "collect_async",
     "configure",
+    "dask_executor",
     "default_collector",
     "gpu_status",
     "gpu_support",
@@ -54,6 +55,7 @@ if TYPE_CHECKING:
         WorkerDiedError,
     )
     from polars_async.events import EventKind, QueryEvent
+    from polars_async.executors.dask import dask_executor
     from polars_async.gpu import GpuDevice, GpuStatus, gpu_status
     from polars_async.gpu.support import GpuSupport, Support, gpu_support
     from polars_async.handle import QueryHandle
@@ -92,6 +94,7 @@ else:
         "collect_all_async": "api",
         "collect_async": "api",
         "configure": "api",
+        "dask_executor": "executors.dask",
         "default_collector": "api",
         "gpu_status": "gpu",
         "gpu_support": "gpu.support",

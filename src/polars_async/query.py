@@ -92,6 +92,7 @@ class Query(Generic[T]):
         "_report",
         "_started",
         "_stop",
+        "_stop_is_sure",
         "_submitted",
         "_timeout",
         "_traceback",
@@ -142,6 +143,7 @@ class Query(Generic[T]):
         self.frames: Sequence[pl.LazyFrame] = frames
         self.context = copy_context()
         self._stop: Callable[[], object] | None = None
+        self._stop_is_sure = False
         self._value: T | None = None
         self._error: BaseException | None = None
         self._failure: GpuFailure | None = None
@@ -239,10 +241,15 @@ class Query(Generic[T]):
         finally:
             del self, work  # the frames of the traceback lead back here all the same
 
-    def on_let_go(self, stop: Callable[[], object] | None) -> bool:
-        """Have `stop` called if somebody lets go of it while it runs; False if it is done."""
+    def on_let_go(self, stop: Callable[[], object] | None, *, for_sure: bool = True) -> bool:
+        """
+        Have `stop` called if somebody lets go of it while it runs; False if it is done.
+
+        `for_sure` tells whether that will stop it.
+        """
         with self._admission.lock:
             self._stop = stop
+            self._stop_is_sure = for_sure
             return not self.done
 
     def fall_back(self, admission: Admission) -> bool:
@@ -483,6 +490,9 @@ class Query(Generic[T]):
                 "really ends"
                 if self._stop is None
                 else f" and ran for {ran:.3f} s. It is stopped now"
+                if self._stop_is_sure
+                else f" and was with its executor for {ran:.3f} s, which is asked to drop it and "
+                "may go on with it all the same"
             )
         elif tried is None:
             how += ", and never ran"

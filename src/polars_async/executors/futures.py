@@ -6,28 +6,28 @@ import os
 import platform
 import sys
 from concurrent.futures import BrokenExecutor, CancelledError
+from functools import partial
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 import polars as pl
 
-from polars_async._native import allocate_lock
-from polars_async.errors import PolarsAsyncError, WorkerDiedError
-from polars_async.executors.mains import defined, definition, looked_up
+from polars_async import _fork
+from polars_async._native import SimpleQueue
+from polars_async.errors import ForkedProcessError, PolarsAsyncError, WorkerDiedError
 from polars_async.executors.parcels import (
     Parcel,
     buffer_of,
-    error_of,
     outcome_of,
     pack,
     packed_error,
     unpack,
+    unpacked_error,
 )
 
 if TYPE_CHECKING:
     from collections.abc import Callable
     from concurrent.futures import Executor, Future
 
-    from polars_async.gpu import GpuStatus
     from polars_async.query import Query
 
 T = TypeVar("T")
@@ -40,50 +40,45 @@ class Futures:
     A query that was let go is cancelled as far as the executor can: mostly if it has not begun.
     """
 
-    workers = died = 0  # of its own are known to it alone
-
     def __init__(self, executor: Executor) -> None:
+        _check_unpatched()
         self._executor: Final = executor
-
-    def prepare(self, gpu: GpuStatus) -> int | None:  # noqa: ARG002  # as GpuProcesses
-        """Do nothing: a GPU is no other place here."""
-        return None
 
     def run(self, work: Callable[[], T], query: Query[Any]) -> T:
         """Run `work` there; what it raises has the other traceback as its cause."""
         buffer = buffer_of(work)
-        task = pack(work, in_files=False).data
+        found: Any = None
+        batches: Any = ()
         try:
-            kind, value, batches = self._outcome(task, query)
-            if (failed := error_of(kind, value)) is not None:
-                raise failed
+            _check_unpatched()
+            answer = self._answer(pack(work, in_files=False).data, query)
+            kind, found, batches = unpack(Parcel(answer, []))
+            del answer
+            if kind == "error":
+                raise unpacked_error(found)
             for batch in batches:
                 if buffer is None or buffer.put(batch):
                     break
-            return value  # type: ignore[no-any-return]
+            return found  # type: ignore[no-any-return]
+        finally:
+            # An error's traceback holds this frame.
+            del self, work, query, buffer, found, batches
+
+    def _answer(self, task: bytes, query: Query[Any]) -> bytes:
+        """Send `task`, and wait for what comes back."""
+        future: Future[bytes] | None = None
+        try:
+            # dask's own executor gives equal calls one result, unless told otherwise.
+            future = self._executor.submit(run_task, task, pl.__version__, os.urandom(16))
+            _follow(future, query)
+            return future.result()
+        except Exception as error:
+            raise _failure(error, query) from error
         finally:
             query.on_let_go(None)
-            del self, work, query, buffer  # an error's traceback holds this frame
-
-    def _outcome(self, task: bytes, query: Query[Any]) -> tuple[str, Any, list[pl.DataFrame]]:
-        mains: dict[str, bytes | None] = {}
-        while True:
-            future = self._executor.submit(run_task, task, pl.__version__, mains)
-            if not query.on_let_go(future.cancel):
-                future.cancel()
-            _await(future)
-            query.on_let_go(None)
-            try:
-                outcome = future.result()
-            except Exception as error:
-                if not _is_of_the_executor(error):
-                    raise
-                raise _loss(error, query) from error
-            found: tuple[str, Any, list[pl.DataFrame]] = unpack(Parcel(outcome, []))
-            if found[0] != "missing":
-                return found
-            # It could not even be unpacked, so that nothing of it has run yet.
-            mains[found[1]] = definition(found[1])
+            if future is not None:
+                future.cancel()  # the program ends, or there is nothing left to cancel
+            del self, task, query, future  # as above
 
     def close(self) -> None:
         """Do nothing: the executor is the caller's."""
@@ -91,33 +86,15 @@ class Futures:
     abandon = close
 
 
-def run_task(task: bytes, version: str, mains: dict[str, bytes | None]) -> bytes:
-    """
-    Run a query, and pack what comes of it.
-
-    Parameters
-    ----------
-    task
-        The query, packed up.
-    version
-        The release of Polars that did so.
-    mains
-        What it takes from the ``__main__`` of its own process, as far as that is known.
-    """
+def run_task(task: bytes, version: str, _unique: bytes = b"") -> bytes:
+    """Run a query that was packed with a `version` of Polars, and pack what comes of it."""
     batches = _Batches()
-    missing: list[str] = []
-
-    def look_up(name: str) -> object:
-        if name not in mains:
-            missing.append(name)
-            raise AttributeError(name)
-        return defined(name, mains[name])
 
     def work() -> object:
+        _fork.check()
         try:
-            with looked_up(look_up):
-                query = unpack(Parcel(task, []), batches)
-        except Exception as error:
+            query = unpack(Parcel(task, []), batches)
+        except BaseException as error:
             if version == pl.__version__:
                 raise
             raise PolarsAsyncError(
@@ -127,8 +104,6 @@ def run_task(task: bytes, version: str, mains: dict[str, bytes | None]) -> bytes
         return query()
 
     kind, found = outcome_of(work, noted=_note)
-    if missing:
-        kind, found = "missing", missing[0]
     try:
         return pack((kind, found, batches), in_files=False).data
     except BaseException as error:  # noqa: BLE001  # as of a column of Python objects
@@ -146,32 +121,50 @@ class _Batches(list[pl.DataFrame]):
         return False
 
 
-def _await(future: Future[Any]) -> None:
-    # Not by the future itself, whose lock is green under gevent.
-    gate = allocate_lock()
-    gate.acquire()
-    future.add_done_callback(lambda _: gate.release())
-    gate.acquire()
+def _follow(future: Future[Any], query: Query[Any]) -> None:
+    """Wait for the end of `future`, which is cancelled when nobody wants `query` any more."""
+    told: SimpleQueue[None] = SimpleQueue()
+    future.add_done_callback(lambda _: told.put(None))
+    if query.on_let_go(partial(told.put, None), for_sure=False):
+        told.get()
+    if not future.done():
+        # On this thread, since to cancel may block: that of dask asks its own event loop.
+        future.cancel()
+        told.get()
 
 
 def _note(error: BaseException) -> None:
     if isinstance(error, FileNotFoundError):
         error.add_note(f"on {_here()}: files have to be where each worker can see them")
+    elif isinstance(error, ForkedProcessError):
+        error.add_note(f"on {_here()}: give the executor mp_context=get_context('spawn')")
 
 
 def _here() -> str:
     return f"the worker process {os.getpid()} on {platform.node()}"
 
 
-def _is_of_the_executor(error: Exception) -> bool:
+def _failure(error: Exception, query: Query[Any]) -> PolarsAsyncError:
+    """Give the error of a query that `error` kept from being run, or from being heard of."""
+    what = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
     distributed = sys.modules.get("distributed")
     killed = () if distributed is None else (distributed.KilledWorker,)
-    return isinstance(error, (BrokenExecutor, CancelledError, *killed))
-
-
-def _loss(error: Exception, query: Query[Any]) -> WorkerDiedError:
-    return WorkerDiedError(
-        f"the executor lost {query.named} ({type(error).__name__}: {error}): a worker may have "
-        "died of it, or the executor was shut down. Where it is broken for good, as those of "
-        "concurrent.futures are, make a new one"
+    if isinstance(error, (BrokenExecutor, CancelledError, *killed)):
+        return WorkerDiedError(
+            f"the executor lost {query.named} ({what}): a worker may have died of it, or the "
+            "executor was shut down. Where it is broken for good, as those of concurrent.futures "
+            "are, make a new one"
+        )
+    return PolarsAsyncError(
+        f"the executor could not run {query.named} ({what}). It may have been shut down; its "
+        "workers need polars-async, and the Polars that this process has"
     )
+
+
+def _check_unpatched() -> None:
+    monkey = sys.modules.get("gevent.monkey")
+    if monkey is not None and monkey.is_module_patched("threading"):
+        raise ValueError(
+            "gevent.monkey has patched threading, and an executor of concurrent.futures, loky or "
+            "dask would wait for ever for its own threads: use executor='processes' or 'threads'"
+        )
