@@ -47,13 +47,13 @@ class Futures:
     def run(self, work: Callable[[], T], query: Query[Any]) -> T:
         """Run `work` there; what it raises has the other traceback as its cause."""
         buffer = buffer_of(work)
+        task = b""
         found: Any = None
         batches: Any = ()
         try:
             _check_unpatched()
-            answer = self._answer(pack(work, in_files=False).data, query)
-            kind, found, batches = unpack(Parcel(answer, []))
-            del answer
+            task = pack(work, in_files=False).data
+            kind, found, batches = unpack(Parcel(self._answer(task, query), []))
             if kind == "error":
                 raise unpacked_error(found)
             for batch in batches:
@@ -62,7 +62,7 @@ class Futures:
             return found  # type: ignore[no-any-return]
         finally:
             # An error's traceback holds this frame.
-            del self, work, query, buffer, found, batches
+            del self, work, query, buffer, task, found, batches
 
     def _answer(self, task: bytes, query: Query[Any]) -> bytes:
         """Send `task`, and wait for what comes back."""
