@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Executor, ThreadPoolExecutor
 from signal import Signals
 from typing import TYPE_CHECKING, assert_type
 
@@ -15,6 +15,8 @@ from polars_async.testing import simulate_gpu
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Iterable, Iterator
+
+    from distributed import Client
 
     from polars_async.pytest_plugin import EngineLog
     from polars_async.testing import SimulatedGpu
@@ -126,6 +128,16 @@ def closes() -> None:
         assert_type(collector, pa.Collector)
     collector.close()
     collector.close(wait=False, cancel_waiting=False)
+
+
+# Executors
+
+
+def runs_elsewhere(client: Client) -> None:
+    executor = pa.dask_executor(client, resources={"GPU": 1}, retries=0)
+    assert_type(executor, Executor)
+    pa.Collector(executor=executor)
+    pa.Collector(executor="processes")
 
 
 # The plug-in
