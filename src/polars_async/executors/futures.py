@@ -14,20 +14,22 @@ import polars as pl
 from polars_async import _fork
 from polars_async._native import SimpleQueue
 from polars_async.errors import ForkedProcessError, PolarsAsyncError, WorkerDiedError
+from polars_async.executors.mains import defined, definition, looked_up
 from polars_async.executors.parcels import (
     Parcel,
     buffer_of,
+    error_of,
     outcome_of,
     pack,
     packed_error,
     unpack,
-    unpacked_error,
 )
 
 if TYPE_CHECKING:
     from collections.abc import Callable
     from concurrent.futures import Executor, Future
 
+    from polars_async.gpu import GpuStatus
     from polars_async.query import Query
 
 T = TypeVar("T")
@@ -40,9 +42,15 @@ class Futures:
     A query that was let go is cancelled as far as the executor can: mostly if it has not begun.
     """
 
+    workers = died = 0  # of its own are known to it alone
+
     def __init__(self, executor: Executor) -> None:
         _check_unpatched()
         self._executor: Final = executor
+
+    def prepare(self, gpu: GpuStatus) -> int | None:  # noqa: ARG002  # as GpuProcesses
+        """Do nothing: a GPU is no other place here."""
+        return None
 
     def run(self, work: Callable[[], T], query: Query[Any]) -> T:
         """Run `work` there; what it raises has the other traceback as its cause."""
@@ -50,26 +58,39 @@ class Futures:
         task = b""
         found: Any = None
         batches: Any = ()
+        failed: BaseException | None = None
         try:
             _check_unpatched()
             task = pack(work, in_files=False).data
-            kind, found, batches = unpack(Parcel(self._answer(task, query), []))
-            if kind == "error":
-                raise unpacked_error(found)
+            kind, found, batches = self._outcome(task, query)
+            if (failed := error_of(kind, found)) is not None:
+                raise failed
             for batch in batches:
                 if buffer is None or buffer.put(batch):
                     break
             return found  # type: ignore[no-any-return]
         finally:
             # An error's traceback holds this frame.
-            del self, work, query, buffer, task, found, batches
+            del self, work, query, buffer, task, found, batches, failed
 
-    def _answer(self, task: bytes, query: Query[Any]) -> bytes:
+    def _outcome(self, task: bytes, query: Query[Any]) -> tuple[str, Any, list[pl.DataFrame]]:
+        mains: dict[str, bytes | None] = {}
+        while True:
+            answer = self._answer(task, mains, query)
+            found: tuple[str, Any, list[pl.DataFrame]] = unpack(Parcel(answer, []))
+            if found[0] != "missing":
+                return found
+            # It could not even be unpacked, so that nothing of it has run yet.
+            mains[found[1]] = definition(found[1])
+
+    def _answer(self, task: bytes, mains: dict[str, bytes | None], query: Query[Any]) -> bytes:
         """Send `task`, and wait for what comes back."""
         future: Future[bytes] | None = None
         try:
             # dask's own executor gives equal calls one result, unless told otherwise.
-            future = self._executor.submit(run_task, task, pl.__version__, os.urandom(16))
+            future = self._executor.submit(
+                run_task, task, pl.__version__, mains, os.urandom(16)
+            )
             _follow(future, query)
             return future.result()
         except Exception as error:
@@ -86,14 +107,35 @@ class Futures:
     abandon = close
 
 
-def run_task(task: bytes, version: str, _unique: bytes = b"") -> bytes:
-    """Run a query that was packed with a `version` of Polars, and pack what comes of it."""
+def run_task(
+    task: bytes, version: str, mains: dict[str, bytes | None], _unique: bytes = b""
+) -> bytes:
+    """
+    Run a query, and pack what comes of it.
+
+    Parameters
+    ----------
+    task
+        The query, packed up.
+    version
+        The release of Polars that did so.
+    mains
+        What it takes from the ``__main__`` of its own process, as far as that is known.
+    """
     batches = _Batches()
+    missing: list[str] = []
+
+    def look_up(name: str) -> object:
+        if name not in mains:
+            missing.append(name)
+            raise AttributeError(name)
+        return defined(name, mains[name])
 
     def work() -> object:
         _fork.check()
         try:
-            query = unpack(Parcel(task, []), batches)
+            with looked_up(look_up):
+                query = unpack(Parcel(task, []), batches)
         except BaseException as error:
             if version == pl.__version__:
                 raise
@@ -101,9 +143,12 @@ def run_task(task: bytes, version: str, _unique: bytes = b"") -> bytes:
                 f"{_here()} has Polars {pl.__version__}, and cannot read a query of Polars "
                 f"{version}: install the same release everywhere"
             ) from error
+        missing.clear()  # it could do without
         return query()
 
     kind, found = outcome_of(work, noted=_note)
+    if missing:
+        kind, found = "missing", missing[0]
     try:
         return pack((kind, found, batches), in_files=False).data
     except BaseException as error:  # noqa: BLE001  # as of a column of Python objects
