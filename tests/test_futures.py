@@ -6,6 +6,7 @@ import asyncio
 import os
 import re
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -254,7 +255,7 @@ def test_missing_file_is_said_to_be_missing_on_the_worker(collector):
 def test_plan_of_another_polars_is_said_to_be_one(version):
     task = pack([FRAME], in_files=False).data.replace(b"DSL_VERSION", b"DSL_FASHION")
     assert task != pack([FRAME], in_files=False).data
-    kind, packed, batches = unpack(Parcel(run_task(task, version), []))
+    kind, packed, batches = unpack(Parcel(run_task(task, version, {}), []))
     assert (kind, batches) == ("error", [])
     error = unpacked_error(packed)
     other = version != pl.__version__
@@ -578,3 +579,39 @@ def test_client_that_is_closed_ends_its_queries(cluster, gate):
         error = error_of(collector.collect_async(FRAME))
     assert type(error) is PolarsAsyncError
     assert "ClosedClientError" in str(error)
+
+
+MAIN = """
+import sys, polars as pl, polars_async as pa
+from polars_async.executors.futures import run_task
+from concurrent.futures import Executor, Future
+import pickle, subprocess
+
+class Elsewhere(Executor):
+    \"\"\"Runs each task in an interpreter of its own, which knows nothing of this program.\"\"\"
+    def submit(self, function, *arguments):
+        code = "import pickle, sys; f, a = pickle.load(sys.stdin.buffer); "
+        code += "sys.stdout.buffer.write(f(*a))"
+        task = pickle.dumps((function, arguments))
+        done = subprocess.run([sys.executable, "-c", code], input=task, stdout=-1, check=True)
+        future = Future()
+        future.set_result(done.stdout)
+        return future
+
+def twice(frame):
+    return frame * FACTOR
+
+FACTOR = 2
+with pa.Collector(executor=Elsewhere()) as collector:
+    lf = pl.LazyFrame({"a": [21]}).map_batches(twice)
+    print(collector.collect_async(lf).result(40).item())
+"""
+
+
+def test_functions_of_the_main_program_are_found(tmp_path):
+    program = tmp_path / "program.py"
+    program.write_text(MAIN)
+    done = subprocess.run(
+        [sys.executable, program], capture_output=True, text=True, timeout=50, check=False
+    )
+    assert (done.stdout, done.stderr) == ("42\n", "")

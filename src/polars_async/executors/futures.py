@@ -75,22 +75,23 @@ class Futures:
 
     def _outcome(self, task: bytes, query: Query[Any]) -> tuple[str, Any, list[pl.DataFrame]]:
         mains: dict[str, bytes | None] = {}
-        while True:
-            answer = self._answer(task, mains, query)
-            found: tuple[str, Any, list[pl.DataFrame]] = unpack(Parcel(answer, []))
-            if found[0] != "missing":
-                return found
-            # It could not even be unpacked, so that nothing of it has run yet.
-            mains[found[1]] = definition(found[1])
+        try:
+            while True:
+                answer = self._answer(task, mains, query)
+                found: tuple[str, Any, list[pl.DataFrame]] = unpack(Parcel(answer, []))
+                if found[0] != "missing":
+                    return found
+                # It could not even be unpacked, so that nothing of it has run yet.
+                mains[found[1]] = definition(found[1])
+        finally:
+            del self, task, mains, query  # as above
 
     def _answer(self, task: bytes, mains: dict[str, bytes | None], query: Query[Any]) -> bytes:
         """Send `task`, and wait for what comes back."""
         future: Future[bytes] | None = None
         try:
             # dask's own executor gives equal calls one result, unless told otherwise.
-            future = self._executor.submit(
-                run_task, task, pl.__version__, mains, os.urandom(16)
-            )
+            future = self._executor.submit(run_task, task, pl.__version__, mains, os.urandom(16))
             _follow(future, query)
             return future.result()
         except Exception as error:
@@ -99,7 +100,7 @@ class Futures:
             query.on_let_go(None)
             if future is not None:
                 future.cancel()  # the program ends, or there is nothing left to cancel
-            del self, task, query, future  # as above
+            del self, task, mains, query, future  # as above
 
     def close(self) -> None:
         """Do nothing: the executor is the caller's."""

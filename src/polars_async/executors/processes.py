@@ -98,30 +98,36 @@ class Processes:
     def _outcome(
         self, work: Callable[[], object], query: Query[Any]
     ) -> tuple[str, Any, QueryMemoryError | None]:
-        for _ in range(_TRIES):
-            parcel = pack(work, in_files=True)
-            try:
-                worker = self._take()
-            except BaseException:
-                parcel.close()
-                raise
-            errand = _Errand(worker, query, self._max_memory)
-            try:
-                kind, found = errand.run(parcel, buffer_of(work))
-            except EOFError:
-                if errand.may_be_repeated:
+        errand: _Errand | None = None
+        try:
+            for _ in range(_TRIES):
+                parcel = pack(work, in_files=True)
+                try:
+                    worker = self._take()
+                except BaseException:
+                    parcel.close()
+                    raise
+                errand = _Errand(worker, query, self._max_memory)
+                try:
+                    kind, found = errand.run(parcel, buffer_of(work))
+                except EOFError:
+                    if errand.may_be_repeated:
+                        self._lose(worker)
+                        continue
+                    raise self._bury(worker, errand, query) from None
+                except BaseException:  # as when the program ends
                     self._lose(worker)
-                    continue
-                raise self._bury(worker, errand, query) from None
-            except BaseException:  # as when the program ends
-                self._lose(worker)
-                raise
-            if worker.is_leaving or self._is_bloated(worker):
-                self._replace(worker)
-            else:
-                self._give(worker)
-            return kind, found, errand.outgrown
-        raise WorkerDiedError(f"{_TRIES} worker processes in a row died before they began a query")
+                    raise
+                if worker.is_leaving or self._is_bloated(worker):
+                    self._replace(worker)
+                else:
+                    self._give(worker)
+                return kind, found, errand.outgrown
+            raise WorkerDiedError(
+                f"{_TRIES} worker processes in a row died before they began a query"
+            )
+        finally:
+            del self, work, query, errand  # as above
 
     def close(self) -> None:
         """Let idle workers end, and the others after their query."""
