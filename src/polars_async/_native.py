@@ -25,7 +25,7 @@ else:
     def _original(module: str, name: str) -> Any:
         monkey = sys.modules.get("gevent.monkey")
         if monkey is None:
-            return getattr(import_module(module), name, None)
+            return getattr(import_module(module), name)
         return monkey.get_original(module, name)
 
     RLock = _original("_thread", "RLock")
@@ -34,8 +34,9 @@ else:
     start_new_thread = _original("_thread", "start_new_thread")
     SimpleQueue = _original("queue", "SimpleQueue")
     sleep = _original("time", "sleep")
-    posix_spawn = _original("os", "posix_spawn")
     waitpid = _original("os", "waitpid")
+    if sys.platform == "linux":
+        posix_spawn = _original("os", "posix_spawn")
 
 _SLICE: Final = 0.1
 """Seconds that a signal waits at most. Polars installs its SIGINT handler with SA_RESTART, so that
