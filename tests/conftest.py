@@ -1,31 +1,98 @@
 from __future__ import annotations
 
+import logging
 import subprocess
 import sys
-import threading
+import warnings
 
-import polars as pl
 import pytest
+from places import PLACES, TINY, Blocked, until
 
 from polars_async import Collector
 
+__all__ = ["TINY", "Blocked"]
+
 pytest_plugins = ["polars_async.pytest_plugin", "pytester"]
 
-TINY = pl.LazyFrame({"a": [1]})
+
+def pytest_configure(config):
+    config.addinivalue_line(
+        "markers", "everywhere: what has an `executor` runs in each place where queries may run"
+    )
+    config.addinivalue_line(
+        "markers",
+        "cannot(*places, because, runs=True): what a place cannot do, which has to fail there; "
+        "with runs=False it is not tried, since it would wait for ever",
+    )
 
 
-class Blocked:
-    """A query that runs until the test lets it go on."""
+def pytest_generate_tests(metafunc):
+    if "executor" in metafunc.fixturenames and metafunc.definition.get_closest_marker("everywhere"):
+        metafunc.parametrize("executor", PLACES, indirect=True)
 
-    def __init__(self):
-        self.started = threading.Event()
-        self.gate = threading.Event()
-        self.lf = TINY.map_batches(self._wait)
 
-    def _wait(self, df):
-        self.started.set()
-        self.gate.wait()
-        return df
+def pytest_collection_modifyitems(items):
+    for item in items:
+        place = item.callspec.params.get("executor") if hasattr(item, "callspec") else None
+        for mark in item.iter_markers("cannot"):
+            unknown = set(mark.args).difference(PLACES)
+            assert mark.args, "cannot() needs a place"
+            assert not unknown, f"cannot() of no place: {unknown}"
+            if place in mark.args:
+                item.add_marker(_as_xfail(place, **mark.kwargs))
+
+
+def _as_xfail(place, *, because, runs=True):
+    return pytest.mark.xfail(reason=f"not in {place}: {because}", run=runs, strict=True)
+
+
+@pytest.fixture(scope="session")
+def _dask():
+    """An executor of a cluster of its own, in which four queries may run at once."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        from distributed import Client, LocalCluster  # noqa: PLC0415  # few tests need it
+    logging.getLogger("distributed").setLevel(
+        logging.ERROR
+    )  # its daily business is no part of a test
+    with (
+        LocalCluster(n_workers=2, threads_per_worker=2, dashboard_address=":0") as cluster,
+        Client(cluster) as client,
+    ):
+        yield client.get_executor(pure=False)
+
+
+@pytest.fixture
+def executor(request):
+    """Where a collector of the test runs its queries."""
+    place = getattr(request, "param", "threads")
+    return request.getfixturevalue("_dask") if place == "dask" else place
+
+
+@pytest.fixture
+def is_let_go(executor):
+    """Show what becomes of the one query that was let go while it ran, before it may go on."""
+
+    def show(collector):
+        if executor == "threads":  # where nothing stops it
+            stats = collector.stats()
+            assert (stats["running"], stats["abandoned"]) == (1, 1)
+        else:
+            until(lambda: not collector.stats()["abandoned"])
+
+    return show
+
+
+@pytest.fixture
+def is_that(executor):
+    """Tell whether an error is the one that was raised: that itself, or a copy from elsewhere."""
+
+    def is_that(error, raised):
+        if executor == "threads":
+            return error is raised
+        return (type(error), error.args) == (type(raised), raised.args)
+
+    return is_that
 
 
 @pytest.fixture
@@ -36,9 +103,9 @@ def blocked():
 
 
 @pytest.fixture
-def collector(blocked):
+def collector(blocked, executor):
     """One slot; all its queries are let go on before it is closed."""
-    collector = Collector(max_running=1)
+    collector = Collector(max_running=1, executor=executor)
     yield collector
     blocked.gate.set()
     collector.close()

@@ -9,7 +9,7 @@ from time import perf_counter
 
 import polars as pl
 import pytest
-from conftest import TINY, Blocked
+from places import IS_STOPPED, TINY, Blocked, until
 from test_nesting import ask_plan, by_result
 
 from polars_async import (
@@ -57,12 +57,12 @@ def block():
 
 
 @pytest.fixture
-def make(block):
+def make(block, executor):
     """Make collectors that are closed in the end."""
     made = []
 
     def make(**options):
-        made.append(Collector(**options))
+        made.append(Collector(executor=executor, **options))
         return made[-1]
 
     yield make
@@ -78,11 +78,6 @@ class Starts(list):
     def __call__(self, event):
         if event.kind is EventKind.STARTED and event.label is not None:
             self.append(event.label)
-
-
-def until(condition):
-    while not condition():
-        pass  # nobody tells
 
 
 def settle(collector):
@@ -112,6 +107,7 @@ def is_full(collector):
 # max_waiting
 
 
+@pytest.mark.everywhere
 def test_call_is_refused_with_the_numbers_and_the_remedy_when_the_line_is_full(make, block):
     collector = make(max_running=1, max_waiting=2)
     run_blocked(collector, block)
@@ -141,6 +137,7 @@ WAYS = {
 }
 
 
+@pytest.mark.everywhere
 @pytest.mark.parametrize("way", WAYS)
 def test_every_way_to_ask_is_refused_when_the_line_is_full(make, block, way):
     collector = make(max_running=1, max_waiting=1)
@@ -152,6 +149,7 @@ def test_every_way_to_ask_is_refused_when_the_line_is_full(make, block, way):
     assert collector._cpu.admission.waiting == 1
 
 
+@pytest.mark.everywhere
 def test_as_completed_of_more_than_there_is_room_for_leaves_none_in_the_line(make, block):
     collector = make(max_running=1, max_waiting=3)
     run_blocked(collector, block)
@@ -160,6 +158,7 @@ def test_as_completed_of_more_than_there_is_room_for_leaves_none_in_the_line(mak
     assert collector._cpu.admission.waiting == 0
 
 
+@pytest.mark.everywhere
 def test_nobody_waits_where_max_waiting_is_zero(make, block):
     collector = make(max_running=1, max_waiting=0)
     for _ in range(3):
@@ -169,6 +168,8 @@ def test_nobody_waits_where_max_waiting_is_zero(make, block):
         assert handle.result(30).item() == 1
 
 
+@pytest.mark.everywhere
+@pytest.mark.cannot("processes", "dask", because=IS_STOPPED, runs=False)
 def test_query_that_was_let_go_takes_its_room_until_it_ends(make, block):
     collector = make(max_running=1, max_waiting=0)
     handle, blocked = run_blocked(collector, block)
@@ -179,6 +180,7 @@ def test_query_that_was_let_go_takes_its_room_until_it_ends(make, block):
     assert collector.collect_async(TINY).result(30).item() == 1
 
 
+@pytest.mark.everywhere
 def test_bound_is_on_running_and_waiting_together(make, block):
     collector = make(max_running=2, max_waiting=2)
     run_blocked(collector, block)
@@ -190,6 +192,7 @@ def test_bound_is_on_running_and_waiting_together(make, block):
         collector.collect_async(UNSEEN)
 
 
+@pytest.mark.everywhere
 def test_there_is_room_again_after_a_cancellation_in_the_line(make, block):
     collector = make(max_running=1, max_waiting=1)
     run_blocked(collector, block)
@@ -199,6 +202,7 @@ def test_there_is_room_again_after_a_cancellation_in_the_line(make, block):
         waiting.cancel()
 
 
+@pytest.mark.everywhere
 def test_there_is_room_again_after_a_time_out_in_the_line(make, block):
     collector = make(max_running=1, max_waiting=1)
     run_blocked(collector, block)
@@ -209,6 +213,7 @@ def test_there_is_room_again_after_a_time_out_in_the_line(make, block):
     assert is_full(collector)
 
 
+@pytest.mark.everywhere
 def test_there_is_room_again_after_an_end(make, block):
     collector = make(max_running=1, max_waiting=1)
     handle, blocked = run_blocked(collector, block)
@@ -247,6 +252,7 @@ def test_nested_queries_leave_the_bound_as_it_was(make, block):
     assert outer.result(30).item() == waiting.result(30).item() == 1
 
 
+@pytest.mark.everywhere
 def test_slot_of_a_stream_that_waits_for_its_consumer_can_be_had_without_waiting(make, block):
     collector = make(max_running=2, max_waiting=0)
     stream = collector.collect_batches_async(pl.LazyFrame({"a": range(10)}), chunk_size=1)
@@ -349,6 +355,7 @@ def test_option_of_a_wrong_kind_is_refused_by_name_before_anything_runs(name, va
     assert collector.stats()["submitted"] == 0
 
 
+@pytest.mark.everywhere
 @pytest.mark.parametrize("timeout", [inf, 1e300, 10**9, True])
 def test_any_time_that_is_long_enough_is_a_timeout(collector, timeout):
     assert collector.collect_async(TINY, timeout=timeout).result(30).item() == 1
@@ -366,6 +373,7 @@ def test_decimal_timeout_is_taken_or_refused_before_anything_runs(collector):
 # Of several slots, one or two are kept for small queries
 
 
+@pytest.mark.everywhere
 @pytest.mark.parametrize(("slots", "at_most"), [(2, 1), (3, 1), (4, 2), (5, 3)])
 def test_long_queries_leave_slots_which_tiny_ones_take(make, block, slots, at_most):
     collector = make(max_running=slots)
@@ -382,6 +390,7 @@ def test_long_queries_leave_slots_which_tiny_ones_take(make, block, slots, at_mo
     assert [handle.result(30).item() for handle in long] == [1] * 3
 
 
+@pytest.mark.everywhere
 def test_single_slot_is_not_kept(make):
     assert make(max_running=1).collect_async(UNSEEN).result(30).item() == 1
 
@@ -414,6 +423,7 @@ def test_slot_is_kept_for_little_work_or_a_high_priority(make, block, ask, is_sm
         assert collector._cpu.admission.waiting == 1
 
 
+@pytest.mark.everywhere
 def test_small_query_runs_beside_a_small_one_and_a_long_one_waits_for_neither(make, block):
     collector = make(max_running=2)
     run_blocked(collector, block, priority=1)  # at once, so it may be long
@@ -468,14 +478,14 @@ def test_new_appraisal_wakes_a_slot_that_nobody_looks_after(make, block, monkeyp
     collector.collect_async(ask_plan(collector, by_result, 1), priority=1).result(30)
     quick.set()
     collector.collect_async(UNSEEN, priority=1).result(30)
-    while not waiting:
-        pass
+    until(lambda: waiting)
     assert waiting[0].result(30).item() == 1
 
 
 # The order of the line
 
 
+@pytest.mark.everywhere
 @pytest.mark.parametrize("lf", [TINY, UNSEEN], ids=["tiny", "unseen"])
 @pytest.mark.parametrize(
     ("priorities", "order"),
@@ -877,6 +887,7 @@ def test_queries_know_whether_they_ran_alone(make, block, monkeypatch):
     until(lambda: learned == [True, False, False, True])
 
 
+@pytest.mark.everywhere
 def test_closed_collector_is_closed_rather_than_full(make, block):
     collector = make(max_running=1, max_waiting=0)
     run_blocked(collector, block)

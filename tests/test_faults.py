@@ -14,7 +14,7 @@ import polars as pl
 import pytest
 import trio
 import trio.testing
-from conftest import TINY
+from places import TINY, Blocked, Gate
 
 from polars_async import _native, bridges
 from polars_async.bridges import asyncio as asyncio_bridge
@@ -23,38 +23,10 @@ from polars_async.bridges import trio as trio_bridge
 from polars_async.executors import threads
 from polars_async.query import Query
 
+pytestmark = pytest.mark.everywhere
+
+
 PANIC = pl.select(1).lazy().select(pl.int_range(0, 2**62))
-
-
-class Gate:
-    """An event that is real under gevent's patch, too, where this file runs a second time."""
-
-    def __init__(self):
-        self._keys = _native.SimpleQueue()
-
-    def set(self):
-        self._keys.put(None)
-
-    def wait(self):
-        self._keys.get(timeout=20)
-        self._keys.put(None)
-
-    def is_set(self):
-        return not self._keys.empty()
-
-
-class Blocked:
-    """A query that runs until the test lets it go on."""
-
-    def __init__(self):
-        self.started = Gate()
-        self.gate = Gate()
-        self.lf = TINY.map_batches(self._wait)
-
-    def _wait(self, df):
-        self.started.set()
-        self.gate.wait()
-        return df
 
 
 async def caught(handle):
@@ -164,13 +136,6 @@ def loop(request):
     return request.param()
 
 
-@pytest.fixture
-def blocked():
-    query = Blocked()
-    yield query
-    query.gate.set()
-
-
 @pytest.fixture(autouse=True)
 def quiet(capfd):
     """Nothing goes to stderr, and nothing is logged at WARNING or above, by any loop either."""
@@ -218,18 +183,19 @@ def test_panic_arrives_as_an_exception(loop, collector, works_after, capfd):
     "kind",
     [KeyboardInterrupt, SystemExit, GeneratorExit, asyncio.CancelledError],
 )
-def test_exception_that_is_no_error_arrives_unchanged(loop, collector, works_after, kind):
+def test_exception_that_is_no_error_arrives_unchanged(loop, collector, works_after, kind, is_that):
     raised = kind.__new__(kind)
     handle = collector.collect_async(raising(raised), gevent=loop.gevent)
-    assert loop.outcome(handle) is raised
-    assert loop.outcome(handle) is raised
+    error = loop.outcome(handle)
+    assert is_that(error, raised)
+    assert loop.outcome(handle) is error
     with pytest.raises(kind):
         handle.result(20)
     works_after()
 
 
 def test_stop_iteration_arrives_where_no_coroutine_has_its_own_use_for_it(
-    loop, collector, works_after
+    loop, collector, works_after, is_that
 ):
     raised = StopIteration(7)
     handle = collector.collect_async(raising(raised), gevent=loop.gevent)
@@ -237,7 +203,7 @@ def test_stop_iteration_arrives_where_no_coroutine_has_its_own_use_for_it(
     if not loop.gevent:
         assert type(error) is RuntimeError
         error = error.__cause__
-    assert error is raised
+    assert is_that(error, raised)
     with pytest.raises(StopIteration):
         handle.result(20)
     works_after()
@@ -259,14 +225,14 @@ def test_cancelled_wait_takes_a_waiting_query_out_of_the_line(
         handle.result(20)
 
 
-def test_cancelled_wait_lets_go_of_a_running_query_which_keeps_its_slot_until_it_ends(
-    loop, collector, blocked, works_after
+def test_cancelled_wait_lets_go_of_a_running_query(
+    loop, collector, blocked, works_after, is_let_go
 ):
     handle = collector.collect_async(blocked.lf, gevent=True)
     blocked.started.wait()
     loop.abandon(handle)
     assert handle.done()
-    assert collector._cpu.admission.running == 1
+    is_let_go(collector)
     blocked.gate.set()
     works_after()
     with pytest.raises(CancelledError):
@@ -437,7 +403,7 @@ if sys.argv[1] == "after":
 import gevent.monkey
 gevent.monkey.patch_all()
 import pytest
-these = "gevent and not asyncio and not trio and not patched"
+these = "gevent and not asyncio and not trio and not patched and not dask"
 options = ["-q", "-p", "no:cacheprovider", "-W", "ignore::pytest.PytestAssertRewriteWarning"]
 sys.exit(pytest.main([sys.argv[2], "-k", these, *options]))
 """

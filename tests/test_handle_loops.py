@@ -9,9 +9,11 @@ import polars as pl
 import pytest
 import trio
 import trio.testing
-from conftest import TINY
+from places import TINY
 
 from polars_async import Collector
+
+pytestmark = pytest.mark.everywhere
 
 
 def fail(df):  # noqa: ARG001
@@ -87,14 +89,14 @@ def test_cancelled_gather_lets_go_of_all_its_queries(collector, blocked):
         assert_cancelled(handle)
 
 
-def test_task_group_cancels_the_siblings_of_a_query_that_failed(collector, blocked):
+def test_task_group_cancels_the_siblings_of_a_query_that_failed(collector, blocked, executor):
     async def main():
         async with asyncio.TaskGroup() as group:
             group.create_task(wait(blocking))
             group.create_task(wait(waiting))
             group.create_task(asyncio.wait_for(failing, 30))
 
-    with Collector(max_running=1) as other:
+    with Collector(executor=executor, max_running=1) as other:
         failing = other.collect_async(TINY.map_batches(fail))
         blocking = collector.collect_async(blocked.lf)
         waiting = collector.collect_async(TINY)
@@ -204,12 +206,12 @@ def test_cancelled_nursery_lets_go_of_its_queries(collector, blocked):
         assert_cancelled(handle)
 
 
-def test_nursery_cancels_the_siblings_of_a_query_that_failed(collector, blocked):
+def test_nursery_cancels_the_siblings_of_a_query_that_failed(collector, blocked, executor):
     async def main():
         async with trio.open_nursery() as nursery:
             nursery.start_soon(wait, handle)
             await trio.testing.wait_all_tasks_blocked()
-            with Collector() as other:
+            with Collector(executor=executor) as other:
                 await other.collect_async(TINY.map_batches(fail))
 
     handle = collector.collect_async(blocked.lf)

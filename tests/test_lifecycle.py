@@ -11,10 +11,12 @@ from concurrent.futures import CancelledError
 
 import pytest
 import trio
-from conftest import TINY
+from places import A_COLLECTOR_STAYS, TINY
 
 import polars_async
 from polars_async import Collector, CollectorClosedError, api
+
+pytestmark = pytest.mark.everywhere
 
 
 class OnAsyncio:
@@ -76,8 +78,8 @@ def closers(collector):
 # async with, and aclose
 
 
-def test_async_with_waits_for_those_that_run_and_cancels_those_that_wait(loop, blocked):
-    collector, handles, told = Collector(max_running=1), [], []
+def test_async_with_waits_for_those_that_run_and_cancels_those_that_wait(loop, blocked, executor):
+    collector, handles, told = Collector(executor=executor, max_running=1), [], []
 
     async def use():
         async with collector as entered:
@@ -112,8 +114,8 @@ def test_async_with_of_nothing_ends_at_once(loop):
     loop.run(main())
 
 
-def test_async_with_lets_the_error_through(loop, blocked):
-    collector = Collector(max_running=1)
+def test_async_with_lets_the_error_through(loop, blocked, executor):
+    collector = Collector(executor=executor, max_running=1)
 
     async def main():
         async with collector:
@@ -127,8 +129,8 @@ def test_async_with_lets_the_error_through(loop, blocked):
     assert collector._cpu.admission.running == 0
 
 
-def test_aclose_may_leave_the_waiting_to_run(loop, blocked):
-    collector = Collector(max_running=1)
+def test_aclose_may_leave_the_waiting_to_run(loop, blocked, executor):
+    collector = Collector(executor=executor, max_running=1)
 
     async def main():
         handles = [collector.collect_async(lf) for lf in (blocked.lf, TINY, TINY)]
@@ -140,8 +142,10 @@ def test_aclose_may_leave_the_waiting_to_run(loop, blocked):
     assert loop.run(main()) == [1, 1, 1]
 
 
-def test_aclose_that_is_cancelled_leaves_the_collector_closed_and_its_query_running(loop, blocked):
-    collector = Collector(max_running=1)
+def test_aclose_that_is_cancelled_leaves_the_collector_closed_and_its_query_running(
+    loop, blocked, executor
+):
+    collector = Collector(executor=executor, max_running=1)
 
     async def main():
         handle = collector.collect_async(blocked.lf)
@@ -156,8 +160,8 @@ def test_aclose_that_is_cancelled_leaves_the_collector_closed_and_its_query_runn
     assert loop.run(main()) == 1
 
 
-def test_aclose_in_many_tasks_at_once_waits_in_each(loop, blocked):
-    collector, ended = Collector(max_running=1), []
+def test_aclose_in_many_tasks_at_once_waits_in_each(loop, blocked, executor):
+    collector, ended = Collector(executor=executor, max_running=1), []
 
     async def close():
         await collector.aclose()
@@ -176,7 +180,8 @@ def test_aclose_in_many_tasks_at_once_waits_in_each(loop, blocked):
     assert ended == [True] * 3
 
 
-def test_aclose_inside_a_udf_is_refused_rather_than_waiting_for_itself(loop):
+@pytest.mark.cannot("processes", "dask", because=A_COLLECTOR_STAYS)
+def test_aclose_inside_a_udf_is_refused_rather_than_waiting_for_itself(loop, executor):
     outcomes = []
 
     def udf(df):
@@ -195,7 +200,7 @@ def test_aclose_inside_a_udf_is_refused_rather_than_waiting_for_itself(loop):
             outcomes.append(type(error).__name__)
         return df
 
-    collector = Collector(max_running=1)
+    collector = Collector(executor=executor, max_running=1)
     collector.collect_async(TINY.map_batches(udf)).result(30)
     collector.close()
     assert outcomes
@@ -205,8 +210,8 @@ def test_aclose_inside_a_udf_is_refused_rather_than_waiting_for_itself(loop):
 # close
 
 
-def test_close_on_the_loops_thread_waits_for_a_query_that_is_awaited_there(loop):
-    collector = Collector(max_running=1)
+def test_close_on_the_loops_thread_waits_for_a_query_that_is_awaited_there(loop, executor):
+    collector = Collector(executor=executor, max_running=1)
 
     async def main():
         handle = collector.collect_async(TINY)
@@ -217,8 +222,8 @@ def test_close_on_the_loops_thread_waits_for_a_query_that_is_awaited_there(loop)
     assert loop.run(main()) == 1
 
 
-def test_close_from_another_thread_tells_those_who_await_in_the_loop(loop, blocked):
-    collector, outcomes = Collector(max_running=1), []
+def test_close_from_another_thread_tells_those_who_await_in_the_loop(loop, blocked, executor):
+    collector, outcomes = Collector(executor=executor, max_running=1), []
 
     async def main():
         running, waiting = (collector.collect_async(lf) for lf in (blocked.lf, TINY))
@@ -240,8 +245,9 @@ def test_close_from_another_thread_tells_those_who_await_in_the_loop(loop, block
     assert outcomes == ["cancelled", 1]
 
 
-def test_close_in_a_udf_without_waiting_lets_its_own_query_end(blocked):
-    collector = Collector(max_running=1)
+@pytest.mark.cannot("processes", "dask", because=A_COLLECTOR_STAYS, runs=False)
+def test_close_in_a_udf_without_waiting_lets_its_own_query_end(blocked, executor):
+    collector = Collector(executor=executor, max_running=1)
 
     def udf(df):
         blocked.started.set()
@@ -316,8 +322,8 @@ USES = {
 
 @pytest.mark.parametrize("use", USES)
 @pytest.mark.parametrize("ran_before", [True, False])
-def test_closed_collector_refuses_whatever_is_asked(use, ran_before):
-    collector = Collector()
+def test_closed_collector_refuses_whatever_is_asked(use, ran_before, executor):
+    collector = Collector(executor=executor)
     if ran_before:
         collector.collect_async(TINY).result(30)
     assert not collector.closed

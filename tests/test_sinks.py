@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import asyncio
-import threading
 from concurrent.futures import CancelledError
 
 import polars as pl
 import pytest
 import trio
-from conftest import TINY
+from places import PLANS_SENT_ONE_BY_ONE, TINY, Gate, Notes
 from polars.io.plugins import register_io_source
 
 import polars_async as pa
 from polars_async import Collector, QueryTimeoutError
+
+pytestmark = pytest.mark.everywhere
+
 
 NUMBERS = pl.LazyFrame({"a": range(1000), "b": [f"row {i}" for i in range(1000)]})
 
@@ -68,10 +70,10 @@ def test_directories_are_made_where_the_sink_is_told_to(collector, tmp_path):
     assert pl.read_parquet(path).height == 1000
 
 
-def test_sinks_run_on_the_streaming_engine_where_no_other_is_asked_for(tmp_path):
+def test_sinks_run_on_the_streaming_engine_where_no_other_is_asked_for(tmp_path, executor):
     events = []
     sink = NUMBERS.sink_parquet(tmp_path / "file.parquet", lazy=True)
-    with Collector(on_event=events.append) as collector:
+    with Collector(executor=executor, on_event=events.append) as collector:
         plain = collector.sink_async(sink)
         assert plain.resolution.name == "streaming"
         plain.result()
@@ -80,13 +82,23 @@ def test_sinks_run_on_the_streaming_engine_where_no_other_is_asked_for(tmp_path)
         asked.result()
     assert [event.engine for event in events] == ["streaming"] * 3 + ["in-memory"] * 3
     assert {event.rows for event in events} == {None}
-    with Collector(engine="in-memory") as collector:
+    with Collector(executor=executor, engine="in-memory") as collector:
         assert collector.sink_async(sink).resolution.name == "in-memory"
 
 
-@pytest.mark.parametrize("engine", [None, "in-memory", "streaming"])
+@pytest.mark.parametrize(
+    "engine",
+    [
+        None,
+        "in-memory",
+        pytest.param(
+            "streaming",
+            marks=pytest.mark.cannot("processes", "dask", because=PLANS_SENT_ONE_BY_ONE),
+        ),
+    ],
+)
 def test_sinks_of_one_source_are_written_by_one_query(run, collector, tmp_path, engine):
-    reads = []
+    reads = Notes()
     source = NUMBERS.map_batches(lambda df: (reads.append(1), df)[1])
     paths = {name: tmp_path / f"file.{name}" for name in FORMATS}
 
@@ -225,7 +237,7 @@ def test_schema_of_a_broken_plan_is_an_error(run, collector, tmp_path):
 
 
 def test_loop_ticks_while_a_schema_is_looked_for(collector):
-    asked, gate = threading.Event(), threading.Event()
+    asked, gate = Gate(), Gate()
 
     def schema():
         asked.set()
@@ -251,13 +263,13 @@ def test_loop_ticks_while_a_schema_is_looked_for(collector):
         gate.set()
 
 
-def test_schema_counts_as_small():
+def test_schema_counts_as_small(executor):
     gates = []
     handles = []
-    with Collector(max_running=2) as collector:
+    with Collector(executor=executor, max_running=2) as collector:
         try:
             for _ in range(3):
-                gates.append(threading.Event())
+                gates.append(Gate())
                 wait = gates[-1].wait
                 lf = TINY.map_batches(lambda df, wait=wait: (wait(), df)[1])
                 handles.append(collector.collect_async(lf, priority=-1))
@@ -298,7 +310,7 @@ def test_background_queries_come_as_a_list(collector, blocked):
 
 @pytest.mark.parametrize("together", [False, True])
 def test_cancelled_background_query_never_runs(collector, blocked, together):
-    ran = []
+    ran = Notes()
     collector.collect_async(blocked.lf)
     lf = TINY.map_batches(lambda df: (ran.append(1), df)[1])
     ask = collector.collect_all_background if together else collector.collect_background
@@ -310,7 +322,7 @@ def test_cancelled_background_query_never_runs(collector, blocked, together):
             fetch()
     blocked.gate.set()
     collector.close(cancel_waiting=False)
-    assert ran == []
+    assert not ran
 
 
 def test_background_query_raises_what_the_query_raised(collector):

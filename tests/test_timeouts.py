@@ -11,13 +11,15 @@ from fractions import Fraction
 
 import pytest
 import trio
-from conftest import TINY
+from places import IS_STOPPED, TINY, Notes, until
 from test_faults import Asyncio, Gevent, Trio
 from test_races import Together, Told, end, query_of
 
 from polars_async import PolarsAsyncError, QueryTimeoutError, deadlines
 from polars_async.admission import Admission
 from polars_async.query import Query
+
+pytestmark = pytest.mark.everywhere
 
 
 class Time:
@@ -71,11 +73,6 @@ def when_waited_for(monkeypatch):
     return set_up
 
 
-def until(condition):
-    while not condition():
-        pass  # nobody tells
-
-
 def timed_out(handle):
     with pytest.raises(QueryTimeoutError) as caught:
         handle.result(30)
@@ -86,7 +83,7 @@ def timed_out(handle):
 
 
 def test_query_that_is_late_in_the_line_never_runs(collector, blocked, time):
-    ran = []
+    ran = Notes()
     collector.collect_async(blocked.lf)
     handle = collector.collect_async(TINY.map_batches(lambda df: (ran.append(1), df)[1]), timeout=5)
     time.passes(4.9)
@@ -108,6 +105,7 @@ def test_query_that_is_late_in_the_line_never_runs(collector, blocked, time):
     assert not ran
 
 
+@pytest.mark.cannot("processes", "dask", because=IS_STOPPED, runs=False)
 def test_query_that_is_late_while_it_runs_is_let_go_and_keeps_its_slot_until_it_ends(
     collector, blocked, time
 ):
@@ -127,6 +125,27 @@ def test_query_that_is_late_while_it_runs_is_let_go_and_keeps_its_slot_until_it_
     assert not waiting.done()
     blocked.gate.set()
     assert waiting.result(30).item() == 1
+    collector.close()
+    stats = collector.stats()
+    assert (stats["completed"], stats["failed"], stats["timed_out"]) == (1, 0, 1)
+    assert (stats["running"], stats["abandoned"]) == (0, 0)
+
+
+@pytest.mark.cannot("threads", because="Polars cannot stop a query", runs=False)
+def test_query_that_is_late_while_it_runs_is_stopped(collector, blocked, time):
+    handle = collector.collect_async(blocked.lf, timeout=0.5, label="slow one")
+    waiting = collector.collect_async(TINY)
+    assert blocked.started.wait(30)
+    time.passes(0.5)
+    error = timed_out(handle)
+    assert error.run_seconds > 0
+    assert str(error) == (
+        f"the query 'slow one' was not done after 0.5 s: it waited {error.queue_seconds:.3f} s for "
+        f"a slot and ran for {error.run_seconds:.3f} s. It is stopped now"
+    )
+    until(lambda: (time.passes(1), waiting.done())[1])  # for the grace that is left to a worker
+    assert waiting.result().item() == 1
+    assert not blocked.gate.is_set()
     collector.close()
     stats = collector.stats()
     assert (stats["completed"], stats["failed"], stats["timed_out"]) == (1, 0, 1)
