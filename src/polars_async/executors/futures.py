@@ -65,8 +65,9 @@ class Futures:
             kind, found, batches = self._outcome(task, query)
             if (failed := error_of(kind, found)) is not None:
                 raise failed
-            for batch in batches:
-                if buffer is None or buffer.put(batch):
+            batches.reverse()
+            while batches:  # which holds none that its consumer has let go of
+                if buffer is None or buffer.put(batches.pop()):
                     break
             return found  # type: ignore[no-any-return]
         finally:
