@@ -31,15 +31,33 @@ def pytest_generate_tests(metafunc):
         metafunc.parametrize("executor", PLACES, indirect=True)
 
 
-def pytest_collection_modifyitems(items):
+def pytest_collection_modifyitems(config, items):
+    left_out = [item for item in items if _is_shown_on_threads(item)]
+    items[:] = [item for item in items if not _is_shown_on_threads(item)]
+    config.hook.pytest_deselected(items=left_out)
     for item in items:
-        place = item.callspec.params.get("executor") if hasattr(item, "callspec") else None
+        place = _parameters(item).get("executor")
         for mark in item.iter_markers("cannot"):
             unknown = set(mark.args).difference(PLACES)
             assert mark.args, "cannot() needs a place"
             assert not unknown, f"cannot() of no place: {unknown}"
             if place in mark.args:
                 item.add_marker(_as_xfail(place, **mark.kwargs))
+
+
+def _parameters(item):
+    return item.callspec.params if hasattr(item, "callspec") else {}
+
+
+def _is_shown_on_threads(item):
+    """
+    Whether another place would show nothing new, and take minutes for all of them.
+
+    A loop is told of an end by this process in any case; so one loop is enough elsewhere.
+    """
+    parameters = _parameters(item)
+    is_elsewhere = parameters.get("executor", "threads") != "threads"
+    return is_elsewhere and getattr(parameters.get("loop"), "is_enough_on_threads", False)
 
 
 def _as_xfail(place, *, because, runs=True):

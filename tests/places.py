@@ -31,6 +31,8 @@ ALL_AT_ONCE = "batches arrive when the query has ended, as this one does not bef
 
 PLANS_SENT_ONE_BY_ONE = "plans are sent one by one, and no longer share a Python source"
 
+STDERR_OF_THE_CLUSTER = "a worker's stderr is what it was when the cluster was started"
+
 A_COLLECTOR_STAYS = "a collector cannot be sent to another process"
 
 _numbers = count()

@@ -14,7 +14,7 @@ import polars as pl
 import pytest
 import trio
 import trio.testing
-from places import TINY, Blocked, Gate
+from places import STDERR_OF_THE_CLUSTER, TINY, Blocked, Gate
 
 from polars_async import _native, bridges
 from polars_async.bridges import asyncio as asyncio_bridge
@@ -175,8 +175,15 @@ def test_panic_arrives_as_an_exception(loop, collector, works_after, capfd):
     assert (type(error).__module__, type(error).__name__) == ("pyo3_runtime", "PanicException")
     with pytest.raises(type(error)):
         handle.result(20)
-    assert "panicked at" in capfd.readouterr().err  # Rust says it at once
+    capfd.readouterr()  # which has what Rust says of it
     works_after()
+
+
+@pytest.mark.cannot("dask", because=STDERR_OF_THE_CLUSTER, runs=False)
+def test_panic_is_told_on_stderr(collector, capfd):
+    with pytest.raises(pl.exceptions.PanicException):
+        collector.collect_async(PANIC).result(20)
+    assert "panicked at" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize(

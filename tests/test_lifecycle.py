@@ -40,6 +40,7 @@ class OnAsyncio:
 
 
 class OnTrio:
+    is_enough_on_threads = True
     sleep = staticmethod(trio.sleep)
     cancelled = CancelledError
 
