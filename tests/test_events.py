@@ -137,9 +137,12 @@ def test_cancellation_is_the_last_event_though_the_thread_had_not_begun(
 
 @pytest.mark.parametrize("runs", [True, False])
 def test_query_that_is_late_timed_out(telling, heard, blocked, runs):
+    first = Blocked()
+    first.gate.set()
+    telling.collect_async(first.lf).result(30)  # so that a worker has not to start in time
     if not runs:
         telling.collect_async(blocked.lf)
-    handle = telling.collect_async(blocked.lf, label="it", timeout=0.3 if runs else 0.001)
+    handle = telling.collect_async(blocked.lf, label="it", timeout=1 if runs else 0.001)
     if runs:
         assert blocked.started.wait(30)
     with pytest.raises(QueryTimeoutError) as caught:
