@@ -499,6 +499,34 @@ def test_query_that_ends_the_process_is_told_so(collector):
     assert (caught.value.exitcode, caught.value.signal) == (3, None)
 
 
+def test_copy_that_a_function_forks_of_its_worker_answers_nothing(collector):
+    for n in range(3):
+        first = collector.collect_async(udf(lambda s, n=n: s * 0 + n + 0 * os.fork())).result(30)
+        assert first.item() == n
+        assert collector.collect_async(TINY).result(30).item() == 6
+
+
+@pytest.mark.parametrize("how", ["fork", "system"])
+def test_death_is_seen_though_a_function_has_left_a_process_behind(collector, tmp_path, how):
+    note = tmp_path / "pid"
+
+    def die(values):
+        if how == "system":
+            os.system(f"sleep 60 & echo $! > {note}")  # noqa: S605  # which closes no files
+        elif pid := os.fork():
+            note.write_text(str(pid))
+        else:
+            time.sleep(60)
+            os._exit(0)
+        os.kill(os.getpid(), signal.SIGKILL)
+        return values
+
+    with pytest.raises(pa.WorkerDiedError):
+        collector.collect_async(udf(die)).result(30)
+    os.kill(int(note.read_text()), signal.SIGKILL)
+    assert collector.collect_async(TINY).result(30).item() == 6
+
+
 def test_worker_that_dies_idle_is_replaced_unseen(collector):
     for _ in range(3):
         pid = worker_of(collector)

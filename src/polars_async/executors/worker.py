@@ -51,6 +51,11 @@ def main(socket_file: int, lifeline: int) -> None:
     signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
     enter_worker(for_gpu=False)
     channel = Channel(socket(fileno=socket_file))
+    # What a Python function starts may outlive this process, whose end the parent would not see,
+    # and a copy that it has forked would go on with the query, and answer, too.
+    for file in (socket_file, lifeline):
+        fcntl.fcntl(file, fcntl.F_SETFD, fcntl.FD_CLOEXEC)
+    os.register_at_fork(after_in_child=channel.abandon)
     with suppress(EOFError):
         levels, simulated = unpack(channel.receive())
         logs = _Logs(channel)
