@@ -277,6 +277,11 @@ def elsewhere(frame):
 def refuse(frame):
     raise Refused("no", 3)
 
+def main(frame):
+    return frame * 5
+
+signal = sys = serve = main
+
 if True:  # no guard is needed, since no worker runs this again
     lf = pl.LazyFrame({"a": [1]})
     with pa.Collector(executor="processes") as collector:
@@ -287,6 +292,7 @@ if True:  # no guard is needed, since no worker runs this again
             collector.collect_async(lf.map_batches(refuse)).result(30)
         except Refused as error:
             print(error.args)
+        print(collector.collect_async(lf.map_batches(main)).result(30).item())
 """
 
 
@@ -297,7 +303,7 @@ def test_functions_and_classes_of_the_main_program_are_found(tmp_path):
         [sys.executable, script], capture_output=True, text=True, timeout=50, check=False
     )
     assert (done.stderr, done.returncode) == ("", 0)
-    assert done.stdout.splitlines() == ["True", "('no', 3)"]
+    assert done.stdout.splitlines() == ["True", "('no', 3)", "5"]
 
 
 class NotPicklableError(ValueError):
@@ -493,6 +499,12 @@ def test_death_of_a_worker_is_the_error_of_one_query(make, gate, number):
     assert collector.collect_async(TINY).result(30).item() == 6
 
 
+def test_signal_without_a_name_is_told_by_its_number(collector):
+    with pytest.raises(pa.WorkerDiedError, match="by signal 40") as caught:
+        collector.collect_async(udf(lambda s: os.kill(os.getpid(), 40) or s)).result(30)
+    assert (caught.value.exitcode, caught.value.signal) == (-40, None)
+
+
 def test_query_that_ends_the_process_is_told_so(collector):
     with pytest.raises(pa.WorkerDiedError, match=r"with exit status 3.*os\._exit") as caught:
         collector.collect_async(udf(lambda _: os._exit(3))).result(30)
@@ -512,7 +524,7 @@ def test_death_is_seen_though_a_function_has_left_a_process_behind(collector, tm
 
     def die(values):
         if how == "system":
-            os.system(f"sleep 60 & echo $! > {note}")  # noqa: S605  # which closes no files
+            os.system(f"sleep 60 & echo $! > {note}")  # which closes no files
         elif pid := os.fork():
             note.write_text(str(pid))
         else:
@@ -549,6 +561,11 @@ def test_status_that_somebody_else_has_taken_is_not_known(collector, gate, monke
         handle.result(30)
     assert caught.value.exitcode is None
     monkeypatch.undo()
+
+
+def test_path_that_is_no_string_is_in_no_workers_way(collector, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "path", [*sys.path, tmp_path])
+    assert collector.collect_async(TINY).result(30).item() == 6
 
 
 def test_worker_that_cannot_start_is_a_clear_error(make, monkeypatch):

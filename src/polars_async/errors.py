@@ -82,8 +82,8 @@ class WorkerDiedError(PolarsAsyncError):
 
     @property
     def signal(self) -> Signals | None:
-        """The signal that ended the worker; None if none did, or that is not known."""
-        return None if self.exitcode is None or self.exitcode >= 0 else Signals(-self.exitcode)
+        """The signal that ended the worker; None if none did, or it has no name."""
+        return signal_of(self.exitcode)
 
     def __reduce__(self) -> tuple[type[WorkerDiedError], tuple[object, ...]]:
         return type(self), (self.args[0], self.exitcode, self.plan)
@@ -95,6 +95,14 @@ class ForkedProcessError(PolarsAsyncError):
 
 class EngineDowngradeWarning(UserWarning):
     """The engine that was asked for does not run; the message says which one does, and why."""
+
+
+def signal_of(exitcode: int | None) -> Signals | None:
+    """Give the signal that an exit code tells of; most of the real-time ones have no name."""
+    try:
+        return None if exitcode is None or exitcode >= 0 else Signals(-exitcode)
+    except ValueError:
+        return None
 
 
 def text_of(error: BaseException) -> str:

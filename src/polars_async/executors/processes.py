@@ -16,7 +16,7 @@ from weakref import WeakSet
 
 from polars_async._native import RLock, posix_spawn, sleep, start_new_thread, waitpid
 from polars_async.deadlines import set_deadline
-from polars_async.errors import QueryMemoryError, WorkerDiedError
+from polars_async.errors import QueryMemoryError, WorkerDiedError, signal_of
 from polars_async.events import log
 from polars_async.executors.channel import Channel
 from polars_async.executors.mains import definition
@@ -43,8 +43,10 @@ _SAMPLED: Final = 0.01
 """Seconds from one look at the memory of a worker to the next."""
 _START: Final = (
     "import signal, sys; signal.signal(signal.SIGINT, lambda *_: None); sys.path[:] = {path}; "
-    "from polars_async.executors.worker import main; main({socket}, {lifeline})"
+    "from polars_async.executors.worker import main as serve; del signal, sys; "
+    "globals().pop('serve')({socket}, {lifeline})"
 )
+"""It leaves no name in ``__main__``, where those of this program's ``__main__`` are looked up."""
 _TRIES: Final = 3
 """How many workers may die one after the other before they begin a query; it has harmed none."""
 _OF_STREAMS: Final = ("put", "add")
@@ -220,7 +222,9 @@ class _Worker:
         self.is_leaving = False
         """Whether it ends after this query, for a reason of its own."""
         try:
-            code = _START.format(path=sys.path, socket=theirs.fileno(), lifeline=lifeline)
+            entries: list[Any] = sys.path  # some are no strings, and imports ignore those
+            path = [each for each in entries if isinstance(each, str)]
+            code = _START.format(path=path, socket=theirs.fileno(), lifeline=lifeline)
             executable = _executable()
             warnings = [f"-W{option}" for option in sys.warnoptions]
             self.pid = posix_spawn(
@@ -530,7 +534,8 @@ def _told(exitcode: int | None) -> str:
     if exitcode is None:
         return "and its exit status was taken by other code that waits for all children"
     if exitcode < 0:
-        return f"by {signal.Signals(-exitcode).name}"
+        known = signal_of(exitcode)
+        return f"by {known.name}" if known is not None else f"by signal {-exitcode}"
     return f"with exit status {exitcode}"
 
 
