@@ -336,6 +336,36 @@ def test_error_that_cannot_be_pickled_is_one_of_its_nearest_known_class(collecto
         collector.collect_async(lf).result(30)
 
 
+class RefusesError(ValueError):
+    def __str__(self):
+        raise KeyboardInterrupt
+
+    def __reduce__(self):
+        raise SystemExit(3)
+
+
+def test_error_that_refuses_all_is_no_death_of_its_worker(collector):
+    def fail(frame):  # noqa: ARG001
+        raise RefusesError
+
+    before = worker_of(collector)
+    with pytest.raises(pa.PolarsAsyncError, match="RefusesError") as caught:
+        collector.collect_async(pl.LazyFrame({"a": [1]}).map_batches(fail)).result(30)
+    assert not isinstance(caught.value, pa.WorkerDiedError)
+    assert worker_of(collector) == before
+
+
+def test_error_whose_class_only_the_worker_has_is_told_with_its_traceback(collector):
+    def fail(frame):  # noqa: ARG001
+        kind = type("TheirsError", (ValueError,), {"__module__": "__main__"})
+        sys.modules["__main__"].TheirsError = kind
+        raise kind("theirs")
+
+    with pytest.raises(pa.PolarsAsyncError, match="cannot be unpickled here") as caught:
+        collector.collect_async(pl.LazyFrame({"a": [1]}).map_batches(fail)).result(30)
+    assert "TheirsError: theirs" in str(caught.value.__cause__)
+
+
 @pytest.mark.parametrize("kind", [SystemExit, KeyboardInterrupt, GeneratorExit, StopIteration])
 def test_worker_survives_whatever_a_function_raises(collector, kind):
     def fail(frame):  # noqa: ARG001
@@ -388,6 +418,19 @@ def test_worker_logs_to_its_parent(make, caplog):
     assert said[2][:2] == ("py.warnings", "WARNING")
     assert "UserWarning: careful" in said[2][2]
     assert len(said) == 3
+
+
+def test_what_is_logged_along_costs_no_query_its_result(collector, caplog):
+    def log(values):
+        extra = {"shop": {"id": 3}, "lock": threading.Lock(), "error": NotPicklableError("a", "b")}
+        logging.getLogger("of.extra").warning("said", extra=extra)
+        return values
+
+    assert collector.collect_async(udf(log)).result(30).item() == 1
+    (record,) = [each for each in caplog.records if each.name == "of.extra"]
+    assert record.shop == {"id": 3}
+    assert record.error == "NotPicklableError('a and b')"
+    assert "lock" in record.lock
 
 
 def test_workers_print_where_their_parent_does(run_script):

@@ -199,7 +199,7 @@ def packed_error(error: BaseException) -> tuple[bytes, str]:
     text = "".join(TracebackException(type(error), error, traceback).format())
     for candidate in (error, _plain(error)):
         for dump in (_dump, _dump_by_value):
-            with suppress(Exception):
+            with suppress(BaseException):  # whatever the error's own methods raise
                 data = dump(candidate)
                 if type(_load(data)) is type(candidate):  # some go in, and do not come out
                     return data, text
@@ -209,8 +209,15 @@ def packed_error(error: BaseException) -> tuple[bytes, str]:
 def unpacked_error(packed: tuple[bytes, str]) -> BaseException:
     """Give the error, with its traceback as its cause."""
     data, text = packed
-    error = _load(data)
-    error.__cause__ = WorkerTraceback(text)
+    try:
+        error = _load(data)
+    except Exception as refused:  # noqa: BLE001  # as where its class is to be had there alone
+        error = PolarsAsyncError(
+            "the query failed in its worker process, as told by the traceback above, with an error "
+            f"that cannot be unpickled here ({type(refused).__name__}: {refused})"
+        )
+    with suppress(Exception):  # an error may be frozen
+        error.__cause__ = WorkerTraceback(text)
     return error
 
 
@@ -241,7 +248,7 @@ def _plain(error: BaseException) -> BaseException:
             getattr(builtins, kind.__name__, None) is kind
             or kind.__module__ == pl.exceptions.__name__
         ):
-            with suppress(Exception):
+            with suppress(BaseException):
                 return kind(f"{type(error).__name__}: {error}")  # type: ignore[no-any-return]
     return PolarsAsyncError(type(error).__name__)
 

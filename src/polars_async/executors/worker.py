@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import logging
+import marshal
 import os
 import select
 import signal
@@ -168,9 +169,19 @@ class _Logs(logging.Handler):
             if record.exc_info:
                 sent["exc_text"] = logging.Formatter().formatException(record.exc_info)
                 sent["exc_info"] = None
+            sent = {name: _as_data(value) for name, value in sent.items()}
             self._channel.send(pack(("log", sent), in_files=False))
         except Exception:  # noqa: BLE001  # as every handler does
             self.handleError(record)
+
+
+def _as_data(value: Any) -> object:
+    """Give what `extra=` holds as a text, where it is more than data: it may not come out again."""
+    try:
+        marshal.dumps(value)
+    except ValueError:
+        return repr(value)
+    return value
 
 
 def _set_up_logging(logs: _Logs, levels: Mapping[str, int]) -> None:
