@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any, Final
 import altair as alt
 import polars as pl
 
-from benchmarks.table import number
+from benchmarks.runner import NATIVE
+from benchmarks.table import number, row_order
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -20,6 +21,8 @@ _COLOURS: Final = {
     "native": "#c0504d",
     "native, semaphore": "#e39c94",
     "loop's threads": "#7f7f7f",
+    "polars-async, threads": "#7fb8a4",
+    "dask": "#e0913a",
     "in-memory": "#4472a8",
     "streaming": "#e0913a",
     "gpu": "#1b7f5c",
@@ -50,12 +53,13 @@ def draw(report: Report, folder: Path) -> list[Path]:
 
 
 def _targets(report: Report) -> Iterator[tuple[str, Any]]:
-    """Draw what was reached in relation to Polars' own, for each target of that kind."""
+    """Draw what was reached in relation to Polars' own, or another, for each such target."""
     better = {(each.suite, each.case, each.metric): each.better for each in report.results}
     frame = pl.DataFrame(
         [
             {
-                "what": f"{each.row}  {each.case}: {each.metric}",
+                "what": f"{each.row}  {each.case}: {each.metric}"
+                + ("" if each.against == NATIVE else f", of {each.against}"),
                 "Polars": f"Polars {each.polars}",
                 "better": f"{better[each.suite, each.case, each.metric]} is better",
                 "median": each.median,
@@ -65,7 +69,10 @@ def _targets(report: Report) -> Iterator[tuple[str, Any]]:
                 "label": number(each.median),
                 "holds": "holds" if each.holds else "missed",
             }
-            for each in sorted(report.ratios, key=lambda ratio: ratio.row or "")
+            for each in sorted(
+                (ratio for ratio in report.ratios if ratio.row is not None),
+                key=lambda ratio: row_order(ratio.row or ""),
+            )
             if each.target is not None and each.against is not None and each.max > 0
         ]
     )
@@ -80,7 +87,9 @@ def _targets(report: Report) -> Iterator[tuple[str, Any]]:
             scale=alt.Scale(domain=["holds", "missed"], range=["#1b7f5c", "#c0504d"]),
         ),
     )
-    x = alt.X("median:Q", title="times that of Polars' own, median and range", scale=scale)
+    x = alt.X(
+        "median:Q", title="times that of Polars' own, or as said; median and range", scale=scale
+    )
     spread = base.mark_rule(strokeWidth=2).encode(x=alt.X("min:Q", scale=scale), x2="max:Q")
     point = base.mark_point(filled=True, size=70).encode(x=x)
     label = base.mark_text(align="left", fontSize=10).encode(x=alt.value(366), text="label:N")

@@ -34,12 +34,12 @@ _ROOT: Final = Path(__file__).parents[1]
 
 @dataclass(frozen=True)
 class Target:
-    """What a ratio to native should be, or with `alone` the figure itself; `line` is of Polars."""
+    """What a ratio to `of` should be, or where that is None the figure; `line` is of Polars."""
 
     row: str
     at_most: float | None = None
     at_least: float | None = None
-    alone: bool = False
+    of: str | None = NATIVE
     line: str | None = None
 
     def __str__(self) -> str:
@@ -62,12 +62,13 @@ class Metric:
     targets: Sequence[Target] = ()
 
     @property
-    def target(self) -> Target | None:
-        """The one that is for the Polars that is measured."""
+    def targets_here(self) -> list[Target]:
+        """Those for the Polars that is measured: the first that fits, of each pair."""
+        found: dict[str | None, Target] = {}
         for each in self.targets:
             if each.line is None or pl.__version__.startswith(each.line):
-                return each
-        return None
+                found.setdefault(each.of, each)
+        return list(found.values())
 
 
 @dataclass(frozen=True)
@@ -147,30 +148,30 @@ def _measure(case: Case, turns: int, report: Report, advance: Callable[[], None]
                         **spread(runs),
                     )
                 )
-        _compare(case, metric, figures, report)
+        for target in metric.targets_here or (None,):
+            _compare(case, metric, target, figures, report)
 
 
 def _compare(
     case: Case,
     metric: Metric,
+    target: Target | None,
     figures: Mapping[str, Sequence[Figures | None]],
     report: Report,
 ) -> None:
-    """Set polars-async beside native, or beside its target where that stands alone."""
-    target, name = metric.target, metric.name
-    if OWN not in figures:
+    """Set polars-async beside native or another, or beside its target where that stands alone."""
+    name = metric.name
+    against = NATIVE if target is None else target.of
+    if OWN not in figures or (against is not None and against not in figures):
         return
-    if target is not None and target.alone:
-        against, pairs = None, [own[name] for own in figures[OWN] if own is not None]
-    elif NATIVE in figures:
-        against = NATIVE
-        pairs = [
-            own[name] / native[name]
-            for own, native in zip(figures[OWN], figures[NATIVE], strict=True)
-            if own is not None and native is not None and native[name]
-        ]
+    if against is None:
+        pairs = [own[name] for own in figures[OWN] if own is not None]
     else:
-        return
+        pairs = [
+            own[name] / other[name]
+            for own, other in zip(figures[OWN], figures[against], strict=True)
+            if own is not None and other is not None and other[name]
+        ]
     if not pairs:
         return
     middle = spread(pairs)

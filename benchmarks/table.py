@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.runner import NATIVE
+
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
@@ -21,17 +23,16 @@ def show(report: Report, console: Console | None = None) -> None:
         console.rule(f"Polars {environment.polars}")
         console.print(_described(environment), highlight=False)
         results = [each for each in report.results if each.polars == environment.polars]
-        ratios = {
-            (each.suite, each.case, each.metric): each
-            for each in report.ratios
-            if each.polars == environment.polars
-        }
+        ratios: dict[tuple[str, str, str], list[Ratio]] = {}
+        for each in report.ratios:
+            if each.polars == environment.polars:
+                ratios.setdefault((each.suite, each.case, each.metric), []).append(each)
         for suite, of_suite in groupby(results, lambda each: each.suite):
             console.print(_table(suite, list(of_suite), ratios))
         faults = [each for each in report.faults if each.polars == environment.polars]
         for fault in faults:
             console.print(f"{fault.suite}, {fault.case}: {fault.contender}: {fault.what}")
-        held = [each.holds for each in ratios.values() if each.holds is not None]
+        held = [each.holds for of in ratios.values() for each in of if each.holds is not None]
         console.print(f"{sum(held)} of {len(held)} targets hold.\n", highlight=False)
 
 
@@ -54,7 +55,7 @@ def _described(environment: Environment) -> str:
 
 
 def _table(
-    suite: str, results: Sequence[Result], ratios: dict[tuple[str, str, str], Ratio]
+    suite: str, results: Sequence[Result], ratios: dict[tuple[str, str, str], list[Ratio]]
 ) -> Table:
     table = Table(title=suite, title_justify="left", expand=False)
     contenders = list(dict.fromkeys(each.contender for each in results))
@@ -62,32 +63,35 @@ def _table(
     table.add_column("median [min-max]")
     for contender in contenders:
         table.add_column(contender, justify="right")
-    targets = any(ratio.row for key, ratio in ratios.items() if key[0] == suite)
+    targets = any(ratio.row for key, of in ratios.items() if key[0] == suite for ratio in of)
     if targets:
-        for column in ("of native", "target", ""):
+        for column in ("of native, or as said", "target", ""):
             table.add_column(column, justify="right")
     for case, of_case in groupby(results, lambda result: result.case):
         for row, (metric, of_metric) in enumerate(groupby(of_case, lambda result: result.metric)):
             found = {each.contender: each for each in of_metric}
             unit = next(iter(found.values())).unit
             cells = [spread_of(found[each]) if each in found else "" for each in contenders]
-            ratio = ratios.get((suite, case, metric))
-            more = [_of_native(ratio), _target(ratio), _verdict(ratio)] if targets else []
+            beside = ratios.get((suite, case, metric), [])
+            columns = (_of_other, _target, _verdict) if targets else ()
+            more = ["\n".join(map(column, beside)) for column in columns]
             table.add_row("" if row else case, f"{metric}, {unit}", *cells, *more)
         table.add_section()
     return table
 
 
-def _of_native(ratio: Ratio | None) -> str:
-    return "" if ratio is None or ratio.against is None else spread_of(ratio)
+def _of_other(ratio: Ratio) -> str:
+    if ratio.against is None:
+        return ""
+    return spread_of(ratio) if ratio.against == NATIVE else f"{spread_of(ratio)} of {ratio.against}"
 
 
-def _target(ratio: Ratio | None) -> str:
-    return "" if ratio is None or ratio.target is None else ratio.target
+def _target(ratio: Ratio) -> str:
+    return ratio.target or ""
 
 
-def _verdict(ratio: Ratio | None) -> str:
-    if ratio is None or ratio.row is None:
+def _verdict(ratio: Ratio) -> str:
+    if ratio.row is None:
         return ""
     return f"[green]{ratio.row} holds[/]" if ratio.holds else f"[red]{ratio.row} missed[/]"
 
@@ -96,29 +100,38 @@ def targets(report: Report) -> str:
     """
     Write, as a table in Markdown, what became of each target: on one Polars beside the other.
 
-    Ratios are to Polars' own. Of counts, which are to be 0, the worst case stands for all.
+    Ratios are to Polars' own, or to what is said. Of counts, which are to be 0, the worst case
+    stands for all.
     """
     versions = list(dict.fromkeys(each.polars for each in report.environments))
     results = {_place(each): each for each in report.results}
-    rows: dict[tuple[str, str], dict[str, list[Ratio]]] = {}
-    goals: dict[tuple[str, str], dict[str, None]] = {}
+    rows: dict[tuple[str, str, str], dict[str, list[Ratio]]] = {}
+    goals: dict[tuple[str, str, str], dict[str, None]] = {}
     for ratio in report.ratios:
         if ratio.row is not None:
             result = results[_place(ratio)]
             what = ratio.metric if result.is_count else f"{ratio.case}: {ratio.metric}"
-            key = ratio.row, what
-            rows.setdefault(key, {}).setdefault(ratio.polars, []).append(ratio)
             unit = f" {result.unit}" if ratio.against is None else ""
+            if ratio.against not in (None, NATIVE):
+                unit = f" of {ratio.against}"
+            key = ratio.row, what, unit
+            rows.setdefault(key, {}).setdefault(ratio.polars, []).append(ratio)
             goals.setdefault(key, {})[f"{ratio.target}{unit}"] = None
     lines = [
         f"| | what | target | {' | '.join(versions)} |",
         f"| --- | --- | --- |{' --- |' * len(versions)}",
     ]
-    for key, found in sorted(rows.items(), key=lambda item: (item[0][0][0], int(item[0][0][1:]))):
-        row, what = key
+    for key, found in sorted(rows.items(), key=lambda item: row_order(item[0][0])):
+        row, what, _ = key
         cells = [_worst(found[each]) if each in found else "not run" for each in versions]
         lines.append(f"| {row} | {what} | {', '.join(goals[key])} | {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def row_order(row: str) -> tuple[str, int, str]:
+    """Tell where a row of the targets stands: P6b is between P6 and P7, and P10 after P9."""
+    number = "".join(filter(str.isdecimal, row))
+    return row[0], int(number), row[1 + len(number) :]
 
 
 def _place(figures: Result | Ratio) -> tuple[str, str, str, str]:

@@ -6,13 +6,14 @@ import math
 import os
 import resource
 import shutil
+import time
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import polars as pl
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
 
 def frame(rows: int) -> pl.LazyFrame:
@@ -20,6 +21,19 @@ def frame(rows: int) -> pl.LazyFrame:
     number = pl.int_range(rows, eager=True)
     columns = {"number": number, "left": number.shuffle(seed=1), "right": number.shuffle(seed=2)}
     return pl.LazyFrame(columns)
+
+
+def trivial() -> pl.LazyFrame:
+    """Make a query that costs next to nothing."""
+    return pl.LazyFrame({"a": [1, 2, 3]}).select(pl.col("a").sum())
+
+
+async def one_by_one(submit: Callable[[pl.LazyFrame], Any], lf: pl.LazyFrame, number: int) -> float:
+    """Await `lf` so often; gives the seconds of one round trip."""
+    begun = time.perf_counter()
+    for _ in range(number):
+        await submit(lf)
+    return (time.perf_counter() - begun) / number
 
 
 def read(folder: Path) -> None:

@@ -44,7 +44,7 @@ def tiny(monkeypatch):
 
 
 def shrunk(size):
-    least = {"trips": 10, "fan": 10, "rows": 10_000, "seconds": 0.2, "number": 1}
+    least = {"trips": 10, "fan": 10, "rows": 10_000, "seconds": 0.2, "number": 1, "queries": [0, 6]}
     return {name: least[name] for name in size if name in least}
 
 
@@ -66,12 +66,15 @@ def test_suite_measures_every_contender(name, capsys, tmp_path):
             ]
             # Polars' own may abort before its figures.
             assert set(case.contenders) - set(found) <= {NATIVE}
-            if metric.target is not None:
-                assert metric.target.row in {
-                    each.row
-                    for each in report.ratios
-                    if (each.case, each.metric) == (case.name, metric.name)
-                } | ({metric.target.row} if NATIVE not in found else set())
+            ratios = {
+                (each.row, each.against)
+                for each in report.ratios
+                if (each.case, each.metric) == (case.name, metric.name)
+            }
+            for target in metric.targets_here:
+                assert (target.row, target.of) in ratios or (
+                    target.of == NATIVE and NATIVE not in found
+                )
     # Polars' own may abort at the exit, after its figures.
     own = [each for each in report.faults if NATIVE not in each.contender and each.run]
     assert own == []
@@ -125,6 +128,10 @@ def test_targets_stand_in_one_table_for_both_polars():
         ("1.44.2", "faults", "one", "lines", "in 10 runs", 0.0, None, "R2", "<= 0", True),
         ("1.44.2", "faults", "another", "lines", "in 10 runs", 3.0, None, "R2", "<= 0", False),
         ("1.44.2", "load", "free", "time", "s", 0.3, NATIVE, None, None, None),
+        ("2.1.0", "load", "auto", "p99", "ms", 0.01, NATIVE, "P6b", "<= 0.02", True),
+        ("2.1.0", "load", "beside", "p99", "ms", 0.3, NATIVE, "P6", "<= 0.2", False),
+        ("2.1.0", "processes", "trivial", "trip", "ms", 0.4, None, "P12", "<= 1", True),
+        ("2.1.0", "processes", "trivial", "trip", "ms", 0.1, "dask", "P12", "<= 0.25", True),
     ]
     for polars, suite_, case, metric, unit, figure, against, row, target, holds in found:
         middle = {"median": figure, "min": figure, "max": figure}
@@ -147,8 +154,12 @@ def test_targets_stand_in_one_table_for_both_polars():
         "| | what | target | 1.44.2 | 2.1.0 |",
         "| --- | --- | --- | --- | --- |",
         "| P1 | tiny: trip | <= 0.5, <= 0.4 | 0.5 ✓ | 0.9 ✗ |",
+        "| P6 | beside: p99 | <= 0.2 | not run | 0.3 ✗ |",
+        "| P6b | auto: p99 | <= 0.02 | not run | 0.01 ✓ |",
         "| P9 | resolve: time | <= 5 us | 0.3 ✓ | not run |",
         "| P10 | import: time | <= 20 ms | not run | 9 ✓ |",
+        "| P12 | trivial: trip | <= 1 ms | not run | 0.4 ✓ |",
+        "| P12 | trivial: trip | <= 0.25 of dask | not run | 0.1 ✓ |",
         "| R2 | lines | <= 0 in 10 runs | 3 ✗ | not run |",
     ]
 
@@ -218,7 +229,10 @@ def test_contender_that_does_not_end_is_a_row():
 def test_unknown_suite_is_named(capsys):
     with pytest.raises(SystemExit):
         main(["run", "speed", "--json=x"])
-    assert "no such suite: speed; choose of async, engines, faults, load" in capsys.readouterr().err
+    assert (
+        "no such suite: speed; choose of async, engines, faults, load, processes"
+        in capsys.readouterr().err
+    )
 
 
 GPU = ["--scale=0.03", f"--data={CACHE}", "--exits=1", "--queries", "6", "17"]

@@ -18,6 +18,7 @@ import trio
 import polars_async as pa
 from benchmarks.runner import NATIVE, OWN, THREADS, Case, Metric, Target
 from benchmarks.stall import StallMeter
+from benchmarks.workloads import one_by_one, trivial
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Sequence
@@ -67,8 +68,8 @@ def cases(options: Options) -> list[Case]:
         for what, targets in _STALLS.items():
             metric = Metric("longest stall", "ms", "lower", targets)
             found.append(Case("async", f"{what}, {loop}", (NATIVE, OWN), (metric,), rows))
-    resolution = Metric("time", "us", "lower", (Target("P9", at_most=5, alone=True),))
-    imports = Metric("time", "ms", "lower", (Target("P10", at_most=20, alone=True),))
+    resolution = Metric("time", "us", "lower", (Target("P9", at_most=5, of=None),))
+    imports = Metric("time", "ms", "lower", (Target("P10", at_most=20, of=None),))
     found.append(Case("async", _RESOLUTION, (OWN,), (resolution,)))
     found.append(Case("async", _IMPORT, (OWN,), (imports,)))
     return found
@@ -88,10 +89,6 @@ def run(case: str, contender: str, **size: int) -> dict[str, float]:
 
 
 # A trivial query
-
-
-def _trivial() -> pl.LazyFrame:
-    return pl.LazyFrame({"a": [1, 2, 3]}).select(pl.col("a").sum())
 
 
 def _own(engine: Any) -> Submit:
@@ -135,24 +132,17 @@ _SUBMITS: Final[dict[tuple[str, str], Callable[[str], Submit]]] = {
 }
 
 
-async def _one_by_one(submit: Submit, lf: pl.LazyFrame, number: int) -> float:
-    begun = time.perf_counter()
-    for _ in range(number):
-        await submit(lf)
-    return (time.perf_counter() - begun) / number
-
-
 async def _tiny(
     submit: Submit, lf: pl.LazyFrame, trips: int, gathered: Callable[[], Coroutine[Any, Any, float]]
 ) -> dict[str, float]:
-    await _one_by_one(submit, lf, trips // 10)
-    trip = await _one_by_one(submit, lf, trips)
+    await one_by_one(submit, lf, trips // 10)
+    trip = await one_by_one(submit, lf, trips)
     await gathered()
     return {"round trip": trip * 1e6, "gathered": await gathered()}
 
 
 def _asyncio(submit: Submit, trips: int, fan: int) -> dict[str, float]:
-    lf = _trivial()
+    lf = trivial()
 
     async def gathered() -> float:
         begun = time.perf_counter()
@@ -163,7 +153,7 @@ def _asyncio(submit: Submit, trips: int, fan: int) -> dict[str, float]:
 
 
 def _trio(submit: Submit, trips: int, fan: int) -> dict[str, float]:
-    lf = _trivial()
+    lf = trivial()
 
     async def collect() -> None:
         await submit(lf)
@@ -179,9 +169,9 @@ def _trio(submit: Submit, trips: int, fan: int) -> dict[str, float]:
 
 
 def _gevent(submit: Submit, trips: int, fan: int) -> dict[str, float]:
-    lf = _trivial()
+    lf = trivial()
 
-    def one_by_one(number: int) -> float:
+    def in_turn(number: int) -> float:
         begun = time.perf_counter()
         for _ in range(number):
             submit(lf).get()
@@ -193,8 +183,8 @@ def _gevent(submit: Submit, trips: int, fan: int) -> dict[str, float]:
             handle.get()
         return fan / (time.perf_counter() - begun)
 
-    one_by_one(trips // 10)
-    trip = one_by_one(trips)
+    in_turn(trips // 10)
+    trip = in_turn(trips)
     gathered()
     return {"round trip": trip * 1e6, "gathered": gathered()}
 

@@ -54,7 +54,7 @@ def cases(options: Options) -> list[Case]:
     """List the comparisons of this suite."""
 
     def target(row: str) -> tuple[Target]:
-        return (Target(row, at_most=0, alone=True),)
+        return (Target(row, at_most=0, of=None),)
 
     number = {"number": 1 if options.quick else 10}
     metric = Metric(_UNRESOLVED, f"of {number['number']}", "lower", target("R1"))
