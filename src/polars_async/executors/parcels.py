@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 import polars as pl
 
+from polars_async._native import RLock
 from polars_async._upstream import map_ipc, optimization_flags, optimizations_of
 from polars_async.errors import PolarsAsyncError
 from polars_async.gpu.failure import GpuFailure
@@ -40,6 +41,39 @@ class Parcel(NamedTuple):
             os.close(self.files.pop())
 
 
+class Halt:
+    """
+    Ends the packing of what nobody wants any more, from any thread and a signal handler.
+
+    Polars takes a second for the plan of some 100 MB of frames, and does not ask; but it gives up
+    where it cannot write.
+    """
+
+    def __init__(self) -> None:
+        self._lock = RLock()
+        self._files: list[int] = []
+        self._came = False
+
+    def __call__(self) -> None:
+        """Let no file grow."""
+        with self._lock:
+            self._came = True
+            for file in self._files:
+                _stop_growth(file)
+
+    def watch(self, file: int) -> None:
+        """Let `file` not grow once this was called."""
+        with self._lock:
+            self._files.append(file)
+            if self._came:
+                _stop_growth(file)
+
+    def end(self) -> None:
+        """Leave the files alone: others may be opened in their places."""
+        with self._lock:
+            self._files.clear()
+
+
 class WorkerTraceback(Exception):  # noqa: N818  # no error of its own
     """The traceback of an error in another process, as a text: the ``__cause__`` of that error."""
 
@@ -55,9 +89,10 @@ class _Packer(pickle.Pickler):
     nobody else can open them, and nothing is left of them once nobody has them open or mapped.
     """
 
-    def __init__(self, file: io.BytesIO, files: list[int] | None) -> None:
+    def __init__(self, file: io.BytesIO, files: list[int] | None, halt: Halt | None = None) -> None:
         super().__init__(file, protocol=5)
         self._files = files
+        self._halt = halt
 
     def persistent_id(self, item: Any) -> tuple[str, Any] | None:
         if isinstance(item, pl.LazyFrame):
@@ -96,9 +131,11 @@ class _Packer(pickle.Pickler):
 
     def _new_file(self) -> int:
         assert self._files is not None
-        file = os.memfd_create("polars-async", os.MFD_CLOEXEC)
+        file = os.memfd_create("polars-async", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         self._files.append(file)
         os.fchmod(file, 0o600)
+        if self._halt is not None:
+            self._halt.watch(file)
         return file
 
 
@@ -125,11 +162,12 @@ class _Unpacker(pickle.Unpickler):
         return pl.exceptions.PanicException
 
 
-def pack(item: object, *, in_files: bool) -> Parcel:
+def pack(item: object, *, in_files: bool, halt: Halt | None = None) -> Parcel:
     """
     Pack up any object that can be pickled, and frames and queries as well.
 
-    With `in_files`, what is large goes in files, for another process of this machine.
+    With `in_files`, what is large goes in files, for another process of this machine. `halt` ends
+    it before its time, with any error.
 
     Raises
     ------
@@ -139,10 +177,14 @@ def pack(item: object, *, in_files: bool) -> Parcel:
     parcel_files: list[int] = []
     target = io.BytesIO()
     try:
-        _Packer(target, parcel_files if in_files else None).dump(item)
+        _Packer(target, parcel_files if in_files else None, halt).dump(item)
     except BaseException:
+        if halt is not None:
+            halt.end()
         Parcel(b"", parcel_files).close()
         raise
+    if halt is not None:
+        halt.end()
     return Parcel(target.getvalue(), parcel_files)
 
 
@@ -219,6 +261,13 @@ def unpacked_error(packed: tuple[bytes, str]) -> BaseException:
     with suppress(Exception):  # an error may be frozen
         error.__cause__ = WorkerTraceback(text)
     return error
+
+
+def _stop_growth(file: int) -> None:
+    import fcntl  # noqa: PLC0415  # not to be had on every system
+
+    with suppress(OSError):
+        fcntl.fcntl(file, fcntl.F_ADD_SEALS, fcntl.F_SEAL_GROW)
 
 
 def _path(file: int) -> str:

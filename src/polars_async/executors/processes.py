@@ -20,7 +20,7 @@ from polars_async.errors import QueryMemoryError, WorkerDiedError, signal_of
 from polars_async.events import log
 from polars_async.executors.channel import Channel
 from polars_async.executors.mains import definition
-from polars_async.executors.parcels import Parcel, buffer_of, error_of, pack, unpack
+from polars_async.executors.parcels import Halt, Parcel, buffer_of, error_of, pack, unpack
 from polars_async.gpu.simulation import current
 
 if TYPE_CHECKING:
@@ -103,7 +103,10 @@ class Processes:
         errand: _Errand | None = None
         try:
             for _ in range(_TRIES):
-                parcel = pack(work, in_files=True)
+                halt = Halt()
+                if not query.on_let_go(halt):
+                    halt()
+                parcel = pack(work, in_files=True, halt=halt)
                 try:
                     worker = self._take()
                 except BaseException:
@@ -129,6 +132,7 @@ class Processes:
                 f"{_TRIES} worker processes in a row died before they began a query"
             )
         finally:
+            query.on_let_go(None)
             del self, work, query, errand  # as above
 
     def close(self) -> None:

@@ -1,0 +1,59 @@
+"""A query that is let go while it is packed for a worker process takes no more time."""
+
+import os
+import sys
+import threading
+import time
+from pathlib import Path
+
+import polars as pl
+import pytest
+
+import polars_async as pa
+from polars_async.executors.parcels import Halt, pack, unpack
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="files in memory")
+
+
+def open_files():
+    return len(list(Path("/proc/self/fd").iterdir()))
+
+
+@pytest.mark.parametrize("when", ["before", "meanwhile"])
+def test_packing_ends_before_its_time(when):
+    plan = pl.select(pl.int_range(3_000_000, dtype=pl.Int64).alias("a")).lazy()
+    whole, halt = Halt(), Halt()
+    begun = time.perf_counter()
+    pack(plan, in_files=True, halt=whole).close()
+    seconds = time.perf_counter() - begun
+    files = open_files()
+    if when == "before":
+        halt()
+    timer = threading.Timer(seconds / 2, halt)
+    timer.start()
+    with pytest.raises(pa.PolarsAsyncError):
+        pack(plan, in_files=True, halt=halt)
+    timer.join()
+    assert open_files() == files
+
+
+def test_halt_that_comes_late_leaves_what_is_packed():
+    halt = Halt()
+    parcel = pack(pl.LazyFrame({"a": [1]}), in_files=True, halt=halt)
+    halt()
+    file = parcel.files[0]
+    os.truncate(file, os.fstat(file).st_size + 1)  # which a sealed one would refuse
+    os.truncate(file, os.fstat(file).st_size - 1)
+    assert unpack(parcel).collect().to_dict(as_series=False) == {"a": [1]}
+
+
+def test_query_let_go_while_it_is_packed_is_silent(caplog):
+    plan = pl.select(pl.int_range(3_000_000, dtype=pl.Int64).alias("a")).lazy().sum()
+    with pa.Collector(executor="processes", max_running=1) as collector:
+        handle = collector.collect_async(plan)
+        time.sleep(0.05)
+        assert handle.cancel()
+        assert collector.collect_async(plan).result().item() == sum(range(3_000_000))
+        stats = collector.stats()
+    assert (stats["cancelled"], stats["completed"], stats["failed"]) == (1, 1, 0)
+    assert not caplog.records
