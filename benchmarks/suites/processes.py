@@ -273,11 +273,11 @@ async def _kill_workers(_: str, number: int, rows: int) -> Figures:
             if hit and (again != ["right"] * _POOL or len(children()) != _POOL):
                 found["pool not back to size"] += 1
         files = _memory_files()
-    _wait_while(children)
+    _wait_while(lambda: [*children(), *_left_behind(shared)])
     return {
         **found,
         "processes left": len(children()),
-        "shared memory left": len(_shared_memory() - shared) + files,
+        "shared memory left": len(_left_behind(shared)) + files,
     }
 
 
@@ -303,9 +303,10 @@ def _kill_parents(number: int, rows: int) -> Figures:
         for process in _marked(mark):
             left += 1
             os.kill(process, signal.SIGKILL)
+    _wait_while(lambda: _left_behind(shared))
     return {
         "processes left by parents": left,
-        "shared memory left by parents": len(_shared_memory() - shared),
+        "shared memory left by parents": len(_left_behind(shared)),
     }
 
 
@@ -330,9 +331,9 @@ def _sorts(rows: int) -> list[pl.LazyFrame]:
     return [source.sort(pl.col("left") * (number + 1)) for number in range(_POOL)]
 
 
-def _wait_while(processes: Callable[[], list[int]]) -> None:
+def _wait_while(some: Callable[[], Sequence[object]]) -> None:
     end = time.perf_counter() + _PATIENCE
-    while processes() and time.perf_counter() < end:
+    while some() and time.perf_counter() < end:
         time.sleep(0.01)
 
 
@@ -349,6 +350,17 @@ def _marked(mark: str) -> list[int]:
 
 def _shared_memory() -> set[Path]:
     return set(_SHARED_MEMORY.iterdir())
+
+
+def _left_behind(before: set[Path]) -> list[Path]:
+    """Find what is new in shared memory, and nobody's: other programs may be at work, too."""
+    new = _shared_memory() - before
+    for folder in Path("/proc").iterdir() if new else ():
+        if folder.name.isdecimal():
+            with suppress(OSError):  # as above
+                maps = (folder / "maps").read_text(encoding="utf-8", errors="replace")
+                new = {each for each in new if str(each) not in maps}
+    return list(new)
 
 
 def _memory_files() -> int:
