@@ -789,3 +789,15 @@ with pa.Collector(executor="processes") as collector:
     late.cancel() if hasattr(late, "cancel") else None
 """
     assert run_script(script) == ["{12499997500000}", "True"]
+
+
+def test_queries_left_in_line_find_their_worker_warm_after_close(make, gate):
+    collector = make(max_running=1)
+    first = collector.collect_async(gate.lf)
+    own = gate.pid()
+    handles = [collector.collect_async(udf(lambda s: s * 0 + os.getpid())) for _ in range(5)]
+    collector.close(wait=False, cancel_waiting=False)
+    gate.open()
+    assert first.result(30).item() == 1
+    assert {handle.result(30).item() for handle in handles} == {own}
+    eventually(lambda: not children())

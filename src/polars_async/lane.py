@@ -134,13 +134,13 @@ class Lane:
         with admission.lock:
             admission.closed = True
             self._executor.close()
-            self.place.close()
             # A stream may wait for its consumer, and that for ever.
             running = admission.in_slots()
             waiting = [query for query in running if query.is_stream]
             waiting += admission.in_line()
         for query in (*(waiting if cancel_waiting else ()), *(running if cancel_running else ())):
             query.cancel()
+        self._close_place()
 
     def abandon(self, error: BaseException) -> None:
         """Start afresh in a forked child, which has neither the threads nor their queries."""
@@ -166,6 +166,13 @@ class Lane:
             query = slot.query
             goes_on = self._fill(slot) if query is None else self._run(query, slot)
             del query  # or it would live until the next has ended
+        if self.admission.closed:
+            self._close_place()
+
+    def _close_place(self) -> None:
+        """Close the place, unless queries of the line still need it."""
+        if not self.admission.threads:
+            self.place.close()
 
     def _fill(self, slot: Slot) -> bool:
         """Find a query for `slot`; False if there is none, and the slot was taken back."""
