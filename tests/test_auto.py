@@ -54,6 +54,21 @@ def test_one_that_turned_out_to_be_tiny_runs_here_from_then_on(collector):
     assert found == sorted(found)
 
 
+def test_frames_that_would_take_longer_to_be_sent_stay_here_unless_they_are_shared(collector):
+    frame = pl.select(a=pl.int_range(0, 3_000_000))
+    assert collector.collect_async(frame.lazy().sum()).result(30).item() == 4_499_998_500_000
+    assert collector.stats()["workers"] == 0
+    shared = pa.share(frame).sum()
+    assert collector.collect_async(shared).result(30).item() == 4_499_998_500_000
+    assert collector.stats()["workers"] == 1
+
+
+def test_frames_are_sent_where_their_query_takes_longer_than_that(collector):
+    frame = pl.select(a=pl.int_range(0, 200_000))
+    query = frame.lazy().map_batches(lambda frame: frame.select(pl.lit(os.getpid())))
+    assert collector.collect_async(query).result(30).item() != os.getpid()
+
+
 def test_priority_tells_what_nothing_else_does(collector):
     assert pid(collector, priority=1) == os.getpid()
     assert pid(collector, priority=-1) != os.getpid()

@@ -79,6 +79,8 @@ def run(
     """Measure one contender in one case, once."""
     if contender == OWN:
         pa.configure(executor=executor)
+        if executor == "auto":
+            size["shares"] = True
     return asyncio.run(_ROWS.get(case, _requests)(_submitter(contender), **size))
 
 
@@ -122,8 +124,10 @@ def _native(lf: pl.LazyFrame) -> Any:
 # Tiny beside heavy
 
 
-async def _tiny_beside_heavy(submit: Submit, rows: int) -> Figures:
+async def _tiny_beside_heavy(submit: Submit, rows: int, *, shares: bool = False) -> Figures:
     source, small = frame(rows), frame(1000).collect()
+    if shares:  # as one does with frames for worker processes
+        source = pa.share(source.collect())
     heavy_queries = [_heavy(source, number) for number in range(_HEAVY)]
     await submit(_tiny(small, 0))  # starts the threads
     latencies: list[float] = []

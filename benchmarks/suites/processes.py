@@ -138,7 +138,7 @@ async def _stops(
     killed = 0
     async with _collector(contender) as submit:
         for each in queries:
-            lf = QUERIES[each](tables) if each != _GROUPS else _grouped(rows)
+            lf = QUERIES[each](tables) if each != _GROUPS else _grouped(rows, contender)
             for engine in _ENGINES:
                 begun = time.perf_counter()
                 await submit(lf, engine)
@@ -160,9 +160,12 @@ async def _stops(
     }
 
 
-def _grouped(rows: int) -> pl.LazyFrame:
+def _grouped(rows: int, contender: str) -> pl.LazyFrame:
     keys = (pl.col("left") % 100_000).alias("key")
-    return frame(rows).group_by(keys).agg(pl.col("right").sum(), pl.col("number").max())
+    source = frame(rows)
+    if contender == OWN:  # as one does with frames for worker processes
+        source = pa.share(source.collect())
+    return source.group_by(keys).agg(pl.col("right").sum(), pl.col("number").max())
 
 
 async def _stopped(

@@ -182,7 +182,8 @@ class Collector:
         timeout
             Seconds until it has to be done, those in the waiting line included; None sets no
             limit. A query that waits then never runs; one that runs is let go, and its slot is
-            free when it really ends, since Polars cannot stop it.
+            free when it really ends: in worker processes that is soon, since it is stopped there;
+            on threads Polars cannot stop it.
         priority
             From -10 to 10; a higher one is served first. Above 0, a query counts as small,
             whatever is expected of it; below 0, it never does.

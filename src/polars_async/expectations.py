@@ -20,6 +20,8 @@ UNKNOWN: Final = 0.1
 """Seconds expected of a query of which nothing is known."""
 _FRAME_RATE: Final = 200e6
 """Bytes per second that a query makes of a frame in memory: just the order of magnitude."""
+_SENT_RATE: Final = 50e6
+"""Bytes per second of frames in memory that Polars packs, and unpacks elsewhere."""
 _FILE_RATE: Final = 50e6
 """Bytes per second that a query makes of a file."""
 _SLOWDOWN: Final = 1000
@@ -45,6 +47,7 @@ class Expectation(NamedTuple):
 class _Plan(NamedTuple):
     seconds: float
     shape: int
+    frame_bytes: int
 
 
 class Expectations:
@@ -70,6 +73,13 @@ class Expectations:
         except BaseException:  # noqa: BLE001  # what is wrong with a plan, the query will tell
             return Expectation(UNKNOWN, None)
         return Expectation(seconds, fingerprint)
+
+    def seconds_to_send(self, frames: Sequence[pl.LazyFrame]) -> float:
+        """Say how long it takes to send a query, which `of` was asked for, to another process."""
+        try:
+            return sum(self._plan(frame).frame_bytes for frame in frames) / _SENT_RATE
+        except BaseException:  # noqa: BLE001  # as above
+            return 0.0
 
     def learn(self, expected: Expectation, seconds: float, *, alone: bool) -> Expectation | None:
         """
@@ -111,7 +121,8 @@ def _look_at(frame: pl.LazyFrame) -> _Plan:
     if not sources.complete:
         seconds = max(seconds, UNKNOWN)
     _, magnitude = frexp(seconds)
-    return _Plan(seconds, hash((_NUMBER.sub("0", text), magnitude)))
+    shape = hash((_NUMBER.sub("0", text), magnitude))
+    return _Plan(seconds, shape, sources.frame_bytes)
 
 
 def _file_seconds(path: str) -> float:

@@ -27,8 +27,8 @@ class QueryHandle(Generic[T]):
     it may be made before one runs, or in another thread.
 
     When the task that awaits it is cancelled, and nobody else waits for it, the query is cancelled
-    too. Polars cannot stop a running query: it is let go at once and its result is dropped, and
-    its slot in the collector is free when it really ends.
+    too. It is let go at once and its result is dropped. In worker processes it is stopped; on
+    threads Polars cannot stop it, and its slot in the collector is free when it really ends.
     """
 
     __slots__ = ("__weakref__", "_query")

@@ -39,7 +39,8 @@ class Lane:
     Where the queries of one kind go: those for the CPU, or those for the GPU.
 
     They run in its `place`, but for those whose engine is the caller's own object: it may hold what
-    cannot be sent. With `tiny_here` those that are expected to be small stay here, too.
+    cannot be sent. With `tiny_here` those stay here, too, that are expected to be small, or to take longer
+    to be sent.
 
     The lane of the GPU has a `fallback`, that of the CPU, where queries go on that the GPU engine
     could not run. All its queries run on one thread, unless they run elsewhere.
@@ -236,9 +237,15 @@ class Lane:
             return HERE
         if self._tiny_here:
             query.appraise(self._expectations)
-            if query.is_small:
+            if query.is_small or self._is_faster_here(query):
                 return HERE
         return self.place
+
+    def _is_faster_here(self, query: Query[Any]) -> bool:
+        """Tell whether to send its frames would take longer than it takes itself."""
+        expected = query.expectation
+        way = self._expectations.seconds_to_send(query.frames)
+        return query.priority == 0 and expected is not None and expected.seconds < way
 
     def _hand_over(self, query: Query[Any], slot: Slot, fallback: Lane) -> bool:
         """Let `fallback` run what this lane could not; gives what `_run` does."""

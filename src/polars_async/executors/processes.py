@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-GRACE: Final = 0.1
+GRACE: Final = 0.05
 """Seconds that a query has to end after SIGINT, before its worker is killed."""
 _NUDGES: Final = 5
 """How often it is sent meanwhile: one that comes just before the query begins has no effect."""
