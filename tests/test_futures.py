@@ -231,8 +231,12 @@ def test_error_that_cannot_be_pickled_comes_as_the_nearest_that_can(collector):
 
 
 def test_result_that_cannot_be_sent_is_an_error(collector):
-    objects = FRAME.select(pl.col("a").map_elements(lambda _: object(), return_dtype=pl.Object))
-    assert isinstance(error_of(collector.collect_async(objects)), Exception)
+    def replace(_):
+        return pl.DataFrame({"a": [object()]}, schema={"a": pl.Object})
+
+    objects = FRAME.map_batches(replace, schema={"a": pl.Object})
+    error = error_of(collector.collect_async(objects))
+    assert isinstance(error.__cause__, WorkerTraceback)  # and so the executor knows of no error
     assert collector.collect_async(FRAME.sum()).result().item() == 6
 
 
@@ -346,13 +350,17 @@ def test_cancelling_does_not_wait_for_an_executor_that_is_slow_to_cancel():
         return Future.cancel(executor.future)
 
     executor.future.cancel = cancel
-    with Collector(executor=executor) as collector:
+    collector = Collector(executor=executor)
+    try:
         handle = collector.collect_async(FRAME)
         until(lambda: handle._query._stop is not None)
         assert handle.cancel()  # or it would wait here for ever
         asked.wait()
         assert collector.stats()["abandoned"] == 1
+    finally:
         gate.set()
+        Future.cancel(executor.future)
+        collector.close()
 
 
 @pytest.mark.parametrize("error", [RuntimeError("it was shut down"), OSError("it has no file")])
