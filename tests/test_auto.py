@@ -65,7 +65,7 @@ def test_frames_that_would_take_longer_to_be_sent_stay_here_unless_they_are_shar
 
 def test_frames_are_sent_where_their_query_takes_longer_than_that(collector):
     frame = pl.select(a=pl.int_range(0, 200_000))
-    query = frame.lazy().map_batches(lambda frame: frame.select(pl.lit(os.getpid())))
+    query = frame.lazy().map_batches(lambda frame: frame.select(a=pl.lit(os.getpid(), pl.Int64)))
     assert collector.collect_async(query).result(30).item() != os.getpid()
 
 

@@ -39,8 +39,8 @@ class Lane:
     Where the queries of one kind go: those for the CPU, or those for the GPU.
 
     They run in its `place`, but for those whose engine is the caller's own object: it may hold what
-    cannot be sent. With `tiny_here` those stay here, too, that are expected to be small, or to take longer
-    to be sent.
+    cannot be sent. With `tiny_here` those stay here, too, that are expected to be small, or to take
+    longer to be sent.
 
     The lane of the GPU has a `fallback`, that of the CPU, where queries go on that the GPU engine
     could not run. All its queries run on one thread, unless they run elsewhere.
