@@ -216,6 +216,23 @@ def mapped():
     return "memfd:polars-async" in Path("/proc/self/maps").read_text()
 
 
+def test_program_without_standard_files_has_workers_too(run_script):
+    script = """
+import os, sys, polars as pl, polars_async as pa
+def say(frame):
+    print("said", flush=True)
+    return frame
+kept = os.dup(1)
+for file in range(3):
+    os.close(file)
+with pa.Collector(executor="processes") as collector:
+    found = collector.collect_async(pl.LazyFrame({"a": [1]}).map_batches(say)).result(30)
+os.write(kept, str(found.item()).encode())
+os._exit(0)
+"""
+    assert run_script(script) == ["1"]
+
+
 def test_large_result_is_mapped_and_its_memory_is_freed_with_it(collector):
     lf = pl.LazyFrame({"n": [0]}).select(k=pl.int_range(0, 1_000_000))
     files = len(list(Path("/proc/self/fd").iterdir()))

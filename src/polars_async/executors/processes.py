@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import enum
+import fcntl
 import logging
 import os
 import signal
 import sys
 from _socket import AF_UNIX, SOCK_STREAM, socketpair
+from _socket import socket as Socket  # noqa: N812  # as in the channel
 from contextlib import suppress
 from multiprocessing.spawn import get_executable
 from time import monotonic, perf_counter
@@ -51,6 +53,7 @@ _TRIES: Final = 3
 """How many workers may die one after the other before they begin a query; it has harmed none."""
 _OF_STREAMS: Final = ("put", "add")
 _PLAN_CHARACTERS: Final = 200
+_STANDARD_FILES: Final = 3
 _PAGE: Final = os.sysconf("SC_PAGE_SIZE")
 
 
@@ -217,6 +220,8 @@ class _Worker:
     def __init__(self, env: Mapping[str, str]) -> None:
         ours, theirs = socketpair(AF_UNIX, SOCK_STREAM)
         lifeline, self._lifeline = os.pipe()
+        if min(theirs.fileno(), lifeline) < _STANDARD_FILES:
+            theirs, lifeline = _above_standard_files(theirs, lifeline)
         self.channel = Channel(ours)
         _alive.add(self)
         self._lock = RLock()
@@ -460,6 +465,17 @@ class _Errand:
                 limit,
             )
             self.stop()
+
+
+def _above_standard_files(theirs: Socket, lifeline: int) -> tuple[Socket, int]:
+    """Move what a worker gets where it is not taken for stdin, stdout and stderr, if those are."""
+    moved = [
+        fcntl.fcntl(file, fcntl.F_DUPFD_CLOEXEC, _STANDARD_FILES)
+        for file in (theirs.fileno(), lifeline)
+    ]
+    theirs.close()
+    os.close(lifeline)
+    return Socket(fileno=moved[0]), moved[1]
 
 
 def _executable() -> str:
