@@ -220,7 +220,8 @@ def test_program_without_standard_files_has_workers_too(run_script):
     script = """
 import os, sys, polars as pl, polars_async as pa
 def say(frame):
-    print("said", flush=True)
+    for file in (sys.stdout, sys.stderr):
+        print("said", file=file, flush=True)
     return frame
 kept = os.dup(1)
 for file in range(3):
@@ -644,6 +645,23 @@ def test_query_that_outgrows_its_memory_is_stopped_and_the_service_lives(make):
     assert isinstance(caught.value, MemoryError)
     assert caught.value.max_memory == 400 * 2**20
     assert collector.collect_async(TINY).result(30).item() == 6
+
+
+def test_query_that_outgrows_its_memory_while_it_talks_is_stopped_too(make, monkeypatch):
+    monkeypatch.setattr(processes, "_SAMPLED", 1.0)
+    collector = make(max_memory=400 * 2**20)
+    logger = logging.getLogger("of.a.chatterbox")
+    logger.propagate = False
+
+    def grow(values):
+        end = time.monotonic() + 10
+        kept = b"x" * 600_000_000
+        while kept and time.monotonic() < end:
+            logging.getLogger("of.a.chatterbox").warning("more")
+        return values
+
+    with pytest.raises(pa.QueryMemoryError):
+        collector.collect_async(udf(grow)).result(30)
 
 
 def test_worker_that_keeps_much_memory_makes_room_for_another(make):

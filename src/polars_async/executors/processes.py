@@ -355,6 +355,8 @@ class _Errand:
         self._nudges = 0
         self._deadline: Deadline | None = None
         self._begun = False
+        self._looks_at = monotonic() + _SAMPLED
+        """When to look at the memory of the worker, though it may send one thing after another."""
         self.stopped = False
         self.outgrown: QueryMemoryError | None = None
 
@@ -429,10 +431,10 @@ class _Errand:
         channel = self._worker.channel
         channel.send(parcel)
         while True:
+            self._check_memory()
             try:
                 parcel = channel.receive(None if self._max_memory is None else _SAMPLED)
             except TimeoutError:
-                self._check_memory()
                 continue
             kind, content = unpack(parcel)
             if kind == "begun":
@@ -455,8 +457,9 @@ class _Errand:
 
     def _check_memory(self) -> None:
         limit = self._max_memory
-        if limit is None or self.outgrown is not None:
+        if limit is None or self.outgrown is not None or monotonic() < self._looks_at:
             return
+        self._looks_at = monotonic() + _SAMPLED
         if (memory := self._worker.memory()) > limit:
             self.outgrown = QueryMemoryError(
                 f"{self._query.named} outgrew the memory of its worker process, and was stopped: "
