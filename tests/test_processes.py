@@ -19,7 +19,7 @@ import polars as pl
 import pytest
 
 import polars_async as pa
-from polars_async.executors import processes
+from polars_async.executors import errand, spawned
 
 TINY = pl.LazyFrame({"a": [1, 2, 3]}).sum()
 HEAVY = (
@@ -611,11 +611,11 @@ def test_worker_that_dies_idle_is_replaced_unseen(collector):
 
 def test_status_that_somebody_else_has_taken_is_not_known(collector, gate, monkeypatch):
     def take(pid, options):
-        if not options:
-            os.waitpid(pid, options)
-        raise ChildProcessError
+        if os.waitpid(pid, options)[0]:
+            raise ChildProcessError
+        return 0, 0
 
-    monkeypatch.setattr(processes, "waitpid", take)
+    monkeypatch.setattr(spawned, "waitpid", take)
     handle = collector.collect_async(gate.lf)
     os.kill(gate.pid(), signal.SIGKILL)
     with pytest.raises(pa.WorkerDiedError, match="taken by other code") as caught:
@@ -630,7 +630,7 @@ def test_path_that_is_no_string_is_in_no_workers_way(collector, tmp_path, monkey
 
 
 def test_worker_that_cannot_start_is_a_clear_error(make, monkeypatch):
-    monkeypatch.setattr(processes, "_START", "raise SystemExit(7)  # {path}{socket}{lifeline}")
+    monkeypatch.setattr(spawned, "_START", "raise SystemExit(7)  # {path}{socket}{lifeline}")
     collector = make()
     with pytest.raises(pa.WorkerDiedError, match="ended before it was ready, with exit status 7"):
         collector.collect_async(TINY).result(30)
@@ -648,7 +648,7 @@ def test_query_that_outgrows_its_memory_is_stopped_and_the_service_lives(make):
 
 
 def test_query_that_outgrows_its_memory_while_it_talks_is_stopped_too(make, monkeypatch):
-    monkeypatch.setattr(processes, "_SAMPLED", 1.0)
+    monkeypatch.setattr(errand, "_SAMPLED", 1.0)
     collector = make(max_memory=400 * 2**20)
     logger = logging.getLogger("of.a.chatterbox")
     logger.propagate = False

@@ -1,0 +1,181 @@
+"""One query in one worker process, from its sending to its outcome, or to its end by force."""
+
+from __future__ import annotations
+
+import enum
+import logging
+import signal
+from time import monotonic, perf_counter
+from typing import TYPE_CHECKING, Any, Final
+
+from polars_async._native import RLock
+from polars_async.deadlines import set_deadline
+from polars_async.errors import QueryMemoryError
+from polars_async.events import log
+from polars_async.executors.mains import definition
+from polars_async.executors.parcels import Parcel, pack, unpack
+
+if TYPE_CHECKING:
+    from polars_async.deadlines import Deadline
+    from polars_async.executors.spawned import Worker
+    from polars_async.query import Query
+    from polars_async.streams import Buffer
+
+GRACE: Final = 0.05
+"""Seconds that a query has to end after SIGINT, before its worker is killed."""
+_NUDGES: Final = 5
+"""How often it is sent meanwhile: one that comes just before the query begins has no effect."""
+_SAMPLED: Final = 0.01
+"""Seconds from one look at the memory of a worker to the next."""
+_OF_STREAMS: Final = ("put", "add")
+
+
+class _Phase(enum.Enum):
+    RUNS = enum.auto()
+    """The worker has the query, and SIGINT is meant for that."""
+    RESTS = enum.auto()
+    """The query has ended, and the worker gets over the signals that came."""
+    OVER = enum.auto()
+
+
+class Errand:
+    """
+    One query in one worker.
+
+    The slot's thread runs it; `stop` may come from any thread and from a signal handler, and
+    `expire` comes from the clock's thread. `_lock` sees to it that no signal meets the worker's
+    next query.
+    """
+
+    def __init__(self, worker: Worker, query: Query[Any], max_memory: int | None) -> None:
+        self._worker = worker
+        self._query = query
+        self._max_memory = max_memory
+        self._lock = RLock()
+        self._phase = _Phase.RUNS
+        self._nudges = 0
+        self._deadline: Deadline | None = None
+        self._begun = False
+        self._looks_at = monotonic() + _SAMPLED
+        """When to look at the memory of the worker, though it may send one thing after another."""
+        self.stopped = False
+        self.outgrown: QueryMemoryError | None = None
+
+    def run(self, parcel: Parcel, buffer: Buffer | None) -> tuple[str, Any]:
+        """Give what came of it; EOFError when the worker is gone."""
+        query = self._query
+        try:
+            waits = perf_counter()
+            self._worker.await_start()
+            query.paused_seconds += perf_counter() - waits  # or it would seem to be a slow query
+            if not query.on_let_go(self.stop):
+                return "value", None
+            kind, found = self._follow(parcel, buffer)
+            query.on_let_go(None)
+            if self._is_to_rest():
+                self._follow(Parcel(b"", []), None)
+        finally:
+            parcel.close()
+            query.on_let_go(None)
+            with self._lock:
+                self._phase = _Phase.OVER
+                self._lift()
+            del self, query
+        return kind, found
+
+    @property
+    def may_be_repeated(self) -> bool:
+        """Whether the worker died before it began; one that cannot even start would do it again."""
+        return self._worker.is_ready and not self._begun and not self.stopped
+
+    def stop(self) -> None:
+        """Stop the query, if it runs: nobody wants it."""
+        with self._lock:
+            if self._phase is _Phase.RUNS and not self.stopped:
+                self.stopped = True
+                self._nudge()
+
+    def expire(self) -> None:
+        """Ask once more, or kill the worker when it was asked often enough."""
+        with self._lock:
+            if self._phase is not _Phase.OVER:
+                self._nudge()
+
+    def _nudge(self) -> None:
+        self._nudges += 1
+        if self._nudges > _NUDGES or self._phase is _Phase.RESTS:
+            self._worker.signal(signal.SIGKILL)
+            return
+        self._worker.signal(signal.SIGINT)
+        self._expire_in(GRACE / _NUDGES)
+
+    def _is_to_rest(self) -> bool:
+        with self._lock:
+            if self.stopped:
+                self._phase = _Phase.RESTS
+                self._expire_in(GRACE)
+            return self.stopped
+
+    def _expire_in(self, seconds: float) -> None:
+        self._lift()
+        try:
+            self._deadline = set_deadline(seconds, self)
+        except RuntimeError:  # no thread to be had for the clock
+            self._worker.signal(signal.SIGKILL)
+
+    def _lift(self) -> None:
+        if self._deadline is not None:
+            self._deadline.lift()
+
+    def _follow(self, parcel: Parcel, buffer: Buffer | None) -> tuple[str, Any]:
+        """Send `parcel`, and take what the worker sends, up to the outcome."""
+        channel = self._worker.channel
+        channel.send(parcel)
+        while True:
+            self._check_memory()
+            try:
+                parcel = channel.receive(None if self._max_memory is None else _SAMPLED)
+            except TimeoutError:
+                continue
+            kind, content = unpack(parcel)
+            if kind == "begun":
+                self._begun = True
+            elif kind == "log":
+                _log(content)
+            elif kind == "main":
+                channel.send(pack(definition(content), in_files=False))
+            elif kind == "leaving":
+                self._worker.is_leaving = True
+            elif kind == "fault":
+                simulation = self._worker.simulation
+                fault = None if simulation is None else simulation.next_fault()
+                channel.send(pack(fault, in_files=False))
+            elif kind in _OF_STREAMS and buffer is not None:
+                enough = getattr(buffer, kind)(content)
+                channel.send(pack(bool(enough), in_files=False))
+            else:
+                return kind, content
+
+    def _check_memory(self) -> None:
+        limit = self._max_memory
+        if limit is None or self.outgrown is not None or monotonic() < self._looks_at:
+            return
+        self._looks_at = monotonic() + _SAMPLED
+        if (memory := self._worker.memory()) > limit:
+            self.outgrown = QueryMemoryError(
+                f"{self._query.named} outgrew the memory of its worker process, and was stopped: "
+                f"it took {memory:,} bytes, of at most max_memory={limit:,}. Ask for less at once, "
+                "try the streaming engine, or allow for more",
+                limit,
+            )
+            self.stop()
+
+
+def _log(content: dict[str, Any]) -> None:
+    record = logging.makeLogRecord(content)
+    logger = logging.getLogger(record.name)
+    if logger.isEnabledFor(record.levelno):
+        try:
+            logger.handle(record)
+        except Exception:  # noqa: BLE001  # a handler that breaks the rules costs nobody a result
+            log.exception("a handler raised at what a worker process has logged")

@@ -1,0 +1,208 @@
+"""A worker process, as its parent sees it."""
+
+from __future__ import annotations
+
+import fcntl
+import logging
+import os
+import signal
+import sys
+from _socket import AF_UNIX, SOCK_STREAM, socketpair
+from _socket import socket as Socket  # noqa: N812  # as in the channel
+from contextlib import suppress
+from multiprocessing.spawn import get_executable
+from time import monotonic
+from typing import TYPE_CHECKING, Any, Final
+from weakref import WeakSet
+
+from polars_async._native import RLock, posix_spawn, sleep, start_new_thread, waitpid
+from polars_async.executors.channel import Channel
+from polars_async.executors.parcels import pack, unpack
+from polars_async.gpu.simulation import current
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+_FAREWELL: Final = 2.0
+"""Seconds that an idle worker has to end by itself."""
+_START: Final = (
+    "import signal, sys; signal.signal(signal.SIGINT, lambda *_: None); sys.path[:] = {path}; "
+    "from polars_async.executors.worker import main as serve; del signal, sys; "
+    "globals().pop('serve')({socket}, {lifeline})"
+)
+"""It leaves no name in ``__main__``, where those of this program's ``__main__`` are looked up."""
+_STANDARD_FILES: Final = 3
+_PAGE: Final = os.sysconf("SC_PAGE_SIZE")
+
+
+class Worker:
+    """One worker process, and this end of the channel to it."""
+
+    def __init__(self, env: Mapping[str, str]) -> None:
+        ours, theirs = socketpair(AF_UNIX, SOCK_STREAM)
+        lifeline, self._lifeline = os.pipe()
+        if min(theirs.fileno(), lifeline) < _STANDARD_FILES:
+            theirs, lifeline = _above_standard_files(theirs, lifeline)
+        self.channel = Channel(ours)
+        _alive.add(self)
+        self._lock = RLock()
+        self._reaped = False
+        self.simulation = current()
+        self.is_ready = False
+        self.is_leaving = False
+        """Whether it ends after this query, for a reason of its own."""
+        try:
+            entries: list[Any] = sys.path  # some are no strings, and imports ignore those
+            path = [each for each in entries if isinstance(each, str)]
+            code = _START.format(path=path, socket=theirs.fileno(), lifeline=lifeline)
+            python = executable()
+            warnings = [f"-W{option}" for option in sys.warnoptions]
+            self.pid = posix_spawn(
+                python,
+                [python, "-P", *warnings, "-c", code],
+                {**os.environ, **env},
+                file_actions=[
+                    (os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0),
+                    # In the child alone, so that no other one gets hold of them.
+                    (os.POSIX_SPAWN_DUP2, theirs.fileno(), theirs.fileno()),
+                    (os.POSIX_SPAWN_DUP2, lifeline, lifeline),
+                ],
+                setpgroup=0,  # Ctrl-C in a terminal is for this process, not for them
+                setsigmask=[signal.SIGINT],  # until it has a handler
+            )
+        except BaseException:
+            self.channel.close()
+            os.close(self._lifeline)
+            _alive.discard(self)
+            raise
+        finally:
+            theirs.close()
+            os.close(lifeline)
+
+    def await_start(self) -> None:
+        """Wait until it is there; EOFError where it fails to start."""
+        if self.is_ready:
+            return
+        try:
+            simulated = None if self.simulation is None else self.simulation.arguments()
+            self.channel.send(pack((_levels(), simulated), in_files=False))
+        except OSError as error:
+            raise EOFError from error
+        unpack(self.channel.receive())
+        self.is_ready = True
+
+    def is_alive(self) -> bool:
+        """Tell whether it lives; it may die at any time."""
+        return self.channel.is_open()
+
+    def signal(self, number: int) -> None:
+        """Send it a signal, if it is there. Any thread may."""
+        with self._lock:
+            if not self._reaped:
+                with suppress(ProcessLookupError):  # somebody else has taken its status
+                    os.kill(self.pid, number)
+
+    def memory(self) -> int:
+        """Give the bytes of memory that it has all for itself; 0 if it is gone."""
+        try:
+            with open(f"/proc/{self.pid}/statm", "rb") as file:  # noqa: PTH123  # a fifth of the time
+                _, resident, shared = file.read().split()[:3]
+        except OSError:
+            return 0
+        return (int(resident) - int(shared)) * _PAGE
+
+    def end(self) -> int | None:
+        """Kill it if it lives, and wait for its end; gives its wait status, if there is one."""
+        self.signal(signal.SIGKILL)
+        with suppress(ChildProcessError):
+            os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOWAIT)
+        return self._reap()
+
+    def leave(self) -> None:
+        """Have it end by itself."""
+        self.channel.close()
+
+    def see_off(self, until: float) -> None:
+        """Wait for the end of one that was to leave, and kill it when it is time."""
+        while not self._reaped and monotonic() < until:
+            self._reap()
+            sleep(0.005)
+        if not self._reaped:
+            self.end()
+
+    def abandon(self) -> None:
+        """Close what a forked child has of it, so that the worker sees its parent's end."""
+        self.channel.abandon()
+        os.close(self._lifeline)
+
+    def _reap(self) -> int | None:
+        # Nobody sends it a signal meanwhile, since its number may then be that of another process.
+        with self._lock:
+            if self._reaped:
+                return None
+            status: int | None = None
+            with suppress(ChildProcessError):  # somebody else has taken it
+                pid, status = waitpid(self.pid, os.WNOHANG)
+                if pid == 0:
+                    return None
+            self._reaped = True
+            _alive.discard(self)
+            self.channel.close()
+            os.close(self._lifeline)
+            return status
+
+
+def dismiss(workers: list[Worker]) -> None:
+    """Have `workers` end by themselves, which nobody waits for."""
+    for worker in workers:
+        worker.leave()
+    try:
+        start_new_thread(_see_off, (workers,))
+    except RuntimeError:  # no thread to be had
+        _see_off(workers, 0.0)
+
+
+def _see_off(workers: list[Worker], farewell: float = _FAREWELL) -> None:
+    until = monotonic() + farewell
+    for worker in workers:
+        worker.see_off(until)
+
+
+def executable() -> str:
+    """Give the interpreter that runs workers."""
+    # Which `multiprocessing.set_executable` sets where sys.executable is no Python.
+    return os.fsdecode(get_executable() or sys.executable)
+
+
+def _above_standard_files(theirs: Socket, lifeline: int) -> tuple[Socket, int]:
+    """Move what a worker gets where it is not taken for stdin, stdout and stderr, if those are."""
+    moved = [
+        fcntl.fcntl(file, fcntl.F_DUPFD_CLOEXEC, _STANDARD_FILES)
+        for file in (theirs.fileno(), lifeline)
+    ]
+    theirs.close()
+    os.close(lifeline)
+    return Socket(fileno=moved[0]), moved[1]
+
+
+def _levels() -> dict[str, int]:
+    """Give the levels of all loggers that have one, so that a worker sends what is wanted."""
+    loggers = logging.Logger.manager.loggerDict
+    levels = {
+        name: each.level
+        for name, each in list(loggers.items())
+        if isinstance(each, logging.Logger) and each.level
+    }
+    return levels | {"": logging.getLogger().level}
+
+
+def _abandon_all() -> None:
+    for worker in list(_alive):
+        worker.abandon()
+    _alive.clear()
+
+
+_alive: Final[WeakSet[Worker]] = WeakSet()
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_abandon_all)
