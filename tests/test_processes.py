@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import suppress
 from datetime import date
 from decimal import Decimal
 from pathlib import Path
@@ -245,7 +246,7 @@ def test_large_result_is_mapped_and_its_memory_is_freed_with_it(collector):
     assert found["k"].sum() == 499_999_500_000
     del found
     gc.collect()
-    assert not mapped()
+    eventually(lambda: not mapped())  # the thread of the slot may hold the query a little longer
 
 
 def test_result_that_cannot_be_mapped_is_read(collector, monkeypatch):
@@ -572,11 +573,21 @@ def test_query_that_ends_the_process_is_told_so(collector):
     assert (caught.value.exitcode, caught.value.signal) == (3, None)
 
 
-def test_copy_that_a_function_forks_of_its_worker_answers_nothing(collector):
-    for n in range(3):
-        first = collector.collect_async(udf(lambda s, n=n: s * 0 + n + 0 * os.fork())).result(30)
-        assert first.item() == n
+def test_copy_that_a_function_forks_of_its_worker_answers_nothing(collector, tmp_path):
+    def fork(values):
+        if not (pid := os.fork()):
+            raise ValueError("of the copy")  # which takes no thread of Polars
+        (tmp_path / str(pid)).touch()
+        time.sleep(0.2)  # the copy would answer first
+        return values
+
+    for _ in range(3):
+        forks = pl.LazyFrame({"a": [1]}).map_batches(fork)
+        assert collector.collect_async(forks).result(30).item() == 1
         assert collector.collect_async(TINY).result(30).item() == 6
+    for note in tmp_path.iterdir():
+        with suppress(ProcessLookupError):  # it ends, unless it waits for a thread it has not
+            os.kill(int(note.name), signal.SIGKILL)
 
 
 @pytest.mark.parametrize("how", ["fork", "system"])
@@ -636,6 +647,29 @@ def test_worker_that_cannot_start_is_a_clear_error(make, monkeypatch):
         collector.collect_async(TINY).result(30)
     monkeypatch.undo()
     assert collector.collect_async(TINY).result(30).item() == 6
+
+
+def test_query_is_let_go_also_where_its_worker_never_starts(make, monkeypatch):
+    never = "import time; time.sleep(60)  # {path}{socket}{lifeline}"
+    monkeypatch.setattr(errand, "_START_WITHIN", 0.1)
+    monkeypatch.setattr(spawned, "_START", never)
+    collector = make()
+    with pytest.raises(pa.QueryTimeoutError):
+        collector.collect_async(TINY, timeout=0.1).result(30)
+    until_freed(collector)
+    handle = collector.collect_async(TINY)
+    collector.close(cancel_running=True)
+    assert handle.done()
+    assert collector.stats()["workers"] == 0
+
+
+def test_query_that_is_let_go_while_its_worker_starts_leaves_it_to_the_next(collector):
+    handle = collector.collect_async(TINY)
+    eventually(lambda: collector.stats()["workers"])
+    handle.cancel()
+    until_freed(collector)
+    (before,) = children()
+    assert worker_of(collector) == before
 
 
 def test_query_that_outgrows_its_memory_is_stopped_and_the_service_lives(make):
@@ -806,6 +840,35 @@ print(os.waitpid(child, 0)[1])
     assert run_script(script) in (["other", "0"], ["refused", "0"])
 
 
+def test_child_forked_while_a_worker_is_spawned_has_nothing_of_it(run_script):
+    script = """
+import os, threading, time, polars as pl, polars_async as pa
+from polars_async.executors import spawned
+spawns, spawn = threading.Event(), spawned.posix_spawn
+def slowly(*arguments, **options):
+    spawns.set()
+    time.sleep(0.3)
+    return spawn(*arguments, **options)
+def sockets():
+    links = []
+    for file in os.listdir("/proc/self/fd"):
+        try:
+            links.append(os.readlink(f"/proc/self/fd/{file}"))
+        except OSError:
+            pass
+    return sum(link.startswith("socket") for link in links)
+before = sockets()
+spawned.posix_spawn = slowly
+with pa.Collector(executor="processes") as collector:
+    handle = collector.collect_async(pl.LazyFrame({"a": [1]}))
+    spawns.wait()
+    if not (child := os.fork()):
+        os._exit(sockets() - before)
+    print(os.waitpid(child, 0)[1], handle.result(30).item())
+"""
+    assert run_script(script) == ["0", "1"]
+
+
 def test_workers_serve_greenlets_though_all_is_patched(run_script):
     script = """
 from gevent import monkey; monkey.patch_all()
@@ -836,3 +899,40 @@ def test_queries_left_in_line_find_their_worker_warm_after_close(make, gate):
     assert first.result(30).item() == 1
     assert {handle.result(30).item() for handle in handles} == {own}
     eventually(lambda: not children())
+
+
+def test_worker_leaves_it_to_its_parent_to_end_a_service_by_sigterm(collector, gate):
+    handle = collector.collect_async(gate.lf)
+    pid = gate.pid()
+    os.kill(pid, signal.SIGTERM)
+    gate.open()
+    assert handle.result(30).item() == 1
+    assert worker_of(collector) == pid
+
+
+def test_what_a_function_forks_ends_by_sigterm(collector):
+    def fork(values):
+        read, write = os.pipe()
+        if not (child := os.fork()):
+            os.write(write, b"there")
+            time.sleep(60)
+            os._exit(0)
+        os.read(read, 5)
+        os.kill(child, signal.SIGTERM)
+        return values * 0 + os.waitpid(child, 0)[1]
+
+    assert collector.collect_async(udf(fork)).result(30).item() == signal.SIGTERM
+
+
+def test_worker_that_is_killed_while_it_starts_is_replaced_unseen(make, monkeypatch, tmp_path):
+    killed = tmp_path / "killed"
+    once = f"""
+import os, pathlib
+if not (killed := pathlib.Path({str(killed)!r})).exists():
+    killed.touch()
+    os.kill(os.getpid(), 9)
+del os, pathlib, killed
+"""
+    monkeypatch.setattr(spawned, "_START", f"{once}\n{spawned._START}")
+    assert make().collect_async(TINY).result(30).item() == 6
+    assert killed.exists()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import enum
 import logging
+import os
 import signal
 from time import monotonic, perf_counter
 from typing import TYPE_CHECKING, Any, Final
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
 
 GRACE: Final = 0.05
 """Seconds that a query has to end after SIGINT, before its worker is killed."""
+_START_WITHIN: Final = 10.0
+"""Seconds that a worker has to start, once nobody wants the query for which it does."""
 _NUDGES: Final = 5
 """How often it is sent meanwhile: one that comes just before the query begins has no effect."""
 _SAMPLED: Final = 0.01
@@ -31,6 +34,8 @@ _OF_STREAMS: Final = ("put", "add")
 
 
 class _Phase(enum.Enum):
+    STARTS = enum.auto()
+    """The worker may not be there yet; the next query can have it, if it comes."""
     RUNS = enum.auto()
     """The worker has the query, and SIGINT is meant for that."""
     RESTS = enum.auto()
@@ -52,7 +57,7 @@ class Errand:
         self._query = query
         self._max_memory = max_memory
         self._lock = RLock()
-        self._phase = _Phase.RUNS
+        self._phase = _Phase.STARTS
         self._nudges = 0
         self._deadline: Deadline | None = None
         self._begun = False
@@ -65,10 +70,12 @@ class Errand:
         """Give what came of it; EOFError when the worker is gone."""
         query = self._query
         try:
+            if not query.on_let_go(self.stop):
+                return "value", None
             waits = perf_counter()
             self._worker.await_start()
             query.paused_seconds += perf_counter() - waits  # or it would seem to be a slow query
-            if not query.on_let_go(self.stop):
+            if not self._is_to_run():
                 return "value", None
             kind, found = self._follow(parcel, buffer)
             query.on_let_go(None)
@@ -83,15 +90,20 @@ class Errand:
             del self, query
         return kind, found
 
-    @property
-    def may_be_repeated(self) -> bool:
-        """Whether the worker died before it began; one that cannot even start would do it again."""
-        return self._worker.is_ready and not self._begun and not self.stopped
+    def has_harmed_none(self, status: int | None) -> bool:
+        """Tell whether the worker died before it began; one that fails to start does so again."""
+        may_start = self._worker.is_ready or (status is not None and os.WIFSIGNALED(status))
+        return may_start and not self._begun and not self.stopped
 
     def stop(self) -> None:
         """Stop the query, if it runs: nobody wants it."""
         with self._lock:
-            if self._phase is _Phase.RUNS and not self.stopped:
+            if self.stopped:
+                return
+            if self._phase is _Phase.STARTS:
+                self.stopped = True
+                self._expire_in(_START_WITHIN)
+            elif self._phase is _Phase.RUNS:
                 self.stopped = True
                 self._nudge()
 
@@ -103,11 +115,17 @@ class Errand:
 
     def _nudge(self) -> None:
         self._nudges += 1
-        if self._nudges > _NUDGES or self._phase is _Phase.RESTS:
+        if self._nudges > _NUDGES or self._phase is not _Phase.RUNS:
             self._worker.signal(signal.SIGKILL)
             return
         self._worker.signal(signal.SIGINT)
         self._expire_in(GRACE / _NUDGES)
+
+    def _is_to_run(self) -> bool:
+        with self._lock:
+            if not self.stopped:
+                self._phase = _Phase.RUNS
+            return not self.stopped
 
     def _is_to_rest(self) -> bool:
         with self._lock:

@@ -90,10 +90,10 @@ class Processes:
                 try:
                     kind, found = errand.run(parcel, buffer_of(work))
                 except EOFError:
-                    if errand.may_be_repeated:
-                        self._lose(worker)
+                    status = self._lose(worker)
+                    if errand.has_harmed_none(status):
                         continue
-                    raise self._bury(worker, errand, query) from None
+                    raise self._death(worker, status, errand, query) from None
                 except BaseException:  # as when the program ends
                     self._lose(worker)
                     raise
@@ -172,9 +172,10 @@ class Processes:
             if fresh is not None:
                 self._give(fresh)
 
-    def _bury(self, worker: Worker, errand: Errand, query: Query[Any]) -> BaseException:
+    def _death(
+        self, worker: Worker, status: int | None, errand: Errand, query: Query[Any]
+    ) -> BaseException:
         """Put a fresh worker in the place of one that is gone; gives the error of its query."""
-        status = self._lose(worker)
         if worker.is_ready:  # else the next one might not start, either
             self._refill()
         if errand.outgrown is not None:

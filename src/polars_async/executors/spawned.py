@@ -39,6 +39,10 @@ class Worker:
     """One worker process, and this end of the channel to it."""
 
     def __init__(self, env: Mapping[str, str]) -> None:
+        with _no_fork:
+            self._spawn(env)
+
+    def _spawn(self, env: Mapping[str, str]) -> None:
         ours, theirs = socketpair(AF_UNIX, SOCK_STREAM)
         lifeline, self._lifeline = os.pipe()
         if min(theirs.fileno(), lifeline) < _STANDARD_FILES:
@@ -200,9 +204,15 @@ def _abandon_all() -> None:
     for worker in list(_alive):
         worker.abandon()
     _alive.clear()
+    _no_fork.release()
 
 
 _alive: Final[WeakSet[Worker]] = WeakSet()
+_no_fork: Final = RLock()
+"""Held while a worker is spawned: a child forked meanwhile would keep the worker's end of all, and
+hide its death."""
 
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_abandon_all)
+    os.register_at_fork(
+        before=_no_fork.acquire, after_in_parent=_no_fork.release, after_in_child=_abandon_all
+    )

@@ -57,6 +57,10 @@ def main(socket_file: int, lifeline: int) -> None:
     for file in (socket_file, lifeline):
         fcntl.fcntl(file, fcntl.F_SETFD, fcntl.FD_CLOEXEC)
     os.register_at_fork(after_in_child=channel.abandon)
+    # A service is often stopped by a signal to all its processes, and then sees to it that queries
+    # end; not so what a Python function forks.
+    signal.signal(signal.SIGTERM, lambda *_: None)
+    os.register_at_fork(after_in_child=lambda: signal.signal(signal.SIGTERM, signal.SIG_DFL))
     with suppress(EOFError):
         levels, simulated = unpack(channel.receive())
         logs = _Logs(channel)
