@@ -647,7 +647,6 @@ class Tried(Blocked):
     def __init__(self, monkeypatch):
         super().__init__()
         self.runs = []
-        self.lf = TINY.map_batches(lambda df: (self.runs.append(1), df)[1])
 
         def run(*_):
             self.started.set()
@@ -656,6 +655,10 @@ class Tried(Blocked):
 
         monkeypatch.setattr(_upstream, "gpu_callback", lambda _: lambda plan, *_: plan.set_udf(run))
         monkeypatch.setitem(run.__globals__, "__name__", "cudf_polars.callback")
+
+    @property
+    def lf(self):
+        return TINY.map_batches(lambda df: (self.runs.append(1), df)[1])
 
 
 @pytest.fixture
