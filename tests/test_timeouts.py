@@ -143,8 +143,8 @@ def test_query_that_is_late_while_it_runs_is_stopped(collector, blocked, time, e
     end = (
         f"ran for {ran}. It is stopped now"
         if executor == "processes"
-        else f"was with its executor for {ran}, which is asked to drop it and may go on with it all "
-        "the same"
+        else f"was with its executor for {ran}, which is asked to drop it and may go on with it "
+        "all the same"
     )
     assert str(error) == (
         f"the query 'slow one' was not done after 0.5 s: it waited {error.queue_seconds:.3f} s for "
