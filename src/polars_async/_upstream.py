@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import mmap
 import os
 import re
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 import polars as pl
+
+from polars_async._native import start_new_thread
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -127,6 +131,24 @@ def map_ipc(path: str, schema: Mapping[str, pl.DataType]) -> pl.DataFrame:
     return frame
 
 
+# Else, before Python 3.13, it keeps a descriptor of its own open.
+_WITHOUT_FILE: Final[dict[str, Any]] = {"trackfd": False} if sys.version_info >= (3, 13) else {}
+
+
+class _Mapping(mmap.mmap):
+    """
+    A mapping that is undone on a thread of its own, and without the GIL, once nobody uses it.
+
+    To free its pages takes the kernel 20 ms for 144 MB, which would hold up every loop.
+    """
+
+    def __del__(self) -> None:
+        try:
+            start_new_thread(self.close, ())
+        except RuntimeError:  # no thread to be had, or the program ends
+            self.close()
+
+
 def _map_with_polars(path: str) -> pl.DataFrame | None:
     read: Any = pl.read_ipc  # which has the parameter in Polars 1 alone
     frame: pl.DataFrame = read(path, memory_map=True)
@@ -138,8 +160,9 @@ def _map_with_pyarrow(path: str) -> pl.DataFrame | None:
         arrow: Any = importlib.import_module("pyarrow")
     except ImportError:
         return None
-    with arrow.memory_map(path) as file:
-        table = arrow.ipc.open_file(file).read_all()
+    with open(path, "rb") as file:  # noqa: PTH123  # of this process
+        mapping = _Mapping(file.fileno(), 0, prot=mmap.PROT_READ, **_WITHOUT_FILE)
+    table = arrow.ipc.open_file(arrow.py_buffer(mapping)).read_all()
     frame = pl.from_arrow(table, rechunk=False)  # which would copy it
     return frame if isinstance(frame, pl.DataFrame) else None
 

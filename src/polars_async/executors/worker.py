@@ -32,6 +32,8 @@ if TYPE_CHECKING:
 _NAME = Path("/proc/self/comm")
 _BADNESS = Path("/proc/self/oom_score_adj")
 _EXPENDABLE = 500
+_NICENESS = 10
+"""A tenth of the share that the parent's threads get where both want a processor."""
 
 
 def main(socket_file: int, lifeline: int) -> None:
@@ -49,6 +51,8 @@ def main(socket_file: int, lifeline: int) -> None:
         _NAME.write_text("polars-worker")
     with suppress(OSError):  # the kernel had better kill this process than its parent
         _BADNESS.write_text(str(_EXPENDABLE))
+    with suppress(OSError):  # and to compute in this one later: heavy work is here, a loop is there
+        os.nice(_NICENESS)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
     enter_worker(for_gpu=False)
     channel = Channel(socket(fileno=socket_file))
