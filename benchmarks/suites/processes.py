@@ -69,7 +69,7 @@ def cases(options: Options) -> list[Case]:
     """List the comparisons of this suite."""
     quick = options.quick
     folder = str(data.make(options.scale, options.data).absolute())
-    queries = [_GROUPS, *QUERIES][:: 4 if quick else 1]
+    queries = [_GROUPS, *QUERIES][:: 6 if quick else 1]
     number = 1 if quick else 3
     stop = {
         "folder": folder,
@@ -110,7 +110,7 @@ def cases(options: Options) -> list[Case]:
         none("shared memory left by parents", f"in {parents['number']} kills"),
     )
     return [
-        Case("processes", _STOP, (NATIVE, OWN), idle, stop, 900, _RUNS),
+        Case("processes", _STOP, (NATIVE, OWN), idle, stop, 900, 1 if quick else _RUNS),
         Case("processes", _TRIP, (DASK, OWN), (trip,), {"trips": 300 if quick else 1000}),
         Case("processes", _PDSH, (IN_THREADS, OWN), (finished,), {"folder": folder}, 300),
         Case("processes", _WORKERS, (OWN,), of_workers, workers, 900, 1),
