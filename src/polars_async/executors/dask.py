@@ -57,7 +57,9 @@ def dask_executor(
     if client.asynchronous:
         raise ValueError("dask_executor needs a synchronous client: Client(asynchronous=False)")
     offers: dict[str, Mapping[str, float]] = {}
-    for address, found in client.run(_about, on_error="return").items():
+    ask: Callable[..., Any] = client.run  # gives a coroutine where the client is asynchronous
+    answers: dict[str, Any] = ask(_about, on_error="return")
+    for address, found in answers.items():
         if isinstance(found, BaseException):
             raise PolarsAsyncError(
                 f"the dask worker {address} cannot run queries ({type(found).__name__}: {found}): "

@@ -63,7 +63,7 @@ def main(socket_file: int, lifeline: int) -> None:
     os.register_at_fork(after_in_child=channel.abandon)
     # A service is often stopped by a signal to all its processes, and then sees to it that queries
     # end; not so what a Python function forks.
-    signal.signal(signal.SIGTERM, lambda *_: None)
+    signal.signal(signal.SIGTERM, _do_nothing)
     os.register_at_fork(after_in_child=lambda: signal.signal(signal.SIGTERM, signal.SIG_DFL))
     with suppress(EOFError):
         levels, simulated = unpack(channel.receive())
@@ -73,6 +73,9 @@ def main(socket_file: int, lifeline: int) -> None:
             channel.send(pack(("ready", None), in_files=False))
             while not context_is_poisoned():
                 _serve(channel, logs)
+
+
+def _do_nothing(_number: int, _frame: object) -> None: ...
 
 
 def _serve(channel: Channel, logs: _Logs) -> None:
