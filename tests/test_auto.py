@@ -5,6 +5,7 @@ import sys
 
 import polars as pl
 import pytest
+from places import until
 
 import polars_async as pa
 
@@ -48,10 +49,8 @@ def test_one_of_which_nothing_is_known_is_no_tiny_one(collector):
 
 
 def test_one_that_turned_out_to_be_tiny_runs_here_from_then_on(collector):
-    found = [pid(collector) == os.getpid() for _ in range(5)]
-    assert found[0] is False
-    assert found[-1] is True
-    assert found == sorted(found)
+    assert pid(collector) != os.getpid()
+    until(lambda: pid(collector) == os.getpid())  # on a busy machine it may take a few more
 
 
 def test_frames_that_would_take_longer_to_be_sent_stay_here_unless_they_are_shared(collector):

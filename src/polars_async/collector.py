@@ -81,9 +81,9 @@ class Collector:
     max_running
         How many queries run at once; the others wait for their turn. One query already uses every
         thread of Polars, so that more of them cost memory and gain little. None means one more
-        than there are processors, but at least 3 and at most 5. Of two slots one is kept for
-        small queries, and of more than two, two are. Queries on the GPU have a lane of their own,
-        and run one at a time.
+        than there are processors, but at least 3 and at most 5; and 32 with an executor of the
+        caller's. Of two slots one is kept for small queries, and of more than two, two are. Queries
+        on the GPU have a lane of their own, and run one at a time, in processes one for each GPU.
     max_waiting
         How many queries wait at most, for the GPU and for the CPU each; the next one is refused at
         once with a `QueueFullError`. None sets no limit.

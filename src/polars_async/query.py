@@ -484,20 +484,20 @@ class Query(Generic[T]):
         how = f"it waited {waited:.3f} s for a slot"
         if tried is not None:
             how += f", {tried:.3f} s of which the GPU tried it in vain,"
-        if ran is not None:
+        if ran is None:
+            how += ", and never ran" if tried is None else " and never ran on the CPU"
+        elif self._stop is None:
             how += (
                 f" and ran for {ran:.3f} s. Polars cannot stop it, so its slot is free when it "
                 "really ends"
-                if self._stop is None
-                else f" and ran for {ran:.3f} s. It is stopped now"
-                if self._stop_is_sure
-                else f" and was with its executor for {ran:.3f} s, which is asked to drop it and "
-                "may go on with it all the same"
             )
-        elif tried is None:
-            how += ", and never ran"
+        elif self._stop_is_sure:
+            how += f" and ran for {ran:.3f} s. It is stopped now"
         else:
-            how += " and never ran on the CPU"
+            how += (
+                f" and was with its executor for {ran:.3f} s, which is asked to drop it and may go "
+                "on with it all the same"
+            )
         message = f"{self.named} was not done after {self._timeout:g} s: {how}"
         return QueryTimeoutError(message, self._timeout, waited, ran)
 

@@ -10,6 +10,7 @@ from polars.io.plugins import register_io_source
 
 from polars_async._upstream import map_ipc
 from polars_async.errors import PolarsAsyncError
+from polars_async.executors.parcels import new_file, path_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -49,10 +50,9 @@ def share(frame: pl.DataFrame) -> pl.LazyFrame:
     """
     if not isinstance(frame, pl.DataFrame):
         raise TypeError(f"frame must be a DataFrame, got {type(frame).__name__}")
-    file = os.memfd_create("polars-async", os.MFD_CLOEXEC)
+    file = new_file()
     try:
-        os.fchmod(file, 0o600)
-        frame.write_ipc(f"/proc/self/fd/{file}")
+        frame.write_ipc(path_of(file))
     except BaseException:
         os.close(file)
         raise
@@ -74,7 +74,7 @@ class _Source:
         n_rows: int | None,
         batch_size: int | None,  # noqa: ARG002  # as Polars calls it
     ) -> Iterator[pl.DataFrame]:
-        frame = map_ipc(f"/proc/self/fd/{self._file}", self._schema)
+        frame = map_ipc(path_of(self._file), self._schema)
         if n_rows is not None:
             frame = frame.head(n_rows)
         if predicate is not None:

@@ -42,9 +42,8 @@ class Channel:
         try:
             with self._lock:
                 sent = self._socket.sendmsg([head, parcel.data], rights)
-                rest = memoryview(head + parcel.data)[sent:]
-                if rest:
-                    self._socket.sendall(rest)
+                if sent < len(head) + len(parcel.data):
+                    self._socket.sendall(memoryview(head + parcel.data)[sent:])
         except OSError as error:
             raise EOFError from error
         finally:

@@ -129,8 +129,8 @@ class Errand:
 
     def _is_to_rest(self) -> bool:
         with self._lock:
+            self._phase = _Phase.RESTS if self.stopped else _Phase.OVER
             if self.stopped:
-                self._phase = _Phase.RESTS
                 self._expire_in(GRACE)
             return self.stopped
 

@@ -49,7 +49,7 @@ class GpuProcesses:
         """Have a place for each usable GPU, once and for all; gives how many there are."""
         with self._lock:
             if not self._places:
-                usable = [each for each in gpu.devices if each.usable]
+                usable = [each for each in gpu.devices if each.usable or each.taken]
                 self._places += [
                     Processes(threads=self._threads, env=_env(each)) for each in usable
                 ]

@@ -28,6 +28,18 @@ _MOST_FILES: Final = 64
 """Files of one parcel. One message carries 253 at most, and many processes may have 1024 open."""
 
 
+def new_file() -> int:
+    """Make a file in memory that has no name, and that nobody but its owner could open."""
+    file = os.memfd_create("polars-async", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    os.fchmod(file, 0o600)
+    return file
+
+
+def path_of(file: int) -> str:
+    """Give the path by which this process may open one of its files again."""
+    return f"/proc/self/fd/{file}"
+
+
 class Parcel(NamedTuple):
     """What `pack` makes of an object."""
 
@@ -111,7 +123,7 @@ class _Packer(pickle.Pickler):
         try:
             if self._files is None or len(self._files) >= _MOST_FILES:
                 return lf.serialize()
-            lf.serialize(_path(self._new_file()))
+            lf.serialize(path_of(self._new_file()))
         except pl.exceptions.ComputeError as error:
             raise _unsendable(error) from error
         return len(self._files) - 1
@@ -123,7 +135,7 @@ class _Packer(pickle.Pickler):
             and frame.estimated_size() > _INLINE
         )
         if in_file:
-            frame.write_ipc(_path(self._new_file()))
+            frame.write_ipc(path_of(self._new_file()))
             return len(self._files or ()) - 1, dict(frame.schema)
         stream = io.BytesIO()
         frame.write_ipc_stream(stream)
@@ -131,9 +143,8 @@ class _Packer(pickle.Pickler):
 
     def _new_file(self) -> int:
         assert self._files is not None
-        file = os.memfd_create("polars-async", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        file = new_file()
         self._files.append(file)
-        os.fchmod(file, 0o600)
         if self._halt is not None:
             self._halt.watch(file)
         return file
@@ -148,13 +159,13 @@ class _Unpacker(pickle.Unpickler):
     def persistent_load(self, pid: tuple[str, Any]) -> Any:
         kind, packed = pid
         if kind == "plan":
-            source = _path(self._files[packed]) if isinstance(packed, int) else io.BytesIO(packed)
+            source = path_of(self._files[packed]) if isinstance(packed, int) else io.BytesIO(packed)
             return pl.LazyFrame.deserialize(source)
         if kind == "frame":
             if isinstance(packed, bytes):
                 return pl.read_ipc_stream(io.BytesIO(packed))
             number, schema = packed
-            return map_ipc(_path(self._files[number]), schema)
+            return map_ipc(path_of(self._files[number]), schema)
         if kind == "optimizations":
             return optimizations_of(packed)
         if kind == "buffer":
@@ -268,10 +279,6 @@ def _stop_growth(file: int) -> None:
 
     with suppress(OSError):
         fcntl.fcntl(file, fcntl.F_ADD_SEALS, fcntl.F_SEAL_GROW)
-
-
-def _path(file: int) -> str:
-    return f"/proc/self/fd/{file}"
 
 
 def _dump(error: BaseException) -> bytes:

@@ -46,7 +46,7 @@ class Processes:
         self._workers: set[Worker] = set()
         self._closed = False
         self.died = 0
-        """How many workers have died by themselves, or of a query."""
+        """How many workers have died with a query."""
 
     @property
     def workers(self) -> int:

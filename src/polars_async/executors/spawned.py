@@ -87,11 +87,8 @@ class Worker:
         """Wait until it is there; EOFError where it fails to start."""
         if self.is_ready:
             return
-        try:
-            simulated = None if self.simulation is None else self.simulation.arguments()
-            self.channel.send(pack((_levels(), simulated), in_files=False))
-        except OSError as error:
-            raise EOFError from error
+        simulated = None if self.simulation is None else self.simulation.arguments()
+        self.channel.send(pack((_levels(), simulated), in_files=False))
         unpack(self.channel.receive())
         self.is_ready = True
 
