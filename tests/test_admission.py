@@ -33,8 +33,8 @@ from polars_async.testing import simulate_gpu
 HEAVY = pl.LazyFrame({"a": pl.zeros(5_000_000, dtype=pl.Int64, eager=True)}).select(
     pl.col("a").sum()
 )
-UNSEEN = TINY.map_batches(lambda df: df)
-"""A query of which the plan tells nothing."""
+UNSEEN = TINY.sort("a").map_batches(lambda df: df)
+"""A query of which the plan does not tell all; in its shape it differs from those that block."""
 
 
 class Blocks(list):
@@ -436,26 +436,23 @@ def test_small_query_runs_beside_a_small_one_and_a_long_one_waits_for_neither(ma
     assert following.result(30).item() == 1
 
 
-def test_unknown_query_counts_as_small_once_a_run_was_quick(make, block, monkeypatch):
-    monkeypatch.setattr(expectations, "_SLOWDOWN", inf)  # this machine may be busy
-    collector = make(max_running=2)
-    run_blocked(collector, block)
-    learned = threading.Event()
+def test_unknown_query_counts_as_small_once_its_runs_were_quick(make, block, monkeypatch):
     learn = Expectations.learn
 
-    def learn_that_it_was_quick(known, expected, seconds, *, alone):  # noqa: ARG001
-        found = learn(known, expected, 0.0005, alone=alone)
-        learned.set()
-        return found
+    def learn_that_it_was_quick(known, expected, _, **options):  # this machine may be busy
+        return learn(known, expected, 0.0005, **options | {"alone": True})
 
     monkeypatch.setattr(Expectations, "learn", learn_that_it_was_quick)
-    waiting = collector.collect_async(UNSEEN)
+    collector = make(max_running=2)
+    _, blocked = run_blocked(collector, block)
+    waiting = [collector.collect_async(UNSEEN) for _ in range(10)]
     settle(collector)
-    assert not waiting.done()
-    collector.collect_async(UNSEEN, priority=1).result(30)
-    assert waiting.result(30).item() == 1  # which has a better prospect now
-    assert learned.is_set()
-    assert collector.collect_async(UNSEEN).result(30).item() == 1
+    assert not any(handle.done() for handle in waiting)
+    blocked.gate.set()
+    for handle in waiting:
+        handle.result(30)
+    run_blocked(collector, block)
+    assert collector.collect_async(UNSEEN).result(30).item() == 1  # which has a better prospect now
 
 
 def test_new_appraisal_wakes_a_slot_that_nobody_looks_after(make, block, monkeypatch):
@@ -528,37 +525,37 @@ def test_less_expected_work_starts_first(make, block, tmp_path):
 
 
 def test_equals_start_in_the_order_they_came_and_nobody_is_appraised_by_the_caller(
-    make, block, explained
+    make, block, looked
 ):
     starts = Starts()
     collector = make(max_running=1, on_event=starts)
     run_blocked(collector, block)
     for i in range(20):
         collector.collect_async(pl.LazyFrame({"a": [i]}), label=str(i))
-    assert explained == []
+    assert looked == []
     block.free()
     collector.close(cancel_waiting=False)
     assert starts == [str(i) for i in range(20)]
-    assert explained
-    assert threading.get_ident() not in explained
+    assert looked
+    assert threading.get_ident() not in looked
 
 
 @pytest.fixture
-def explained(monkeypatch):
+def looked(monkeypatch):
     """The threads on which plans were looked at."""
     threads = []
-    explain = pl.LazyFrame.explain
+    look_at = expectations.look_at
 
-    def explain_and_tell(*arguments, **options):
+    def look_and_tell(frame):
         threads.append(threading.get_ident())
-        return explain(*arguments, **options)
+        return look_at(frame)
 
-    monkeypatch.setattr(pl.LazyFrame, "explain", explain_and_tell)
+    monkeypatch.setattr(expectations, "look_at", look_and_tell)
     return threads
 
 
 def test_nobody_is_appraised_while_more_slots_are_free_than_are_kept(
-    make, block, explained, monkeypatch
+    make, block, looked, monkeypatch
 ):
     monkeypatch.setattr(query, "_WORTH_APPRAISING", inf)  # this machine may be busy
     collector = make(max_running=4)
@@ -568,7 +565,7 @@ def test_nobody_is_appraised_while_more_slots_are_free_than_are_kept(
         run_blocked(collector, block)
     block.free()
     collector.close()
-    assert explained == []
+    assert looked == []
 
 
 def be_quick(collector, length=QUICK_ROW):
@@ -581,7 +578,7 @@ def be_quick(collector, length=QUICK_ROW):
 
 
 @pytest.fixture
-def guard(make, block, explained, monkeypatch):
+def guard(make, block, looked, monkeypatch):
     """Give a collector whose slot for small queries stands guard, and what lets it look again."""
     slept, gate = [], threading.Event()
 
@@ -597,21 +594,21 @@ def guard(make, block, explained, monkeypatch):
     handle = collector.collect_async(TINY)
     until(lambda: slept)
     assert 900 < slept[0] <= 1000
-    assert explained == []
+    assert looked == []
     yield collector, handle, gate
     gate.set()
     assert len(slept) == 1
 
 
 def test_slot_kept_for_small_ones_looks_at_nobody_until_another_proves_long(
-    guard, explained, monkeypatch
+    guard, looked, monkeypatch
 ):
     _, tiny, gate = guard
     assert not tiny.done()
     monkeypatch.setattr(admission, "SMALL", 0.0)
     gate.set()
     assert tiny.result(30).item() == 1
-    assert len(explained) == 1
+    assert len(looked) == 1
 
 
 def test_slot_kept_for_small_ones_looks_at_all_unless_the_last_were_quick(make, block, monkeypatch):
@@ -681,7 +678,7 @@ def test_only_those_taken_unseen_keep_the_slot_for_small_ones_standing_by(apprai
     for _ in range(QUICK_ROW):
         line._line.serve(QUICK, overtook=False)
     if appraised:
-        line._line.sort_in(*line.newcomers(1), QUICK)
+        line._line.sort_in(line.newcomer(from_behind=False), QUICK)
     first._started = first._ended = 1.0  # this machine may be busy
     with line.lock:
         assert line.release(slot)
@@ -697,12 +694,12 @@ def test_slot_that_looked_at_nobody_is_given_back_when_nobody_waits(guard):
     assert collector._cpu.admission.threads == 1
 
 
-def test_query_that_took_long_is_appraised_after_its_end(make, explained, monkeypatch):
+def test_query_that_took_long_is_appraised_after_its_end(make, looked, monkeypatch):
     monkeypatch.setattr(query, "_WORTH_APPRAISING", 0.0)
     collector = make(max_running=1)
     collector.collect_async(UNSEEN).result(30)
-    until(lambda: explained)
-    assert threading.get_ident() not in explained
+    until(lambda: looked)
+    assert threading.get_ident() not in looked
 
 
 def test_free_slot_has_a_thread_while_another_thread_still_appraises(make, monkeypatch):
@@ -725,7 +722,7 @@ def test_free_slot_has_a_thread_while_another_thread_still_appraises(make, monke
         gate.set()
 
 
-def test_frame_that_is_asked_for_again_is_looked_at_once(make, block, explained):
+def test_frame_that_is_asked_for_again_is_looked_at_once(make, block, looked):
     collector = make(max_running=1)
     run_blocked(collector, block)
     handles = [collector.collect_async(TINY) for _ in range(5)]
@@ -734,12 +731,12 @@ def test_frame_that_is_asked_for_again_is_looked_at_once(make, block, explained)
     for handle in handles:
         handle.result(30)
     collector.close(cancel_waiting=False)
-    assert len(explained) <= 2  # TINY, and the one that was blocked
+    assert len(looked) <= 2  # TINY, and the one that was blocked
 
 
 def test_broken_plan_is_unknown_and_its_query_reports_its_own_error(make, block):
     broken = TINY.select("nope")
-    assert Expectations().of([broken], "in-memory") == Expectation(UNKNOWN, None)
+    assert Expectations().of([broken], "in-memory").seconds < UNKNOWN
     collector = make(max_running=2)
     run_blocked(collector, block)
     handle = collector.collect_async(broken, priority=1)
@@ -768,7 +765,7 @@ def test_more_is_expected_of_more_bytes(tmp_path):
     assert of(HEAVY, HEAVY).seconds == pytest.approx(2 * of(HEAVY).seconds)
     assert of(scan_of(tmp_path, megabytes=50)).seconds == pytest.approx(1.0)
     assert of(UNSEEN).seconds == UNKNOWN
-    assert of(pl.concat([HEAVY, HEAVY, UNSEEN])).seconds > UNKNOWN
+    assert of(pl.concat([HEAVY, HEAVY, UNSEEN])).seconds >= UNKNOWN
     assert of(pl.scan_csv(tmp_path / "none.csv", schema={"a": pl.Int64})).seconds == UNKNOWN
 
 
@@ -835,6 +832,91 @@ def test_history_corrects_what_is_expected(expected, took, alone, now):
         assert known.of([TINY], "in-memory") == found
 
 
+@pytest.mark.parametrize("took", [0.001, 0.01])
+def test_query_that_did_not_complete_says_no_more_than_that_it_takes_so_long(took):
+    known = Expectations()
+    before = known.of([TINY], "in-memory")
+    assert known.learn(before._replace(seconds=0.1), took, alone=True, completed=False) is None
+    assert known.of([TINY], "in-memory").seconds == 0.1
+    now = known.learn(before, 5.0, alone=True, completed=False)
+    assert known.of([TINY], "in-memory").seconds == now.seconds == pytest.approx(4.98)
+
+
+def test_what_is_not_all_of_a_plan_is_expected_to_be_quick_only_after_some_quick_runs():
+    known = Expectations()
+    assert not known.of([UNSEEN], "in-memory").is_exact
+    expected = [known.learn(known.of([UNSEEN], "in-memory"), 0.001, alone=True) for _ in range(3)]
+    assert [each.seconds for each in expected] == pytest.approx([0.05, 0.025, 0.0125])
+    assert known.learn(known.of([UNSEEN], "in-memory"), 1.0, alone=True).seconds > 0.9
+
+
+@pytest.mark.everywhere
+@pytest.mark.parametrize("how", ["fails", "is cancelled", "is left"])
+def test_nothing_quick_is_learned_of_a_query_that_did_not_complete(make, block, monkeypatch, how):
+    learned = []
+
+    def learn(_, __, ___, *, alone, completed):  # noqa: ARG001
+        learned.append(completed)
+
+    monkeypatch.setattr(Expectations, "learn", learn)
+    monkeypatch.setattr(query, "_WORTH_APPRAISING", 0.0)
+    collector = make(max_running=1)
+    if how == "fails":
+        handle = collector.collect_async(TINY.map_batches(lambda _: 1 / 0))
+        with pytest.raises(ZeroDivisionError):
+            handle.result(30)
+    elif how == "is cancelled":
+        handle, blocked = run_blocked(collector, block)
+        handle.cancel()
+        blocked.gate.set()
+    else:
+        stream = collector.collect_batches_async(pl.LazyFrame({"a": range(100)}), chunk_size=1)
+        stream.close()
+    until(lambda: learned)
+    assert learned == [False]
+
+
+def test_one_behind_plans_that_are_slow_to_look_at_does_not_wait_for_all_of_them(
+    make, block, monkeypatch
+):
+    looks, look_at = threading.Semaphore(0), expectations.look_at
+    slow = [UNSEEN.head(number) for number in range(100)]
+
+    def look_slowly(frame):
+        if any(frame is each for each in slow):
+            assert looks.acquire(timeout=30)
+        return look_at(frame)
+
+    monkeypatch.setattr(expectations, "look_at", look_slowly)
+    monkeypatch.setattr(lane, "_MOMENT", 0.0)  # each of them counts as slow
+    collector = make(max_running=2)
+    run_blocked(collector, block)
+    handles = [collector.collect_async(each) for each in slow]
+    tiny = collector.collect_async(TINY)
+    looks.release(5)
+    try:
+        assert tiny.result(30).item() == 1
+    finally:
+        looks.release(1000)
+        for handle in handles:
+            handle.cancel()
+
+
+def test_urgent_query_is_found_at_once_behind_many(make, block, looked):
+    collector = make(max_running=1)
+    _, blocked = run_blocked(collector, block)
+    urgent = pl.LazyFrame({"b": [2]})
+    starts = []
+    for _ in range(1000):
+        collector.collect_async(TINY.head(1))
+    handle = collector.collect_async(
+        urgent.map_batches(lambda df: (starts.append(len(looked)), df)[1]), priority=10
+    )
+    blocked.gate.set()
+    assert handle.result(30).item() == 2
+    assert starts[0] <= 3  # of 1000
+
+
 def test_newer_history_corrects_older():
     known = Expectations()
     for took in (1.0, 0.01, 1.0):
@@ -858,12 +940,12 @@ def test_history_is_bounded_and_forgets_what_ran_longest_ago(monkeypatch):
     assert sorted(known._taken) == [1, 4, 5]
 
 
-def test_frame_is_looked_at_once_and_forgotten_with_it(explained):
+def test_frame_is_looked_at_once_and_forgotten_with_it(looked):
     known = Expectations()
     frame = pl.LazyFrame({"a": [1]})
     assert known.of([frame], "in-memory") == known.of([frame], "in-memory")
     assert known.of([frame], "streaming") != known.of([frame], "in-memory")
-    assert len(explained) == 1
+    assert len(looked) == 1
     del frame
     assert not known._plans
 
@@ -871,7 +953,7 @@ def test_frame_is_looked_at_once_and_forgotten_with_it(explained):
 def test_queries_know_whether_they_ran_alone(make, block, monkeypatch):
     learned = []
 
-    def learn(_, expected, __, *, alone):  # noqa: ARG001
+    def learn(_, expected, __, *, alone, completed):  # noqa: ARG001
         learned.append(alone)
 
     monkeypatch.setattr(Expectations, "learn", learn)

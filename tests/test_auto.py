@@ -1,11 +1,13 @@
 from __future__ import annotations
 
+import io
 import os
 import sys
 
 import polars as pl
 import pytest
 from places import until
+from polars.io.plugins import register_io_source
 
 import polars_async as pa
 
@@ -28,10 +30,6 @@ def large(tmp_path):
     return pl.scan_parquet(path)
 
 
-def pid(collector, **options):
-    return collector.collect_async(PID, **options).result(30).item()
-
-
 def test_tiny_queries_run_here(collector):
     handles = [collector.collect_async(TINY) for _ in range(20)]
     assert {handle.result(30).item() for handle in handles} == {6}
@@ -44,13 +42,105 @@ def test_large_ones_run_in_processes(collector, large):
     assert collector.stats()["workers"] == 1
 
 
-def test_one_of_which_nothing_is_known_is_no_tiny_one(collector):
-    assert pid(collector) != os.getpid()
+@pytest.fixture
+def sent(collector, monkeypatch):
+    """The queries that went to a worker process."""
+    sent = []
+    run = collector._cpu.place.run
+
+    def note(work, query):
+        sent.append(query.label)
+        return run(work, query)
+
+    monkeypatch.setattr(collector._cpu.place, "run", note)
+    return sent
 
 
-def test_one_that_turned_out_to_be_tiny_runs_here_from_then_on(collector):
-    assert pid(collector) != os.getpid()
-    until(lambda: pid(collector) == os.getpid())  # on a busy machine it may take a few more
+def test_one_that_turned_out_to_be_tiny_runs_here_from_then_on(collector, large, sent):
+    first = large.head(1)  # of a large file, as far as anybody knows
+    assert collector.collect_async(first).result(30).height == 1
+    assert len(sent) == 1
+
+    def runs_here():
+        before = len(sent)
+        collector.collect_async(first).result(30)
+        return len(sent) == before
+
+    until(runs_here)  # on a busy machine it may take a few more
+
+
+def tell_pid(*_):
+    return os.getpid()
+
+
+def series_of_pid(values):
+    return values * 0 + os.getpid()
+
+
+def rows_of_pid(*_):
+    yield pl.DataFrame({"a": [os.getpid()]})
+
+
+def pid_column(_columns):
+    return pl.Series([os.getpid()])
+
+
+LARGE_FRAME = pl.select(a=pl.int_range(0, 500_000)).lazy()
+ONE = pl.LazyFrame({"a": [1]})
+A = pl.col("a")
+INT = pl.Int64
+
+WITH_PYTHON = {
+    "map_batches of frames": PID,
+    "map_batches": ONE.select(A.map_batches(series_of_pid, return_dtype=INT)),
+    "map_batches without a type": ONE.select(A.map_batches(series_of_pid)),
+    "map_elements": ONE.select(A.map_elements(tell_pid, return_dtype=INT)),
+    "lambda": ONE.with_columns(A.map_elements(lambda _: os.getpid(), return_dtype=INT)),
+    "map_groups": ONE.group_by("a").map_groups(lambda f: f * 0 + os.getpid(), schema={"a": INT}),
+    "polars.map_batches": ONE.select(pl.map_batches(["a"], pid_column, return_dtype=INT)),
+    "rolling_map": ONE.select(A.rolling_map(tell_pid, 1).cast(INT)),
+    "fold": ONE.select(pl.fold(0, lambda _, a: a * 0 + os.getpid(), [A], return_dtype=INT)),
+    "source": register_io_source(rows_of_pid, schema={"a": INT}),
+    "after a filter": ONE.filter(A > 0).select(A.map_batches(series_of_pid)),
+    "after a join": ONE.join(ONE, on="a").select(A.map_batches(series_of_pid)),
+    "over a large frame": LARGE_FRAME.tail(1).select(A.map_batches(series_of_pid)),
+    "over a large frame, typed": LARGE_FRAME.tail(1).with_columns(
+        A.map_elements(tell_pid, return_dtype=INT)
+    ),
+    "frames over a large frame": LARGE_FRAME.tail(1).map_batches(series_of_pid),
+    "after a join of a frame of some kB": pl.select(a=pl.int_range(0, 50_000))
+    .lazy()
+    .join(ONE, on="a")
+    .select(A.map_batches(series_of_pid)),
+}
+
+
+@pytest.mark.parametrize("query", WITH_PYTHON.values(), ids=WITH_PYTHON)
+@pytest.mark.parametrize("priority", [0, 1])
+def test_python_functions_run_in_processes(collector, query, priority):
+    for _ in range(3):  # however quick it was
+        found = collector.collect_async(query, priority=priority).result(30)
+        assert found.to_series().item() != os.getpid()
+
+
+def test_schema_that_a_python_function_tells_is_found_in_a_process(collector, tmp_path):
+    told = tmp_path / "told"
+
+    def note(values):
+        told.write_text(str(os.getpid()))
+        return values
+
+    query = pl.LazyFrame({"a": [1]}).select(pl.col("a").map_batches(note))
+    assert collector.collect_schema_async(query).result(30) == {"a": pl.Int64}
+    assert int(told.read_text()) != os.getpid()
+
+
+@pytest.mark.parametrize("target", [io.BytesIO, lambda: open(os.devnull, "wb")])  # noqa: SIM115, PTH123
+def test_what_cannot_be_sent_runs_here(collector, sent, target):
+    with target() as file:
+        sink = pl.LazyFrame({"a": [1]}).sink_csv(file, lazy=True)
+        assert collector.sink_async(sink).result(30) is None
+    assert sent == []
 
 
 def test_frames_that_would_take_longer_to_be_sent_stay_here_unless_they_are_shared(collector):
@@ -68,9 +158,11 @@ def test_frames_are_sent_where_their_query_takes_longer_than_that(collector):
     assert collector.collect_async(query).result(30).item() != os.getpid()
 
 
-def test_priority_tells_what_nothing_else_does(collector):
-    assert pid(collector, priority=1) == os.getpid()
-    assert pid(collector, priority=-1) != os.getpid()
+@pytest.mark.parametrize("priority", [-1, 1])
+def test_priority_is_a_hint_for_the_order_and_none_for_the_place(collector, large, sent, priority):
+    collector.collect_async(TINY, priority=priority, label="tiny").result(30)
+    collector.collect_async(large.sum(), priority=priority, label="large").result(30)
+    assert sent == ["large"]
 
 
 def test_all_of_a_collectors_ways_take_the_same_decision(collector, large):

@@ -14,12 +14,23 @@ from polars_async.scheduling import (
     QUICK,
     QUICK_ROW,
     SMALL,
+    UNKNOWN,
     Line,
     is_kept,
 )
 
 LEAST = 1e-5
 TOGETHER = 32
+
+
+def newcomers(line, at_most=TOGETHER):
+    """Give places to some, as a thread does that appraises them."""
+    found = []
+    while len(found) < at_most and (place := line.newcomer()) is not None:
+        found.append(place)
+    return found
+
+
 
 # ---- A lane without threads or clock
 
@@ -58,6 +69,8 @@ class Job:
         self.overtook = False
 
     def expect(self, work):
+        if self.priority:  # which is not appraised
+            work = UNKNOWN
         self.work = work
         self.patience = PATIENCE * min(max(work, LEAST), 60)
         self.small = self.priority > 0 or (self.priority == 0 and work <= 0.01)
@@ -119,6 +132,9 @@ class Simulation:
         self.line.add(job, priority=job.priority)
         job.state = "waiting"
         self.small_waiting += job.small
+        if job.priority:
+            self.appraised[job] = None
+            job.sorted_in = tuple(self.turns)
         self.fill()
 
     def cancel(self, job):
@@ -178,7 +194,7 @@ class Simulation:
     def learn(self, ended):
         """Expect of all who wait and are of its kind what `ended` really took."""
         for job in self.appraised:
-            if job.kind == ended.kind:
+            if job.kind == ended.kind and not job.priority:
                 self.small_waiting -= job.small
                 job.expect(ended.duration)
                 self.small_waiting += job.small
@@ -204,7 +220,7 @@ class Simulation:
     def next(self, only_small):
         line = self.line
         while True:
-            found = line.newcomers(TOGETHER)
+            found = newcomers(line)
             for place in found:
                 job = place.item
                 if job.dies_unappraised:
@@ -420,12 +436,12 @@ def test_tiny_ones_do_not_notice_an_endless_queue_of_heavy_ones():
 
 def put(line, item, work=1.0, priority=0, kind=None):
     line.add(item, priority=priority)
-    for place in line.newcomers(TOGETHER):
+    for place in newcomers(line):
         line.sort_in(place, work, kind)
 
 
 def drain(line):
-    for place in line.newcomers(1_000):
+    for place in newcomers(line, 1_000):
         line.sort_in(place, 1.0)
     taken = []
     while (found := take(line, only_small=False)) is not None:
@@ -567,22 +583,61 @@ def test_nobody_goes_unappraised():
     line = Line()
     line.add("a")
     assert take(line, only_small=False) is None
-    (place,) = line.newcomers(TOGETHER)
+    (place,) = newcomers(line)
     assert take(line, only_small=False) is None
     assert list(line) == ["a"]
-    assert line.newcomers(TOGETHER) == []
+    assert newcomers(line) == []
     line.sort_in(place, 1.0)
     assert drain(line) == ["a"]
 
 
-def test_newcomers_come_in_order_and_not_more_than_asked_for():
+def test_newcomers_come_in_order_or_from_behind():
     line = Line()
     for item in "abcdefg":
         line.add(item)
-    for item in "bf":
+    for item in "bfg":
         line.discard(item)
-    found = [[place.item for place in line.newcomers(2)] for _ in range(4)]
-    assert found == [["a", "c"], ["d", "e"], ["g"], []]
+    assert line.newcomer().item == "a"
+    assert line.newcomer(from_behind=True).item == "e"
+    assert [place.item for place in newcomers(line)] == ["c", "d"]
+    assert line.newcomer(from_behind=True) is None
+
+
+@pytest.mark.parametrize("priority", [1, -1])
+def test_priority_takes_part_unappraised_among_its_equals_in_the_order_of_their_coming(priority):
+    line = Line()
+    for item in "abc":
+        line.add(item, priority=priority)
+    assert newcomers(line) == []
+    assert [take(line, only_small=False) for _ in "abc"] == [(item, priority > 0) for item in "abc"]
+
+
+def test_high_priority_is_found_at_once_behind_many_newcomers():
+    line = Line()
+    for item in range(20_000):
+        line.add(item)
+    line.add("urgent", priority=10)
+    assert not line.is_undecided
+    assert take(line, only_small=True) == ("urgent", True)
+
+
+def test_known_work_takes_part_unappraised():
+    line = Line()
+    line.add("large", work=1.0)
+    line.add("small", work=0.0)
+    assert [take(line, only_small=False) for _ in range(2)] == [("small", True), ("large", False)]
+
+
+def test_one_that_came_before_is_overtaken_wherever_it_was_looked_at():
+    line = Line()
+    for item in "abc":
+        line.add(item)
+    work = {"a": 5.0, "b": 1.0, "c": 0.001}
+    while (place := line.newcomer(from_behind=True)) is not None:
+        line.sort_in(place, work[place.item])
+    turns = [line.take(only_small=False) for _ in range(3)]
+    assert [turn.item for turn in turns] == ["c", "b", "a"]
+    assert [turn.overtook for turn in turns] == [True, True, False]
 
 
 def test_line_lists_those_who_wait_in_the_order_they_came():
@@ -590,7 +645,7 @@ def test_line_lists_those_who_wait_in_the_order_they_came():
     put(line, "b", 5.0)
     put(line, "a", 1.0, 5)
     line.add("c")
-    line.newcomers(TOGETHER)
+    newcomers(line)
     line.add("d")
     assert list(line) == list("bacd")
     assert len(line) == 4
@@ -658,7 +713,7 @@ def bring(line, stage):
     line.add("x")
     if stage == "newcomer":
         return lambda: None
-    (place,) = line.newcomers(TOGETHER)
+    (place,) = newcomers(line)
     if stage == "being appraised":
         return lambda: line.sort_in(place, 0.0)
     line.sort_in(place, 0.0)
@@ -712,7 +767,7 @@ def test_discard_lets_a_stranger_be():
 
 
 def held(line):
-    return len(line._newcomers) + sum(map(len, line._heaps.values()))
+    return max(len(line._oldest), len(line._newcomers) + sum(map(len, line._heaps.values())))
 
 
 def test_those_who_left_are_not_kept_for_ever():
@@ -742,7 +797,7 @@ def test_line_forgets_all_when_all_left():
         for item in range(10_000):
             line.add(item)
             if item % 2:
-                for place in line.newcomers(TOGETHER):
+                for place in newcomers(line):
                     line.sort_in(place, 1.0)
         for item in list(line):
             line.discard(item)
@@ -790,7 +845,7 @@ def crowd(left):
     for item in range(left):
         line.discard(f"left {item}")
     line.add("appraised")
-    (place,) = line.newcomers(TOGETHER)
+    (place,) = newcomers(line)
     line.add("newcomer")
     return line, place
 
@@ -800,7 +855,7 @@ HERE = {"heavy", "small", "low", "appraised", "newcomer"}
 
 METHODS = {
     "add": lambda line, _: line.add("new"),
-    "newcomers": lambda line, _: line.newcomers(TOGETHER),
+    "newcomers": lambda line, _: newcomers(line),
     "sort_in": lambda line, place: line.sort_in(place, 1.0, "kind"),
     "sort_in and sweep": lambda line, place: line.sort_in(place, 1.0, "new kind"),
     "reappraise": lambda line, _: line.reappraise("kind", 0.01),
@@ -934,11 +989,11 @@ def test_nobody_is_taken_unseen_past_a_priority_or_one_that_was_appraised():
     line.add("a")
     line.add("urgent", priority=1)
     line.add("b")
+    assert [take_quickly(line) for _ in range(3)] == ["urgent", "a", "b"]
+    line.add("low", priority=-1)
+    line.add("d")
     assert take_quickly(line) is None
-    assert list(line) == ["a", "urgent", "b"]
-    line.discard("a")
-    line.discard("urgent")
-    assert take_quickly(line) == "b"
+    line.discard("low")
     put(line, "appraised", 1.0)
     line.add("c")
     assert take_quickly(line) is None

@@ -386,7 +386,7 @@ def test_translator_that_lacks_a_method_is_unknown(cudf, name):
 
 def test_polars_that_hands_out_no_plan_is_unknown(cudf, monkeypatch):
     module = cudf()
-    monkeypatch.setattr(_upstream, "optimized_plan", lambda *_: None)
+    monkeypatch.setattr(_upstream, "ask_optimized_plan", lambda *_: None)
     answer = gpu_support(QUERY)
     assert (answer.answer, answer.reason) == ("unknown", Reason.TRANSLATION_FAILED)
     assert "Polars hands out its plans no more" in answer.message

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import enum
 import importlib
 import inspect
+import io
 import mmap
 import os
 import re
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, NamedTuple
+from types import FunctionType
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 import polars as pl
 
@@ -34,16 +37,20 @@ __all__ = [
     "PACKAGE_FOLDER",
     "POOL_THREAD",
     "InProcessQuery",
-    "PlanSources",
+    "PlanEnd",
     "affinity_override",
+    "ask_optimized_plan",
     "gpu_callback",
     "is_eager",
     "map_ipc",
+    "memory_held",
     "optimization_flags",
     "optimizations_of",
-    "optimized_plan",
-    "plan_sources",
+    "plan_text",
+    "resolved_uncalled",
 ]
+
+T = TypeVar("T")
 
 POOL_THREAD: Final = re.compile(r"polars-\d|tokio-rt-worker|async-executor")
 """The names of the threads of Polars' three pools, which start with its first query. The thread
@@ -183,64 +190,149 @@ def gpu_callback(engine: pl.GPUEngine) -> Callable[..., object] | None:
         return None
 
 
-class PlanSources(NamedTuple):
-    """What a plan reads, as far as it tells."""
-
-    frame_bytes: int
-    """Estimated size in bytes of the frames in memory."""
-    paths: list[str]
-    """What is scanned: paths and addresses, as they were given."""
-    complete: bool
-    """Whether that is all; a Python source, for one, keeps to itself what it reads."""
-
-
-def plan_sources(lf: pl.LazyFrame) -> PlanSources:
-    """
-    Walk the plan of `lf` for its sources.
-
-    It holds the GIL throughout. Where the schema of a file is not known yet, it reads the file for
-    it, and so must come after ``explain``, which does the same without the GIL.
-    """
-    frame_bytes = 0
-    paths: list[str] = []
-    complete = True
+def _find_memory_held() -> Callable[[], int]:
     try:
-        plan: Any = lf._ldf.visit()  # noqa: SLF001  # pyright: ignore[reportPrivateUsage]
-        nodes = [plan.get_node()]
-    except Exception:  # noqa: BLE001  # private, so that any change in it may raise anything
-        return PlanSources(0, [], complete=False)
-    while nodes:
-        plan.set_node(nodes.pop())
-        try:
-            nodes += plan.get_inputs()
-            node: Any = plan.view_current_node()
-        except NotImplementedError:  # as Polars says of nodes that it does not show
-            complete = False
-            continue
-        try:
-            kind = type(node).__name__
-            if kind == "DataFrameScan":
-                frame_bytes += node.df.estimated_size()
-            elif kind == "Scan":
-                paths += map(str, node.paths)
-            elif kind == "PythonScan":
-                complete = False
-        except Exception:  # noqa: BLE001  # as above
-            complete = False
-    return PlanSources(frame_bytes, paths, complete)
+        module = importlib.import_module("polars._plr")
+        held: Callable[[], int] = module._estimate_memory_usage  # noqa: SLF001
+        held()
+    except (ImportError, AttributeError, TypeError):
+        return int
+    return held
 
 
-def optimized_plan(lf: pl.LazyFrame, optimizations: pl.QueryOptFlags) -> object | None:
+memory_held: Final = _find_memory_held()
+"""Return the bytes that Polars' allocator has handed out in this process; 0 if it does not tell."""
+
+
+class PlanEnd(enum.Enum):
+    """Why the text of a plan ends where it does."""
+
+    WHOLE = enum.auto()
+    LIMIT = enum.auto()
+    """It is longer than was asked for."""
+    PYTHON = enum.auto()
+    """A Python object comes next: a function, mostly."""
+    UNSENDABLE = enum.auto()
+    """Something comes next that no other process could be sent, such as an open file."""
+
+
+_PICKLERS: Final = frozenset({"pickle", "cloudpickle"})
+
+
+class _Text(io.RawIOBase):
+    """The file that takes the text of one plan, up to a limit."""
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self.text = bytearray()
+        self.end = PlanEnd.UNSENDABLE
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, piece: Any) -> int:
+        self.text += piece
+        if len(self.text) > self._limit:
+            self.end = PlanEnd.LIMIT
+            raise OSError("that is enough of the plan")
+        return len(piece)
+
+    def import_module(self, name: str, *rest: Any) -> Any:
+        if name in _PICKLERS:
+            self.end = PlanEnd.PYTHON
+            raise ImportError("no Python object is to be pickled")
+        return __import__(name, *rest)
+
+
+def plan_text(lf: pl.LazyFrame, limit: int) -> tuple[bytes, PlanEnd] | None:
     """
-    Give the plan of `lf` as Polars hands it to cudf-polars; None if it hands it out no more.
+    Return the plan of `lf` as JSON, and why it ends; None if Polars has no such text.
 
-    What is wrong with the query is raised. As `plan_sources`, it holds the GIL throughout, and
-    must come after ``collect_schema``.
+    It is the plan as it was written, which nothing is opened or called for, and Polars writes it
+    without the GIL. Before the first byte of a frame in memory Polars copies all of it.
     """
+    target = _Text(limit)
+    try:
+        serialize: Callable[[_Text], object] = lf._ldf.serialize_json  # noqa: SLF001  # pyright: ignore[reportPrivateUsage]
+    except AttributeError:
+        return None
+    # Polars imports the pickler when it comes to a Python object, by way of the built-ins of the
+    # function that calls it. To pickle one may call the user's methods, and copy whatever a closure
+    # holds with the GIL held.
+    builtins = {"__builtins__": {"__import__": target.import_module}}
+    try:
+        FunctionType(_write.__code__, builtins)(serialize, target)
+    except (Exception, pl.exceptions.PanicException):  # noqa: BLE001  # `target` knows why, or it is unsendable
+        return bytes(target.text), target.end
+    return bytes(target.text), PlanEnd.WHOLE
+
+
+def _write(serialize: Callable[[_Text], object], target: _Text) -> None:
+    serialize(target)
+
+
+def resolved_uncalled(lf: pl.LazyFrame) -> tuple[str, int] | None:
+    """
+    Return how Polars explains a plan without scans, and the bytes of its frame in memory.
+
+    None if that takes a Python function: Polars calls some for their types, on this thread. The
+    first is stopped at its start, with which Polars gives up. Scans would be opened, and the GIL is
+    held throughout, so that the plan has to be a short branch without any.
+    """
+    before = sys.getprofile()
+    try:
+        plan: Any = lf._ldf  # noqa: SLF001  # pyright: ignore[reportPrivateUsage]
+        sys.setprofile(_refuse_call)
+        text: str = plan.describe_plan()
+        nodes = plan.visit()
+        while inputs := nodes.get_inputs():
+            nodes.set_node(inputs[0])
+        size: int = nodes.view_current_node().df.estimated_size()
+    except (Exception, pl.exceptions.PanicException):  # noqa: BLE001  # also what is wrong with the query
+        return None
+    finally:
+        sys.setprofile(before)
+    return text, size
+
+
+def _refuse_call(_frame: object, event: str, _argument: object) -> None:
+    if event == "call":
+        raise RuntimeError("no Python function is to be called")
+
+
+def ask_optimized_plan(
+    lf: pl.LazyFrame, optimizations: pl.QueryOptFlags, ask: Callable[[object], T]
+) -> T | None:
+    """
+    Return what `ask` makes of the plan that Polars hands to cudf-polars; None if it hands out none.
+
+    What is wrong with the query is raised, and what `ask` raises. The query does not run. Polars
+    has `visit` for that, too, but it holds the GIL: where the plan has a Python dataset, such as
+    that of ``scan_delta``, another thread of Polars would wait for it for ever.
+    """
+    answers: list[T] = []
+    errors: list[BaseException] = []
+
+    def show(plan: object, *_: object) -> None:
+        try:
+            answers.append(ask(plan))
+        except BaseException as error:  # noqa: BLE001  # Polars would make another one of it
+            errors.append(error)
+        raise _ShownError
+
     try:
         flags = optimizations._pyoptflags  # noqa: SLF001  # pyright: ignore[reportPrivateUsage]
-        plan: Any = lf._ldf.with_optimizations(flags)  # noqa: SLF001  # pyright: ignore[reportPrivateUsage]
-        shown: object = plan.visit()
+        collect: Callable[..., object] = lf._ldf.with_optimizations(flags).collect  # noqa: SLF001  # pyright: ignore[reportPrivateUsage]
+        collect("in-memory", show)
     except (AttributeError, TypeError):
         return None
-    return shown
+    except Exception:
+        if not answers and not errors:
+            raise
+    if errors:
+        raise errors[0]
+    return answers[0] if answers else None
+
+
+class _ShownError(Exception):
+    """Ends a query once its plan was shown."""

@@ -10,10 +10,16 @@ from typing import TYPE_CHECKING, Any
 from polars_async._native import RLock
 from polars_async._nesting import in_query
 from polars_async.errors import CollectorClosedError, QueueFullError
-from polars_async.expectations import UNKNOWN
 from polars_async.gpu.breaker import breaker
 from polars_async.query import wake
-from polars_async.scheduling import KEPT_FROM_LARGE, KEPT_FROM_UNSEEN, SMALL, Line, is_kept
+from polars_async.scheduling import (
+    KEPT_FROM_LARGE,
+    KEPT_FROM_UNSEEN,
+    SMALL,
+    UNKNOWN,
+    Line,
+    is_kept,
+)
 
 if TYPE_CHECKING:
     from polars_async.expectations import Expectation
@@ -153,7 +159,7 @@ class Admission:
                 return slot
             if self.max_waiting is not None:
                 self._check_room(self.max_waiting)
-            self._line.add(query, priority=query.priority)
+            self._add(query)
             if free < 1:
                 return None
             slot = Slot()
@@ -173,7 +179,7 @@ class Admission:
                 self._slots.add(slot)
                 self._start(query, slot, small=False, overtook=False)
                 return slot
-            self._line.add(query, priority=query.priority)
+            self._add(query)
             if len(self._slots) >= self.max_running:
                 return None
             slot = Slot()
@@ -188,10 +194,10 @@ class Admission:
                 slot.query = None
                 self._slots.discard(slot)
 
-    def newcomers(self, at_most: int) -> list[Place[Query[Any]]]:
-        """Give some of the line, to be appraised without the lock."""
+    def newcomer(self, *, from_behind: bool) -> Place[Query[Any]] | None:
+        """Give one of the line, to be appraised without the lock; None if all have been."""
         with self.lock:
-            return self._line.newcomers(at_most)
+            return self._line.newcomer(from_behind=from_behind)
 
     def fill(self, slot: Slot, appraised: list[Place[Query[Any]]], *, thorough: bool) -> bool:
         """
@@ -205,7 +211,7 @@ class Admission:
             line = self._line
             for place in appraised:
                 expected = None if place.item is None else place.item.expectation
-                seconds, kind = (UNKNOWN, None) if expected is None else expected
+                seconds, kind = (UNKNOWN, None) if expected is None else expected[:2]
                 line.sort_in(place, seconds, kind)
             if slot not in self._slots or len(self._slots) > self.max_running:
                 self._slots.discard(slot)
@@ -340,6 +346,11 @@ class Admission:
         self._line.clear()
         self.waiters.clear()
         return lost
+
+    def _add(self, query: Query[Any]) -> None:
+        known = query.expectation
+        work = None if known is None else known.seconds
+        self._line.add(query, priority=query.priority, work=work)
 
     def _start(self, query: Query[Any], slot: Slot, *, small: bool, overtook: bool) -> bool:
         waited = query.start()

@@ -488,11 +488,17 @@ class Collector:
         check_frame(lf)
         handle = _gevent_handle() if gevent else QueryHandle
         resolution = self._resolved("in-memory", "async")
-        return handle(
-            self._submit(
-                partial(schema, lf), resolution, (), timeout, priority, label, expectation=_TINY
-            )
+        query = self._submit(
+            partial(schema, lf),
+            resolution,
+            (lf,),
+            timeout,
+            priority,
+            label,
+            expectation=_TINY,
+            for_schema=True,
         )
+        return handle(query)
 
     def collect_background(
         self, lf: pl.LazyFrame, **options: Unpack[QueryOptions]
@@ -697,6 +703,7 @@ class Collector:
         label: str | None,
         *,
         expectation: Expectation | None = None,
+        for_schema: bool = False,
         buffer: Buffer | None = None,
     ) -> Query[T]:
         if timeout is not None:
@@ -719,6 +726,7 @@ class Collector:
             label=label,
             expectation=expectation,
             is_stream=buffer is not None,
+            runs_engine=not for_schema,
         )
         if buffer is not None:
             buffer.bind(query)

@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import os
-import re
 from math import frexp
+from time import perf_counter
 from typing import TYPE_CHECKING, Final, NamedTuple
 from weakref import ref
 
 from polars_async._native import allocate_lock
-from polars_async._upstream import plan_sources
+from polars_async._upstream import memory_held
+from polars_async.plans import NOTHING, finds_python, look_at
+from polars_async.scheduling import UNKNOWN
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     import polars as pl
 
-UNKNOWN: Final = 0.1
-"""Seconds expected of a query of which nothing is known."""
+    from polars_async.plans import Plan
+
 _FRAME_RATE: Final = 200e6
 """Bytes per second that a query makes of a frame in memory: just the order of magnitude."""
 _SENT_RATE: Final = 50e6
@@ -33,7 +35,13 @@ loop was busy: a tiny one must not count as large for that."""
 _NO_TIME: Final = 0.001
 """Seconds below which it makes no difference."""
 _MOST_KNOWN: Final = 4096
-_NUMBER: Final = re.compile(r"\d+")
+_MOST_COPIED: Final = 1 << 30
+"""Bytes of frames in memory: where there are more, no plan is looked at, since a look may copy one
+of them."""
+_SLOW_LOOK: Final = 0.25
+"""Seconds of a look that took too long, as with a frame of some hundred MB."""
+_REST: Final = 20
+"""How many times as long as a slow look took there is no other."""
 
 
 class Expectation(NamedTuple):
@@ -42,87 +50,113 @@ class Expectation(NamedTuple):
     seconds: float
     fingerprint: int | None
     """What stands for all queries of this shape and size; None if that is not to be had."""
+    is_exact: bool = True
+    """Whether the shape is all of the plan: others may be as slow as that of a function unseen."""
 
 
-class _Plan(NamedTuple):
+class _Known(NamedTuple):
+    frame: ref[pl.LazyFrame]
+    plan: Plan
     seconds: float
-    shape: int
-    frame_bytes: int
+    """How long its sources alone take."""
 
 
 class Expectations:
     """
     What a collector knows of the queries that it ran.
 
-    `of` may open the files that a query scans, and so is nothing for the thread of a loop.
+    To look at a plan takes 10 us to 0.5 ms, and where it reads a frame in memory another 0.2 ms for
+    each MB of it. So it is nothing for the thread of a loop.
     """
 
     def __init__(self) -> None:
         self._lock = allocate_lock()
         self._taken: dict[int, float] = {}
-        self._plans: dict[int, tuple[ref[pl.LazyFrame], _Plan]] = {}
+        self._plans: dict[int, _Known] = {}
+        self._resident = 0  # bytes that Polars held when no query ran
+        self._looks_again = 0.0  # in seconds of perf_counter
 
     def of(self, frames: Sequence[pl.LazyFrame], engine: str) -> Expectation:
         """Say what to expect of a query for `frames`; never raises."""
         try:
-            plans = [self._plan(frame) for frame in frames]
-            fingerprint = hash((engine, *(plan.shape for plan in plans)))
-            seconds = self._taken.get(fingerprint)
-            if seconds is None:
-                seconds = sum(plan.seconds for plan in plans)
+            known = [self._known(frame) for frame in frames]
+            seconds = sum(each.seconds for each in known)
+            if any(each.plan is NOTHING for each in known):
+                return Expectation(seconds, None)
+            shapes = [(each.plan.shape, frexp(each.seconds)[1]) for each in known]
+            fingerprint = hash((engine, *shapes))
+            is_exact = all(each.plan.is_whole for each in known)
+            return Expectation(self._taken.get(fingerprint, seconds), fingerprint, is_exact)
         except BaseException:  # noqa: BLE001  # what is wrong with a plan, the query will tell
             return Expectation(UNKNOWN, None)
-        return Expectation(seconds, fingerprint)
+
+    def plan(self, frame: pl.LazyFrame) -> Plan:
+        """Return what the plan of `frame` tells, however long that takes; never raises."""
+        try:
+            return self._known(frame, at_any_cost=True).plan
+        except BaseException:  # noqa: BLE001  # as above
+            return NOTHING
+
+    def runs_python(self, frame: pl.LazyFrame) -> bool | None:
+        """Return whether Python functions are in a plan; None if frames of some MB hide that."""
+        plan = self.plan(frame)
+        return finds_python(frame) if plan.runs_python is None else plan.runs_python
 
     def seconds_to_send(self, frames: Sequence[pl.LazyFrame]) -> float:
-        """Say how long it takes to send a query, which `of` was asked for, to another process."""
-        try:
-            return sum(self._plan(frame).frame_bytes for frame in frames) / _SENT_RATE
-        except BaseException:  # noqa: BLE001  # as above
-            return 0.0
+        """Return how long it takes to send a query for `frames` to another process."""
+        return sum(self.plan(frame).frame_bytes for frame in frames) / _SENT_RATE
 
-    def learn(self, expected: Expectation, seconds: float, *, alone: bool) -> Expectation | None:
+    def _known(self, frame: pl.LazyFrame, *, at_any_cost: bool = False) -> _Known:
+        # A frame that is collected again and again is looked at once.
+        key = id(frame)
+        plans = self._plans
+        known = plans.get(key)
+        if known is not None and known.frame() is frame:
+            return known
+        begun = perf_counter()
+        too_dear = self._resident > _MOST_COPIED or begun < self._looks_again
+        if too_dear and not at_any_cost:
+            return _Known(ref(frame), NOTHING, UNKNOWN)
+        plan = look_at(frame)
+        if (took := perf_counter() - begun) > _SLOW_LOOK:
+            self._looks_again = begun + _REST * took
+        known = _Known(ref(frame, lambda _: plans.pop(key, None)), plan, _source_seconds(plan))
+        plans[key] = known
+        return known
+
+    def learn(
+        self, expected: Expectation, seconds: float, *, alone: bool, completed: bool = True
+    ) -> Expectation | None:
         """
         Correct what was expected of a query by the `seconds` that it took.
 
         `alone` tells that no other query ran meanwhile, so that this is what it takes, but for its
         waits for the GIL. Beside others it says no more than that the query takes no longer, nor
-        less by orders of magnitude.
+        less by orders of magnitude. One that was not `completed` takes at least so long.
         Gives the new expectation, or None where the old one was not off by half.
         """
+        if alone:
+            self._resident = memory_held()
         if expected.fingerprint is None or (seconds <= _NO_TIME and expected.seconds <= _NO_TIME):
             return None
         least = seconds - _HELD_UP if alone else seconds / _SLOWDOWN
         with self._lock:
             before = self._taken.pop(expected.fingerprint, expected.seconds)
-            fits = least / 2 <= max(before, _NO_TIME) and before <= max(2 * seconds, _NO_TIME)
+            fits = least / 2 <= max(before, _NO_TIME) and (
+                not completed or before <= max(2 * seconds, _NO_TIME)
+            )
             now = before if fits else min(max(before, least), seconds)
+            if not expected.is_exact:  # the next of its kind may have another function
+                now = max(now, before / 2)
             self._taken[expected.fingerprint] = now
             if len(self._taken) > _MOST_KNOWN:
                 del self._taken[next(iter(self._taken))]
-        return None if fits else Expectation(now, expected.fingerprint)
-
-    def _plan(self, frame: pl.LazyFrame) -> _Plan:
-        # A frame that is collected again and again is looked at once.
-        key = id(frame)
-        known = self._plans.get(key)
-        if known is not None and known[0]() is frame:
-            return known[1]
-        plan = _look_at(frame)
-        plans = self._plans
-        plans[key] = ref(frame, lambda _: plans.pop(key, None)), plan
-        return plan
+        return None if fits else expected._replace(seconds=now)
 
 
-def _look_at(frame: pl.LazyFrame) -> _Plan:
-    text = frame.explain(optimized=False)  # first, see plan_sources
-    sources = plan_sources(frame)
-    seconds = sources.frame_bytes / _FRAME_RATE + sum(map(_file_seconds, sources.paths))
-    if not sources.complete:
-        seconds = max(seconds, UNKNOWN)
-    _, magnitude = frexp(seconds)
-    shape = hash((_NUMBER.sub("0", text), magnitude))
-    return _Plan(seconds, shape, sources.frame_bytes)
+def _source_seconds(plan: Plan) -> float:
+    seconds = plan.frame_bytes / _FRAME_RATE + sum(map(_file_seconds, plan.paths))
+    return seconds if plan.is_whole else max(seconds, UNKNOWN)
 
 
 def _file_seconds(path: str) -> float:

@@ -20,6 +20,7 @@ from polars_async.gpu.offload import check_outside, turn
 from polars_async.query import wake
 
 if TYPE_CHECKING:
+    from polars_async import scheduling
     from polars_async.admission import Slot
     from polars_async.events import Reporter
     from polars_async.executors import Place
@@ -30,6 +31,8 @@ if TYPE_CHECKING:
 
 _MOST_TOGETHER: Final = 256
 """So many newcomers a thread appraises at once; after that it takes whom it has, be it long."""
+_MOMENT: Final = 0.002
+"""Seconds that it does so at most: fewer at once, where their plans are slow to look at."""
 
 _lanes: Final[WeakSet[Lane]] = WeakSet()
 
@@ -179,15 +182,12 @@ class Lane:
         """Find a query for `slot`; False if there is none, and the slot was taken back."""
         admission = self.admission
         together = 1  # since the first may be small already
+        was_slow = False
         while slot.query is None:
             if (seconds := admission.seconds_on_guard()) > 0:
                 sleep(seconds)
                 continue
-            appraised = admission.newcomers(together)
-            for place in appraised:
-                query = place.item
-                if query is not None:  # it may leave at any time
-                    query.appraise(self._expectations)
+            appraised, was_slow = self._appraise(together, was_slow=was_slow)
             if not admission.fill(slot, appraised, thorough=together < _MOST_TOGETHER):
                 return False
             together = min(2 * together, _MOST_TOGETHER)
@@ -196,6 +196,30 @@ class Lane:
                 with admission.lock:
                     self._use_idle_slots()
         return True
+
+    def _appraise(
+        self, at_most: int, *, was_slow: bool
+    ) -> tuple[list[scheduling.Place[Query[Any]]], bool]:
+        """
+        Look at some of those in the line, for no longer than a moment.
+
+        Where the last look `was_slow`, the next is at the last in the line, which may be small, and
+        need not wait until all before it have been looked at. Gives whether this one was, too.
+        """
+        appraised: list[scheduling.Place[Query[Any]]] = []
+        begun = perf_counter()
+        while len(appraised) < at_most:
+            place = self.admission.newcomer(from_behind=was_slow)
+            if place is None:
+                break
+            appraised.append(place)
+            query = place.item
+            if query is not None:  # it may leave at any time
+                query.appraise(self._expectations)
+            if perf_counter() - begun > _MOMENT:
+                return appraised, not was_slow
+            was_slow = False
+        return appraised, False
 
     def _run(self, query: Query[Any], slot: Slot) -> bool:
         """Run `query` in `slot`; False if nobody is next, and the slot was taken back."""
@@ -235,17 +259,28 @@ class Lane:
     def _place_of(self, query: Query[Any]) -> Place:
         if self.place is HERE or type(query.resolution.engine) not in BUILT_IN_ENGINES:
             return HERE
-        if self._tiny_here:
-            query.appraise(self._expectations)
-            if query.is_small or self._is_faster_here(query):
-                return HERE
-        return self.place
+        return HERE if self._tiny_here and self._belongs_here(query) else self.place
 
-    def _is_faster_here(self, query: Query[Any]) -> bool:
-        """Tell whether to send its frames would take longer than it takes itself."""
+    def _belongs_here(self, query: Query[Any]) -> bool:
+        """
+        Return whether `query` is better off in this process, or can be nowhere else.
+
+        One with Python functions is not, however small it is: they may end the process. Where that
+        is not to be seen, its frames in memory would take long to be sent.
+        """
+        known = self._expectations
+        if not all(known.plan(frame).is_sendable for frame in query.frames):
+            return True
+        runs_python = [known.runs_python(frame) for frame in query.frames]
+        if any(runs_python):
+            return False
+        query.appraise(known)
         expected = query.expectation
-        way = self._expectations.seconds_to_send(query.frames)
-        return query.priority == 0 and expected is not None and expected.seconds < way
+        return (
+            None in runs_python
+            or query.is_small
+            or (expected is not None and expected.seconds < known.seconds_to_send(query.frames))
+        )
 
     def _hand_over(self, query: Query[Any], slot: Slot, fallback: Lane) -> bool:
         """Let `fallback` run what this lane could not; gives what `_run` does."""

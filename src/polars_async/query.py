@@ -111,6 +111,7 @@ class Query(Generic[T]):
         "priority",
         "reports",
         "resolution",
+        "runs_engine",
         "state",
     )
 
@@ -126,6 +127,7 @@ class Query(Generic[T]):
         priority: int = 0,
         label: str | None = None,
         is_stream: bool = False,
+        runs_engine: bool = True,
     ) -> None:
         self.id = next(_ids)
         self.resolution = resolution
@@ -134,6 +136,8 @@ class Query(Generic[T]):
         self.priority = priority
         self.label = label
         self.is_stream = is_stream
+        self.runs_engine = runs_engine
+        """Whether it is more than a search for a schema."""
         self.is_nested = False
         self.paused_seconds = 0.0
         self.reports = report.listens
@@ -183,9 +187,7 @@ class Query(Generic[T]):
 
     @property
     def is_small(self) -> bool:
-        """Whether it counts as small, once it was appraised: its caller knows better than that."""
-        if self.priority:
-            return self.priority > 0
+        """Whether it is expected to be small, once it was appraised."""
         return self.expectation is not None and self.expectation.seconds <= SMALL
 
     def expire_in(self, seconds: float) -> None:
@@ -284,7 +286,7 @@ class Query(Generic[T]):
 
     def report_engine(self) -> None:
         """Tell which engine has run it, before it is done: whoever sees that finds it told."""
-        if self.state is State.RUNNING and self.frames:  # a search for a schema has none
+        if self.state is State.RUNNING and self.runs_engine:
             tell_observers(self.resolution)
 
     def fail(self, error: BaseException) -> list[Waiter]:
@@ -349,6 +351,8 @@ class Query(Generic[T]):
 
         Gives what is now to be expected of its kind, if that was not known before.
         """
+        # One that failed, or was stopped, or whose consumer left, would have taken longer.
+        completed = self.state is State.ENDED and self._error is None
         if self.state is not State.ENDED:
             self._value = self._error = self._traceback = None
         if self.is_worth_appraising:
@@ -356,7 +360,9 @@ class Query(Generic[T]):
         self.frames = ()
         if self.expectation is None or self.run_seconds is None:
             return None
-        return expectations.learn(self.expectation, self.run_seconds, alone=alone)
+        return expectations.learn(
+            self.expectation, self.run_seconds, alone=alone, completed=completed
+        )
 
     def lose(self, error: BaseException) -> None:
         """End a query whose thread stayed behind in a fork, with an error of our own."""
@@ -473,7 +479,7 @@ class Query(Generic[T]):
             self._tell_let_go()
 
     def _tell_let_go(self) -> None:
-        if self.frames:  # or it was still in line
+        if self.frames and self.runs_engine:  # without frames it was still in the queue
             tell_observers(self.resolution)
         kind = EventKind.CANCELLED if self.state is State.CANCELLED else EventKind.TIMED_OUT
         self._report(kind, self, error=self._late)

@@ -12,6 +12,8 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 _V = TypeVar("_V")
 
+UNKNOWN: Final = 0.1
+"""Seconds of work expected of a query of which nothing is known."""
 SMALL: Final = 0.01
 """Seconds of expected work up to which a query counts as small."""
 PATIENCE: Final = 4.0
@@ -80,10 +82,10 @@ def _is_stale(entry: _Entry[T]) -> bool:
     return entry[3].left or entry[3].version != entry[2]
 
 
-def _first(items: OrderedDict[T, _V]) -> tuple[T, _V] | None:
+def _first(items: OrderedDict[T, _V], *, from_behind: bool = False) -> tuple[T, _V] | None:
     while True:
         try:
-            return next(iter(items.items()), None)
+            return next(reversed(items.items()) if from_behind else iter(items.items()), None)
         except RuntimeError:  # a discard came in between
             pass
 
@@ -93,7 +95,8 @@ class Line(Generic[T]):
     Who waits, and who is next.
 
     An item comes to the line as a newcomer, of which nothing is known, and takes part once its
-    work was appraised. It then has a mark: the work that had overtaken anybody when it came, and
+    work was appraised; one that has a priority, or whose work is known, does so at once. It then
+    has a mark: the work that had overtaken anybody when it came, and
     `PATIENCE` times its own. The lowest mark is next. So what is small overtakes what is not, and
     yet nothing is overtaken for ever: once `PATIENCE` times an item's work overtook, all that comes
     has a higher mark, however small it is.
@@ -112,25 +115,25 @@ class Line(Generic[T]):
         "_heaps",
         "_newcomers",
         "_number",
+        "_oldest",
         "_overtaken",
         "_places",
         "_quick_row",
-        "_ranked",
         "_sorted_in",
         "_turns",
     )
 
     def __init__(self) -> None:
-        # The priority, overtaken work and number of each; a place it gets when it is appraised.
-        self._newcomers: OrderedDict[T, tuple[int, float, int]] = OrderedDict()
+        # The overtaken work and number of each; a place it gets when it is appraised.
+        self._newcomers: OrderedDict[T, tuple[float, int]] = OrderedDict()
         self._places: OrderedDict[T, Place[T]] = OrderedDict()
+        self._oldest: list[tuple[int, Place[T]]] = []  # a heap of the places by their numbers
         self._heaps: dict[tuple[int, bool], list[_Entry[T]]] = {}
         self._sorted_in = 0
         self._overtaken = 0.0
         self._number = 0
         self._turns = [0, 0]  # those for anybody, and those for small ones only
         self._quick_row = 0
-        self._ranked = 0  # the last newcomer with a priority of its own
 
     def __len__(self) -> int:
         return len(self._newcomers) + len(self._places)
@@ -151,35 +154,42 @@ class Line(Generic[T]):
 
     @property
     def is_undecided(self) -> bool:
-        """Whether a newcomer may be first: those of a priority, and others if nobody is small."""
-        first = _first(self._newcomers)
-        if first is None:
+        """Whether a newcomer may be first, since nobody is known to be small."""
+        if not self._newcomers:
             return False
-        if first[1][2] <= self._ranked:
-            return True
         return not any(heap and small for (_, small), heap in self._heaps.items())
 
-    def add(self, item: T, *, priority: int = 0) -> None:
-        """Let `item` into the line, as a newcomer."""
+    def add(self, item: T, *, priority: int = 0, work: float | None = None) -> None:
+        """Let `item` into the line, as a newcomer unless it has a priority or known `work`."""
         self._number += 1
-        if priority:
-            self._ranked = self._number
-        self._newcomers[item] = (priority, self._overtaken, self._number)
+        came = self._overtaken, self._number
+        if priority or work is not None:
+            # With a priority it needs no appraisal; among equals the order is that of their coming.
+            self._mark(self._placed(item, priority, *came), UNKNOWN if work is None else work)
+        else:
+            self._newcomers[item] = came
 
-    def newcomers(self, at_most: int) -> list[Place[T]]:
-        """Give places to newcomers, to be appraised; not under a lock, since it takes its time."""
-        found: list[Place[T]] = []
-        while len(found) < at_most:
-            first = _first(self._newcomers)
-            if first is None:
-                break
-            item, came = first
-            place = self._places[item] = Place(item, *came)
-            if self._newcomers.pop(item, None) is None:  # it was discarded just now
-                self.discard(item)
-            else:
-                found.append(place)
-        return found
+    def newcomer(self, *, from_behind: bool = False) -> Place[T] | None:
+        """
+        Give a place to the first newcomer, or the last, to be appraised; None if there is none.
+
+        Not under a lock, since to appraise it takes its time.
+        """
+        while (found := _first(self._newcomers, from_behind=from_behind)) is not None:
+            item, came = found
+            place = self._placed(item, 0, *came)
+            if self._newcomers.pop(item, None) is not None:
+                return place
+            self.discard(item)  # it was discarded just now
+        return None
+
+    def _placed(self, item: T, priority: int, overtaken: float, number: int) -> Place[T]:
+        place = self._places[item] = Place(item, priority, overtaken, number)
+        if len(self._oldest) > 2 * len(self._places) + 64:  # most of them have left
+            self._oldest = [entry for entry in self._oldest if not entry[1].left]
+            heapify(self._oldest)
+        heappush(self._oldest, (number, place))
+        return place
 
     def sort_in(self, place: Place[T], work: float, kind: Hashable = None) -> None:
         """
@@ -237,16 +247,11 @@ class Line(Generic[T]):
             return None if large or self.is_undecided else self.take(only_small=only_small)
         if not unseen:
             return None
-        newcomers = self._newcomers
         try:
-            item, came = newcomers.popitem(last=False)
+            item, _ = self._newcomers.popitem(last=False)
         except KeyError:  # there is none
             return None
-        if came[2] > self._ranked:  # not one that has a priority, or has one behind it
-            return Turn(item, small=False, overtook=False)
-        newcomers[item] = came
-        newcomers.move_to_end(item, last=False)
-        return None
+        return Turn(item, small=False, overtook=False)
 
     def discard(self, item: T) -> None:
         """Let `item` go, wherever it stands; what is not here stays not here."""
@@ -267,6 +272,7 @@ class Line(Generic[T]):
             place.leave()
         self._places.clear()
         self._newcomers.clear()
+        self._oldest.clear()
         self._heaps.clear()
         self._sorted_in = 0
 
@@ -281,10 +287,12 @@ class Line(Generic[T]):
         self._sorted_in += 1
 
     def _is_overtaking(self, place: Place[T]) -> bool:
-        newcomer, other = _first(self._newcomers), _first(self._places)
-        return (newcomer is not None and newcomer[1][2] < place.number) or (
-            other is not None and other[1].number < place.number
-        )
+        newcomer = _first(self._newcomers)
+        if newcomer is not None and newcomer[1][1] < place.number:
+            return True
+        while self._oldest and self._oldest[0][1].left:
+            heappop(self._oldest)
+        return bool(self._oldest) and self._oldest[0][0] < place.number
 
     def _sweep(self) -> None:
         for heap in self._heaps.values():

@@ -13,6 +13,7 @@ from polars_async.executors.errand import Errand
 from polars_async.executors.parcels import Halt, buffer_of, error_of, pack
 from polars_async.executors.spawned import Worker, dismiss, executable
 from polars_async.gpu.simulation import current
+from polars_async.plans import look_at
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -226,8 +227,8 @@ def _told(exitcode: int | None) -> str:
 
 
 def _plan_of(query: Query[Any]) -> str | None:
-    """Give the plan of `query` in one short line, if it can be had."""
-    with suppress(Exception):
-        text = " ".join(query.frames[0].explain(optimized=False).split())
-        return text if len(text) <= _PLAN_CHARACTERS else f"{text[:_PLAN_CHARACTERS]}…"
-    return None
+    """Return what `query` does in one short line, if its plan tells."""
+    if not query.frames:
+        return None
+    text = look_at(query.frames[0]).summary
+    return text if len(text) <= _PLAN_CHARACTERS else f"{text[:_PLAN_CHARACTERS]}…"

@@ -139,9 +139,8 @@ def gpu_support(
     except Exception as error:  # noqa: BLE001  # it has raised more than ImportError
         _cudf.note_import_failure(error)
         return _unknown(_cudf.import_fault(found))
-    plan = _upstream.optimized_plan(lf, optimizations)
     try:
-        unsupported = _translation_error(module, plan, gpu)
+        unsupported = _translation_error(module, lf, optimizations, gpu)
     except (Exception, pl.exceptions.PanicException) as error:  # noqa: BLE001  # a private API
         return _unknown(_failure(error, found))
     return _judged(unsupported)
@@ -166,7 +165,7 @@ def unsupported_error(
         Of any kind, since this imports cudf-polars and uses what is private in it and in Polars.
     """
     module = importlib.import_module(_cudf.MODULE)
-    return _translation_error(module, _upstream.optimized_plan(lf, optimizations), engine)
+    return _translation_error(module, lf, optimizations, engine)
 
 
 def _gpu_engine(engine: object) -> pl.GPUEngine:
@@ -177,12 +176,18 @@ def _gpu_engine(engine: object) -> pl.GPUEngine:
     raise ValueError(f"engine must be 'gpu' or a polars.GPUEngine object, got {engine!r}")
 
 
-def _translation_error(module: Any, plan: object, engine: pl.GPUEngine) -> Exception | None:
-    if plan is None:
+def _translation_error(
+    module: Any, lf: pl.LazyFrame, optimizations: pl.QueryOptFlags, engine: pl.GPUEngine
+) -> Exception | None:
+    def translate(plan: object) -> tuple[object]:
+        translator = module.Translator(plan, _without_a_device(engine))
+        translator.translate_ir()
+        return (translator.unsupported_operations_error(),)
+
+    told = _upstream.ask_optimized_plan(lf, optimizations, translate)
+    if told is None:
         raise NotImplementedError("Polars hands out its plans no more")
-    translator = module.Translator(plan, _without_a_device(engine))
-    translator.translate_ir()
-    error = translator.unsupported_operations_error()
+    (error,) = told
     if error is None or isinstance(error, Exception):
         return error
     raise TypeError(f"unsupported_operations_error() gave {type(error).__name__}")
