@@ -31,7 +31,6 @@ def newcomers(line, at_most=TOGETHER):
     return found
 
 
-
 # ---- A lane without threads or clock
 
 

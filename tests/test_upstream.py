@@ -7,6 +7,7 @@ import io
 import json
 import os
 import pickle
+import re
 import subprocess
 import sys
 import traceback
@@ -16,7 +17,6 @@ from pathlib import Path
 
 import polars as pl
 import pytest
-from polars.io.plugins import register_io_source
 from polars.lazyframe import engine, engine_config, in_process
 
 import polars_async as pa
@@ -48,15 +48,17 @@ def test_every_name_is_polars_own_or_tested_here():
         "InProcessQuery",
         "PACKAGE_FOLDER",
         "POOL_THREAD",
-        "PlanSources",
+        "PlanEnd",
         "affinity_override",
+        "ask_optimized_plan",
         "gpu_callback",
         "is_eager",
         "map_ipc",
+        "memory_held",
         "optimization_flags",
         "optimizations_of",
-        "optimized_plan",
-        "plan_sources",
+        "plan_text",
+        "resolved_uncalled",
     }
 
 
@@ -67,43 +69,64 @@ def parquet(tmp_path):
     return path
 
 
-def looked_at(lf):
-    lf.explain(optimized=False)  # first, as plan_sources asks
-    return _upstream.plan_sources(lf)
+def test_text_of_a_plan_has_the_keys_that_are_looked_for(parquet):
+    frame = pl.DataFrame({"a": range(10)}).lazy()
+    text, end = _upstream.plan_text(frame.filter(pl.col("a") > 1).select("a"), 10_000)
+    assert end is _upstream.PlanEnd.WHOLE
+    select = json.loads(text)["Select"]
+    assert select["expr"] == [{"Column": "a"}]
+    assert set(select["input"]["Filter"]["input"]["DataFrameScan"]) == {"df", "schema"}
+    assert text.index(b'"df":[') < text.index(b'"schema":{')
+    text, _ = _upstream.plan_text(pl.scan_parquet(parquet), 10_000)
+    assert f'"sources":{{"Paths":[{{"inner":"{parquet}"}}]'.encode() in text
+    frame.collect_schema()
+    text, _ = _upstream.plan_text(frame, 10_000)
+    assert text.startswith(b'{"IR":{"dsl":{"DataFrameScan":{"df":[')
+    assert re.search(rb',"version":\d+\}\}$', text)
 
 
-def test_plan_tells_the_frames_and_files_that_it_reads(parquet):
+def test_text_of_a_plan_ends_at_the_limit_and_before_what_cannot_be_sent():
+    large = pl.select(a=pl.int_range(0, 100_000)).lazy().sort("a")
+    text, end = _upstream.plan_text(large, 20_000)
+    assert end is _upstream.PlanEnd.LIMIT
+    assert text.startswith(b'{"Sort":{"input":{"DataFrameScan":{"df":[')
+    assert 20_000 < len(text) < 50_000
+    text, end = _upstream.plan_text(QUERY.sink_csv(io.BytesIO(), lazy=True), 20_000)
+    assert (end, text[:9]) == (_upstream.PlanEnd.UNSENDABLE, b'{"Sink":{')
+
+
+def test_text_of_a_plan_ends_before_a_python_object_which_is_not_pickled(monkeypatch):
+    def pickled(*_):
+        raise AssertionError("it was pickled")
+
+    monkeypatch.setattr(pickle, "dumps", pickled)
+    text, end = _upstream.plan_text(QUERY.map_batches(pickled), 10_000)
+    assert end is _upstream.PlanEnd.PYTHON
+    assert text.endswith(b'"OpaquePython":{"function":')
+
+
+def test_branch_is_resolved_without_a_call_to_python():
     frame = pl.DataFrame({"a": range(1000)})
-    plan = frame.lazy().filter(pl.col("a") > 1).group_by("a").len()
-    assert looked_at(plan) == (frame.estimated_size(), [], True)
-    assert looked_at(pl.scan_parquet(parquet).sum()) == (0, [str(parquet)], True)
-    joined = plan.join(pl.scan_parquet(parquet), on="a").sort("a").unique()
-    assert looked_at(joined) == (frame.estimated_size(), [str(parquet)], True)
-    sink = plan.sink_parquet(parquet, lazy=True)
-    assert looked_at(sink)[0] == frame.estimated_size()
+    text, size = _upstream.resolved_uncalled(frame.lazy().filter(pl.col("a") > 1).sum())
+    assert size == frame.estimated_size()
+    assert "FILTER" in text
+    calls = []
+
+    def note(values):
+        calls.append(1)
+        return values
+
+    for untyped in (pl.col("a").map_batches(note), pl.col("a").name.map(note)):
+        assert _upstream.resolved_uncalled(frame.lazy().select(untyped)) is None
+    assert calls == []
+    typed = pl.col("a").map_elements(note, return_dtype=pl.Int64)
+    assert "python_udf()" in _upstream.resolved_uncalled(frame.lazy().select(typed))[0]
 
 
-def test_plan_says_where_it_keeps_its_sources_to_itself():
-    source = register_io_source(lambda *_: iter(()), schema={"a": pl.Int64})
-    for plan in (source, QUERY.map_batches(lambda df: df)):
-        assert not looked_at(plan).complete
-
-
-def test_plan_of_a_polars_that_shows_none_is_unknown(monkeypatch):
-    class Closed:
-        def visit(self):
-            raise AttributeError
-
-    plan = QUERY.sum()
-    monkeypatch.setattr(plan, "_ldf", Closed())
-    assert _upstream.plan_sources(plan) == (0, [], False)
-
-
-def test_plan_is_walked_without_opening_a_file_again(parquet):
-    plan = pl.scan_parquet(parquet).sum()
-    plan.explain(optimized=False)
-    parquet.unlink()
-    assert _upstream.plan_sources(plan) == (0, [str(parquet)], True)
+def test_memory_that_polars_holds_is_known():
+    before = _upstream.memory_held()
+    frame = pl.select(a=pl.int_range(0, 10_000_000).cast(pl.Float64))
+    assert _upstream.memory_held() - before > frame.estimated_size() / 2
 
 
 def test_optimized_plan_is_what_polars_hands_to_cudf_polars(monkeypatch):
@@ -115,7 +138,8 @@ def test_optimized_plan_is_what_polars_hands_to_cudf_polars(monkeypatch):
     optimizations = [pl.QueryOptFlags(), pl.QueryOptFlags.none()]
     for flags in optimizations:
         query.collect(engine="gpu", optimizations=flags)
-    assert [nodes(_upstream.optimized_plan(query, flags)) for flags in optimizations] == handed
+    shown = [_upstream.ask_optimized_plan(query, flags, nodes) for flags in optimizations]
+    assert shown == handed
     assert handed[0] != handed[1]
 
 
@@ -128,16 +152,30 @@ def nodes(plan):
     return kinds
 
 
-def test_optimized_plan_raises_what_is_wrong_with_the_query():
+def test_query_whose_plan_is_asked_for_does_not_run():
+    def run(_):
+        raise AssertionError("it runs")
+
+    query = QUERY.map_batches(run, schema={"a": pl.Int64})
+    assert _upstream.ask_optimized_plan(query, pl.QueryOptFlags(), lambda _: "asked") == "asked"
+
+
+def test_optimized_plan_raises_what_is_wrong_with_the_query_or_the_question():
     with pytest.raises(pl.exceptions.ColumnNotFoundError, match='"b"'):
-        _upstream.optimized_plan(QUERY.select("b"), pl.QueryOptFlags())
+        _upstream.ask_optimized_plan(QUERY.select("b"), pl.QueryOptFlags(), nodes)
+
+    def refuse(_):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        _upstream.ask_optimized_plan(QUERY, pl.QueryOptFlags(), refuse)
 
 
 @pytest.mark.parametrize("closed", ["_ldf", "_pyoptflags"])
 def test_optimized_plan_of_a_polars_that_hands_out_none_is_none(monkeypatch, closed):
     plan, flags = QUERY.sum(), pl.QueryOptFlags()
     monkeypatch.setattr(plan if closed == "_ldf" else flags, closed, object())
-    assert _upstream.optimized_plan(plan, flags) is None
+    assert _upstream.ask_optimized_plan(plan, flags, nodes) is None
 
 
 def test_callback_of_the_gpu_engine_is_what_polars_would_call(monkeypatch):

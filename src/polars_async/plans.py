@@ -15,8 +15,8 @@ if TYPE_CHECKING:
 _LIMIT: Final = 1 << 18
 """Bytes of a plan's text that are looked at: a frame of more than some 80 kB ends it."""
 _FAR_LIMIT: Final = 1 << 23
-_PYTHON_OBJECT: Final = b"[80,76,80,89,70,78,"
-"""How Polars marks a Python object that it has pickled."""
+_PYTHON_NODE: Final = b'"PipeWithSchema":{'
+"""The node whose function comes after what it reads, and so may be unseen."""
 _FRAME: Final = b'"df":['
 _NUMBERS: Final = re.compile(rb"\[[\d,]{48,}")
 _NUMBER: Final = re.compile(rb"\d+")
@@ -80,7 +80,7 @@ def look_at(lf: pl.LazyFrame) -> Plan:
     frame_bytes = sum(numbers.count(b",") for numbers in _NUMBERS.findall(text))
     explained = ""
     is_whole = end is PlanEnd.WHOLE
-    runs_python: bool | None = end is PlanEnd.PYTHON or _PYTHON_OBJECT in text
+    runs_python: bool | None = end is PlanEnd.PYTHON or _PYTHON_NODE in text
     if end is PlanEnd.LIMIT and not runs_python:
         text = _without_last_frame(text)
         is_whole = _is_one_branch(text)
@@ -106,7 +106,7 @@ def finds_python(lf: pl.LazyFrame) -> bool | None:
     if found is None:
         return None
     text, end = found
-    if end is PlanEnd.PYTHON or _PYTHON_OBJECT in text:
+    if end is PlanEnd.PYTHON or _PYTHON_NODE in text:
         return True
     return None if end is PlanEnd.LIMIT else False
 

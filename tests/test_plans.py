@@ -1,0 +1,339 @@
+"""What a look at a plan tells, and that it neither calls, opens nor holds up anything."""
+
+from __future__ import annotations
+
+import io
+import os
+import subprocess
+import sys
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from threading import Thread
+
+import polars as pl
+import pytest
+from places import Notes
+from polars.io.plugins import register_io_source
+
+from polars_async import Collector, plans, query
+from polars_async.plans import NOTHING, look_at
+
+ONE = pl.LazyFrame({"a": [1], "b": ["x"]})
+LARGE_FRAME = pl.DataFrame({"a": range(60_000), "b": ["x"] * 60_000})
+LARGE = LARGE_FRAME.lazy()
+A = pl.col("a")
+INT = pl.Int64
+
+
+class Called:
+    """A function that notes whatever is done with it."""
+
+    def __init__(self, calls):
+        self.calls = calls
+
+    def __call__(self, *arguments, **_):
+        self.calls.append("called")
+        return arguments[0]
+
+    def __reduce__(self):
+        self.calls.append("pickled")
+        return int, ()
+
+    def __getstate__(self):
+        self.calls.append("pickled")
+        return {}
+
+    @property
+    def closure(self):
+        def closure(*arguments):
+            return self(*arguments)
+
+        return closure
+
+
+USES = {
+    "map_batches of frames": lambda lf, f: lf.map_batches(f),
+    "map_batches": lambda lf, f: lf.select(A.map_batches(f)),
+    "map_batches with a type": lambda lf, f: lf.select(A.map_batches(f, return_dtype=INT)),
+    "map_elements": lambda lf, f: lf.with_columns(A.map_elements(f)),
+    "map_elements with a type": lambda lf, f: lf.filter(A.map_elements(f, return_dtype=INT) > 0),
+    "two functions": lambda lf, f: lf.select(A.map_batches(f), c=A.map_batches(f)),
+    "in a group": lambda lf, f: lf.group_by("b").agg(A.map_batches(f)),
+    "map_groups": lambda lf, f: lf.group_by("b").map_groups(f, schema=None),
+    "polars.map_batches": lambda lf, f: lf.select(pl.map_batches(["a"], f)),
+    "rolling_map": lambda lf, f: lf.select(A.rolling_map(f, 2)),
+    "fold": lambda lf, f: lf.select(pl.fold(0, f, [A])),
+    "reduce": lambda lf, f: lf.select(pl.reduce(f, [A])),
+    "names": lambda lf, f: lf.select(A.name.map(f)),
+    "rename": lambda lf, f: lf.rename(f),
+    "pipe_with_schema": lambda lf, f: lf.pipe_with_schema(f),
+    "after a sort": lambda lf, f: lf.sort("a").head(5).unique().select(A.map_batches(f)),
+}
+
+
+@pytest.mark.parametrize("as_closure", [False, True], ids=["object", "closure"])
+@pytest.mark.parametrize("frame", [ONE, LARGE], ids=["small", "large"])
+@pytest.mark.parametrize("use", USES.values(), ids=USES)
+def test_python_function_is_seen_but_neither_called_nor_pickled(use, frame, as_closure):
+    calls = []
+    function = Called(calls)
+    plan = use(frame, function.closure if as_closure else function)
+    found = look_at(plan)
+    assert calls == []
+    assert found.runs_python
+    assert not found.is_whole
+    assert found.is_sendable
+
+
+SOURCES = {
+    "source": lambda f: register_io_source(f, schema={"a": INT}),
+    "schema of a source": lambda f: register_io_source(f, schema=f),
+    "credentials": lambda f: pl.scan_parquet("s3://none/a.parquet", credential_provider=f),
+    "callback of a sink": lambda f: ONE.sink_batches(f, lazy=True),
+}
+
+
+@pytest.mark.parametrize("make", SOURCES.values(), ids=SOURCES)
+def test_functions_of_sources_and_sinks_are_seen_but_neither_called_nor_pickled(make):
+    calls = []
+    plan = make(Called(calls).closure)
+    assert look_at(plan).runs_python
+    assert calls == []
+
+
+@pytest.mark.parametrize("frame", [ONE, LARGE], ids=["small", "large"])
+def test_plan_without_python_is_known_to_be_without(frame):
+    plan = frame.filter(A > 1).group_by("b").agg(A.sum()).sort("a").head(3)
+    found = look_at(plan)
+    assert (found.runs_python, found.is_whole, found.is_sendable) == (False, True, True)
+    assert found.summary == "Slice of Sort of GroupBy of Filter of DataFrameScan"
+
+
+def test_profiler_of_the_thread_is_put_back():
+    def profiler(*_): ...
+
+    before = sys.getprofile()
+    sys.setprofile(profiler)
+    try:
+        look_at(LARGE.select(A.map_batches(profiler)))
+        assert sys.getprofile() is profiler
+    finally:
+        sys.setprofile(before)
+
+
+def test_size_of_a_large_frame_is_known():
+    size = LARGE_FRAME.estimated_size()
+    assert look_at(LARGE.filter(A > 1).sort("b")).frame_bytes == size
+    assert look_at(ONE).frame_bytes < 1000
+
+
+def test_what_comes_after_a_large_frame_in_a_join_is_not_known():
+    for plan in (LARGE.join(ONE, on="a"), ONE.join(LARGE, on="a"), pl.concat([LARGE, ONE])):
+        found = look_at(plan)
+        assert found.runs_python is None
+        assert not found.is_whole
+        assert plans.finds_python(plan) is False
+        assert plans.finds_python(plan.select(A.map_batches(lambda s: s))) is True
+
+
+def test_nobody_looks_further_than_some_megabytes():
+    frames = [pl.select(a=pl.int_range(0, 2_000_000) * 7919).lazy() for _ in range(2)]
+    assert plans.finds_python(frames[0].join(frames[1], on="a")) is None
+
+
+def test_scans_are_told_by_their_paths_and_not_opened(tmp_path):
+    fifo = tmp_path / 'a "pipe".csv'  # to open it would wait for a writer
+    os.mkfifo(fifo)
+    missing = [str(tmp_path / "1.parquet"), str(tmp_path / "é.parquet")]
+    plan = pl.scan_csv(fifo).join(pl.scan_parquet(missing), on="a")
+    found = look_at(plan)
+    assert found.paths == [str(fifo), *missing]
+    assert found.is_whole
+    assert found.summary.startswith("Join of Scan of Scan ")
+
+
+def test_remote_files_are_not_asked_for():
+    requests = []
+
+    class Server(BaseHTTPRequestHandler):
+        def do_HEAD(self):
+            requests.append(self.path)
+            self.send_error(404)
+
+        do_GET = do_HEAD  # noqa: N815
+
+        def log_message(self, *_): ...
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Server) as server:
+        Thread(target=server.serve_forever, daemon=True).start()
+        address = f"http://127.0.0.1:{server.server_port}/a.parquet"
+        plan = pl.scan_parquet(address).select("a")
+        assert look_at(plan).paths == [address]
+        assert requests == []
+        with pytest.raises(Exception, match="404"):
+            plan.collect()
+        assert requests
+        server.shutdown()
+
+
+def test_what_no_other_process_could_have_is_seen(tmp_path):
+    path = tmp_path / "a.csv"
+    path.write_text("a\n1\n")
+    with path.open("rb") as file:
+        plans_here = [
+            ONE.sink_csv(io.BytesIO(), lazy=True),
+            pl.scan_csv(file, schema={"a": INT}),
+            pl.LazyFrame({"a": [object()]}),
+        ]
+        assert not any(look_at(plan).is_sendable for plan in plans_here)
+    assert look_at(pl.scan_csv(io.BytesIO(b"a\n1\n"))).is_sendable
+
+
+def test_long_plan_is_looked_at_no_further_than_its_beginning(monkeypatch):
+    plan = ONE
+    for number in range(3000):
+        plan = plan.with_columns((A + number).alias("a"))
+
+    def resolve(_):
+        raise AssertionError("it would hold the GIL")
+
+    monkeypatch.setattr(plans, "resolved_uncalled", resolve)
+    found = look_at(plan)
+    assert not found.is_whole
+    assert found.runs_python is None
+
+
+def test_plan_that_was_asked_for_its_schema_looks_the_same():
+    def make():
+        return pl.LazyFrame({"a": [1]}).filter(A > 0).sort("a")
+
+    asked, large = make(), LARGE.clone()
+    asked.collect_schema()
+    large.collect_schema()
+    assert look_at(asked.head(2)) == look_at(make().head(2))
+    assert look_at(large.head(2)).is_whole
+
+
+def test_polars_that_shows_no_plan_leaves_all_unknown(monkeypatch):
+    plan = ONE.clone()
+    monkeypatch.setattr(plan, "_ldf", object())
+    assert look_at(plan) is NOTHING
+    assert plans.finds_python(plan) is None
+
+
+class Counted:
+    """A function that any process may call, and how often that was."""
+
+    def __init__(self):
+        self.calls = Notes()
+
+    def __call__(self, values):
+        self.calls.append(1)
+        return values
+
+
+TYPED_BY_A_CALL = {
+    "map_batches": lambda f: ONE.select(A.map_batches(f)),
+    "map_elements": lambda f: ONE.select(A.map_elements(f)),
+    "pipe_with_schema": lambda f: ONE.pipe_with_schema(lambda lf, _: f(lf)),
+    "names": lambda f: ONE.select(A.name.map(f)),
+    "schema of a source": lambda f: register_io_source(
+        lambda *_: iter([pl.DataFrame({"a": [1]})]), schema=lambda: f(pl.Schema({"a": INT}))
+    ),
+}
+
+
+@pytest.mark.filterwarnings("ignore::polars.exceptions.MapWithoutReturnDtypeWarning")
+@pytest.mark.filterwarnings("ignore::polars.exceptions.PolarsInefficientMapWarning")
+@pytest.mark.everywhere
+@pytest.mark.parametrize("make", TYPED_BY_A_CALL.values(), ids=TYPED_BY_A_CALL)
+def test_functions_are_called_no_more_often_than_by_polars(
+    collector, blocked, monkeypatch, make, executor
+):
+    monkeypatch.setattr(query, "_WORTH_APPRAISING", 0.0)
+    alone, ours = Counted(), Counted()
+    plan = make(alone)
+    if executor != "threads":  # where Polars has forgotten what it knows of a function
+        plan = pl.LazyFrame.deserialize(io.BytesIO(plan.serialize()))
+    plan.collect(engine="in-memory")
+    collector.collect_async(blocked.lf)
+    assert blocked.started.wait()
+    waiting = collector.collect_async(make(ours))  # it is looked at before it runs, and after
+    blocked.gate.set()
+    waiting.result(30)
+    collector.close()
+    assert len(ours.calls) == len(alone.calls)
+
+
+@pytest.mark.filterwarnings("ignore::polars.exceptions.MapWithoutReturnDtypeWarning")
+@pytest.mark.filterwarnings("ignore::polars.exceptions.PolarsInefficientMapWarning")
+@pytest.mark.parametrize("make", TYPED_BY_A_CALL.values(), ids=TYPED_BY_A_CALL)
+def test_functions_are_called_no_more_often_with_auto_either(make):
+    alone, ours = Counted(), Counted()
+    plan = pl.LazyFrame.deserialize(io.BytesIO(make(alone).serialize()))
+    plan.collect(engine="in-memory")
+    with Collector(executor="auto") as collector:
+        collector.collect_async(make(ours)).result(30)
+    assert len(ours.calls) == len(alone.calls)
+
+
+TABLES = """
+import sys
+import polars as pl
+import polars_async as pa
+from pyiceberg.catalog.sql import SqlCatalog
+
+def tables(folder):
+    frame = pl.DataFrame({"a": [1, 2, 3]})
+    frame.write_delta(f"{folder}/delta")
+    catalog = SqlCatalog("local", uri=f"sqlite:///{folder}/catalog.db", warehouse=folder)
+    catalog.create_namespace("shop")
+    table = catalog.create_table("shop.sales", schema=frame.to_arrow().schema)
+    table.append(frame.to_arrow())
+    return pl.scan_delta(f"{folder}/delta"), pl.scan_iceberg(table)
+
+def executor_of(place):
+    if place != "dask":
+        return place
+    from distributed import Client
+    return pa.dask_executor(Client(n_workers=1, threads_per_worker=1, dashboard_address=":0"))
+
+if __name__ == "__main__":
+    folder, place = sys.argv[1:]
+    for table in tables(folder):
+        with pa.Collector(executor=executor_of(place), max_running=1) as collector:
+            waiting = [collector.collect_async(table.sum(), priority=n % 2) for n in range(4)]
+            print(*[handle.result(40).item() for handle in waiting])
+"""
+
+
+@pytest.mark.parametrize("place", ["threads", "processes", "auto", "dask"])
+def test_tables_of_delta_and_iceberg_freeze_nothing(tmp_path, place):
+    program = tmp_path / "program.py"  # a frozen process could not even fail
+    program.write_text(TABLES)
+    command = [sys.executable, "-W", "ignore", str(program), str(tmp_path), place]
+    environment = os.environ | {"POLARS_ICEBERG_PLANNER": "pyiceberg"}
+    done = subprocess.run(
+        command, env=environment, stdout=subprocess.PIPE, text=True, timeout=50, check=True
+    )
+    assert done.stdout.split() == ["6"] * 8
+
+
+GPU = """
+import logging, sys
+import polars as pl
+import polars_async as pa
+from polars_async.testing import simulate_gpu
+
+pl.DataFrame({"a": [1, 2, 3]}).write_delta(sys.argv[1])
+table = pl.scan_delta(sys.argv[1]).sum()
+with simulate_gpu(fail="unsupported"), pa.Collector(engine="gpu", gpu="offload") as collector:
+    logging.getLogger("polars_async").setLevel(logging.ERROR)
+    handle = collector.collect_async(table)
+    print(handle.result(40).item(), handle.resolution.reason)
+    print(pa.gpu_support(table).answer)
+"""
+
+
+def test_table_of_delta_freezes_nothing_that_asks_for_the_gpu(run_script, tmp_path):
+    answers = run_script(GPU, str(tmp_path / "table"))
+    assert answers[:2] == ["6", "unsupported-query"]
