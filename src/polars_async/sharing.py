@@ -80,7 +80,9 @@ class _Source:
         if predicate is not None:
             frame = frame.filter(predicate)
         if with_columns is not None:
-            frame = frame.select(with_columns)
+            # A frame without columns has no rows, unless it is told how many.
+            rows = frame.height
+            frame = frame.select(with_columns) if with_columns else pl.DataFrame(height=rows)
         yield frame
 
     def __reduce__(self) -> tuple[object, ...]:
