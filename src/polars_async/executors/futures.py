@@ -15,15 +15,8 @@ from polars_async import _fork
 from polars_async._native import SimpleQueue
 from polars_async.errors import ForkedProcessError, PolarsAsyncError, WorkerDiedError
 from polars_async.executors.mains import defined, definition, looked_up
-from polars_async.executors.parcels import (
-    Parcel,
-    buffer_of,
-    error_of,
-    outcome_of,
-    pack,
-    packed_error,
-    unpack,
-)
+from polars_async.executors.outcomes import error_of, outcome_of, packed_error
+from polars_async.executors.parcels import Parcel, buffer_of, pack, unpack
 
 if TYPE_CHECKING:
     from collections.abc import Callable

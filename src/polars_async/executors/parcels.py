@@ -1,14 +1,11 @@
-"""What goes from one process to another: queries, frames and errors, as bytes and as files."""
+"""What goes from one process to another: queries and frames, as bytes and as files."""
 
 from __future__ import annotations
 
-import builtins
 import io
 import os
 import pickle
 from contextlib import suppress
-from importlib import import_module
-from traceback import TracebackException
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 import polars as pl
@@ -16,7 +13,6 @@ import polars as pl
 from polars_async._native import RLock
 from polars_async._upstream import map_ipc, optimization_flags, optimizations_of
 from polars_async.errors import PolarsAsyncError
-from polars_async.gpu.failure import GpuFailure
 from polars_async.streams import Buffer
 
 if TYPE_CHECKING:
@@ -84,13 +80,6 @@ class Halt:
         """Leave the files alone: others may be opened in their places."""
         with self._lock:
             self._files.clear()
-
-
-class WorkerTraceback(Exception):  # noqa: N818  # no error of its own
-    """The traceback of an error in another process, as a text: the ``__cause__`` of that error."""
-
-    def __str__(self) -> str:
-        return f"\n{self.args[0]}"
 
 
 class _Packer(pickle.Pickler):
@@ -213,100 +202,11 @@ def buffer_of(work: Callable[[], object]) -> Buffer | None:
     return next((each for each in arguments if isinstance(each, Buffer)), None)
 
 
-def outcome_of(
-    work: Callable[[], object], *, noted: Callable[[BaseException], object] | None = None
-) -> tuple[str, object]:
-    """
-    Run `work`; gives the kind of the outcome, and what `error_of` makes of that.
-
-    `noted` may add to the error what is known here alone.
-    """
-    try:
-        return "value", work()
-    except GpuFailure as failure:
-        errors = packed_error(failure.cause), packed_error(failure.raised)
-        return "gpu failure", (failure.reason, errors, failure.found, failure.share)
-    except BaseException as error:  # noqa: BLE001  # a panic and SystemExit are outcomes too
-        if noted is not None:
-            noted(error)
-        return "error", packed_error(error)
-
-
-def error_of(kind: str, found: Any) -> BaseException | None:
-    """Give the error that an outcome holds; None where `found` is the result."""
-    if kind == "value":
-        return None
-    if kind == "error":
-        return unpacked_error(found)
-    reason, errors, results, share = found
-    cause, raised = map(unpacked_error, errors)
-    failure = GpuFailure(reason, cause, raised)  # type: ignore[arg-type]  # which both were
-    failure.found, failure.share = results, share
-    return failure
-
-
-def packed_error(error: BaseException) -> tuple[bytes, str]:
-    """Pack an error of a query, whatever it is, and its traceback as a text."""
-    # Without the frame that called the work.
-    traceback = error.__traceback__ and error.__traceback__.tb_next
-    text = "".join(TracebackException(type(error), error, traceback).format())
-    for candidate in (error, _plain(error)):
-        for dump in (_dump, _dump_by_value):
-            with suppress(BaseException):  # whatever the error's own methods raise
-                data = dump(candidate)
-                if type(_load(data)) is type(candidate):  # some go in, and do not come out
-                    return data, text
-    return _dump(PolarsAsyncError(f"{type(error).__name__} in a worker")), text
-
-
-def unpacked_error(packed: tuple[bytes, str]) -> BaseException:
-    """Give the error, with its traceback as its cause."""
-    data, text = packed
-    try:
-        error = _load(data)
-    except Exception as refused:  # noqa: BLE001  # as where its class is to be had there alone
-        error = PolarsAsyncError(
-            "the query failed in its worker process, as told by the traceback above, with an error "
-            f"that cannot be unpickled here ({type(refused).__name__}: {refused})"
-        )
-    with suppress(Exception):  # an error may be frozen
-        error.__cause__ = WorkerTraceback(text)
-    return error
-
-
 def _stop_growth(file: int) -> None:
     import fcntl  # noqa: PLC0415  # not to be had on every system
 
     with suppress(OSError):
         fcntl.fcntl(file, fcntl.F_ADD_SEALS, fcntl.F_SEAL_GROW)
-
-
-def _dump(error: BaseException) -> bytes:
-    return pack(error, in_files=False).data
-
-
-def _dump_by_value(error: BaseException) -> bytes:
-    # Optional: without it this is one way less.
-    cloudpickle: Any = import_module("cloudpickle")
-    data: bytes = cloudpickle.dumps(error)
-    return data
-
-
-def _load(data: bytes) -> BaseException:
-    error: BaseException = unpack(Parcel(data, []))
-    return error
-
-
-def _plain(error: BaseException) -> BaseException:
-    """Give an error of the nearest class that everybody knows, with the name of the other."""
-    for kind in type(error).__mro__:
-        if (
-            getattr(builtins, kind.__name__, None) is kind
-            or kind.__module__ == pl.exceptions.__name__
-        ):
-            with suppress(BaseException):
-                return kind(f"{type(error).__name__}: {error}")  # type: ignore[no-any-return]
-    return PolarsAsyncError(type(error).__name__)
 
 
 def _unsendable(error: Exception) -> PolarsAsyncError:

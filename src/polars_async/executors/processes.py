@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any, Final, TypeVar
 from polars_async._native import RLock
 from polars_async.errors import WorkerDiedError, signal_of
 from polars_async.executors.errand import Errand
-from polars_async.executors.parcels import Halt, buffer_of, error_of, pack
+from polars_async.executors.outcomes import error_of
+from polars_async.executors.parcels import Halt, buffer_of, pack
 from polars_async.executors.spawned import Worker, dismiss, executable
 from polars_async.gpu.simulation import current
 

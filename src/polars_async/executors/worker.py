@@ -20,7 +20,8 @@ import polars as pl
 from polars_async._nesting import enter_worker
 from polars_async.executors.channel import Channel
 from polars_async.executors.mains import defined, looked_up
-from polars_async.executors.parcels import outcome_of, pack, packed_error, unpack
+from polars_async.executors.outcomes import outcome_of, packed_error
+from polars_async.executors.parcels import pack, unpack
 from polars_async.gpu.offload import context_is_poisoned
 
 if TYPE_CHECKING:
