@@ -6,13 +6,20 @@ import io
 import os
 import pickle
 from contextlib import suppress
+from tempfile import NamedTemporaryFile
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 import polars as pl
 
 from polars_async._native import RLock
-from polars_async._upstream import map_ipc, optimization_flags, optimizations_of
+from polars_async._upstream import (
+    hands_over_here,
+    map_ipc,
+    optimization_flags,
+    optimizations_of,
+)
 from polars_async.errors import PolarsAsyncError
+from polars_async.executors.staying import StaysHereError
 from polars_async.streams import Buffer
 
 if TYPE_CHECKING:
@@ -109,12 +116,9 @@ class _Packer(pickle.Pickler):
         return None
 
     def _plan(self, lf: pl.LazyFrame) -> bytes | int:
-        try:
-            if self._files is None or len(self._files) >= _MOST_FILES:
-                return lf.serialize()
-            lf.serialize(path_of(self._new_file()))
-        except pl.exceptions.ComputeError as error:
-            raise _unsendable(error) from error
+        if self._files is None or len(self._files) >= _MOST_FILES:
+            return _plan_in_bytes(lf)
+        _write_plan(lf, path_of(self._new_file()))
         return len(self._files) - 1
 
     def _frame(self, frame: pl.DataFrame) -> bytes | tuple[int, dict[str, pl.DataType]]:
@@ -173,6 +177,8 @@ def pack(item: object, *, in_files: bool, halt: Halt | None = None) -> Parcel:
     ------
     PolarsAsyncError
         A query cannot be sent, as the message explains.
+    StaysHereError
+        A query has to run in this process.
     """
     parcel_files: list[int] = []
     target = io.BytesIO()
@@ -200,6 +206,33 @@ def buffer_of(work: Callable[[], object]) -> Buffer | None:
     """Give the buffer of a stream, which stays behind; None if it is no stream."""
     arguments = getattr(work, "args", ())
     return next((each for each in arguments if isinstance(each, Buffer)), None)
+
+
+def _write_plan(lf: pl.LazyFrame, path: str) -> None:
+    """Write a plan to a file, whence another process may read it."""
+    refused: pl.exceptions.ComputeError | None = None
+    try:
+        lf.serialize(path)
+    except pl.exceptions.ComputeError as error:
+        refused = error
+    with open(path, "rb") as plan:  # noqa: PTH123  # of this process
+        if hands_over_here(plan):
+            raise StaysHereError
+    if refused is not None:
+        raise _unsendable(refused) from refused
+
+
+def _plan_in_bytes(lf: pl.LazyFrame) -> bytes:
+    try:
+        plan = lf.serialize()
+    except pl.exceptions.ComputeError:
+        # What Polars had written by then, which tells why, is found in a file alone.
+        with NamedTemporaryFile() as file:
+            _write_plan(lf, file.name)
+            return file.read()
+    if hands_over_here(io.BytesIO(plan)):
+        raise StaysHereError
+    return plan
 
 
 def _stop_growth(file: int) -> None:
