@@ -142,6 +142,14 @@ def test_config_of_polars_is_that_which_the_program_has_now(warm):
             assert told(warm, shown) == str(length == 100)
 
 
+def test_value_that_polars_refuses_costs_no_worker(collector, monkeypatch):
+    monkeypatch.setattr(sys, "warnoptions", ["error"])
+    collector.collect_async(ONE).result(30)
+    monkeypatch.setenv("POLARS_IDEAL_MORSEL_SIZE", "none")
+    assert told(collector, lambda: os.environ["POLARS_IDEAL_MORSEL_SIZE"]) == "none"
+    assert collector.stats()["workers_died"] == 0
+
+
 def test_environment_that_was_replaced_by_a_dictionary_is_followed(warm, monkeypatch):
     monkeypatch.setattr(os, "environ", {**os.environ, "OF_THE_TEST": "replaced"})
     assert told(warm, lambda: os.environ.get("OF_THE_TEST")) == "replaced"
