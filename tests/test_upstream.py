@@ -52,6 +52,7 @@ def test_every_name_is_polars_own_or_tested_here():
         "POOL_THREAD",
         "PlanSources",
         "affinity_override",
+        "extensions_of",
         "gpu_callback",
         "hands_over_here",
         "is_eager",
@@ -485,3 +486,18 @@ def test_such_a_sink_is_found_wherever_it_begins(tmp_path, monkeypatch, piece):
     monkeypatch.setattr(_upstream, "_PIECE", piece)
     data = packed(pl.LazyFrame({"a": [1]}).sink_batches(print, lazy=True), tmp_path / "plan")
     assert _upstream.hands_over_here(io.BytesIO(data))
+
+
+@pytest.mark.filterwarnings("ignore:.*unstable")
+def test_extension_types_of_a_plan_are_found():
+    names = {"short", "longer than that " * 6}
+    frame = pl.DataFrame({"a": [1, None]})
+    for name in names:
+        kind = pl.Extension(name, pl.Int64, "text")
+        frame = frame.with_columns(pl.Series(name, [1, 2]).ext.to(kind))
+    inner = frame.select(pl.struct(pl.all()).alias("s")).select(pl.concat_list("s").alias("l"))
+    assert _upstream.extensions_of(frame.lazy().serialize()) == names
+    assert _upstream.extensions_of(inner.lazy().serialize()) == names
+    to = pl.LazyFrame({"a": [1]}).select(pl.col("a").ext.to(pl.Extension("short", pl.Int64)))
+    assert _upstream.extensions_of(to.serialize()) == {"short"}
+    assert _upstream.extensions_of(pl.LazyFrame({"Extension": ["name"]}).serialize()) == set()

@@ -36,6 +36,7 @@ __all__ = [
     "InProcessQuery",
     "PlanSources",
     "affinity_override",
+    "extensions_of",
     "gpu_callback",
     "hands_over_here",
     "is_eager",
@@ -207,6 +208,25 @@ def hands_over_here(plan: IO[bytes]) -> bool:
             return _HANDS_OVER.search(piece[at:] + plan.read()) is not None
         before = piece[-len(_SINK) :]
     return False
+
+
+_EXTENSION: Final = b"\x81\xa9Extension\x83\xa4name"
+_SHORT_TEXT: Final = 0xA0
+_LONGER_TEXT: Final = 0xD9
+
+
+def extensions_of(plan: bytes | mmap.mmap) -> set[str]:
+    """Give the names of the extension types of frames and columns in a plan, as it is packed."""
+    names = set()
+    at = plan.find(_EXTENSION)
+    while at >= 0:
+        at += len(_EXTENSION)
+        size, text = plan[at] - _SHORT_TEXT, at + 1
+        if plan[at] == _LONGER_TEXT:
+            size, text = plan[text], text + 1
+        names.add(plan[text : text + size].decode())
+        at = plan.find(_EXTENSION, text)
+    return names
 
 
 class PlanSources(NamedTuple):

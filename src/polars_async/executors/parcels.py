@@ -6,24 +6,35 @@ import io
 import os
 import pickle
 from contextlib import suppress
+from mmap import PROT_READ, mmap
 from tempfile import NamedTemporaryFile
-from typing import TYPE_CHECKING, Any, Final, NamedTuple
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, TypeAlias
 
 import polars as pl
 
 from polars_async._native import RLock
 from polars_async._upstream import (
+    extensions_of,
     hands_over_here,
     map_ipc,
     optimization_flags,
     optimizations_of,
 )
 from polars_async.errors import PolarsAsyncError
+from polars_async.executors.extensions import (
+    LOSES_THEM,
+    extension_names,
+    extensions_known,
+    read_extended,
+)
 from polars_async.executors.staying import StaysHereError
 from polars_async.streams import Buffer
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
+
+_Known: TypeAlias = "tuple[dict[str, pl.DataType] | None, dict[int, bool], set[str]]"
+"""Of a frame: its schema if it is to be mapped, which columns are sorted, and extension types."""
 
 _INLINE: Final = 1 << 18
 """Bytes of a frame up to which it goes along with the rest: to map it would take longer."""
@@ -89,6 +100,24 @@ class Halt:
             self._files.clear()
 
 
+def sorted_columns(frame: pl.DataFrame) -> dict[int, bool]:
+    """Give the columns that are known to be sorted, and whether they descend: IPC forgets it."""
+    found = {}
+    for number, column in enumerate(frame.get_columns()):
+        flags = column.flags
+        if flags["SORTED_ASC"] or flags["SORTED_DESC"]:
+            found[number] = flags["SORTED_DESC"]
+    return found
+
+
+def mark_sorted(frame: pl.DataFrame, columns: Mapping[int, bool]) -> pl.DataFrame:
+    """Have it known of `frame`, which is changed, what `sorted_columns` has told."""
+    all_columns = frame.get_columns() if columns else []
+    for number, descending in columns.items():
+        frame.replace_column(number, all_columns[number].set_sorted(descending=descending))
+    return frame
+
+
 class _Packer(pickle.Pickler):
     """
     A pickler that leaves to Polars what is Polars'.
@@ -121,7 +150,8 @@ class _Packer(pickle.Pickler):
         _write_plan(lf, path_of(self._new_file()))
         return len(self._files) - 1
 
-    def _frame(self, frame: pl.DataFrame) -> bytes | tuple[int, dict[str, pl.DataType]]:
+    def _frame(self, frame: pl.DataFrame) -> tuple[bytes | int, _Known]:
+        extensions = extension_names(frame.dtypes)
         in_file = (
             self._files is not None
             and len(self._files) < _MOST_FILES
@@ -129,10 +159,11 @@ class _Packer(pickle.Pickler):
         )
         if in_file:
             frame.write_ipc(path_of(self._new_file()))
-            return len(self._files or ()) - 1, dict(frame.schema)
+            schema = dict(frame.schema)
+            return len(self._files or ()) - 1, (schema, sorted_columns(frame), extensions)
         stream = io.BytesIO()
         frame.write_ipc_stream(stream)
-        return stream.getvalue()
+        return stream.getvalue(), (None, sorted_columns(frame), extensions)
 
     def _new_file(self) -> int:
         assert self._files is not None
@@ -152,18 +183,36 @@ class _Unpacker(pickle.Unpickler):
     def persistent_load(self, pid: tuple[str, Any]) -> Any:
         kind, packed = pid
         if kind == "plan":
-            source = path_of(self._files[packed]) if isinstance(packed, int) else io.BytesIO(packed)
-            return pl.LazyFrame.deserialize(source)
+            return self._plan(packed)
         if kind == "frame":
-            if isinstance(packed, bytes):
-                return pl.read_ipc_stream(io.BytesIO(packed))
-            number, schema = packed
-            return map_ipc(path_of(self._files[number]), schema)
+            return self._frame(*packed)
         if kind == "optimizations":
             return optimizations_of(packed)
         if kind == "buffer":
             return self._buffer
         return pl.exceptions.PanicException
+
+    def _plan(self, packed: bytes | int) -> pl.LazyFrame:
+        source = path_of(self._files[packed]) if isinstance(packed, int) else io.BytesIO(packed)
+        if not LOSES_THEM:
+            return pl.LazyFrame.deserialize(source)
+        if isinstance(packed, bytes):
+            names = extensions_of(packed)
+        else:
+            with mmap(self._files[packed], 0, prot=PROT_READ) as plan:
+                names = extensions_of(plan)
+        with extensions_known(names):
+            return pl.LazyFrame.deserialize(source)
+
+    def _frame(self, packed: bytes | int, known: _Known) -> pl.DataFrame:
+        schema, in_order, extensions = known
+
+        def read() -> pl.DataFrame:
+            if isinstance(packed, bytes):
+                return pl.read_ipc_stream(io.BytesIO(packed))
+            return map_ipc(path_of(self._files[packed]), schema or {})
+
+        return mark_sorted(read_extended(read, extensions), in_order)
 
 
 def pack(item: object, *, in_files: bool, halt: Halt | None = None) -> Parcel:
