@@ -123,6 +123,16 @@ def test_error_arrives_as_it_was_raised(executor, make):
     assert fields(caught.value) == fields(raised)
 
 
+@pytest.mark.everywhere
+def test_error_of_a_class_that_has_no_module_is_caught_as_such(executor):
+    class LocalError(Exception):
+        def __init__(self, *, code):
+            super().__init__(code)
+
+    with pa.Collector(executor=executor) as collector, pytest.raises(LocalError, match="7"):
+        collector.collect_async(failing(lambda: LocalError(code=7))).result(30)
+
+
 def arrived(error):
     return unpacked_error(packed_error(error))
 

@@ -281,14 +281,14 @@ import polars as pl
 import polars_async as pa
 
 class Refused(ValueError):
-    def __init__(self, one, two):
+    def __init__(self, one, *, two):
         super().__init__(one, two)
 
 def elsewhere(frame):
     return frame.with_columns(pid=pl.lit(os.getpid()))
 
 def refuse(frame):
-    raise Refused("no", 3)
+    raise Refused("no", two=3)
 
 def main(frame):
     return frame * 5
