@@ -281,14 +281,14 @@ import polars as pl
 import polars_async as pa
 
 class Refused(ValueError):
-    def __init__(self, one, two):
+    def __init__(self, one, *, two):
         super().__init__(one, two)
 
 def elsewhere(frame):
     return frame.with_columns(pid=pl.lit(os.getpid()))
 
 def refuse(frame):
-    raise Refused("no", 3)
+    raise Refused("no", two=3)
 
 def main(frame):
     return frame * 5
@@ -337,34 +337,6 @@ def test_error_keeps_type_message_notes_and_traceback(collector):
     text = str(caught.value.__cause__)
     assert "in fail" in text
     assert "KeyError" in text
-
-
-def test_error_that_cannot_be_pickled_is_one_of_its_nearest_known_class(collector):
-    def fail(frame):  # noqa: ARG001
-        raise NotPicklableError("this", "that")
-
-    lf = pl.LazyFrame({"a": [1]}).map_batches(fail)
-    with pytest.raises(ValueError, match="NotPicklableError: this and that"):
-        collector.collect_async(lf).result(30)
-
-
-class RefusesError(ValueError):
-    def __str__(self):
-        raise KeyboardInterrupt
-
-    def __reduce__(self):
-        raise SystemExit(3)
-
-
-def test_error_that_refuses_all_is_no_death_of_its_worker(collector):
-    def fail(frame):  # noqa: ARG001
-        raise RefusesError
-
-    before = worker_of(collector)
-    with pytest.raises(pa.PolarsAsyncError, match="RefusesError") as caught:
-        collector.collect_async(pl.LazyFrame({"a": [1]}).map_batches(fail)).result(30)
-    assert not isinstance(caught.value, pa.WorkerDiedError)
-    assert worker_of(collector) == before
 
 
 def test_error_whose_class_only_the_worker_has_is_told_with_its_traceback(collector):

@@ -31,7 +31,7 @@ from polars_async import (
 )
 from polars_async import query as query_module
 from polars_async.executors import threads
-from polars_async.executors.parcels import WorkerTraceback
+from polars_async.executors.outcomes import WorkerTraceback
 from polars_async.streams import BATCHES_AHEAD, Batches, Buffer
 from polars_async.testing import simulate_gpu
 

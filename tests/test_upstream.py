@@ -10,8 +10,10 @@ import pickle
 import re
 import subprocess
 import sys
+import threading
 import traceback
 import types
+from contextlib import suppress
 from itertools import dropwhile
 from pathlib import Path
 
@@ -51,7 +53,9 @@ def test_every_name_is_polars_own_or_tested_here():
         "PlanEnd",
         "affinity_override",
         "ask_optimized_plan",
+        "extensions_of",
         "gpu_callback",
+        "hands_over_here",
         "is_eager",
         "map_ipc",
         "memory_held",
@@ -474,3 +478,64 @@ def test_ipc_file_is_read_without_pyarrow(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     assert _upstream._map_with_pyarrow(path) is None
     assert _upstream.map_ipc(path, dict(frame.schema)).equals(frame)
+
+
+def packed(lf, path):
+    """Give what Polars packs of a plan, up to where it gives up."""
+    with suppress(pl.exceptions.ComputeError):
+        lf.serialize(path)
+    return path.read_bytes()
+
+
+@pytest.mark.filterwarnings("ignore:.*unstable")
+def test_plan_of_a_sink_that_hands_over_to_this_process_is_told_from_others(tmp_path):
+    lf = pl.LazyFrame({"a": [1]})
+    lock = threading.Lock()
+
+    def parts(**options):
+        return pl.PartitionBy(tmp_path, key="a", **options)
+
+    for here, plan in (
+        (True, lf.sink_batches(print, lazy=True)),
+        (True, lf.sink_batches(lambda _: lock and None, lazy=True)),
+        (True, lf.sink_csv(io.BytesIO(), lazy=True)),
+        (True, lf.sink_ndjson(parts(file_path_provider=print), lazy=True)),
+        (True, lf.sink_ipc(tmp_path / "a", sinked_paths_callback=print, lazy=True)),
+        (False, lf.sink_csv(tmp_path / "a", lazy=True)),
+        (False, lf.sink_parquet(parts(), lazy=True)),
+        (False, lf.map_batches(print)),
+        (False, lf.map_batches(lambda _: lock)),
+        (False, lf.map_batches(lambda _: lock).sink_csv(tmp_path / "a", lazy=True)),
+    ):
+        data = packed(plan, tmp_path / "plan")
+        assert _upstream.hands_over_here(io.BytesIO(data)) is here, plan
+
+
+def test_no_data_and_no_text_in_a_plan_look_like_such_a_sink(tmp_path):
+    data = packed(pl.LazyFrame({"a": [1]}).sink_batches(print, lazy=True), tmp_path / "plan")
+    text = data.decode("latin-1")
+    lf = pl.LazyFrame({"data": [data], "text": [text], text: [1]})
+    plan = packed(lf.with_columns(pl.lit(data).alias("bytes"), pl.lit(text)), tmp_path / "plan")
+    assert not _upstream.hands_over_here(io.BytesIO(plan))
+
+
+@pytest.mark.parametrize("piece", [1, 7, 1000])
+def test_such_a_sink_is_found_wherever_it_begins(tmp_path, monkeypatch, piece):
+    monkeypatch.setattr(_upstream, "_PIECE", piece)
+    data = packed(pl.LazyFrame({"a": [1]}).sink_batches(print, lazy=True), tmp_path / "plan")
+    assert _upstream.hands_over_here(io.BytesIO(data))
+
+
+@pytest.mark.filterwarnings("ignore:.*unstable")
+def test_extension_types_of_a_plan_are_found():
+    names = {"short", "longer than that " * 6}
+    frame = pl.DataFrame({"a": [1, None]})
+    for name in names:
+        kind = pl.Extension(name, pl.Int64, "text")
+        frame = frame.with_columns(pl.Series(name, [1, 2]).ext.to(kind))
+    inner = frame.select(pl.struct(pl.all()).alias("s")).select(pl.concat_list("s").alias("l"))
+    assert _upstream.extensions_of(frame.lazy().serialize()) == names
+    assert _upstream.extensions_of(inner.lazy().serialize()) == names
+    to = pl.LazyFrame({"a": [1]}).select(pl.col("a").ext.to(pl.Extension("short", pl.Int64)))
+    assert _upstream.extensions_of(to.serialize()) == {"short"}
+    assert _upstream.extensions_of(pl.LazyFrame({"Extension": ["name"]}).serialize()) == set()

@@ -12,7 +12,7 @@ import re
 import sys
 from pathlib import Path
 from types import FunctionType
-from typing import TYPE_CHECKING, Any, Final, TypeVar
+from typing import IO, TYPE_CHECKING, Any, Final, TypeVar
 
 import polars as pl
 
@@ -40,7 +40,9 @@ __all__ = [
     "PlanEnd",
     "affinity_override",
     "ask_optimized_plan",
+    "extensions_of",
     "gpu_callback",
+    "hands_over_here",
     "is_eager",
     "map_ipc",
     "memory_held",
@@ -188,6 +190,50 @@ def gpu_callback(engine: pl.GPUEngine) -> Callable[..., object] | None:
         return ask(background=False, eager=False)
     except (AttributeError, TypeError):
         return None
+
+
+_SINK: Final = b"\x81\xa4Sink\x82\xa5input"
+_HANDS_OVER: Final = re.compile(
+    rb"\xa7payload\x81(\xa8Callback|\xa4File\x83\xa6target\Z)"  # Polars gives up at one in memory
+    rb"|\xb2file_path_provider\x81\xa8Function|\xb5sinked_paths_callback\x81\xa8Callback"
+)
+_PIECE: Final = 1 << 20
+
+
+def hands_over_here(plan: IO[bytes]) -> bool:
+    """
+    Tell whether a plan, as Polars has packed it, is one of a sink that needs this very process.
+
+    Such a sink calls a function for what it writes, or where it does; or it writes to an object. A
+    plan that Polars could not pack ends where it gave up. No text and no data in it look the same,
+    for what begins with these bytes is neither UTF-8 nor a sequence of small numbers.
+    """
+    before = b""
+    while piece := plan.read(_PIECE):  # bit by bit, so that other threads get the GIL
+        piece = before + piece
+        if (at := piece.find(_SINK)) >= 0:  # which is the last node
+            return _HANDS_OVER.search(piece[at:] + plan.read()) is not None
+        before = piece[-len(_SINK) :]
+    return False
+
+
+_EXTENSION: Final = b"\x81\xa9Extension\x83\xa4name"
+_SHORT_TEXT: Final = 0xA0
+_LONGER_TEXT: Final = 0xD9
+
+
+def extensions_of(plan: bytes | mmap.mmap) -> set[str]:
+    """Give the names of the extension types of frames and columns in a plan, as it is packed."""
+    names = set()
+    at = plan.find(_EXTENSION)
+    while at >= 0:
+        at += len(_EXTENSION)
+        size, text = plan[at] - _SHORT_TEXT, at + 1
+        if plan[at] == _LONGER_TEXT:
+            size, text = plan[text], text + 1
+        names.add(plan[text : text + size].decode())
+        at = plan.find(_EXTENSION, text)
+    return names
 
 
 def _find_memory_held() -> Callable[[], int]:

@@ -403,7 +403,10 @@ class Collector:
         """
         Schedule a sink, such as ``lf.sink_parquet(path, lazy=True)``, and give its handle at once.
 
-        As in Polars, sinks run on the streaming engine where no other is asked for.
+        As in Polars, sinks run on the streaming engine where no other is asked for. One that hands
+        over to this process runs in it, whatever `executor` the collector has, and is not stopped:
+        that of ``sink_batches``, one to a file object, or one with a function that tells, or is
+        told, the paths.
 
         Parameters
         ----------

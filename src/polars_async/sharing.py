@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from functools import partial
 from typing import TYPE_CHECKING, Final
 
 import polars as pl
@@ -10,7 +11,8 @@ from polars.io.plugins import register_io_source
 
 from polars_async._upstream import map_ipc
 from polars_async.errors import PolarsAsyncError
-from polars_async.executors.parcels import new_file, path_of
+from polars_async.executors.extensions import extension_names, read_extended
+from polars_async.executors.parcels import mark_sorted, new_file, path_of, sorted_columns
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -56,16 +58,19 @@ def share(frame: pl.DataFrame) -> pl.LazyFrame:
     except BaseException:
         os.close(file)
         raise
-    source = _Source(file, dict(frame.schema))
+    source = _Source(file, dict(frame.schema), sorted_columns(frame))
     return register_io_source(source, schema=frame.schema, is_pure=True)
 
 
 class _Source:
     """What Polars asks for the rows; it holds the shared memory, and goes to a worker as a name."""
 
-    def __init__(self, file: int, schema: Mapping[str, pl.DataType]) -> None:
+    def __init__(
+        self, file: int, schema: Mapping[str, pl.DataType], in_order: Mapping[int, bool]
+    ) -> None:
         self._file: Final = file
         self._schema: Final = schema
+        self._in_order: Final = in_order
 
     def __call__(
         self,
@@ -74,25 +79,34 @@ class _Source:
         n_rows: int | None,
         batch_size: int | None,  # noqa: ARG002  # as Polars calls it
     ) -> Iterator[pl.DataFrame]:
-        frame = map_ipc(path_of(self._file), self._schema)
+        read = partial(map_ipc, path_of(self._file), self._schema)
+        frame = read_extended(read, extension_names(self._schema.values()))
+        mark_sorted(frame, self._in_order)
         if n_rows is not None:
             frame = frame.head(n_rows)
         if predicate is not None:
             frame = frame.filter(predicate)
         if with_columns is not None:
-            frame = frame.select(with_columns)
+            # A frame without columns has no rows, unless it is told how many.
+            rows = frame.height
+            frame = frame.select(with_columns) if with_columns else pl.DataFrame(height=rows)
         yield frame
 
     def __reduce__(self) -> tuple[object, ...]:
         status = os.fstat(self._file)
-        return _attach, (os.getpid(), self._file, (status.st_dev, status.st_ino), self._schema)
+        identity = status.st_dev, status.st_ino
+        return _attach, (os.getpid(), self._file, identity, self._schema, self._in_order)
 
     def __del__(self) -> None:
         os.close(self._file)
 
 
 def _attach(
-    owner: int, file: int, identity: tuple[int, int], schema: Mapping[str, pl.DataType]
+    owner: int,
+    file: int,
+    identity: tuple[int, int],
+    schema: Mapping[str, pl.DataType],
+    in_order: Mapping[int, bool],
 ) -> _Source:
     try:
         own = os.open(f"/proc/{owner}/fd/{file}", os.O_RDONLY | os.O_CLOEXEC)
@@ -102,7 +116,7 @@ def _attach(
     if (status.st_dev, status.st_ino) != identity:
         os.close(own)
         raise _lost(owner)
-    return _Source(own, schema)
+    return _Source(own, schema, in_order)
 
 
 def _lost(owner: int) -> PolarsAsyncError:

@@ -34,6 +34,7 @@ class Place(Protocol):
         Run `work`, which is that of `query`, and give its result or raise its error.
 
         `query.on_let_go` tells when nobody wants it any more: a place that can stop it does so.
+        What cannot leave this process runs on the calling thread.
         """
         ...
 

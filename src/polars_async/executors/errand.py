@@ -77,6 +77,7 @@ class Errand:
             query.paused_seconds += perf_counter() - waits  # or it would seem to be a slow query
             if not self._is_to_run():
                 return "value", None
+            self._worker.bring_up_to_date()
             kind, found = self._follow(parcel, buffer)
             query.on_let_go(None)
             if self._is_to_rest():

@@ -15,15 +15,9 @@ from polars_async import _fork
 from polars_async._native import SimpleQueue
 from polars_async.errors import ForkedProcessError, PolarsAsyncError, WorkerDiedError
 from polars_async.executors.mains import defined, definition, looked_up
-from polars_async.executors.parcels import (
-    Parcel,
-    buffer_of,
-    error_of,
-    outcome_of,
-    pack,
-    packed_error,
-    unpack,
-)
+from polars_async.executors.outcomes import error_of, outcome_of, packed_error
+from polars_async.executors.parcels import Parcel, buffer_of, pack, unpack
+from polars_async.executors.staying import StaysHereError, run_here
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -55,13 +49,15 @@ class Futures:
     def run(self, work: Callable[[], T], query: Query[Any]) -> T:
         """Run `work` there; what it raises has the other traceback as its cause."""
         buffer = buffer_of(work)
-        task = b""
+        task: bytes | None = None
         found: Any = None
         batches: Any = ()
         failed: BaseException | None = None
         try:
             _check_unpatched()
-            task = pack(work, in_files=False).data
+            task = _packed(work)
+            if task is None:
+                return run_here(work, query)  # type: ignore[return-value]  # None is for nobody
             kind, found, batches = self._outcome(task, query)
             if (failed := error_of(kind, found)) is not None:
                 raise failed
@@ -155,6 +151,14 @@ def run_task(
         return pack((kind, found, batches), in_files=False).data
     except BaseException as error:  # noqa: BLE001  # as of a column of Python objects
         return pack(("error", packed_error(error), ()), in_files=False).data
+
+
+def _packed(work: Callable[[], object]) -> bytes | None:
+    """Pack `work`; None where it has to stay here."""
+    try:
+        return pack(work, in_files=False).data
+    except StaysHereError:
+        return None
 
 
 class _Batches(list[pl.DataFrame]):

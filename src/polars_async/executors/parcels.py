@@ -1,26 +1,40 @@
-"""What goes from one process to another: queries, frames and errors, as bytes and as files."""
+"""What goes from one process to another: queries and frames, as bytes and as files."""
 
 from __future__ import annotations
 
-import builtins
 import io
 import os
 import pickle
 from contextlib import suppress
-from importlib import import_module
-from traceback import TracebackException
-from typing import TYPE_CHECKING, Any, Final, NamedTuple
+from mmap import PROT_READ, mmap
+from tempfile import NamedTemporaryFile
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, TypeAlias
 
 import polars as pl
 
 from polars_async._native import RLock
-from polars_async._upstream import map_ipc, optimization_flags, optimizations_of
+from polars_async._upstream import (
+    extensions_of,
+    hands_over_here,
+    map_ipc,
+    optimization_flags,
+    optimizations_of,
+)
 from polars_async.errors import PolarsAsyncError
-from polars_async.gpu.failure import GpuFailure
+from polars_async.executors.extensions import (
+    LOSES_THEM,
+    extension_names,
+    extensions_known,
+    read_extended,
+)
+from polars_async.executors.staying import StaysHereError
 from polars_async.streams import Buffer
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
+
+_Known: TypeAlias = "tuple[dict[str, pl.DataType] | None, dict[int, bool], set[str]]"
+"""Of a frame: its schema if it is to be mapped, which columns are sorted, and extension types."""
 
 _INLINE: Final = 1 << 18
 """Bytes of a frame up to which it goes along with the rest: to map it would take longer."""
@@ -86,11 +100,22 @@ class Halt:
             self._files.clear()
 
 
-class WorkerTraceback(Exception):  # noqa: N818  # no error of its own
-    """The traceback of an error in another process, as a text: the ``__cause__`` of that error."""
+def sorted_columns(frame: pl.DataFrame) -> dict[int, bool]:
+    """Give the columns that are known to be sorted, and whether they descend: IPC forgets it."""
+    found = {}
+    for number, column in enumerate(frame.get_columns()):
+        flags = column.flags
+        if flags["SORTED_ASC"] or flags["SORTED_DESC"]:
+            found[number] = flags["SORTED_DESC"]
+    return found
 
-    def __str__(self) -> str:
-        return f"\n{self.args[0]}"
+
+def mark_sorted(frame: pl.DataFrame, columns: Mapping[int, bool]) -> pl.DataFrame:
+    """Have it known of `frame`, which is changed, what `sorted_columns` has told."""
+    all_columns = frame.get_columns() if columns else []
+    for number, descending in columns.items():
+        frame.replace_column(number, all_columns[number].set_sorted(descending=descending))
+    return frame
 
 
 class _Packer(pickle.Pickler):
@@ -120,15 +145,13 @@ class _Packer(pickle.Pickler):
         return None
 
     def _plan(self, lf: pl.LazyFrame) -> bytes | int:
-        try:
-            if self._files is None or len(self._files) >= _MOST_FILES:
-                return lf.serialize()
-            lf.serialize(path_of(self._new_file()))
-        except pl.exceptions.ComputeError as error:
-            raise _unsendable(error) from error
+        if self._files is None or len(self._files) >= _MOST_FILES:
+            return _plan_in_bytes(lf)
+        _write_plan(lf, path_of(self._new_file()))
         return len(self._files) - 1
 
-    def _frame(self, frame: pl.DataFrame) -> bytes | tuple[int, dict[str, pl.DataType]]:
+    def _frame(self, frame: pl.DataFrame) -> tuple[bytes | int, _Known]:
+        extensions = extension_names(frame.dtypes)
         in_file = (
             self._files is not None
             and len(self._files) < _MOST_FILES
@@ -136,10 +159,11 @@ class _Packer(pickle.Pickler):
         )
         if in_file:
             frame.write_ipc(path_of(self._new_file()))
-            return len(self._files or ()) - 1, dict(frame.schema)
+            schema = dict(frame.schema)
+            return len(self._files or ()) - 1, (schema, sorted_columns(frame), extensions)
         stream = io.BytesIO()
         frame.write_ipc_stream(stream)
-        return stream.getvalue()
+        return stream.getvalue(), (None, sorted_columns(frame), extensions)
 
     def _new_file(self) -> int:
         assert self._files is not None
@@ -159,18 +183,36 @@ class _Unpacker(pickle.Unpickler):
     def persistent_load(self, pid: tuple[str, Any]) -> Any:
         kind, packed = pid
         if kind == "plan":
-            source = path_of(self._files[packed]) if isinstance(packed, int) else io.BytesIO(packed)
-            return pl.LazyFrame.deserialize(source)
+            return self._plan(packed)
         if kind == "frame":
-            if isinstance(packed, bytes):
-                return pl.read_ipc_stream(io.BytesIO(packed))
-            number, schema = packed
-            return map_ipc(path_of(self._files[number]), schema)
+            return self._frame(*packed)
         if kind == "optimizations":
             return optimizations_of(packed)
         if kind == "buffer":
             return self._buffer
         return pl.exceptions.PanicException
+
+    def _plan(self, packed: bytes | int) -> pl.LazyFrame:
+        source = path_of(self._files[packed]) if isinstance(packed, int) else io.BytesIO(packed)
+        if not LOSES_THEM:
+            return pl.LazyFrame.deserialize(source)
+        if isinstance(packed, bytes):
+            names = extensions_of(packed)
+        else:
+            with mmap(self._files[packed], 0, prot=PROT_READ) as plan:
+                names = extensions_of(plan)
+        with extensions_known(names):
+            return pl.LazyFrame.deserialize(source)
+
+    def _frame(self, packed: bytes | int, known: _Known) -> pl.DataFrame:
+        schema, in_order, extensions = known
+
+        def read() -> pl.DataFrame:
+            if isinstance(packed, bytes):
+                return pl.read_ipc_stream(io.BytesIO(packed))
+            return map_ipc(path_of(self._files[packed]), schema or {})
+
+        return mark_sorted(read_extended(read, extensions), in_order)
 
 
 def pack(item: object, *, in_files: bool, halt: Halt | None = None) -> Parcel:
@@ -184,6 +226,8 @@ def pack(item: object, *, in_files: bool, halt: Halt | None = None) -> Parcel:
     ------
     PolarsAsyncError
         A query cannot be sent, as the message explains.
+    StaysHereError
+        A query has to run in this process.
     """
     parcel_files: list[int] = []
     target = io.BytesIO()
@@ -213,65 +257,31 @@ def buffer_of(work: Callable[[], object]) -> Buffer | None:
     return next((each for each in arguments if isinstance(each, Buffer)), None)
 
 
-def outcome_of(
-    work: Callable[[], object], *, noted: Callable[[BaseException], object] | None = None
-) -> tuple[str, object]:
-    """
-    Run `work`; gives the kind of the outcome, and what `error_of` makes of that.
-
-    `noted` may add to the error what is known here alone.
-    """
+def _write_plan(lf: pl.LazyFrame, path: str) -> None:
+    """Write a plan to a file, whence another process may read it."""
+    refused: pl.exceptions.ComputeError | None = None
     try:
-        return "value", work()
-    except GpuFailure as failure:
-        errors = packed_error(failure.cause), packed_error(failure.raised)
-        return "gpu failure", (failure.reason, errors, failure.found, failure.share)
-    except BaseException as error:  # noqa: BLE001  # a panic and SystemExit are outcomes too
-        if noted is not None:
-            noted(error)
-        return "error", packed_error(error)
+        lf.serialize(path)
+    except pl.exceptions.ComputeError as error:
+        refused = error
+    with open(path, "rb") as plan:  # noqa: PTH123  # of this process
+        if hands_over_here(plan):
+            raise StaysHereError
+    if refused is not None:
+        raise _unsendable(refused) from refused
 
 
-def error_of(kind: str, found: Any) -> BaseException | None:
-    """Give the error that an outcome holds; None where `found` is the result."""
-    if kind == "value":
-        return None
-    if kind == "error":
-        return unpacked_error(found)
-    reason, errors, results, share = found
-    cause, raised = map(unpacked_error, errors)
-    failure = GpuFailure(reason, cause, raised)  # type: ignore[arg-type]  # which both were
-    failure.found, failure.share = results, share
-    return failure
-
-
-def packed_error(error: BaseException) -> tuple[bytes, str]:
-    """Pack an error of a query, whatever it is, and its traceback as a text."""
-    # Without the frame that called the work.
-    traceback = error.__traceback__ and error.__traceback__.tb_next
-    text = "".join(TracebackException(type(error), error, traceback).format())
-    for candidate in (error, _plain(error)):
-        for dump in (_dump, _dump_by_value):
-            with suppress(BaseException):  # whatever the error's own methods raise
-                data = dump(candidate)
-                if type(_load(data)) is type(candidate):  # some go in, and do not come out
-                    return data, text
-    return _dump(PolarsAsyncError(f"{type(error).__name__} in a worker")), text
-
-
-def unpacked_error(packed: tuple[bytes, str]) -> BaseException:
-    """Give the error, with its traceback as its cause."""
-    data, text = packed
+def _plan_in_bytes(lf: pl.LazyFrame) -> bytes:
     try:
-        error = _load(data)
-    except Exception as refused:  # noqa: BLE001  # as where its class is to be had there alone
-        error = PolarsAsyncError(
-            "the query failed in its worker process, as told by the traceback above, with an error "
-            f"that cannot be unpickled here ({type(refused).__name__}: {refused})"
-        )
-    with suppress(Exception):  # an error may be frozen
-        error.__cause__ = WorkerTraceback(text)
-    return error
+        plan = lf.serialize()
+    except pl.exceptions.ComputeError:
+        # What Polars had written by then, which tells why, is found in a file alone.
+        with NamedTemporaryFile() as file:
+            _write_plan(lf, file.name)
+            return file.read()
+    if hands_over_here(io.BytesIO(plan)):
+        raise StaysHereError
+    return plan
 
 
 def _stop_growth(file: int) -> None:
@@ -279,34 +289,6 @@ def _stop_growth(file: int) -> None:
 
     with suppress(OSError):
         fcntl.fcntl(file, fcntl.F_ADD_SEALS, fcntl.F_SEAL_GROW)
-
-
-def _dump(error: BaseException) -> bytes:
-    return pack(error, in_files=False).data
-
-
-def _dump_by_value(error: BaseException) -> bytes:
-    # Optional: without it this is one way less.
-    cloudpickle: Any = import_module("cloudpickle")
-    data: bytes = cloudpickle.dumps(error)
-    return data
-
-
-def _load(data: bytes) -> BaseException:
-    error: BaseException = unpack(Parcel(data, []))
-    return error
-
-
-def _plain(error: BaseException) -> BaseException:
-    """Give an error of the nearest class that everybody knows, with the name of the other."""
-    for kind in type(error).__mro__:
-        if (
-            getattr(builtins, kind.__name__, None) is kind
-            or kind.__module__ == pl.exceptions.__name__
-        ):
-            with suppress(BaseException):
-                return kind(f"{type(error).__name__}: {error}")  # type: ignore[no-any-return]
-    return PolarsAsyncError(type(error).__name__)
 
 
 def _unsendable(error: Exception) -> PolarsAsyncError:

@@ -10,8 +10,10 @@ from typing import TYPE_CHECKING, Any, Final, TypeVar
 from polars_async._native import RLock
 from polars_async.errors import WorkerDiedError, signal_of
 from polars_async.executors.errand import Errand
-from polars_async.executors.parcels import Halt, buffer_of, error_of, pack
+from polars_async.executors.outcomes import error_of
+from polars_async.executors.parcels import Halt, buffer_of, pack
 from polars_async.executors.spawned import Worker, dismiss, executable
+from polars_async.executors.staying import StaysHereError, run_here
 from polars_async.gpu.simulation import current
 from polars_async.plans import look_at
 
@@ -62,7 +64,10 @@ class Processes:
         """Run `work` in a worker; what it raises has the other traceback as its cause."""
         error: BaseException | None = None
         try:
-            kind, found, outgrown = self._outcome(work, query)
+            outcome = self._outcome(work, query)
+            if outcome is None:
+                return run_here(work, query)  # type: ignore[return-value]  # None is for nobody
+            kind, found, outgrown = outcome
             error = error_of(kind, found)
             if error is None:
                 return found  # type: ignore[no-any-return]
@@ -74,7 +79,8 @@ class Processes:
 
     def _outcome(
         self, work: Callable[[], object], query: Query[Any]
-    ) -> tuple[str, Any, QueryMemoryError | None]:
+    ) -> tuple[str, Any, QueryMemoryError | None] | None:
+        """Give what came of it in a worker; None where it has to stay here."""
         errand: Errand | None = None
         try:
             for _ in range(_TRIES):
@@ -106,6 +112,8 @@ class Processes:
             raise WorkerDiedError(
                 f"{_TRIES} worker processes in a row died before they began a query"
             )
+        except StaysHereError:
+            return None
         finally:
             query.on_let_go(None)
             del self, work, query, errand  # as above

@@ -12,12 +12,13 @@ from _socket import socket as Socket  # noqa: N812  # as in the channel
 from contextlib import suppress
 from multiprocessing.spawn import get_executable
 from time import monotonic
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 from weakref import WeakSet
 
 from polars_async._native import RLock, posix_spawn, sleep, start_new_thread, waitpid
 from polars_async.executors.channel import Channel
 from polars_async.executors.parcels import pack, unpack
+from polars_async.executors.surroundings import changes, surroundings
 from polars_async.gpu.simulation import current
 
 if TYPE_CHECKING:
@@ -56,15 +57,17 @@ class Worker:
         self.is_leaving = False
         """Whether it ends after this query, for a reason of its own."""
         try:
-            entries: list[Any] = sys.path  # some are no strings, and imports ignore those
-            path = [each for each in entries if isinstance(each, str)]
+            self._own = {os.fsencode(name): os.fsencode(value) for name, value in env.items()}
+            # But for the folder, which may be another one until the process is there.
+            self._surroundings = surroundings()._replace(folder=None)
+            path, variables = self._surroundings.path, self._surroundings.variables
             code = _START.format(path=path, socket=theirs.fileno(), lifeline=lifeline)
             python = executable()
             warnings = [f"-W{option}" for option in sys.warnoptions]
             self.pid = posix_spawn(
                 python,
                 [python, "-P", *warnings, "-c", code],
-                {**os.environ, **env},
+                variables | self._own,
                 file_actions=[
                     (os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0),
                     # In the child alone, so that no other one gets hold of them.
@@ -91,6 +94,13 @@ class Worker:
         self.channel.send(pack((_levels(), simulated), in_files=False))
         unpack(self.channel.receive())
         self.is_ready = True
+
+    def bring_up_to_date(self) -> None:
+        """Have its next query find around it what there is here now."""
+        now = surroundings()
+        if now != self._surroundings:
+            self.channel.send(changes(self._surroundings, now, apart_from=self._own))
+            self._surroundings = now
 
     def is_alive(self) -> bool:
         """Tell whether it lives; it may die at any time."""

@@ -20,7 +20,9 @@ import polars as pl
 from polars_async._nesting import enter_worker
 from polars_async.executors.channel import Channel
 from polars_async.executors.mains import defined, looked_up
-from polars_async.executors.parcels import outcome_of, pack, packed_error, unpack
+from polars_async.executors.outcomes import outcome_of, packed_error
+from polars_async.executors.parcels import pack, unpack
+from polars_async.executors.surroundings import Follower
 from polars_async.gpu.offload import context_is_poisoned
 
 if TYPE_CHECKING:
@@ -71,22 +73,25 @@ def main(socket_file: int, lifeline: int) -> None:
         _set_up_logging(logs, levels)
         with nullcontext() if simulated is None else _simulated_gpu(simulated, channel):
             channel.send(pack(("ready", None), in_files=False))
+            follower = Follower()
             while not context_is_poisoned():
-                _serve(channel, logs)
+                _serve(channel, logs, follower)
 
 
 def _do_nothing(_number: int, _frame: object) -> None: ...
 
 
-def _serve(channel: Channel, logs: _Logs) -> None:
+def _serve(channel: Channel, logs: _Logs, follower: Follower) -> None:
     task = channel.receive()
+    if follower.take(task):
+        task = channel.receive()
     if not task.data:
         _come_to_rest()
         channel.send(pack(("rested", None), in_files=False))
         return
     channel.send(pack(("begun", None), in_files=False))
     logs.listens = True
-    outcome = outcome_of(partial(_run, task, channel))
+    outcome = outcome_of(partial(_run, task, channel, follower))
     with suppress(Exception):  # what a Python function has printed would stay here
         sys.stdout.flush()
     logs.listens = False
@@ -99,11 +104,12 @@ def _serve(channel: Channel, logs: _Logs) -> None:
     channel.send(parcel)
 
 
-def _run(task: Parcel, channel: Channel) -> object:
+def _run(task: Parcel, channel: Channel, follower: Follower) -> object:
     def look_up(name: str) -> object:
         channel.send(pack(("main", name), in_files=False))
         return defined(name, unpack(channel.receive()))
 
+    follower.enter_folder()
     with looked_up(look_up):
         work = unpack(task, _RemoteBuffer(channel))
     return work()
