@@ -96,7 +96,7 @@ def look_at(lf: pl.LazyFrame) -> Plan:
         is_whole=is_whole and not runs_python,
         runs_python=runs_python,
         is_sendable=end is not PlanEnd.UNSENDABLE,
-        summary=_summary(text, paths),
+        summary=_summary(text, paths, runs_python=bool(runs_python)),
     )
 
 
@@ -156,6 +156,7 @@ def _paths(text: bytes) -> list[str]:
     return found
 
 
-def _summary(text: bytes, paths: list[str]) -> str:
+def _summary(text: bytes, paths: list[str], *, runs_python: bool) -> str:
     nodes = " of ".join(name.decode() for name in _NODE.findall(text))
-    return f"{nodes} {', '.join(paths)}" if paths else nodes
+    function = "with a Python function" if runs_python else ""
+    return " ".join(filter(None, (nodes, ", ".join(paths), function)))
