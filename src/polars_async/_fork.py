@@ -6,48 +6,21 @@ import os
 import sys
 from contextlib import suppress
 from pathlib import Path
-from time import monotonic
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
-from polars_async._native import allocate_lock, start_new_thread
 from polars_async.errors import ForkedProcessError
 
+if TYPE_CHECKING:
+    from polars_async._trial import Trial
+
 _THREADS: Final = Path("/proc/self/task")
-_PATIENCE: Final = 1.0
-"""Seconds that a trial has, which takes some milliseconds where Polars works."""
-
-
-class _Trial:
-    """A small query that needs Polars' threads; it never ends where a fork left them behind."""
-
-    def __init__(self) -> None:
-        self._deadline = monotonic() + _PATIENCE
-        self._running = allocate_lock()
-        self._running.acquire()
-        start_new_thread(self._run, ())
-
-    def has_ended(self) -> bool:
-        """Wait for its end, until the deadline."""
-        if self._running.acquire(timeout=max(self._deadline - monotonic(), 0.0)):
-            self._running.release()
-            return True
-        return False
-
-    def _run(self) -> None:
-        # Not at import, which is that of the package, and is to leave Polars alone.
-        import polars as pl  # noqa: PLC0415
-
-        try:
-            pl.scan_csv(b"a\n1\n").collect(engine="streaming")  # a file has all pools at work
-        finally:
-            self._running.release()
 
 
 class _Process:
     names_before_fork: frozenset[str] = frozenset()
     threads_lost = False
     in_doubt = False
-    trial: _Trial | None = None
+    trial: Trial | None = None
 
 
 def check() -> None:
@@ -55,7 +28,10 @@ def check() -> None:
     if _Process.threads_lost:
         raise lost()
     if _Process.in_doubt:
-        _Process.trial = trial = _Process.trial or _Trial()
+        # Not at import, which is that of the package, and is to leave Polars alone.
+        from polars_async._trial import Trial  # noqa: PLC0415
+
+        _Process.trial = trial = _Process.trial or Trial()
         if not trial.has_ended():
             raise lost()
         _Process.in_doubt = False
