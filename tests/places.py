@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import atexit
+import ctypes
 import os
 import shutil
 import tempfile
 from ast import literal_eval
+from contextlib import contextmanager
 from functools import cache
 from itertools import count
 from pathlib import Path
@@ -149,3 +151,35 @@ class Source:
 
 class Failure(Exception):  # noqa: N818  # unlike the built-in ones it takes weak references
     """An error of a class that Python does not know."""
+
+
+@contextmanager
+def named_thread(name):
+    """Name this thread for what lists threads, which those that it starts inherit."""
+    comm = Path("/proc/thread-self/comm")
+    before = comm.read_text(encoding="utf-8")
+    comm.write_text(name, encoding="utf-8")
+    try:
+        yield
+    finally:
+        comm.write_text(before, encoding="utf-8")
+
+
+def on_foreign_thread(function):
+    """Call `function` on a thread that not Python has started, as servers written in Rust do."""
+    outcome = []
+
+    def run(_):
+        try:
+            outcome.append(function())
+        except BaseException as error:  # noqa: BLE001  # nothing could be raised there
+            outcome.append(error)
+
+    c = ctypes.CDLL(None)
+    routine = ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_void_p)(run)
+    thread = ctypes.c_ulong()
+    assert c.pthread_create(ctypes.byref(thread), None, routine, None) == 0
+    assert c.pthread_join(thread, None) == 0
+    if isinstance(outcome[0], BaseException):
+        raise outcome[0]
+    return outcome[0]

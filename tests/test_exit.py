@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -285,6 +286,10 @@ def test_functions_of_atexit_find_the_collector_as_it_was_or_closed():
 
 OTHERS = """
 import asyncio
+from functools import partial
+sys.path.append(os.environ["TESTS"])
+from places import named_thread, on_foreign_thread
+
 def work():
     try:
         while True:
@@ -308,8 +313,15 @@ async def in_task():
 loop = asyncio.new_event_loop()
 threading.Thread(target=loop.run_forever, daemon=True).start()
 asyncio.run_coroutine_threadsafe(in_task(), loop)
+def as_polars(name):
+    with named_thread(name):
+        work()
+
 threading.Thread(target=work, daemon=True).start()
 _native.start_new_thread(work, ())
+for name in "polars-0", "tokio-rt-worker", "async-executor-":
+    _native.start_new_thread(as_polars, (name,))
+    _native.start_new_thread(on_foreign_thread, (partial(as_polars, name),))
 nap(0.05)
 with open("/proc/self/comm", "w") as name:  # of the main thread
     name.write("polars-0")
@@ -317,7 +329,9 @@ leave()
 """
 
 
-def test_threads_of_the_program_are_left_alone():
+@pytest.mark.skipif(sys.platform != "linux", reason="names threads as Linux does")
+def test_threads_of_the_program_are_left_alone(monkeypatch):
+    monkeypatch.setenv("TESTS", str(Path(__file__).parent))
     status, said, complaints = end(OTHERS)
     assert (status, set(said), complaints) == (7, {"left"}, "")
 

@@ -290,6 +290,30 @@ def test_child_of_a_parent_that_ran_none_works(run_script, loop):
     assert said == [*told, "works"]
 
 
+LOOK_ALIKE = """
+import os, signal, threading, warnings
+warnings.simplefilter("ignore", DeprecationWarning)
+def of_another_library():
+    with open("/proc/thread-self/comm", "w") as comm:
+        comm.write("tokio-rt-worker")
+    named.set()
+    threading.Event().wait()
+named = threading.Event()
+threading.Thread(target=of_another_library, daemon=True).start()
+named.wait()
+if not (child := os.fork()):
+    signal.alarm(20)
+    print(len(outcome()), len(outcome()), flush=True)
+    os._exit(0)
+print(os.waitpid(child, 0)[1])
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="names threads as Linux does")
+def test_child_works_although_another_library_calls_its_threads_as_polars_does(run_script):
+    assert run_script(PRELUDE + LOOK_ALIKE, "thread") == ["2", "2", "0"]
+
+
 POOL = """
 import multiprocessing, warnings
 warnings.simplefilter("ignore", DeprecationWarning)

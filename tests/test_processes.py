@@ -522,7 +522,7 @@ def test_death_of_a_worker_is_the_error_of_one_query(make, gate, number):
         ).result(30)
     assert caught.value.signal is number
     assert caught.value.exitcode == -number
-    assert "python_udf" in caught.value.plan
+    assert caught.value.plan == "Select with a Python function"
     assert "'deadly'" in str(caught.value)
     assert number.name in str(caught.value)
     gate.open()

@@ -48,9 +48,11 @@ def test_every_name_is_polars_own_or_tested_here():
         "AUTO_ENGINE",
         "BUILT_IN_ENGINES",
         "InProcessQuery",
+        "LIBRARY",
         "PACKAGE_FOLDER",
         "POOL_THREAD",
         "PlanEnd",
+        "SHARED_NAME",
         "affinity_override",
         "ask_optimized_plan",
         "extensions_of",
@@ -330,34 +332,17 @@ print(json.dumps([[*before.values()], new]))
 
 
 @linux
-def test_threads_of_polars_pools_are_known_by_their_names(tmp_path):
+def test_names_of_polars_threads_are_its_own_but_for_those_of_one_pool(tmp_path):
     before, after = run(THREADS, tmp_path / "frame.parquet", POLARS_MAX_THREADS="11")
 
     assert not [name for name in before if _upstream.POOL_THREAD.match(name)]
+    assert _upstream.SHARED_NAME not in before
     # The allocator has a thread of its own, on which no query runs.
-    pools = [name for name in after if not name.startswith("jemalloc")]
+    pools = [name for name in after if not name.startswith(("jemalloc", _upstream.SHARED_NAME))]
     assert [name for name in pools if not _upstream.POOL_THREAD.match(name)] == []
     kinds = {_upstream.POOL_THREAD.match(name).group() for name in pools}
-    assert {kind.rstrip("0123456789") for kind in kinds} == {
-        "polars-",
-        "tokio-rt-worker",
-        "async-executor",
-    }
-
-
-@linux
-def test_udf_runs_on_a_thread_that_is_known_by_its_name():
-    names = set()
-
-    def note(values):
-        names.add(Path("/proc/thread-self/comm").read_text(encoding="utf-8"))
-        return values
-
-    columns = [pl.col("a").map_batches(note, return_dtype=pl.Int64).alias(str(i)) for i in range(8)]
-    pl.LazyFrame({"a": range(1000)}).select(columns).collect(engine="in-memory")
-
-    assert names
-    assert all(_upstream.POOL_THREAD.match(name) for name in names)
+    assert {kind.rstrip("0123456789") for kind in kinds} == {"polars-", "async-executor"}
+    assert _upstream.SHARED_NAME in after
 
 
 # Without it

@@ -22,7 +22,8 @@ from typing import TYPE_CHECKING, Final, Protocol
 from weakref import WeakSet
 
 from polars_async._native import sleep
-from polars_async._upstream import PACKAGE_FOLDER, POOL_THREAD
+from polars_async._origin import is_of_polars
+from polars_async._upstream import PACKAGE_FOLDER
 from polars_async.query import Query, Waking
 
 if TYPE_CHECKING:
@@ -114,23 +115,22 @@ def _end_queries(lanes: list[_Lane]) -> None:
 
 
 def _threads_in_queries() -> Iterator[tuple[int, FrameType, FrameType]]:
-    """Find our workers and Polars' threads; gives the frame where each came in, and its last."""
+    """
+    Find our workers and Polars' threads; gives the frame where each came in, and its last.
+
+    What runs on Polars' threads may also be of a plain ``collect`` of the program, which nothing
+    tells, and which could abort the process as well.
+    """
     for thread, top in sys._current_frames().items():  # noqa: SLF001  # pyright: ignore[reportPrivateUsage]
         if top is sys._getframe():  # noqa: SLF001  # pyright: ignore[reportPrivateUsage]
             continue
         entrance = top
         while entrance.f_code is not _RUN and entrance.f_back is not None:
             entrance = entrance.f_back
-        if entrance.f_code is _RUN or _is_polars_own(thread, entrance):
+        # A thread of `threading` might end right now, and could not be looked at any more.
+        is_python_s = entrance.f_code.co_filename == threading.__file__
+        if entrance.f_code is _RUN or (not is_python_s and is_of_polars(thread)):
             yield thread, entrance, top
-
-
-def _is_polars_own(thread: int, outermost: FrameType) -> bool:
-    if outermost.f_code.co_filename == threading.__file__:
-        return False  # it might end right now, and could not be asked for its name any more
-    name = ctypes.create_string_buffer(16)
-    ctypes.pythonapi.pthread_getname_np(ctypes.c_ulong(thread), name, ctypes.c_size_t(len(name)))
-    return POOL_THREAD.match(name.value.decode(errors="replace")) is not None
 
 
 def _cancel(entrance: FrameType) -> None:

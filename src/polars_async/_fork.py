@@ -6,22 +6,35 @@ import os
 import sys
 from contextlib import suppress
 from pathlib import Path
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from polars_async.errors import ForkedProcessError
+
+if TYPE_CHECKING:
+    from polars_async._trial import Trial
 
 _THREADS: Final = Path("/proc/self/task")
 
 
 class _Process:
-    threads_before_fork = False
+    names_before_fork: frozenset[str] = frozenset()
     threads_lost = False
+    in_doubt = False
+    trial: Trial | None = None
 
 
 def check() -> None:
     """Raise where a query would hang for ever, waiting for threads that a fork left behind."""
     if _Process.threads_lost:
         raise lost()
+    if _Process.in_doubt:
+        # Not at import, which is that of the package, and is to leave Polars alone.
+        from polars_async._trial import Trial  # noqa: PLC0415
+
+        _Process.trial = trial = _Process.trial or Trial()
+        if not trial.has_ended():
+            raise lost()
+        _Process.in_doubt = False
 
 
 def lost() -> ForkedProcessError:
@@ -34,27 +47,33 @@ def lost() -> ForkedProcessError:
     )
 
 
-def _polars_threads_run() -> bool:
-    if "polars" not in sys.modules:
-        return False
-    # Not at import, which is that of the package, and is to leave Polars alone.
-    from polars_async._upstream import POOL_THREAD  # noqa: PLC0415
-
-    # Linux alone lists them. Elsewhere the start method "fork" is rare, and a query may hang.
+def _names_of_threads() -> frozenset[str]:
+    """List how the threads are called, which Linux alone tells; elsewhere a query may hang."""
+    names: set[str] = set()
     with suppress(OSError):
         for thread in _THREADS.iterdir():
             with suppress(OSError):  # the thread may end while it is looked at
-                if POOL_THREAD.match((thread / "comm").read_text(errors="replace")):
-                    return True
-    return False
+                names.add((thread / "comm").read_text(errors="replace").strip())
+    return frozenset(names)
 
 
 def _before() -> None:
-    _Process.threads_before_fork = _polars_threads_run()
+    if "polars" in sys.modules:
+        _Process.names_before_fork = _names_of_threads()
 
 
 def _after_in_child() -> None:
-    _Process.threads_lost = _Process.threads_lost or _Process.threads_before_fork
+    if not _Process.names_before_fork:
+        return
+    from polars_async._upstream import POOL_THREAD, SHARED_NAME  # noqa: PLC0415  # as above
+
+    names = _Process.names_before_fork
+    if any(POOL_THREAD.match(name) for name in names):
+        _Process.threads_lost = True
+    # Polars' own threads are called so, and those of other libraries, which do without them here.
+    elif SHARED_NAME in names:
+        _Process.in_doubt = True
+    _Process.trial = None
 
 
 if hasattr(os, "register_at_fork"):

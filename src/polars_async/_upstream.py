@@ -34,8 +34,10 @@ else:
 __all__ = [
     "AUTO_ENGINE",
     "BUILT_IN_ENGINES",
+    "LIBRARY",
     "PACKAGE_FOLDER",
     "POOL_THREAD",
+    "SHARED_NAME",
     "InProcessQuery",
     "PlanEnd",
     "affinity_override",
@@ -54,9 +56,16 @@ __all__ = [
 
 T = TypeVar("T")
 
-POOL_THREAD: Final = re.compile(r"polars-\d|tokio-rt-worker|async-executor")
-"""The names of the threads of Polars' three pools, which start with its first query. The thread
+POOL_THREAD: Final = re.compile(r"polars-\d|async-executor")
+"""The names of threads of two of Polars' pools, which start with its first larger query. The thread
 polars-ooc-cleaner is there from the import on; no query runs on it."""
+
+SHARED_NAME: Final = "tokio-rt-worker"
+"""The name of threads of the third, which starts with about any query, and of all libraries that
+use the same runtime."""
+
+LIBRARY: Final[str | None] = getattr(getattr(pl, "_plr", None), "__file__", None)
+"""The compiled library that is Polars, which has started the threads of its pools."""
 
 PACKAGE_FOLDER: Final = f"{Path(pl.__file__).parent}{os.sep}"
 """The folder of the installed Polars, to find the first frame outside of it."""

@@ -8,7 +8,7 @@ from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
 from polars_async._native import RLock
-from polars_async._nesting import in_query
+from polars_async._nesting import in_query, on_thread_of_polars
 from polars_async.errors import CollectorClosedError, QueueFullError
 from polars_async.gpu.breaker import breaker
 from polars_async.query import wake
@@ -44,12 +44,17 @@ class Counts:
 
 
 class Slot:
-    """A thread's right to run queries, one after the other; without one while it looks for one."""
+    """
+    A thread's right to run queries, one after the other; without one while it looks for one.
 
-    __slots__ = ("alone", "overtook", "query", "small")
+    Or, `inline`, to run just one on the thread that asks for it, which takes no slot from others.
+    """
 
-    def __init__(self) -> None:
+    __slots__ = ("alone", "inline", "overtook", "query", "small")
+
+    def __init__(self, *, inline: bool = False) -> None:
         self.query: Query[Any] | None = None
+        self.inline = inline
         self.small = False
         self.overtook = False
         self.alone = True
@@ -70,6 +75,7 @@ class Admission:
 
     __slots__ = (
         "_exclusive",
+        "_inline",
         "_line",
         "_paused",
         "_slots",
@@ -98,6 +104,7 @@ class Admission:
         self.counts = Counts()
         self._slots: set[Slot] = set()
         self._paused: set[Slot] = set()
+        self._inline: set[Slot] = set()
         self._line: Line[Query[Any]] = Line()
         self._taken_unseen = -inf  # when that was last, in seconds of perf_counter
         self.waiters: list[Waiter] = []
@@ -114,13 +121,14 @@ class Admission:
 
     @property
     def threads(self) -> int:
-        """How many threads it takes now."""
+        """How many threads of ours it takes now."""
         return len(self._slots) + len(self._paused)
 
     def in_slots(self) -> list[Query[Any]]:
         """List the queries that run, or pause in the midst of it."""
         with self.lock:
-            return [slot.query for slot in (*self._slots, *self._paused) if slot.query is not None]
+            slots = (*self._slots, *self._paused, *self._inline)
+            return [slot.query for slot in slots if slot.query is not None]
 
     def in_line(self) -> list[Query[Any]]:
         """List the queries that wait."""
@@ -132,7 +140,9 @@ class Admission:
         Give `query` a slot, or a place in the line, and maybe a slot to whoever is next.
 
         What a running query asks for itself runs beyond the slots: it may wait for it, and the line
-        would then wait for both. Not so where the slots are exclusive, as the GPU is.
+        would then wait for both. Where one of Polars' own threads asks, it is that one that runs it
+        (the slot is `inline`): others may need that very thread. Only a stream needs another, since
+        what asks is its consumer. Not so where the slots are exclusive, as the GPU is.
 
         Raises
         ------
@@ -146,6 +156,11 @@ class Admission:
                 raise CollectorClosedError(
                     "this collector was closed and takes no more queries: make a new one"
                 )
+            if not self._exclusive and not query.is_stream and on_thread_of_polars():
+                slot = Slot(inline=True)
+                self._inline.add(slot)
+                self._start(query, slot, small=False, overtook=False)
+                return slot
             free = self.max_running - len(self._slots)
             # What may be kept for small queries is not given away unseen.
             kept = KEPT_FROM_UNSEEN if self._line.is_quick else KEPT_FROM_LARGE
@@ -193,6 +208,7 @@ class Admission:
             if slot is not None:
                 slot.query = None
                 self._slots.discard(slot)
+                self._inline.discard(slot)
 
     def newcomer(self, *, from_behind: bool) -> Place[Query[Any]] | None:
         """Give one of the line, to be appraised without the lock; None if all have been."""
@@ -253,6 +269,8 @@ class Admission:
         line, slots = self._line, self._slots
         if self._paused:
             self._paused.discard(slot)
+        if slot.inline:
+            self._inline.discard(slot)
         seconds = None if query is None else query.run_seconds
         if seconds is not None:
             self.counts.run_seconds += seconds
@@ -343,6 +361,7 @@ class Admission:
         lost = [*self.in_slots(), *self._line]
         self._slots.clear()
         self._paused.clear()
+        self._inline.clear()
         self._line.clear()
         self.waiters.clear()
         return lost

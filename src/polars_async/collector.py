@@ -733,13 +733,17 @@ class Collector:
         )
         if buffer is not None:
             buffer.bind(query)
-        lane.submit(query)
-        if timeout is not None:
-            try:
-                query.expire_in(timeout)
-            except BaseException:  # no thread to be had for the clock, or Ctrl-C
-                query.cancel()
-                raise
+        here = lane.submit(query)
+        try:
+            if timeout is not None:
+                try:
+                    query.expire_in(timeout)
+                except BaseException:  # no thread to be had for the clock, or Ctrl-C
+                    query.cancel()
+                    raise
+        finally:
+            if here is not None:
+                lane.run_here(query, here)
         return query
 
 

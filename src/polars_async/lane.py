@@ -94,8 +94,12 @@ class Lane:
         if self.place is not HERE and (slots := self.place.prepare(gpu)) is not None:
             self.admission.max_running = slots
 
-    def submit(self, query: Query[Any]) -> None:
-        """Run `query` at once where a slot is free, or else when its turn comes."""
+    def submit(self, query: Query[Any]) -> Slot | None:
+        """
+        Run `query` at once where a slot is free, or else when its turn comes.
+
+        Or return a slot in which the calling thread is to run it, by `run_here`.
+        """
         if self.fallback is not None:
             check_outside()
             query.is_nested = in_query()
@@ -112,7 +116,7 @@ class Lane:
                 admission.counts.downgraded += downgraded
                 try:
                     slot = admission.enter(query)
-                    if slot is not None:
+                    if slot is not None and not slot.inline:
                         self._start_thread(slot)
                 except BaseException:  # full, closed, no thread to be had, or Ctrl-C in between
                     admission.forget(query, slot)
@@ -125,6 +129,13 @@ class Lane:
             if query.reports:
                 self._report(EventKind.REJECTED, query, error=error)
             raise
+        return slot if slot is not None and slot.inline else None
+
+    def run_here(self, query: Query[Any], slot: Slot) -> None:
+        """Run `query`, on one of Polars' own threads that asks for it, in the slot of `submit`."""
+        self._run(query, slot)
+        if self.admission.closed:
+            self._close_place()
 
     def pause(self, query: Query[Any]) -> None:
         """Let others use the slot of `query` while it waits for its consumer."""
@@ -226,7 +237,7 @@ class Lane:
         place = self._place_of(query)
         if self.fallback is not None and place is HERE:
             _run_on_gpu(query)
-        elif query.label is None:
+        elif query.label is None or slot.inline:  # Polars' own threads keep their names
             query.run(place)
         else:
             with named_thread(query.label):
@@ -250,7 +261,7 @@ class Lane:
                 kept = admission.release(slot)
         wake(waiters)
         if not query.settle():
-            self._look_back(query, alone=alone)
+            self._look_back(query, alone=alone, inline=slot.inline)
         if admission.waiters:
             admission.tell_if_empty()
         del query, waiters  # as in Query.run
@@ -318,11 +329,12 @@ class Lane:
             return query.fail(error)
         return None
 
-    def _look_back(self, query: Query[Any], *, alone: bool) -> None:
+    def _look_back(self, query: Query[Any], *, alone: bool, inline: bool) -> None:
         """Learn from a query that ended, when nobody waits for it any more."""
         admission = self.admission
         # To appraise it may open files. So that nobody waits for this thread meanwhile:
-        away = query.is_worth_appraising and self.fallback is None  # the GPU has one thread
+        # Not where it is none of ours, nor that of the GPU, which has one.
+        away = query.is_worth_appraising and self.fallback is None and not inline
         if away:
             with admission.lock:
                 self._executor.step_out()

@@ -8,7 +8,7 @@ from threading import current_thread
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from polars_async._native import SimpleQueue, start_new_thread
-from polars_async._nesting import enter_worker
+from polars_async._nesting import enter_context, enter_worker
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator
@@ -33,9 +33,11 @@ class Threads:
 
     def run(self, work: Callable[[], T], query: Query[Any]) -> T:
         """Run `work` here; nothing stops it."""
+        asking = query.context.run(enter_context)
         try:
             return query.context.run(work)
         finally:
+            asking.end()
             del work, query  # an error's traceback holds this frame
 
     def close(self) -> None:

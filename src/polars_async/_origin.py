@@ -1,0 +1,99 @@
+"""
+Which threads Polars has started.
+
+Their names tell nothing: a thread inherits the name of the one that starts it, and other libraries
+written in Rust call theirs as Polars does. But the C library notes, in its descriptor of a thread,
+with which function that began, and the function lies in the library that started the thread, since
+each has Rust's own compiled in. Where in the descriptor that is, a thread of ours shows.
+
+With glibc that is certain. With another C library, or on another system, no thread counts as one
+of Polars.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from functools import cache
+from typing import Final
+
+from polars_async._native import allocate_lock, start_new_thread
+from polars_async._upstream import LIBRARY
+
+_DESCRIPTOR_WORDS: Final = 256
+"""How much is searched: no more than a descriptor has on any processor."""
+
+_python: Final = ctypes.pythonapi  # which has the C library's functions, too, and keeps the GIL
+
+
+class _Library(ctypes.Structure):
+    _fields_ = (
+        ("path", ctypes.c_char_p),
+        ("base", ctypes.c_void_p),
+        ("symbol", ctypes.c_char_p),
+        ("address", ctypes.c_void_p),
+    )
+
+
+def is_this_of_polars() -> bool:
+    """Tell whether Polars has started the calling thread."""
+    return _place() is not None and is_of_polars(_this_thread())
+
+
+def is_of_polars(thread: int) -> bool:
+    """Tell whether Polars has started `thread`, an identifier, which must not have ended yet."""
+    place = _place()
+    if place is None:
+        return False
+    return _is_in_polars(ctypes.c_void_p.from_address(thread + place).value)
+
+
+def _this_thread() -> int:
+    # Not by get_ident, in place of which gevent puts one of its own.
+    thread: int = _python.pthread_self()
+    return thread
+
+
+@cache
+def _place() -> int | None:
+    """Find out how far into its descriptor a thread's first function is noted, if it is there."""
+    if not hasattr(_python, "gnu_get_libc_version"):
+        return None
+    _python.pthread_self.restype = ctypes.c_void_p
+    found: list[int] = []
+    done = allocate_lock()
+    done.acquire()
+
+    def search() -> None:
+        try:
+            found.extend(_places_of_python(_this_thread()))
+        finally:
+            done.release()
+
+    start_new_thread(search, ())
+    done.acquire()
+    return found[0] if found else None
+
+
+def _places_of_python(thread: int) -> list[int]:
+    starter = ctypes.cast(_python.PyThread_start_new_thread, ctypes.c_void_p).value
+    words = (ctypes.c_void_p * _DESCRIPTOR_WORDS).from_address(thread)
+    return [
+        number * ctypes.sizeof(ctypes.c_void_p)
+        for number, word in enumerate(words)
+        if word and _library(word) == _library(starter)
+    ]
+
+
+@cache
+def _is_in_polars(function: int | None) -> bool:
+    return LIBRARY is not None and _library(function) == os.fsencode(LIBRARY)
+
+
+def _library(address: int | None) -> bytes | None:
+    """Give the path of the library in which `address` lies, if it is in one."""
+    found = _Library()
+    if not _python.dladdr(ctypes.c_void_p(address), ctypes.byref(found)):
+        return None
+    path: bytes = found.path
+    return path
