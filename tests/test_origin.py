@@ -89,12 +89,6 @@ def test_threads_of_others_are_not_taken_for_those_of_polars(on_thread, name):
     assert not _origin.is_this_of_polars()
 
 
-def test_without_glibc_no_thread_counts_as_one_of_polars(monkeypatch):
-    monkeypatch.setattr(_origin, "_place", lambda: None)
-    assert seen_by(_origin.is_this_of_polars) == {False}
-    assert not _origin.is_of_polars(threading.get_ident())
-
-
 @pytest.mark.parametrize("on_thread", THREADS)
 @pytest.mark.parametrize("name", NAMES)
 def test_thread_that_looks_like_one_of_polars_waits_for_a_slot(blocked, on_thread, name):
@@ -144,3 +138,12 @@ def test_pool_that_began_inside_a_query_asks_as_any_other(collector, blocked):
         assert collector.stats()["waiting"] == 1
         blocked.gate.set()
         assert waiting.result(30).item() == 1
+
+
+def test_without_glibc_the_name_has_to_do(monkeypatch):
+    monkeypatch.setattr(_origin, "_place", lambda: None)
+    assert seen_by(_origin.is_this_of_polars) == {True}
+    assert not _origin.is_this_of_polars()
+    assert not on_bare_thread(_origin.is_this_of_polars)
+    with named_thread("polars-0"):
+        assert _origin.is_this_of_polars()

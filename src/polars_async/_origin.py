@@ -6,8 +6,8 @@ written in Rust call theirs as Polars does. But the C library notes, in its desc
 with which function that began, and the function lies in the library that started the thread, since
 each has Rust's own compiled in. Where in the descriptor that is, a thread of ours shows.
 
-With glibc that is certain. With another C library, or on another system, no thread counts as one
-of Polars.
+With glibc that is certain. With another C library, or on another system, the name has to do: a
+query too many that runs beyond the slots does less harm than one that is waited for in vain.
 """
 
 from __future__ import annotations
@@ -18,10 +18,12 @@ from functools import cache
 from typing import Final
 
 from polars_async._native import allocate_lock, start_new_thread
-from polars_async._upstream import LIBRARY
+from polars_async._upstream import LIBRARY, POOL_THREAD, SHARED_NAME
 
 _DESCRIPTOR_WORDS: Final = 256
 """How much is searched: no more than a descriptor has on any processor."""
+
+_NAME_BYTES: Final = 64
 
 _python: Final = ctypes.pythonapi  # which has the C library's functions, too, and keeps the GIL
 
@@ -35,16 +37,19 @@ class _Library(ctypes.Structure):
     )
 
 
+_python.pthread_self.restype = ctypes.c_void_p
+
+
 def is_this_of_polars() -> bool:
     """Tell whether Polars has started the calling thread."""
-    return _place() is not None and is_of_polars(_this_thread())
+    return is_of_polars(_this_thread())
 
 
 def is_of_polars(thread: int) -> bool:
     """Tell whether Polars has started `thread`, an identifier, which must not have ended yet."""
     place = _place()
     if place is None:
-        return False
+        return _is_named_so(thread)
     return _is_in_polars(ctypes.c_void_p.from_address(thread + place).value)
 
 
@@ -59,7 +64,6 @@ def _place() -> int | None:
     """Find out how far into its descriptor a thread's first function is noted, if it is there."""
     if not hasattr(_python, "gnu_get_libc_version"):
         return None
-    _python.pthread_self.restype = ctypes.c_void_p
     found: list[int] = []
     done = allocate_lock()
     done.acquire()
@@ -83,6 +87,14 @@ def _places_of_python(thread: int) -> list[int]:
         for number, word in enumerate(words)
         if word and _library(word) == _library(starter)
     ]
+
+
+def _is_named_so(thread: int) -> bool:
+    name = ctypes.create_string_buffer(_NAME_BYTES)
+    if _python.pthread_getname_np(ctypes.c_void_p(thread), name, ctypes.c_size_t(len(name))):
+        return False
+    text = name.value.decode(errors="replace")
+    return text == SHARED_NAME or POOL_THREAD.match(text) is not None
 
 
 @cache
