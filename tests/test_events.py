@@ -587,9 +587,6 @@ class FrozenError(Exception):
     code: int
 
 
-@pytest.mark.cannot(
-    "processes", "dask", because="an error that cannot be pickled arrives as the nearest that can"
-)
 def test_error_that_takes_no_note_arrives_all_the_same(executor):
     collector = Collector(
         executor=executor, max_running=1
