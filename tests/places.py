@@ -17,7 +17,7 @@ from time import monotonic
 import polars as pl
 from polars.io.plugins import register_io_source
 
-from polars_async._native import sleep  # a real one under gevent's patch, too
+from polars_async._native import allocate_lock, sleep  # real ones under gevent's patch, too
 
 PLACES = ("threads", "processes", "dask")
 
@@ -38,6 +38,8 @@ STDERR_OF_THE_CLUSTER = "a worker's stderr is what it was when the cluster was s
 A_COLLECTOR_STAYS = "a collector cannot be sent to another process"
 
 _numbers = count()
+
+_parses = allocate_lock()  # Python 3.11 counts wrong where two threads build syntax trees at once
 
 
 @cache
@@ -101,7 +103,8 @@ class Notes:
         if not os.path.exists(self._path):  # noqa: PTH110  # nobody has appended anything
             return []
         lines = Path(self._path).read_bytes().split(b"\n")
-        return [literal_eval(line.decode()) for line in lines[:-1]]
+        with _parses:
+            return [literal_eval(line.decode()) for line in lines[:-1]]
 
 
 class Blocked:

@@ -125,7 +125,7 @@ def test_no_more_than_max_running_queries_run_at_once(slots, executor):
         handles = [collector.collect_async(query, priority=1) for query in queries]
         for handle in handles:
             handle.result(30)
-        assert collector._cpu._executor._threads == slots
+        until(lambda: collector._cpu._executor._threads == slots)  # one may still look at its plan
     assert max(accumulate(both)) == slots
 
 
