@@ -22,7 +22,14 @@ from polars_async.frames import check_frame, checked_frames
 from polars_async.handle import QueryHandle
 from polars_async.lane import Lane
 from polars_async.query import Query
-from polars_async.resolution import decide, engine_object, gpu_policy, is_on_gpu, warn_of
+from polars_async.resolution import (
+    decide,
+    engine_object,
+    gpu_policy,
+    is_on_gpu,
+    request_of,
+    warn_of,
+)
 from polars_async.scheduling import PRIORITIES
 from polars_async.streams import Batches, Buffer, Completions, Suspension
 from polars_async.work import collect, collect_each, feed, schema
@@ -176,7 +183,7 @@ class Collector:
         lf
             The query.
         engine
-            The engine to run it; None is that of the collector.
+            The engine to run it; None, as ``"auto"``, is that of the collector.
         optimizations
             The optimisation passes of Polars.
         timeout
@@ -528,8 +535,10 @@ class Collector:
         self, engine: EngineRequest | None = None, *, path: QueryPath = "async"
     ) -> Resolution:
         """Decide which engine of this collector would run a query; see `resolve_engine`."""
+        if engine is None or request_of(engine) == "auto":
+            engine = self.engine
         return decide(
-            self.engine if engine is None else engine,
+            engine,
             path,
             self._gpu_policy,
             self._default_engine,

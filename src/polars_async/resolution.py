@@ -42,6 +42,9 @@ _variables: Final[Mapping[bytes, bytes] | None] = (
     getattr(os.environ, "_data", None) if os.name == "posix" else None
 )
 
+_LONGEST_CHAIN: Final = 100
+"""So many engines may ask for each other; more are a circle, which would have no end."""
+
 _OWN_FOLDER: Final = f"{Path(__file__).parent}{os.sep}"
 IN_MEMORY: Final = pl.InMemoryEngine()
 _ENGINES: Final[dict[str, pl.Engine]] = {
@@ -133,7 +136,8 @@ def resolve_engine(
     It asks, in this order: `engine` itself, the engine object set with
     ``pl.Config.set_engine_affinity``, the variable ``POLARS_ENGINE_AFFINITY`` as it is now, and
     `default_engine`. A GPU engine then has to pass the GPU rule of `path` and `gpu`. What this
-    function returns in silence, the functions that run queries also warn of.
+    function returns in silence, the functions that run queries also warn of. It knows of no
+    collector, nor of `configure`: `Collector.resolve_engine` asks one, after `engine`.
 
     Parameters
     ----------
@@ -158,7 +162,7 @@ def resolve_engine(
     ------
     ValueError
         `engine`, `path` or `gpu` is none of the values listed here; or the GPU engine is asked for
-        and ``POLARS_ASYNC_GPU`` is none.
+        and ``POLARS_ASYNC_GPU`` is none; or an `AsyncEngine` asks for itself.
     EngineUnavailableError
         The GPU engine cannot run and the CPU was forbidden, by ``gpu="require"`` or by
         ``pl.GPUEngine(raise_on_fail=True)``.
@@ -198,10 +202,10 @@ def decide(
 
 def _who_asks(engine: EngineRequest, path: QueryPath, default: EngineRequest) -> Resolution:
     """Find the engine that is asked for, and by whom, before the GPU rule."""
-    if engine != "auto" and (argument := _own_request(engine)) != "auto":
+    if engine != "auto" and (argument := request_of(engine)) != "auto":
         return _asked(argument, "argument")
     configured = _upstream.affinity_override()
-    if configured is not None and (affinity := _own_request(configured)) != "auto":
+    if configured is not None and (affinity := request_of(configured)) != "auto":
         return _asked(affinity, "config")
     name = _affinity_name()
     if name == "auto":
@@ -332,10 +336,17 @@ def _affinity_name() -> str:
     return "auto" if value is None else os.fsdecode(value)
 
 
-def _own_request(engine: EngineRequest) -> EngineRequest:
-    while not isinstance(engine, str) and isinstance(engine, DeferringEngine):
-        engine = engine.asks_for
-    return engine
+def request_of(engine: EngineRequest) -> EngineRequest:
+    """Return what is asked for by asking for `engine`; ``"auto"`` where that is nothing."""
+    asked = engine
+    for _ in range(_LONGEST_CHAIN):
+        if isinstance(asked, str) or not isinstance(asked, DeferringEngine):
+            return asked
+        asked = asked.asks_for
+    raise ValueError(
+        f"engine must not ask for itself, but {engine!r} asks for the engine of its collector, "
+        "which asks for the same again: give that collector another engine, such as 'in-memory'"
+    )
 
 
 def _nothing_asked(path: QueryPath, default: EngineRequest) -> Resolution:
@@ -345,7 +356,7 @@ def _nothing_asked(path: QueryPath, default: EngineRequest) -> Resolution:
         return _asked("streaming", "default")
     if isinstance(default, str):
         return _asked_by_name(default, "default")
-    return _asked(_own_request(default), "default")
+    return _asked(request_of(default), "default")
 
 
 def _asked(engine: EngineRequest, source: EngineSource) -> Resolution:
