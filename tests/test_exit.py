@@ -328,10 +328,11 @@ def test_first_query_that_an_atexit_function_asks_for_is_ended_too(run_script, w
 
 
 CLEARED = """
-import atexit, os
+import atexit, os, warnings
 import polars as pl
 import polars_async as pa
 
+warnings.simplefilter("ignore")  # Python's of the fork
 pa.default_collector()
 child = os.fork()
 if not child:

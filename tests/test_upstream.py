@@ -57,6 +57,7 @@ def test_every_name_is_polars_own_or_tested_here():
         "optimizations_of",
         "optimized_plan",
         "plan_sources",
+        "sets_affinity",
     }
 
 
@@ -202,6 +203,26 @@ def test_affinity_override_is_polars_own():
         assert _upstream.affinity_override() is own
         pl.Config.set_engine_affinity("streaming")
         assert _upstream.affinity_override() is None
+
+
+def test_engine_is_asked_for_its_class_before_the_variable_goes(monkeypatch):
+    class Asked(pl.InMemoryEngine):
+        @property
+        def __class__(self):
+            variable = os.environ.get("POLARS_ENGINE_AFFINITY")
+            asked.append((_upstream.sets_affinity(), variable))
+            return type(self)
+
+    asked, engine = [], Asked()
+    monkeypatch.setenv("POLARS_ENGINE_AFFINITY", "streaming")
+    QUERY.collect(engine=engine)
+    assert isinstance(engine, pl.LazyFrame | pl.InMemoryEngine)
+    assert (True, "streaming") not in asked
+    with pl.Config():
+        pl.Config.set_engine_affinity(engine)
+        assert "POLARS_ENGINE_AFFINITY" not in os.environ
+
+    assert (True, "streaming") in asked
 
 
 def test_auto_engine_is_polars_own():

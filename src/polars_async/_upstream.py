@@ -43,6 +43,7 @@ __all__ = [
     "optimizations_of",
     "optimized_plan",
     "plan_sources",
+    "sets_affinity",
 ]
 
 POOL_THREAD: Final = re.compile(r"polars-\d|tokio-rt-worker|async-executor")
@@ -68,6 +69,26 @@ def _find_affinity_override() -> Callable[[], pl.Engine | None]:
 
 affinity_override: Final = _find_affinity_override()
 """The engine *object* set with ``Config.set_engine_affinity``; a name lives in the environment."""
+
+
+_SET_AFFINITY: Final[object] = getattr(pl.Config.set_engine_affinity, "__code__", None)
+
+
+def sets_affinity() -> bool:
+    """
+    Tell, when an engine is asked for its class, whether it is to become the affinity.
+
+    ``Config.set_engine_affinity`` asks ``isinstance(engine, pl.Engine)``, and removes the variable
+    after that.
+    """
+    frame = inspect.currentframe()
+    for _ in range(4):  # this one, the attribute's, that of ABCMeta, and who asks
+        if frame is None:
+            return False
+        if frame.f_code is _SET_AFFINITY:
+            return True
+        frame = frame.f_back
+    return False
 
 
 def _find_auto_engine() -> pl.Engine:

@@ -117,10 +117,21 @@ class Resolution:
 class DeferringEngine(pl.Engine):
     """An engine that carries a request of its own, or none, and is never itself what runs."""
 
+    variable: str | None = None
+    """What the variable of the affinity said when this engine became the affinity instead."""
+
     @property
     @abstractmethod
     def asks_for(self) -> EngineRequest:
         """What is asked for by asking for this engine; ``"auto"`` where that is nothing."""
+
+    @property
+    def __class__(self) -> type:
+        # Polars tells no engine that it becomes the affinity. But it asks whether this is an engine
+        # before it removes the variable, for which this engine has to stand in from then on.
+        if _upstream.sets_affinity():
+            self.variable = _affinity_name(_upstream.affinity_override())
+        return type(self)
 
 
 def resolve_engine(
@@ -207,8 +218,8 @@ def _who_asks(engine: EngineRequest, path: QueryPath, default: EngineRequest) ->
     configured = _upstream.affinity_override()
     if configured is not None and (affinity := request_of(configured)) != "auto":
         return _asked(affinity, "config")
-    name = _affinity_name()
-    if name == "auto":
+    name = _affinity_name(configured)
+    if name is None or name == "auto":
         return _nothing_asked(path, default)
     if name == "gpu" or name in _ENGINES:
         return _asked(name, "environment")
@@ -328,12 +339,20 @@ def _level_of_caller() -> int:
     return level
 
 
-def _affinity_name() -> str:
-    """Read the variable as it is now, in a fifth of the time that ``os.environ.get`` takes."""
+def _affinity_name(configured: pl.Engine | None) -> str | None:
+    """Read the variable as it is now, or as it was when `configured` became the affinity."""
+    name = _variable_now()
+    if name is None and isinstance(configured, DeferringEngine):
+        return configured.variable
+    return name
+
+
+def _variable_now() -> str | None:
+    """Read the variable, in a fifth of the time that ``os.environ.get`` takes."""
     if _variables is None or os.environ is not _environ:
-        return os.environ.get(AFFINITY_VARIABLE, "auto")
+        return os.environ.get(AFFINITY_VARIABLE)
     value = _variables.get(_AFFINITY_KEY)
-    return "auto" if value is None else os.fsdecode(value)
+    return None if value is None else os.fsdecode(value)
 
 
 def request_of(engine: EngineRequest) -> EngineRequest:
