@@ -58,6 +58,7 @@ def test_every_name_is_polars_own_or_tested_here():
         "optimized_plan",
         "plan_sources",
         "sets_affinity",
+        "without_warning",
     }
 
 
@@ -225,6 +226,13 @@ def test_engine_is_asked_for_its_class_before_the_variable_goes(monkeypatch):
     assert (True, "streaming") in asked
 
 
+@pytest.mark.parametrize("function", [pl.LazyFrame.sink_batches, register_io_source])
+def test_function_that_polars_warns_of_is_had_without_the_warning(function):
+    assert function.__name__ == _upstream.without_warning(function).__name__
+    assert _upstream.without_warning(function) is not function
+    assert _upstream.without_warning(run) is run
+
+
 def test_auto_engine_is_polars_own():
     assert type(_upstream.AUTO_ENGINE) is engine._AutoEngine
     assert _upstream.AUTO_ENGINE.name == "auto"
@@ -344,6 +352,7 @@ def test_udf_runs_on_a_thread_that_is_known_by_its_name():
 GUARDED = """
 import json, sys
 import polars as pl
+from polars.io.plugins import register_io_source
 from polars.io.plugins import register_io_source
 from polars.lazyframe import engine, engine_config, in_process
 {breakage}

@@ -9,7 +9,7 @@ import os
 import re
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, NamedTuple
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, ParamSpec, TypeVar
 
 import polars as pl
 
@@ -28,6 +28,9 @@ else:
             """What Polars would call its background queries."""
 
 
+P = ParamSpec("P")
+T = TypeVar("T")
+
 __all__ = [
     "AUTO_ENGINE",
     "BUILT_IN_ENGINES",
@@ -44,6 +47,7 @@ __all__ = [
     "optimized_plan",
     "plan_sources",
     "sets_affinity",
+    "without_warning",
 ]
 
 POOL_THREAD: Final = re.compile(r"polars-\d|tokio-rt-worker|async-executor")
@@ -109,6 +113,16 @@ BUILT_IN_ENGINES: Final = frozenset(
     {pl.InMemoryEngine, pl.StreamingEngine, pl.GPUEngine, type(AUTO_ENGINE)}
 )
 """Those of Polars itself that are settings and no more, and so are the same in any process."""
+
+
+def without_warning(function: Callable[P, T]) -> Callable[P, T]:
+    """
+    Return `function` of Polars without the warning, around it, that it is unstable.
+
+    That is for programs that call it, and not for those for whom this library does.
+    """
+    wrapped: Callable[P, T] = getattr(function, "__wrapped__", function)
+    return wrapped
 
 
 def is_eager(optimizations: pl.QueryOptFlags) -> bool:

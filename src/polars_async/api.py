@@ -7,7 +7,12 @@ from typing import TYPE_CHECKING, Literal, overload
 
 from polars_async._native import allocate_lock
 from polars_async.collector import DEFAULT_OPTIMIZATIONS, Collector
-from polars_async.resolution import engine_object, request_of
+from polars_async.resolution import (
+    engine_object,
+    request_of,
+    warn_of_unstable,
+    warns_of_unstable,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -173,6 +178,7 @@ def collect_async(
     """
     _check_named(engine)
     collector = default_collector()
+    warn_of_streaming(collector, engine)
     if gevent:
         return collector.collect_async(lf, gevent=True, engine=engine, optimizations=optimizations)
     return collector.collect_async(lf, engine=engine, optimizations=optimizations)
@@ -233,6 +239,14 @@ def collect_all_async(
             lazy_frames, gevent=True, engine=engine, optimizations=optimizations
         )
     return collector.collect_all_async(lazy_frames, engine=engine, optimizations=optimizations)
+
+
+def warn_of_streaming(collector: Collector, engine: EngineRequest | None = None) -> None:
+    """Warn where ``LazyFrame.collect_async`` does: if the streaming engine is what is asked for."""
+    if warns_of_unstable():
+        found = collector.resolve_engine(engine)
+        if found.name == "streaming" and found.source != "default":
+            warn_of_unstable("streaming")
 
 
 def _check_named(engine: EngineRequest | None) -> None:

@@ -381,7 +381,7 @@ class Collector:
         check_frame(lf)
         if chunk_size is not None and chunk_size < 1:
             raise ValueError(f"chunk_size must be 1 or more rows, got {chunk_size!r}")
-        resolution = self._resolved(engine, "batches")
+        resolution = self._resolved(engine, "batches", optimizations)
         buffer = Buffer(self._cpu)  # where alone a query waits for its consumer
         options = {"chunk_size": chunk_size, "maintain_order": maintain_order}
         work = partial(feed, lf, resolution.engine, optimizations, buffer, options)
@@ -439,7 +439,7 @@ class Collector:
             )
         check_frame(sink)
         handle = _gevent_handle() if gevent else QueryHandle
-        resolution = self._resolved(engine, "batches")
+        resolution = self._resolved(engine, "batches", optimizations)
         work = partial(run_sink, sink, resolution.engine, optimizations)
         return handle(self._submit(work, resolution, (sink,), timeout, priority, label))
 
@@ -494,7 +494,7 @@ class Collector:
         """
         check_frame(lf)
         handle = _gevent_handle() if gevent else QueryHandle
-        resolution = self._resolved("in-memory", "async")
+        resolution = self._resolved("in-memory", "async", DEFAULT_OPTIMIZATIONS)
         return handle(
             self._submit(
                 partial(schema, lf), resolution, (), timeout, priority, label, expectation=_TINY
@@ -532,7 +532,11 @@ class Collector:
         return BackgroundQuery(self._collect_all(lazy_frames, "background", **options))
 
     def resolve_engine(
-        self, engine: EngineRequest | None = None, *, path: QueryPath = "async"
+        self,
+        engine: EngineRequest | None = None,
+        *,
+        path: QueryPath = "async",
+        optimizations: pl.QueryOptFlags = DEFAULT_OPTIMIZATIONS,
     ) -> Resolution:
         """Decide which engine of this collector would run a query; see `resolve_engine`."""
         if engine is None or request_of(engine) == "auto":
@@ -543,6 +547,7 @@ class Collector:
             self._gpu_policy,
             self._default_engine,
             gpu_elsewhere=self._elsewhere,
+            optimizations=optimizations,
         )
 
     @property
@@ -663,7 +668,7 @@ class Collector:
         label: str | None = None,
     ) -> Query[pl.DataFrame]:
         check_frame(lf)
-        resolution = self._resolved(engine, path)
+        resolution = self._resolved(engine, path, optimizations)
         work = partial(collect, lf, resolution.engine, optimizations)
         return self._submit(work, resolution, (lf,), timeout, priority, label)
 
@@ -679,13 +684,15 @@ class Collector:
         label: str | None = None,
     ) -> Query[list[pl.DataFrame]]:
         frames = checked_frames(lazy_frames)
-        resolution = self._resolved(engine, path)
+        resolution = self._resolved(engine, path, optimizations)
         work = partial(collect_each, frames, resolution.engine, optimizations)
         return self._submit(work, resolution, frames, timeout, priority, label)
 
-    def _resolved(self, engine: EngineRequest | None, path: QueryPath) -> Resolution:
+    def _resolved(
+        self, engine: EngineRequest | None, path: QueryPath, optimizations: pl.QueryOptFlags
+    ) -> Resolution:
         _fork.check()
-        resolution = self.resolve_engine(engine, path=path)
+        resolution = self.resolve_engine(engine, path=path, optimizations=optimizations)
         warn_of(resolution)
         return resolution
 

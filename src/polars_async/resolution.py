@@ -34,6 +34,7 @@ GpuPolicy: TypeAlias = Literal["downgrade", "offload", "require"]
 ENGINE_NAMES: Final = ("auto", "in-memory", "streaming", "gpu")
 AFFINITY_VARIABLE: Final = "POLARS_ENGINE_AFFINITY"
 GPU_POLICY_VARIABLE: Final = "POLARS_ASYNC_GPU"
+_WARN_UNSTABLE: Final = "POLARS_WARN_UNSTABLE"
 
 _AFFINITY_KEY: Final = os.fsencode(AFFINITY_VARIABLE)
 _environ: Final = os.environ
@@ -194,6 +195,7 @@ def decide(
     default_engine: EngineRequest,
     *,
     gpu_elsewhere: bool = False,
+    optimizations: pl.QueryOptFlags | None = None,
 ) -> Resolution:
     """Do what `resolve_engine` does; with `gpu_elsewhere`, whatever the GPU of this host is."""
     if path not in _PATHS:
@@ -206,6 +208,8 @@ def decide(
         asked.name == "gpu" or isinstance(asked.engine, pl.GPUEngine)
     ):
         return asked
+    if optimizations is not None and _upstream.is_eager(optimizations):
+        return _left_to_cpu(asked)
     if gpu_elsewhere and path != "sync" and gpu_policy(gpu) != "downgrade":
         return asked
     return _gpu_rule(asked, path, gpu)
@@ -230,6 +234,17 @@ def _who_asks(engine: EngineRequest, path: QueryPath, default: EngineRequest) ->
         reason=Reason.UNKNOWN_AFFINITY,
         message=f"{AFFINITY_VARIABLE}={name!r} names no engine, so {_runs(instead.name)}: "
         f"set it to one of {_listed(ENGINE_NAMES)}",
+    )
+
+
+def _left_to_cpu(asked: Resolution) -> Resolution:
+    """Let the CPU run an operation on a DataFrame, as Polars does: it is no downgrade."""
+    return replace(
+        asked,
+        engine=IN_MEMORY,
+        name=IN_MEMORY.name,
+        message=f"{_runs(IN_MEMORY.name)}: {_ASKERS[asked.source]} asks for the GPU engine, to "
+        "which Polars gives no operations on DataFrames",
     )
 
 
@@ -328,8 +343,24 @@ def warn_of(resolution: Resolution) -> None:
         warnings.warn(resolution.message, EngineDowngradeWarning, stacklevel=_level_of_caller())
 
 
+def warns_of_unstable() -> bool:
+    """Tell whether ``Config.warn_unstable`` is set."""
+    return os.environ.get(_WARN_UNSTABLE, "0") != "0"
+
+
+def warn_of_unstable(mode: str) -> None:
+    """Warn of a mode of queries as Polars does, at the caller's line outside of Polars."""
+    if warns_of_unstable():
+        warnings.warn(
+            f"{mode} mode is considered unstable. It may be changed at any point without it being "
+            "considered a breaking change.",
+            pl.exceptions.UnstableWarning,
+            stacklevel=_level_of_caller(),
+        )
+
+
 def _level_of_caller() -> int:
-    """Count the frames from `warn_of`, 1, up to the first that is neither ours nor Polars'."""
+    """Count the frames from who warns, 1, up to the first that is neither ours nor Polars'."""
     libraries = (_OWN_FOLDER, _upstream.PACKAGE_FOLDER)
     frame: FrameType | None = inspect.currentframe()
     level = 0
