@@ -126,8 +126,8 @@ class DeferringEngine(pl.Engine):
     def asks_for(self) -> EngineRequest:
         """What is asked for by asking for this engine; ``"auto"`` where that is nothing."""
 
-    @property
-    def __class__(self) -> type:
+    @property  # type: ignore[misc]  # which nobody sets
+    def __class__(self) -> type:  # pyright: ignore[reportIncompatibleMethodOverride]  # as above
         # Polars tells no engine that it becomes the affinity. But it asks whether this is an engine
         # before it removes the variable, for which this engine has to stand in from then on.
         if _upstream.sets_affinity():
