@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import pytest
+from places import HEARS_CTRL_C
 
 PRELUDE = """
 import sys
@@ -59,7 +60,7 @@ def leave(patience=60):  # so that whoever needs all of it is not back in time f
 
 def end(program, *arguments):
     """Run a program; gives its status, what it said, and what it complained of."""
-    command = [sys.executable, "-c", PRELUDE + program, *arguments]
+    command = [sys.executable, "-c", HEARS_CTRL_C + PRELUDE + program, *arguments]
     run = subprocess.run(command, capture_output=True, text=True, timeout=20, check=False)
     return run.returncode, run.stdout.split(), run.stderr
 

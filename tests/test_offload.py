@@ -19,6 +19,7 @@ from weakref import ref
 import polars as pl
 import pytest
 from conftest import TINY, Blocked
+from places import HEARS_CTRL_C
 
 from polars_async import (
     AsyncEngine,
@@ -1339,7 +1340,7 @@ def test_breaker_keeps_no_query_in_memory(collector, gpu, events, engine):
 
 
 def test_wait_for_the_gpu_is_open_to_ctrl_c(run_script):
-    assert run_script(CTRL_C) == ["True"]
+    assert run_script(HEARS_CTRL_C + CTRL_C) == ["True"]
 
 
 CTRL_C = """

@@ -408,7 +408,9 @@ del engine_config.get_engine_affinity_override
 
 
 @pytest.mark.parametrize(
-    "make", [pl.QueryOptFlags, pl.QueryOptFlags.none, pl.QueryOptFlags._eager], ids=str
+    "make",
+    [pl.QueryOptFlags, pl.QueryOptFlags.none, pl.QueryOptFlags._eager],
+    ids=["all", "none", "eager"],
 )
 def test_optimizations_are_taken_apart_and_put_together_again(make):
     before = make()
