@@ -36,6 +36,7 @@ def pytest_collection_modifyitems(config, items):
     items[:] = [item for item in items if not _is_shown_on_threads(item)]
     config.hook.pytest_deselected(items=left_out)
     for item in items:
+        assert " at 0x" not in item.nodeid, f"another id in each run: {item.nodeid}"
         place = _parameters(item).get("executor")
         for mark in item.iter_markers("cannot"):
             unknown = set(mark.args).difference(PLACES)

@@ -26,6 +26,12 @@ TINY = pl.LazyFrame({"a": [1]})
 LIMIT = 40
 """Seconds that anybody waits for what comes in milliseconds, or not at all."""
 
+HEARS_CTRL_C = """
+import signal
+signal.signal(signal.SIGINT, signal.default_int_handler)
+"""
+"""How a program of a test begins that is sent SIGINT, which is ignored in a shell's background."""
+
 IS_STOPPED = "a query that was let go is stopped, or given up, and its slot is free soon"
 """Why a place cannot show what becomes of a query that runs on, while nobody wants it."""
 

@@ -16,9 +16,7 @@ import trio.testing
 from conftest import TINY
 
 from polars_async import Collector
-from polars_async.bridges import asyncio as asyncio_bridge
 from polars_async.bridges import gevent as gevent_bridge
-from polars_async.bridges import trio as trio_bridge
 from polars_async.bridges.mailbox import Mailbox
 
 
@@ -186,28 +184,141 @@ def test_mailbox_of_a_loop_that_is_over_keeps_nothing_and_works_again():
     assert delivered == ["kept"]
 
 
+class Kept:
+    """Tells of a loop, and of a task of it, whether they are still there."""
+
+    def __init__(self):
+        self._references = []
+
+    def note(self, loop, task):
+        self._references += map(weakref.ref, (loop, task))
+
+    def __bool__(self):
+        gc.collect()
+        assert self._references
+        return any(reference() is not None for reference in self._references)
+
+
+def note_asyncio(kept):
+    kept.note(asyncio.get_running_loop(), asyncio.current_task())
+
+
+def note_trio(kept):
+    kept.note(trio.lowlevel.current_trio_token(), trio.lowlevel.current_task())
+
+
 @pytest.mark.parametrize(
-    ("run", "mailboxes"),
-    [
-        (lambda main: asyncio.run(main()), asyncio_bridge._mailboxes),
-        (trio.run, trio_bridge._mailboxes),
-    ],
+    ("run", "note"),
+    [(lambda main: asyncio.run(main()), note_asyncio), (trio.run, note_trio)],
     ids=["asyncio", "trio"],
 )
-def test_loop_is_not_kept_alive_by_its_mailbox(collector, blocked, run, mailboxes):
-    seen = []
+def test_loop_is_not_kept_alive_by_its_mailbox(collector, blocked, run, note):
+    kept = Kept()
 
     async def main():
-        before = set(mailboxes)
+        note(kept)
         handle = collector.collect_async(blocked.lf)
         threading.Thread(target=blocked.gate.set).start()
         await handle
-        seen.extend(weakref.ref(loop) for loop in set(mailboxes) - before)
 
     run(main)
     collector.close()  # the worker, too, has let go
-    gc.collect()
-    assert not [each for each in seen if each() is not None]
+    assert not kept
+
+
+def test_asyncio_loop_that_is_closed_with_a_delivery_on_its_way_is_freed(
+    collector, blocked, posted
+):
+    kept = Kept()
+
+    async def main():
+        note_asyncio(kept)
+        await collector.collect_async(blocked.lf)
+
+    async def turns():
+        await asyncio.sleep(0)
+
+    def run_and_close():
+        loop = asyncio.new_event_loop()
+        loop.set_exception_handler(lambda *_: None)  # of a task that is freed before its end
+        waiting = loop.create_task(main())
+        loop.run_until_complete(turns())
+        assert not waiting.done()
+        blocked.gate.set()
+        assert posted.acquire(timeout=30)
+        loop.close()
+
+    run_and_close()
+    collector.close()
+    assert not kept
+
+
+ABANDONED = """
+import gc, sys, threading, warnings, weakref
+from queue import SimpleQueue
+
+import polars as pl, polars_async as pa, trio
+from polars_async.bridges.mailbox import Mailbox
+
+sys.unraisablehook = lambda _: None  # trio complains
+warnings.simplefilter("ignore")
+gate, posted, references, post = threading.Event(), threading.Event(), [], Mailbox.post
+
+
+def post_and_tell(*arguments):
+    post(*arguments)
+    posted.set()
+
+
+def wait(frame):
+    gate.wait(30)
+    return frame
+
+
+async def main():
+    task, token = trio.lowlevel.current_task(), trio.lowlevel.current_trio_token()
+    references.extend(map(weakref.ref, (task, token)))
+    await pa.collect_async(pl.LazyFrame({"a": [1]}).map_batches(wait))
+
+
+def run_and_abandon():
+    ticks = SimpleQueue()
+    trio.lowlevel.start_guest_run(
+        main, run_sync_soon_threadsafe=ticks.put, done_callback=lambda _: None
+    )
+    while not pa.default_collector().stats()["submitted"]:
+        ticks.get(timeout=30)()
+    gate.set()
+    print(posted.wait(30))
+
+
+Mailbox.post = post_and_tell
+thread = threading.Thread(target=run_and_abandon)
+thread.start()
+thread.join()
+pa.default_collector().close()
+gc.collect()
+print(*(reference() for reference in references))
+"""
+
+
+def test_trio_run_that_is_abandoned_with_a_delivery_on_its_way_is_freed(run_script):
+    assert run_script(ABANDONED) == ["True", "None", "None"]
+
+
+def test_loop_that_takes_no_attribute_is_told_too(collector, blocked):
+    class Loop(asyncio.SelectorEventLoop):
+        def __setattr__(self, name, value):
+            if "polars" in name:
+                raise AttributeError(name)
+            super().__setattr__(name, value)
+
+    async def main():
+        return await asyncio.gather(*many(collector, blocked))
+
+    blocked.gate.set()
+    with asyncio.Runner(loop_factory=Loop) as runner:
+        assert len(runner.run(main())) == 201
 
 
 # gevent

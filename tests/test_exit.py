@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from places import HEARS_CTRL_C
 
 PRELUDE = """
 import sys
@@ -60,7 +61,7 @@ def leave(patience=60):  # so that whoever needs all of it is not back in time f
 
 def end(program, *arguments):
     """Run a program; gives its status, what it said, and what it complained of."""
-    command = [sys.executable, "-c", PRELUDE + program, *arguments]
+    command = [sys.executable, "-c", HEARS_CTRL_C + PRELUDE + program, *arguments]
     run = subprocess.run(command, capture_output=True, text=True, timeout=20, check=False)
     return run.returncode, run.stdout.split(), run.stderr
 
@@ -282,6 +283,70 @@ sys.exit(7)
 
 def test_functions_of_atexit_find_the_collector_as_it_was_or_closed():
     assert end(AT_EXIT) == (7, ["1", "closed", "closed", "closed", "cancelled"], "")
+
+
+FIRST_AT_EXIT = """
+import atexit, os, sys, threading
+import polars as pl
+
+begun = threading.Event()
+
+def say(word):
+    os.write(1, f"{word}\\n".encode())
+
+def spin(frame):
+    begun.set()
+    try:
+        while True:
+            pass
+    finally:
+        say("left")
+
+def ask():
+    import polars_async as pa
+    collector = pa.Collector()
+    spinning = pl.LazyFrame({"a": [1]}).map_batches(spin)
+    collector.collect_async(spinning)
+    assert begun.wait(10)
+    if sys.argv[1] == "spins":
+        atexit.register(say, "never called")
+        return
+    say("asked")
+    say(pa.collect_async(pl.LazyFrame({"a": [2]})).result().item())
+
+def ask_again():
+    import polars_async as pa
+    say(pa.collect_async(pl.LazyFrame({"a": [3]})).result().item())
+
+atexit.register(ask_again)
+atexit.register(ask)
+"""
+
+
+@pytest.mark.parametrize("what", ["spins", "waits too"])
+def test_first_query_that_an_atexit_function_asks_for_is_ended_too(run_script, what):
+    asked = [] if what == "spins" else ["asked", "2"]
+    assert run_script(FIRST_AT_EXIT, what) == [*asked, "3", "left"]
+
+
+CLEARED = """
+import atexit, os, warnings
+import polars as pl
+import polars_async as pa
+
+warnings.simplefilter("ignore")  # Python's of the fork
+pa.default_collector()
+child = os.fork()
+if not child:
+    atexit._clear()  # as multiprocessing does, from Python 3.13 on
+    print(pa.collect_async(pl.LazyFrame({"a": [1]})).result().item(), flush=True)
+    os._exit(0)
+os.waitpid(child, 0)
+"""
+
+
+def test_child_that_forgets_what_atexit_was_to_call_goes_on(run_script):
+    assert run_script(CLEARED) == ["1"]
 
 
 OTHERS = """

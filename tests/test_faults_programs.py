@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
+from places import HEARS_CTRL_C
 
 GEVENT = ["gevent", "gevent patched before", "gevent patched after"]
 LOOPS = ["asyncio", "trio", *GEVENT]
@@ -93,7 +94,7 @@ def switches(pid):
 
 
 def press_ctrl_c(*arguments, program=CTRL_C):
-    command = [sys.executable, "-c", PRELUDE + program, *arguments]
+    command = [sys.executable, "-c", HEARS_CTRL_C + PRELUDE + program, *arguments]
     with subprocess.Popen(command, stdout=-1, stderr=-1, text=True) as process:
         try:
             assert process.stdout.readline() == "waits\n"

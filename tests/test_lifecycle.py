@@ -11,7 +11,7 @@ from concurrent.futures import CancelledError
 
 import pytest
 import trio
-from places import A_COLLECTOR_STAYS, TINY
+from places import A_COLLECTOR_STAYS, HEARS_CTRL_C, TINY
 
 import polars_async
 from polars_async import Collector, CollectorClosedError, api
@@ -483,7 +483,7 @@ else:
 
 @pytest.mark.parametrize("loop", ["asyncio", "trio"])
 def test_ctrl_c_ends_a_program_whose_query_runs_on(loop):
-    command = [sys.executable, "-c", CTRL_C, loop]
+    command = [sys.executable, "-c", HEARS_CTRL_C + CTRL_C, loop]
     with subprocess.Popen(command, stdout=-1, stderr=-1, text=True) as process:
         try:
             assert process.stdout.readline() == "waits\n"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import io
 import json
 import logging
 import sys
@@ -18,6 +19,7 @@ from weakref import ref
 import polars as pl
 import pytest
 from conftest import TINY, Blocked
+from places import HEARS_CTRL_C
 
 from polars_async import (
     AsyncEngine,
@@ -1285,11 +1287,39 @@ def test_callback_of_the_caller_takes_the_place_of_the_engines(here, gpu):
     assert (found.item(), len(called), gpu.queries) == (1, 1, 0)
 
 
-def test_operation_on_a_frame_is_left_to_the_cpu_as_by_polars(here, gpu):
-    gpu.fail = "oom"
-    eager = pl.QueryOptFlags._eager()
-    assert here.collect(TINY, optimizations=eager).item() == 1
-    assert gpu.queries == 0
+EAGER = {
+    "collect": lambda here, flags: here.collect(TINY, optimizations=flags),
+    "collect_all": lambda here, flags: pl.collect_all([TINY], engine=here, optimizations=flags),
+    "execute": lambda here, flags: here.execute(TINY, optimizations=flags),
+    "batches": lambda here, flags: list(here.collect_batches(TINY, optimizations=flags)),
+    "sink": lambda here, flags: TINY.sink_csv(io.BytesIO(), engine=here, optimizations=flags),
+    "background": lambda here, flags: here.collect(
+        TINY, background=True, optimizations=flags
+    ).fetch_blocking(),
+    "async": lambda here, flags: here.collect_async(TINY, optimizations=flags).result(30),
+    "all async": lambda here, flags: here.collect_all_async([TINY], optimizations=flags).result(30),
+}
+
+
+@pytest.mark.parametrize("host", ["GPU", "no GPU"])
+@pytest.mark.parametrize("engine", ["gpu", STRICT], ids=["gpu", "strict"])
+@pytest.mark.parametrize("policy", ["downgrade", "offload", "require"])
+@pytest.mark.parametrize("way", EAGER)
+def test_operation_on_a_frame_is_left_to_the_cpu_as_by_polars(
+    way, policy, engine, host, request, engine_log
+):
+    gpu = request.getfixturevalue("gpu_host") if host == "GPU" else None
+    if gpu is None:
+        request.getfixturevalue("no_gpu_host")
+    else:
+        gpu.fail = "oom"
+
+    with Collector(engine=engine, gpu=policy) as collector:
+        EAGER[way](AsyncEngine(collector), pl.QueryOptFlags._eager())
+
+    engine_log.assert_ran_on("in-memory")
+    assert {(each.downgraded, each.reason) for each in engine_log} == {(False, None)}
+    assert gpu is None or gpu.queries == 0
 
 
 @pytest.mark.parametrize("engine", ["gpu", STRICT])
@@ -1310,7 +1340,7 @@ def test_breaker_keeps_no_query_in_memory(collector, gpu, events, engine):
 
 
 def test_wait_for_the_gpu_is_open_to_ctrl_c(run_script):
-    assert run_script(CTRL_C) == ["True"]
+    assert run_script(HEARS_CTRL_C + CTRL_C) == ["True"]
 
 
 CTRL_C = """

@@ -599,6 +599,11 @@ def test_affinity(monkeypatch):
     monkeypatch.setenv("POLARS_ENGINE_AFFINITY", "cuda")
     pa.collect_async(QUERY).result(20)
 
+def test_plugin(monkeypatch):
+    monkeypatch.setenv("POLARS_ENGINE_AFFINITY", "gpu")
+    with pl.Config(engine_affinity=pa.AsyncEngine()):
+        QUERY.collect()
+
 class TestOld(unittest.TestCase):
     def test_old(self):
         downgrade()
@@ -606,7 +611,7 @@ class TestOld(unittest.TestCase):
         "--polars-gpu-host=none",
         "--polars-no-downgrade",
     )
-    result.assert_outcomes(failed=4)
+    result.assert_outcomes(failed=5)
     result.stdout.fnmatch_lines(
         [
             "2 queries of this test did not run on the engine that was asked for, *",
@@ -616,6 +621,8 @@ class TestOld(unittest.TestCase):
             "  one ran on 'in-memory' (no-library): *",
             "*_ test_affinity _*",
             "  one ran on 'in-memory' (unknown-affinity): POLARS_ENGINE_AFFINITY='cuda' names no *",
+            "*_ test_plugin _*",
+            "  one ran on 'in-memory' (no-library): POLARS_ENGINE_AFFINITY asks for the GPU *",
             "*_ TestOld.test_old _*",
             "  one ran on 'in-memory' (async-path): *",
         ]

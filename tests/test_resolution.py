@@ -155,6 +155,12 @@ AFFINITIES = (
 )
 
 
+def shown(engine):
+    """Name an engine, and not the address of its collector."""
+    own = getattr(engine, "_own_collector", None)
+    return f"{engine}" if own is None else f"AsyncEngine({own.engine})"
+
+
 def table(text):
     """Read a table: the last two columns by the others."""
     rows = (tuple(line.split()) for line in text.strip().splitlines()[1:])
@@ -426,7 +432,9 @@ def missing_words(question, cell, message):
 
 
 @pytest.mark.parametrize("name", HOSTS)
-@pytest.mark.parametrize("affinity", AFFINITIES, ids=lambda each: f"{each.config}-{each.variable}")
+@pytest.mark.parametrize(
+    "affinity", AFFINITIES, ids=lambda each: f"{shown(each.config)}-{each.variable}"
+)
 def test_every_cell_of_the_table(host, affinity, name):
     gpu = host(name)
     set_affinity(affinity)

@@ -19,6 +19,7 @@ from pathlib import Path
 
 import polars as pl
 import pytest
+from polars.io.plugins import register_io_source
 from polars.lazyframe import engine, engine_config, in_process
 
 import polars_async as pa
@@ -65,6 +66,8 @@ def test_every_name_is_polars_own_or_tested_here():
         "optimizations_of",
         "plan_text",
         "resolved_uncalled",
+        "sets_affinity",
+        "without_warning",
     }
 
 
@@ -248,6 +251,33 @@ def test_affinity_override_is_polars_own():
         assert _upstream.affinity_override() is None
 
 
+def test_engine_is_asked_for_its_class_before_the_variable_goes(monkeypatch):
+    class Asked(pl.InMemoryEngine):
+        @property
+        def __class__(self):
+            variable = os.environ.get("POLARS_ENGINE_AFFINITY")
+            asked.append((_upstream.sets_affinity(), variable))
+            return type(self)
+
+    asked, engine = [], Asked()
+    monkeypatch.setenv("POLARS_ENGINE_AFFINITY", "streaming")
+    QUERY.collect(engine=engine)
+    assert isinstance(engine, pl.LazyFrame | pl.InMemoryEngine)
+    assert (True, "streaming") not in asked
+    with pl.Config():
+        pl.Config.set_engine_affinity(engine)
+        assert "POLARS_ENGINE_AFFINITY" not in os.environ
+
+    assert (True, "streaming") in asked
+
+
+@pytest.mark.parametrize("function", [pl.LazyFrame.sink_batches, register_io_source])
+def test_function_that_polars_warns_of_is_had_without_the_warning(function):
+    assert function.__name__ == _upstream.without_warning(function).__name__
+    assert _upstream.without_warning(function) is not function
+    assert _upstream.without_warning(run) is run
+
+
 def test_auto_engine_is_polars_own():
     assert type(_upstream.AUTO_ENGINE) is engine._AutoEngine
     assert _upstream.AUTO_ENGINE.name == "auto"
@@ -351,6 +381,8 @@ GUARDED = """
 import json, sys
 import polars as pl
 from polars.io.plugins import register_io_source
+from polars.io.plugins import register_io_source
+from polars.io.plugins import register_io_source
 from polars.lazyframe import engine, engine_config, in_process
 {breakage}
 import polars_async as pa
@@ -405,7 +437,9 @@ del engine_config.get_engine_affinity_override
 
 
 @pytest.mark.parametrize(
-    "make", [pl.QueryOptFlags, pl.QueryOptFlags.none, pl.QueryOptFlags._eager], ids=str
+    "make",
+    [pl.QueryOptFlags, pl.QueryOptFlags.none, pl.QueryOptFlags._eager],
+    ids=["all", "none", "eager"],
 )
 def test_optimizations_are_taken_apart_and_put_together_again(make):
     before = make()

@@ -65,15 +65,35 @@ def watch(lane: _Lane) -> None:
 
     That comes after the functions that the program hands to `atexit` from now on, for which all is
     as ever, and before those that it had handed over earlier: they find each query cancelled, and
-    each collector closed. Who already waits is told nothing: it is a thread that ends with the
-    program, and would have to say that its query was cancelled.
+    each collector closed. Where the first collector is made in such a function, it comes after all
+    of them. Who already waits is told nothing: it is a thread that ends with the program, and would
+    have to say that its query was cancelled.
     """
     _Process.lanes.add(lane)
     if not _Process.prepared and os.name == "posix":
         _Process.prepared = True
-        atexit.register(_leave)
+        atexit.register(_AtExit())
     if _Process.exits:
         lane.close(cancel_waiting=True)
+
+
+class _AtExit:
+    """
+    What `atexit` calls; or else lets go of, when all its functions have run.
+
+    It never calls what it is handed by a function that it has called.
+    """
+
+    def __init__(self) -> None:
+        self._pid = os.getpid()
+
+    def __call__(self) -> None:
+        _leave()
+
+    def __del__(self) -> None:
+        # multiprocessing has its children let go of all that, and they go on.
+        if not _Process.exits and self._pid == os.getpid():
+            _leave()
 
 
 def _leave() -> None:

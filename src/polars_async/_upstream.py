@@ -12,7 +12,7 @@ import re
 import sys
 from pathlib import Path
 from types import FunctionType
-from typing import IO, TYPE_CHECKING, Any, Final, TypeVar
+from typing import IO, TYPE_CHECKING, Any, Final, ParamSpec, TypeVar
 
 import polars as pl
 
@@ -30,6 +30,9 @@ else:
         class InProcessQuery:
             """What Polars would call its background queries."""
 
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 __all__ = [
     "AUTO_ENGINE",
@@ -52,9 +55,9 @@ __all__ = [
     "optimizations_of",
     "plan_text",
     "resolved_uncalled",
+    "sets_affinity",
+    "without_warning",
 ]
-
-T = TypeVar("T")
 
 POOL_THREAD: Final = re.compile(r"polars-\d|async-executor")
 """The names of threads of two of Polars' pools, which start with its first larger query. The thread
@@ -88,6 +91,26 @@ affinity_override: Final = _find_affinity_override()
 """The engine *object* set with ``Config.set_engine_affinity``; a name lives in the environment."""
 
 
+_SET_AFFINITY: Final[object] = getattr(pl.Config.set_engine_affinity, "__code__", None)
+
+
+def sets_affinity() -> bool:
+    """
+    Tell, when an engine is asked for its class, whether it is to become the affinity.
+
+    ``Config.set_engine_affinity`` asks ``isinstance(engine, pl.Engine)``, and removes the variable
+    after that.
+    """
+    frame = inspect.currentframe()
+    for _ in range(4):  # this one, the attribute's, that of ABCMeta, and who asks
+        if frame is None:
+            return False
+        if frame.f_code is _SET_AFFINITY:
+            return True
+        frame = frame.f_back
+    return False
+
+
 def _find_auto_engine() -> pl.Engine:
     try:
         module = importlib.import_module("polars.lazyframe.engine")
@@ -106,6 +129,16 @@ BUILT_IN_ENGINES: Final = frozenset(
     {pl.InMemoryEngine, pl.StreamingEngine, pl.GPUEngine, type(AUTO_ENGINE)}
 )
 """Those of Polars itself that are settings and no more, and so are the same in any process."""
+
+
+def without_warning(function: Callable[P, T]) -> Callable[P, T]:
+    """
+    Return `function` of Polars without the warning, around it, that it is unstable.
+
+    That is for programs that call it, and not for those for whom this library does.
+    """
+    wrapped: Callable[P, T] = getattr(function, "__wrapped__", function)
+    return wrapped
 
 
 def is_eager(optimizations: pl.QueryOptFlags) -> bool:

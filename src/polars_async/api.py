@@ -7,7 +7,12 @@ from typing import TYPE_CHECKING, Literal, overload
 
 from polars_async._native import allocate_lock
 from polars_async.collector import DEFAULT_OPTIMIZATIONS, Collector
-from polars_async.resolution import engine_object
+from polars_async.resolution import (
+    engine_object,
+    request_of,
+    warn_of_unstable,
+    warns_of_unstable,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -62,7 +67,9 @@ def configure(
     ------
     RuntimeError
         It is there already, and was not closed.
-    ValueError, TypeError
+    ValueError
+        Also if `engine` is an `AsyncEngine` that would ask this collector for its engine.
+    TypeError
         As for `Collector`.
     """
     with _Default.lock:
@@ -71,7 +78,7 @@ def configure(
                 "the default collector is in use already: call configure() before the first query, "
                 "or close() the collector that default_collector() gives"
             )
-        _Default.collector = Collector(
+        collector = Collector(
             engine=engine,
             gpu=gpu,
             default_engine=default_engine,
@@ -81,7 +88,13 @@ def configure(
             max_memory=max_memory,
             on_event=on_event,
         )
-        return _Default.collector
+        before, _Default.collector = _Default.collector, collector
+        try:
+            request_of(engine)
+        except ValueError:  # an AsyncEngine that asks for the engine of this very collector
+            _Default.collector = before
+            raise
+        return collector
 
 
 def default_collector() -> Collector:
@@ -130,8 +143,9 @@ def collect_async(
         Whether to give a handle for greenlets, with ``get(block=True, timeout=None)``.
     engine
         ``"auto"``, ``"in-memory"``, ``"streaming"``, ``"gpu"`` or a ``pl.Engine`` object.
-        ``"auto"`` asks the engine affinity; without one the in-memory engine runs. The GPU engine
-        runs here only where ``POLARS_ASYNC_GPU`` is ``offload`` or ``require``; else, as Polars
+        ``"auto"`` is the engine given to `configure`, or else the engine affinity; without either
+        the in-memory engine runs. The GPU engine runs here only where the policy, ``gpu=`` of
+        `configure` or ``POLARS_ASYNC_GPU``, is ``offload`` or ``require``; else, as Polars
         documents, the in-memory engine does, with an `EngineDowngradeWarning`.
     optimizations
         The optimisation passes of Polars.
@@ -164,6 +178,7 @@ def collect_async(
     """
     _check_named(engine)
     collector = default_collector()
+    warn_of_streaming(collector, engine)
     if gevent:
         return collector.collect_async(lf, gevent=True, engine=engine, optimizations=optimizations)
     return collector.collect_async(lf, engine=engine, optimizations=optimizations)
@@ -224,6 +239,14 @@ def collect_all_async(
             lazy_frames, gevent=True, engine=engine, optimizations=optimizations
         )
     return collector.collect_all_async(lazy_frames, engine=engine, optimizations=optimizations)
+
+
+def warn_of_streaming(collector: Collector, engine: EngineRequest | None = None) -> None:
+    """Warn where ``LazyFrame.collect_async`` does: if the streaming engine is what is asked for."""
+    if warns_of_unstable():
+        found = collector.resolve_engine(engine)
+        if found.name == "streaming" and found.source != "default":
+            warn_of_unstable("streaming")
 
 
 def _check_named(engine: EngineRequest | None) -> None:

@@ -22,7 +22,14 @@ from polars_async.frames import check_frame, checked_frames
 from polars_async.handle import QueryHandle
 from polars_async.lane import Lane
 from polars_async.query import Query
-from polars_async.resolution import decide, engine_object, gpu_policy, is_on_gpu, warn_of
+from polars_async.resolution import (
+    decide,
+    engine_object,
+    gpu_policy,
+    is_on_gpu,
+    request_of,
+    warn_of,
+)
 from polars_async.scheduling import PRIORITIES
 from polars_async.streams import Batches, Buffer, Completions, Suspension
 from polars_async.work import collect, collect_each, feed, schema
@@ -176,7 +183,7 @@ class Collector:
         lf
             The query.
         engine
-            The engine to run it; None is that of the collector.
+            The engine to run it; None, as ``"auto"``, is that of the collector.
         optimizations
             The optimisation passes of Polars.
         timeout
@@ -374,7 +381,7 @@ class Collector:
         check_frame(lf)
         if chunk_size is not None and chunk_size < 1:
             raise ValueError(f"chunk_size must be 1 or more rows, got {chunk_size!r}")
-        resolution = self._resolved(engine, "batches")
+        resolution = self._resolved(engine, "batches", optimizations)
         buffer = Buffer(self._cpu)  # where alone a query waits for its consumer
         options = {"chunk_size": chunk_size, "maintain_order": maintain_order}
         work = partial(feed, lf, resolution.engine, optimizations, buffer, options)
@@ -435,7 +442,7 @@ class Collector:
             )
         check_frame(sink)
         handle = _gevent_handle() if gevent else QueryHandle
-        resolution = self._resolved(engine, "batches")
+        resolution = self._resolved(engine, "batches", optimizations)
         work = partial(run_sink, sink, resolution.engine, optimizations)
         return handle(self._submit(work, resolution, (sink,), timeout, priority, label))
 
@@ -490,7 +497,7 @@ class Collector:
         """
         check_frame(lf)
         handle = _gevent_handle() if gevent else QueryHandle
-        resolution = self._resolved("in-memory", "async")
+        resolution = self._resolved("in-memory", "async", DEFAULT_OPTIMIZATIONS)
         query = self._submit(
             partial(schema, lf),
             resolution,
@@ -534,15 +541,22 @@ class Collector:
         return BackgroundQuery(self._collect_all(lazy_frames, "background", **options))
 
     def resolve_engine(
-        self, engine: EngineRequest | None = None, *, path: QueryPath = "async"
+        self,
+        engine: EngineRequest | None = None,
+        *,
+        path: QueryPath = "async",
+        optimizations: pl.QueryOptFlags = DEFAULT_OPTIMIZATIONS,
     ) -> Resolution:
         """Decide which engine of this collector would run a query; see `resolve_engine`."""
+        if engine is None or request_of(engine) == "auto":
+            engine = self.engine
         return decide(
-            self.engine if engine is None else engine,
+            engine,
             path,
             self._gpu_policy,
             self._default_engine,
             gpu_elsewhere=self._elsewhere,
+            optimizations=optimizations,
         )
 
     @property
@@ -663,7 +677,7 @@ class Collector:
         label: str | None = None,
     ) -> Query[pl.DataFrame]:
         check_frame(lf)
-        resolution = self._resolved(engine, path)
+        resolution = self._resolved(engine, path, optimizations)
         work = partial(collect, lf, resolution.engine, optimizations)
         return self._submit(work, resolution, (lf,), timeout, priority, label)
 
@@ -679,13 +693,15 @@ class Collector:
         label: str | None = None,
     ) -> Query[list[pl.DataFrame]]:
         frames = checked_frames(lazy_frames)
-        resolution = self._resolved(engine, path)
+        resolution = self._resolved(engine, path, optimizations)
         work = partial(collect_each, frames, resolution.engine, optimizations)
         return self._submit(work, resolution, frames, timeout, priority, label)
 
-    def _resolved(self, engine: EngineRequest | None, path: QueryPath) -> Resolution:
+    def _resolved(
+        self, engine: EngineRequest | None, path: QueryPath, optimizations: pl.QueryOptFlags
+    ) -> Resolution:
         _fork.check()
-        resolution = self.resolve_engine(engine, path=path)
+        resolution = self.resolve_engine(engine, path=path, optimizations=optimizations)
         warn_of(resolution)
         return resolution
 

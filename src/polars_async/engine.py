@@ -8,13 +8,19 @@ import polars as pl
 
 from polars_async import _fork
 from polars_async._upstream import AUTO_ENGINE
-from polars_async.api import default_collector
+from polars_async.api import default_collector, warn_of_streaming
 from polars_async.errors import EngineUnavailableError
 from polars_async.events import tell_observers
 from polars_async.frames import checked_frames
 from polars_async.gpu.failure import GpuFailure
 from polars_async.gpu.offload import collect_on_gpu
-from polars_async.resolution import DeferringEngine, fallen_back, is_on_gpu, warn_of
+from polars_async.resolution import (
+    DeferringEngine,
+    fallen_back,
+    is_on_gpu,
+    warn_of,
+    warn_of_unstable,
+)
 from polars_async.work import collect_each
 
 if TYPE_CHECKING:
@@ -37,6 +43,9 @@ class AsyncEngine(DeferringEngine):
     `collector`. All that is synchronous still runs on the thread that asks for it, on the engine
     it would run on anyway; but where the GPU engine is asked for and no GPU is usable, or it fails,
     the in-memory engine runs and an `EngineDowngradeWarning` says so.
+
+    Polars removes ``POLARS_ENGINE_AFFINITY`` when an engine is set with ``Config``. This one keeps
+    what the variable said at that moment, and asks for that while the variable is not set anew.
 
     Parameters
     ----------
@@ -111,8 +120,9 @@ class AsyncEngine(DeferringEngine):
     ) -> pl.DataFrame | BackgroundQuery[pl.DataFrame]:
         """See ``LazyFrame.collect``; in the background it runs on the collector."""
         if background:
+            warn_of_unstable("background")
             return self.collector.collect_background(lf, optimizations=optimizations)
-        return self._synchronous().collect(
+        return self._synchronous(optimizations).collect(
             lf, optimizations=optimizations, post_opt_callback=post_opt_callback
         )
 
@@ -120,7 +130,7 @@ class AsyncEngine(DeferringEngine):
         self, lfs: Iterable[pl.LazyFrame], *, optimizations: pl.QueryOptFlags
     ) -> list[pl.DataFrame]:
         """See ``polars.collect_all``; on the GPU the frames are collected one by one."""
-        frames, engine = checked_frames(lfs), self._synchronous()
+        frames, engine = checked_frames(lfs), self._synchronous(optimizations)
         if isinstance(engine, _GPUEngineHere):
             return [engine.collect(lf, optimizations=optimizations) for lf in frames]
         return collect_each(frames, engine, optimizations)
@@ -129,6 +139,7 @@ class AsyncEngine(DeferringEngine):
         self, lf: pl.LazyFrame, *, optimizations: pl.QueryOptFlags, gevent: bool = False
     ) -> QueryHandle[pl.DataFrame]:
         """See ``LazyFrame.collect_async``; it runs on the collector."""
+        warn_of_streaming(self.collector)
         if gevent:
             return self.collector.collect_async(lf, optimizations=optimizations, gevent=True)
         return self.collector.collect_async(lf, optimizations=optimizations)
@@ -149,7 +160,7 @@ class AsyncEngine(DeferringEngine):
         self, lf: pl.LazyFrame, *, optimizations: pl.QueryOptFlags, **options: Any
     ) -> Iterator[pl.DataFrame]:
         """See ``LazyFrame.collect_batches``; what the GPU collects is cut up afterwards."""
-        resolution = self._resolved("batches")
+        resolution = self._resolved("batches", optimizations)
         engine = resolution.engine
         if isinstance(engine, pl.GPUEngine):
             lf = self.collector.collect_async(lf, optimizations=optimizations).result().lazy()
@@ -160,7 +171,7 @@ class AsyncEngine(DeferringEngine):
 
     def execute(self, lf: pl.LazyFrame, *, optimizations: pl.QueryOptFlags) -> QueryResult:
         """See ``LazyFrame.execute``."""
-        return self._synchronous().execute(lf, optimizations=optimizations)
+        return self._synchronous(optimizations).execute(lf, optimizations=optimizations)
 
     def sink_parquet(self, lf: pl.LazyFrame, path: Any, **options: Any) -> Any:
         """See ``LazyFrame.sink_parquet``."""
@@ -184,18 +195,20 @@ class AsyncEngine(DeferringEngine):
 
     def _sink(self, options: dict[str, Any]) -> pl.Engine:
         # Polars 1.44 hands over lazy sinks too, which only make a plan.
-        return AUTO_ENGINE if options.get("lazy") else self._synchronous()
+        if options.get("lazy"):
+            return AUTO_ENGINE
+        return self._synchronous(options["optimizations"])
 
-    def _synchronous(self) -> pl.Engine:
-        resolution = self._resolved("sync")
+    def _synchronous(self, optimizations: pl.QueryOptFlags) -> pl.Engine:
+        resolution = self._resolved("sync", optimizations)
         if is_on_gpu(resolution):
             return _GPUEngineHere(resolution)
         tell_observers(resolution)
         return resolution.engine
 
-    def _resolved(self, path: QueryPath) -> Resolution:
+    def _resolved(self, path: QueryPath, optimizations: pl.QueryOptFlags) -> Resolution:
         _fork.check()
-        resolution = self.collector.resolve_engine(path=path)
+        resolution = self.collector.resolve_engine(path=path, optimizations=optimizations)
         warn_of(resolution)
         return resolution
 

@@ -34,6 +34,7 @@ GpuPolicy: TypeAlias = Literal["downgrade", "offload", "require"]
 ENGINE_NAMES: Final = ("auto", "in-memory", "streaming", "gpu")
 AFFINITY_VARIABLE: Final = "POLARS_ENGINE_AFFINITY"
 GPU_POLICY_VARIABLE: Final = "POLARS_ASYNC_GPU"
+_WARN_UNSTABLE: Final = "POLARS_WARN_UNSTABLE"
 
 _AFFINITY_KEY: Final = os.fsencode(AFFINITY_VARIABLE)
 _environ: Final = os.environ
@@ -41,6 +42,9 @@ _environ: Final = os.environ
 _variables: Final[Mapping[bytes, bytes] | None] = (
     getattr(os.environ, "_data", None) if os.name == "posix" else None
 )
+
+_LONGEST_CHAIN: Final = 100
+"""So many engines may ask for each other; more are a circle, which would have no end."""
 
 _OWN_FOLDER: Final = f"{Path(__file__).parent}{os.sep}"
 IN_MEMORY: Final = pl.InMemoryEngine()
@@ -114,10 +118,21 @@ class Resolution:
 class DeferringEngine(pl.Engine):
     """An engine that carries a request of its own, or none, and is never itself what runs."""
 
+    variable: str | None = None
+    """What the variable of the affinity said when this engine became the affinity instead."""
+
     @property
     @abstractmethod
     def asks_for(self) -> EngineRequest:
         """What is asked for by asking for this engine; ``"auto"`` where that is nothing."""
+
+    @property  # type: ignore[misc]  # which nobody sets
+    def __class__(self) -> type:  # pyright: ignore[reportIncompatibleMethodOverride]  # as above
+        # Polars tells no engine that it becomes the affinity. But it asks whether this is an engine
+        # before it removes the variable, for which this engine has to stand in from then on.
+        if _upstream.sets_affinity():
+            self.variable = _affinity_name(_upstream.affinity_override())
+        return type(self)
 
 
 def resolve_engine(
@@ -133,7 +148,8 @@ def resolve_engine(
     It asks, in this order: `engine` itself, the engine object set with
     ``pl.Config.set_engine_affinity``, the variable ``POLARS_ENGINE_AFFINITY`` as it is now, and
     `default_engine`. A GPU engine then has to pass the GPU rule of `path` and `gpu`. What this
-    function returns in silence, the functions that run queries also warn of.
+    function returns in silence, the functions that run queries also warn of. It knows of no
+    collector, nor of `configure`: `Collector.resolve_engine` asks one, after `engine`.
 
     Parameters
     ----------
@@ -158,7 +174,7 @@ def resolve_engine(
     ------
     ValueError
         `engine`, `path` or `gpu` is none of the values listed here; or the GPU engine is asked for
-        and ``POLARS_ASYNC_GPU`` is none.
+        and ``POLARS_ASYNC_GPU`` is none; or an `AsyncEngine` asks for itself.
     EngineUnavailableError
         The GPU engine cannot run and the CPU was forbidden, by ``gpu="require"`` or by
         ``pl.GPUEngine(raise_on_fail=True)``.
@@ -179,6 +195,7 @@ def decide(
     default_engine: EngineRequest,
     *,
     gpu_elsewhere: bool = False,
+    optimizations: pl.QueryOptFlags | None = None,
 ) -> Resolution:
     """Do what `resolve_engine` does; with `gpu_elsewhere`, whatever the GPU of this host is."""
     if path not in _PATHS:
@@ -191,6 +208,8 @@ def decide(
         asked.name == "gpu" or isinstance(asked.engine, pl.GPUEngine)
     ):
         return asked
+    if optimizations is not None and _upstream.is_eager(optimizations):
+        return _left_to_cpu(asked)
     if gpu_elsewhere and path != "sync" and gpu_policy(gpu) != "downgrade":
         return asked
     return _gpu_rule(asked, path, gpu)
@@ -198,13 +217,13 @@ def decide(
 
 def _who_asks(engine: EngineRequest, path: QueryPath, default: EngineRequest) -> Resolution:
     """Find the engine that is asked for, and by whom, before the GPU rule."""
-    if engine != "auto" and (argument := _own_request(engine)) != "auto":
+    if engine != "auto" and (argument := request_of(engine)) != "auto":
         return _asked(argument, "argument")
     configured = _upstream.affinity_override()
-    if configured is not None and (affinity := _own_request(configured)) != "auto":
+    if configured is not None and (affinity := request_of(configured)) != "auto":
         return _asked(affinity, "config")
-    name = _affinity_name()
-    if name == "auto":
+    name = _affinity_name(configured)
+    if name is None or name == "auto":
         return _nothing_asked(path, default)
     if name == "gpu" or name in _ENGINES:
         return _asked(name, "environment")
@@ -215,6 +234,17 @@ def _who_asks(engine: EngineRequest, path: QueryPath, default: EngineRequest) ->
         reason=Reason.UNKNOWN_AFFINITY,
         message=f"{AFFINITY_VARIABLE}={name!r} names no engine, so {_runs(instead.name)}: "
         f"set it to one of {_listed(ENGINE_NAMES)}",
+    )
+
+
+def _left_to_cpu(asked: Resolution) -> Resolution:
+    """Let the CPU run an operation on a DataFrame, as Polars does: it is no downgrade."""
+    return replace(
+        asked,
+        engine=IN_MEMORY,
+        name=IN_MEMORY.name,
+        message=f"{_runs(IN_MEMORY.name)}: {_ASKERS[asked.source]} asks for the GPU engine, to "
+        "which Polars gives no operations on DataFrames",
     )
 
 
@@ -313,8 +343,24 @@ def warn_of(resolution: Resolution) -> None:
         warnings.warn(resolution.message, EngineDowngradeWarning, stacklevel=_level_of_caller())
 
 
+def warns_of_unstable() -> bool:
+    """Tell whether ``Config.warn_unstable`` is set."""
+    return os.environ.get(_WARN_UNSTABLE, "0") != "0"
+
+
+def warn_of_unstable(mode: str) -> None:
+    """Warn of a mode of queries as Polars does, at the caller's line outside of Polars."""
+    if warns_of_unstable():
+        warnings.warn(
+            f"{mode} mode is considered unstable. It may be changed at any point without it being "
+            "considered a breaking change.",
+            pl.exceptions.UnstableWarning,
+            stacklevel=_level_of_caller(),
+        )
+
+
 def _level_of_caller() -> int:
-    """Count the frames from `warn_of`, 1, up to the first that is neither ours nor Polars'."""
+    """Count the frames from who warns, 1, up to the first that is neither ours nor Polars'."""
     libraries = (_OWN_FOLDER, _upstream.PACKAGE_FOLDER)
     frame: FrameType | None = inspect.currentframe()
     level = 0
@@ -324,18 +370,33 @@ def _level_of_caller() -> int:
     return level
 
 
-def _affinity_name() -> str:
-    """Read the variable as it is now, in a fifth of the time that ``os.environ.get`` takes."""
+def _affinity_name(configured: pl.Engine | None) -> str | None:
+    """Read the variable as it is now, or as it was when `configured` became the affinity."""
+    name = _variable_now()
+    if name is None and isinstance(configured, DeferringEngine):
+        return configured.variable
+    return name
+
+
+def _variable_now() -> str | None:
+    """Read the variable, in a fifth of the time that ``os.environ.get`` takes."""
     if _variables is None or os.environ is not _environ:
-        return os.environ.get(AFFINITY_VARIABLE, "auto")
+        return os.environ.get(AFFINITY_VARIABLE)
     value = _variables.get(_AFFINITY_KEY)
-    return "auto" if value is None else os.fsdecode(value)
+    return None if value is None else os.fsdecode(value)
 
 
-def _own_request(engine: EngineRequest) -> EngineRequest:
-    while not isinstance(engine, str) and isinstance(engine, DeferringEngine):
-        engine = engine.asks_for
-    return engine
+def request_of(engine: EngineRequest) -> EngineRequest:
+    """Return what is asked for by asking for `engine`; ``"auto"`` where that is nothing."""
+    asked = engine
+    for _ in range(_LONGEST_CHAIN):
+        if isinstance(asked, str) or not isinstance(asked, DeferringEngine):
+            return asked
+        asked = asked.asks_for
+    raise ValueError(
+        f"engine must not ask for itself, but {engine!r} asks for the engine of its collector, "
+        "which asks for the same again: give that collector another engine, such as 'in-memory'"
+    )
 
 
 def _nothing_asked(path: QueryPath, default: EngineRequest) -> Resolution:
@@ -345,7 +406,7 @@ def _nothing_asked(path: QueryPath, default: EngineRequest) -> Resolution:
         return _asked("streaming", "default")
     if isinstance(default, str):
         return _asked_by_name(default, "default")
-    return _asked(_own_request(default), "default")
+    return _asked(request_of(default), "default")
 
 
 def _asked(engine: EngineRequest, source: EngineSource) -> Resolution:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Final
 import polars as pl
 from polars.io.plugins import register_io_source
 
-from polars_async._upstream import map_ipc
+from polars_async._upstream import map_ipc, without_warning
 from polars_async.errors import PolarsAsyncError
 from polars_async.executors.extensions import extension_names, read_extended
 from polars_async.executors.parcels import mark_sorted, new_file, path_of, sorted_columns
@@ -59,7 +59,7 @@ def share(frame: pl.DataFrame) -> pl.LazyFrame:
         os.close(file)
         raise
     source = _Source(file, dict(frame.schema), sorted_columns(frame))
-    return register_io_source(source, schema=frame.schema, is_pure=True)
+    return without_warning(register_io_source)(source, schema=frame.schema, is_pure=True)
 
 
 class _Source:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 import polars as pl
 
+from polars_async._upstream import without_warning
 from polars_async.gpu.failure import GpuFailure
 from polars_async.gpu.offload import collect_on_gpu, is_wanted
 from polars_async.resolution import IN_MEMORY
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
+_sink_batches: Final[Callable[..., pl.LazyFrame]] = without_warning(pl.LazyFrame.sink_batches)
 _GPU_BATCH = 100_000
 """Rows of a batch of what the GPU collected, where nobody says how many."""
 
@@ -115,7 +117,7 @@ def feed(
 
     try:
         # The engine is named just so that it does not ask for an affinity, which is done.
-        plan = lf.sink_batches(put, lazy=True, engine="in-memory", **options)
+        plan = _sink_batches(lf, put, lazy=True, engine="in-memory", **options)
         engine.collect(plan, optimizations=optimizations)
     finally:
         # An error's traceback holds the plan, and the plan `put`, out of the garbage collector's

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
     from collections.abc import Generator
+    from types import FrameType
     from typing import Any
 
     from polars_async.query import Awaited
@@ -19,6 +20,10 @@ class Bridge(Protocol):
     CANCELLED: type[BaseException]
     """What the await of a cancelled query raises there."""
 
+    def running(self) -> object | None:
+        """Return the coroutine of the task that runs on this thread; None outside of one."""
+        ...
+
     def wait(self, awaited: Awaited) -> Generator[Any, Any, None]:
         """Suspend the running task until `awaited` has come."""
         ...
@@ -29,17 +34,29 @@ class Bridge(Protocol):
 
 
 def current() -> Bridge:
-    """Find the bridge into the loop that runs on this thread."""
-    return _trio() if "trio" in sys.modules and _trio_runs() else _asyncio()
+    """
+    Find the bridge into the loop whose task asks.
+
+    The loops themselves are asked, and not sniffio, whose variable travels into the functions of a
+    query with the context of its caller.
+    """
+    if sys.modules.get("trio") is None or (task := _trio().running()) is None:
+        return _asyncio()
+    if sys.modules.get("asyncio") is None or (other := _asyncio().running()) is None:
+        return _trio()
+    return _innermost({_frame_of(task): _trio(), _frame_of(other): _asyncio()})
 
 
-def _trio_runs() -> bool:
-    import sniffio  # noqa: PLC0415  # comes with trio
+def _frame_of(coroutine: object) -> FrameType | None:
+    return getattr(coroutine, "cr_frame", None)  # a compiled one has none
 
-    try:
-        return sniffio.current_async_library() == "trio"
-    except sniffio.AsyncLibraryNotFoundError:
-        return False
+
+def _innermost(bridges: dict[FrameType | None, Bridge]) -> Bridge:
+    """Find who runs the task that asks, where a task of one loop runs the other loop."""
+    frame: FrameType | None = sys._getframe()  # noqa: SLF001  # pyright: ignore[reportPrivateUsage]
+    while frame is not None and frame not in bridges:
+        frame = frame.f_back
+    return bridges.get(frame) or _asyncio()
 
 
 @cache

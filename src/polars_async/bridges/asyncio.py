@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 import asyncio
-from typing import TYPE_CHECKING, ClassVar
-from weakref import WeakKeyDictionary
+from contextlib import suppress
+from typing import TYPE_CHECKING, ClassVar, Final
 
 from polars_async.bridges.mailbox import Mailbox
 
 if TYPE_CHECKING:
     from collections.abc import Generator
-    from typing import Any, Final
+    from typing import Any
 
     from polars_async.query import Awaited
 
 CANCELLED: type[BaseException] = asyncio.CancelledError
 
-_mailboxes: Final[WeakKeyDictionary[asyncio.AbstractEventLoop, Mailbox[asyncio.Future[None]]]] = (
-    WeakKeyDictionary()
-)
+_MAILBOX: Final = "_polars_async_mailbox"
+"""The attribute of a loop. What a mailbox holds leads back to its loop, so that anybody else who
+held it, by a weak key even, would keep a loop that was closed with a delivery on its way."""
 
 
 class _Waiter:
@@ -36,10 +36,7 @@ class _Waiter:
                 "handle in a coroutine that one of them runs"
             ) from None
         self.future: asyncio.Future[None] = self.loop.create_future()
-        mailbox = _mailboxes.get(self.loop)
-        if mailbox is None:
-            mailbox = _mailboxes.setdefault(self.loop, Mailbox(_resolve))
-        self.mailbox = mailbox
+        self.mailbox = _mailbox_of(self.loop)
 
     def wake(self) -> None:
         try:
@@ -48,9 +45,27 @@ class _Waiter:
             pass  # the loop was closed meanwhile, and took its tasks with it
 
 
+def _mailbox_of(loop: asyncio.AbstractEventLoop) -> Mailbox[asyncio.Future[None]]:
+    mailbox: Mailbox[asyncio.Future[None]] | None = getattr(loop, _MAILBOX, None)
+    if mailbox is None:
+        mailbox = Mailbox(_resolve)
+        with suppress(AttributeError):  # a loop that takes none wakes up for each by itself
+            setattr(loop, _MAILBOX, mailbox)
+    return mailbox
+
+
 def _resolve(future: asyncio.Future[None]) -> None:
     if not future.done():  # it is when its task was cancelled on the way
         future.set_result(None)
+
+
+def running() -> object | None:
+    """Return the coroutine of the task that runs on this thread; None outside of one."""
+    try:
+        task = asyncio.current_task()
+    except RuntimeError:  # no loop runs here
+        return None
+    return None if task is None else task.get_coro()
 
 
 def wait(awaited: Awaited) -> Generator[Any, Any, None]:

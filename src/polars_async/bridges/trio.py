@@ -5,7 +5,6 @@ from __future__ import annotations
 from concurrent.futures import CancelledError
 from contextlib import suppress
 from typing import TYPE_CHECKING, ClassVar
-from weakref import WeakKeyDictionary
 
 import trio
 
@@ -29,9 +28,9 @@ class _Waiter:
     def __init__(self) -> None:
         self.token = trio.lowlevel.current_trio_token()
         self.task: trio.lowlevel.Task | None = trio.lowlevel.current_task()
-        mailbox = _mailboxes.get(self.token)
+        mailbox = _mailbox.get(None)
         if mailbox is None:
-            mailbox = _mailboxes.setdefault(self.token, Mailbox(_reschedule))
+            _mailbox.set(mailbox := Mailbox(_reschedule))
         self.mailbox = mailbox
 
     def wake(self) -> None:
@@ -40,8 +39,9 @@ class _Waiter:
             self.mailbox.post(self, self.token.run_sync_soon)
 
 
-_mailboxes: Final[WeakKeyDictionary[trio.lowlevel.TrioToken, Mailbox[_Waiter]]] = (
-    WeakKeyDictionary()
+# Of each run, which alone holds it: what it holds leads back to the run.
+_mailbox: Final[trio.lowlevel.RunVar[Mailbox[_Waiter] | None]] = trio.lowlevel.RunVar(
+    "polars_async mailbox"
 )
 
 
@@ -49,6 +49,11 @@ def _reschedule(waiter: _Waiter) -> None:
     # Both this and the abort run in trio's thread, so the task is rescheduled by one of them.
     if waiter.task is not None:
         trio.lowlevel.reschedule(waiter.task)
+
+
+def running() -> object | None:
+    """Return the coroutine of the task that runs on this thread; None outside of one."""
+    return trio.lowlevel.current_task().coro if trio.lowlevel.in_trio_task() else None
 
 
 def wait(awaited: Awaited) -> Generator[Any, Any, None]:

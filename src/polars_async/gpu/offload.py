@@ -106,8 +106,6 @@ def collect_on_gpu(
     RuntimeError
         A Python function of a query on the GPU asks for it.
     """
-    if _upstream.is_eager(optimizations):
-        return engine.collect(lf, optimizations=optimizations)
     if _this_thread.attempt is not None:
         refuse_nested()
     if _Turn.lock._is_owned():  # type: ignore[attr-defined]  # noqa: SLF001  # as above
