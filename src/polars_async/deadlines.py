@@ -8,6 +8,7 @@ from time import monotonic
 from typing import Final, Protocol
 
 from polars_async._native import RLock, SimpleQueue, start_new_thread, when_put
+from polars_async.events import complain
 
 _SWEPT_FROM: Final = 1000
 
@@ -70,8 +71,13 @@ class _Clock:
         return deadline
 
     def run(self) -> None:
-        while (wait := self.expire_due()) is not None:
-            when_put(self.bell, wait)
+        try:
+            while (wait := self.expire_due()) is not None:
+                when_put(self.bell, wait)
+        except BaseException:  # noqa: BLE001  # no memory, for one
+            with self.lock:
+                self.runs = False  # so that the next deadline finds another thread
+            complain("the thread of all time-outs has ended")
 
     def expire_due(self) -> float | None:
         """Give the seconds until the next deadline; None if there is none."""
@@ -85,7 +91,10 @@ class _Clock:
                     return wait
                 query = heappop(self.deadlines)[2].query
             if query is not None:
-                query.expire()
+                try:
+                    query.expire()
+                except BaseException:  # noqa: BLE001  # the others are to be told in time, too
+                    complain("what was to be done at a time-out has failed")
                 del query
 
 

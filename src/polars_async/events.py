@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import enum
 import logging
+import sys
 import threading
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
@@ -105,10 +106,26 @@ class QueryEvent:
         return ", ".join(parts)
 
 
+def complain(message: str, *arguments: object) -> None:
+    """
+    Log the error that is being handled, which harms nobody.
+
+    Nor does a handler that raises in its turn: a thread that has queries to end has to survive it.
+    """
+    try:
+        log.error(message, *arguments, exc_info=sys.exception())
+    except BaseException as error:
+        if isinstance(error, KeyboardInterrupt) and _is_ctrl_c():
+            raise
+
+
 def tell_observers(resolution: Resolution) -> None:
     """Tell of a query which engine it was that ran it."""
     for observer in tuple(observers):
-        observer(resolution)
+        try:
+            observer(resolution)
+        except Exception:  # noqa: BLE001  # it is to harm no query
+            complain("an observer raised at: %s", resolution.message)
 
 
 class Reporter:
@@ -152,11 +169,16 @@ class Reporter:
             if self._on_event is not None:
                 self._on_event(event)
         except KeyboardInterrupt:
-            if threading.current_thread() is threading.main_thread():
-                raise  # Ctrl-C, which is not for the hook
-            log.exception("the on_event hook was interrupted at: %s", event)
-        except BaseException:  # a worker's thread has to survive whatever it is
-            log.exception("the on_event hook raised at: %s", event)
+            if _is_ctrl_c():
+                raise
+            complain("the on_event hook was interrupted at: %s", event)
+        except BaseException:  # noqa: BLE001  # a worker's thread has to survive whatever it is
+            complain("the on_event hook raised at: %s", event)
+
+
+def _is_ctrl_c() -> bool:
+    """Tell whether a KeyboardInterrupt is for the program, and not raised by a hook."""
+    return threading.current_thread() is threading.main_thread()
 
 
 def _count_rows(result: object) -> int | None:

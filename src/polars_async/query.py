@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, ClassVar, Final, Generic, Protocol, TypeVar, c
 
 from polars_async.deadlines import set_deadline
 from polars_async.errors import QueryTimeoutError
-from polars_async.events import EventKind, log, tell_observers
+from polars_async.events import EventKind, complain, tell_observers
 from polars_async.gpu.failure import GpuFailure
 from polars_async.resolution import fallen_back
 from polars_async.scheduling import SMALL
@@ -449,8 +449,7 @@ class Query(Generic[T]):
     ) -> None:
         if self._deadline is not None:
             self._deadline.lift()
-        if stop is not None:
-            stop()
+        _stop(stop)
         try:
             if tells:
                 self._tell_let_go()
@@ -509,6 +508,15 @@ def _name_in(error: BaseException, label: str) -> None:
             error.add_note(note)
 
 
+def _stop(stop: Callable[[], object] | None) -> None:
+    if stop is None:
+        return
+    try:
+        stop()
+    except BaseException:  # noqa: BLE001  # those who wait are to be told all the same
+        complain("a query that was let go could not be stopped")
+
+
 class Waking:
     """Where those who wait go instead of being told, while the program ends."""
 
@@ -524,4 +532,4 @@ def wake(waiters: Iterable[Waiter]) -> None:
         try:
             waiter.wake()
         except Exception:  # noqa: BLE001  # one that broke its promise must not cost the others theirs
-            log.exception("a waiter could not be told that its query is done")
+            complain("a waiter could not be told that its query is done")

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Final
 from polars_async._native import RLock
 from polars_async.deadlines import set_deadline
 from polars_async.errors import QueryMemoryError
-from polars_async.events import log
+from polars_async.events import complain
 from polars_async.executors.mains import definition
 from polars_async.executors.parcels import Parcel, pack, unpack
 
@@ -195,5 +195,5 @@ def _log(content: dict[str, Any]) -> None:
     if logger.isEnabledFor(record.levelno):
         try:
             logger.handle(record)
-        except Exception:  # noqa: BLE001  # a handler that breaks the rules costs nobody a result
-            log.exception("a handler raised at what a worker process has logged")
+        except BaseException:  # noqa: BLE001  # a handler that breaks the rules costs no query its result
+            complain("a handler raised at what a worker process has logged")

@@ -44,7 +44,8 @@ class Worker:
 
     def _spawn(self, env: Mapping[str, str]) -> None:
         ours, theirs = socketpair(AF_UNIX, SOCK_STREAM)
-        lifeline, self._lifeline = os.pipe()
+        lifeline, ours_of_it = os.pipe()
+        self._lifeline: int | None = ours_of_it
         if min(theirs.fileno(), lifeline) < _STANDARD_FILES:
             theirs, lifeline = _above_standard_files(theirs, lifeline)
         self.channel = Channel(ours)
@@ -76,7 +77,7 @@ class Worker:
             )
         except BaseException:
             self.channel.close()
-            os.close(self._lifeline)
+            self._drop_lifeline()
             _alive.discard(self)
             raise
         finally:
@@ -100,8 +101,13 @@ class Worker:
         """Send it a signal, if it is there. Any thread may."""
         with self._lock:
             if not self._reaped:
-                with suppress(ProcessLookupError):  # somebody else has taken its status
+                try:
                     os.kill(self.pid, number)
+                except ProcessLookupError:
+                    pass  # somebody else has taken its status
+                except PermissionError:  # this process has become that of another user
+                    if number == signal.SIGKILL:
+                        self._drop_lifeline()
 
     def memory(self) -> int:
         """Give the bytes of memory that it has all for itself; 0 if it is gone."""
@@ -134,7 +140,7 @@ class Worker:
     def abandon(self) -> None:
         """Close what a forked child has of it, so that the worker sees its parent's end."""
         self.channel.abandon()
-        os.close(self._lifeline)
+        self._drop_lifeline()
 
     def _reap(self) -> int | None:
         # Nobody sends it a signal meanwhile, since its number may then be that of another process.
@@ -149,8 +155,14 @@ class Worker:
             self._reaped = True
             _alive.discard(self)
             self.channel.close()
-            os.close(self._lifeline)
+            self._drop_lifeline()
             return status
+
+    def _drop_lifeline(self) -> None:
+        """Have the kernel kill it, which takes no permission."""
+        lifeline, self._lifeline = self._lifeline, None
+        if lifeline is not None:
+            os.close(lifeline)
 
 
 def dismiss(workers: list[Worker]) -> None:
