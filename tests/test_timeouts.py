@@ -367,6 +367,7 @@ class Failing:
 @pytest.mark.parametrize("kind", [PermissionError, SystemExit])
 def test_clock_survives_what_is_raised_at_a_time_out(collector, blocked, time, caplog, kind):
     handle = collector.collect_async(blocked.lf, timeout=5)
+    assert blocked.started.wait()
     deadlines.set_deadline(5, Failing(kind()))
     after = collector.collect_async(TINY, timeout=6)
     time.passes(5)
@@ -388,6 +389,7 @@ def test_clock_that_dies_is_replaced_with_the_next_deadline(
     heappop = deadlines.heappop
     monkeypatch.setattr(deadlines, "heappop", no_memory)
     handle = collector.collect_async(blocked.lf, timeout=5)
+    assert blocked.started.wait()
     time.passes(5)
     until(lambda: not time.clock.runs)
     after = collector.collect_async(TINY, timeout=1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from contextlib import suppress
 from typing import TYPE_CHECKING, ClassVar
 
 from polars_async._native import allocate_lock, wait_for
@@ -22,7 +23,8 @@ class _Waiter:
         self._lock.acquire()
 
     def wake(self) -> None:
-        self._lock.release()
+        with suppress(RuntimeError):  # it was told before
+            self._lock.release()
 
     def wait(self, timeout: float | None) -> None:
         wait_for(self._lock, timeout)
@@ -31,14 +33,14 @@ class _Waiter:
 def block(awaited: Awaited, timeout: float | None = None) -> bool:
     """Block this thread until `awaited` has come; False if `timeout` seconds pass before."""
     waiter = _Waiter()
-    if not awaited.add_waiter(waiter):
-        return True
     try:
+        if not awaited.add_waiter(waiter):
+            return True
         waiter.wait(timeout)
+        return not awaited.remove_waiter(waiter, last_cancels=False)
     except BaseException:
         awaited.remove_waiter(waiter, last_cancels=False)
         raise
-    return not awaited.remove_waiter(waiter, last_cancels=False)
 
 
 def block_or_let_run(awaited: Awaited) -> None:

@@ -9,7 +9,7 @@ import signal
 from time import monotonic, perf_counter
 from typing import TYPE_CHECKING, Any, Final
 
-from polars_async._native import RLock
+from polars_async._native import RLock, holding
 from polars_async.deadlines import set_deadline
 from polars_async.errors import QueryMemoryError
 from polars_async.events import complain
@@ -96,16 +96,16 @@ class Errand:
         return may_start and not self._begun and not self.stopped
 
     def stop(self) -> None:
-        """Stop the query, if it runs: nobody wants it."""
-        with self._lock:
-            if self.stopped:
-                return
-            if self._phase is _Phase.STARTS:
-                self.stopped = True
-                self._expire_in(_START_WITHIN)
-            elif self._phase is _Phase.RUNS:
-                self.stopped = True
-                self._nudge()
+        """Stop the query, if it runs: nobody wants it. Whoever was interrupted calls it again."""
+        holding(self._lock, self._stop)
+
+    def _stop(self) -> None:
+        if self._phase is _Phase.STARTS:
+            self.stopped = True
+            self._expire_in(_START_WITHIN)
+        elif self._phase is _Phase.RUNS:
+            self.stopped = True
+            self._nudge()
 
     def expire(self) -> None:
         """Ask once more, or kill the worker when it was asked often enough."""

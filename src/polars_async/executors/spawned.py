@@ -15,7 +15,7 @@ from time import monotonic
 from typing import TYPE_CHECKING, Any, Final
 from weakref import WeakSet
 
-from polars_async._native import RLock, posix_spawn, sleep, start_new_thread, waitpid
+from polars_async._native import RLock, holding, posix_spawn, sleep, start_new_thread, waitpid
 from polars_async.executors.channel import Channel
 from polars_async.executors.parcels import pack, unpack
 from polars_async.gpu.simulation import current
@@ -99,15 +99,18 @@ class Worker:
 
     def signal(self, number: int) -> None:
         """Send it a signal, if it is there. Any thread may."""
-        with self._lock:
-            if not self._reaped:
-                try:
-                    os.kill(self.pid, number)
-                except ProcessLookupError:
-                    pass  # somebody else has taken its status
-                except PermissionError:  # this process has become that of another user
-                    if number == signal.SIGKILL:
-                        self._drop_lifeline()
+        holding(self._lock, self._signal, number)
+
+    def _signal(self, number: int) -> None:
+        if self._reaped:
+            return
+        try:
+            os.kill(self.pid, number)
+        except ProcessLookupError:
+            pass  # somebody else has taken its status
+        except PermissionError:  # this process has become that of another user
+            if number == signal.SIGKILL:
+                self._drop_lifeline()
 
     def memory(self) -> int:
         """Give the bytes of memory that it has all for itself; 0 if it is gone."""
@@ -167,6 +170,8 @@ class Worker:
 
 def dismiss(workers: list[Worker]) -> None:
     """Have `workers` end by themselves, which nobody waits for."""
+    if not workers:
+        return
     for worker in workers:
         worker.leave()
     try:
