@@ -7,6 +7,7 @@ from heapq import heapify, heappop, heappush
 from time import monotonic
 from typing import Final, Protocol
 
+from polars_async._green import leaving_no_hub
 from polars_async._native import RLock, SimpleQueue, holding, start_new_thread, when_put
 from polars_async.events import complain
 
@@ -78,6 +79,7 @@ class _Clock:
         elif self.deadlines[0] is entry:
             self.bell.put(None)
 
+    @leaving_no_hub
     def run(self) -> None:
         try:
             while (wait := self.expire_due()) is not None:

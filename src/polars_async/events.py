@@ -7,10 +7,12 @@ import logging
 import sys
 import threading
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
 import polars as pl
 
+from polars_async._green import tell
 from polars_async.errors import text_of
 
 if TYPE_CHECKING:
@@ -113,7 +115,7 @@ def complain(message: str, *arguments: object) -> None:
     Nor does a handler that raises in its turn: a thread that has queries to end has to survive it.
     """
     try:
-        log.error(message, *arguments, exc_info=sys.exception())
+        tell(partial(log.error, message, *arguments, exc_info=sys.exception()))
     except BaseException as error:
         if isinstance(error, KeyboardInterrupt) and _is_ctrl_c():
             raise
@@ -164,6 +166,12 @@ class Reporter:
             error=error,
             resolution=query.resolution,
         )
+        if query.telling is None:
+            self._tell(level, event)
+        else:
+            query.telling.post(partial(self._tell, level, event))
+
+    def _tell(self, level: int, event: QueryEvent) -> None:
         try:
             log.log(level, "%s", event)
             if self._on_event is not None:

@@ -9,6 +9,7 @@ from itertools import count
 from time import perf_counter
 from typing import TYPE_CHECKING, ClassVar, Final, Generic, Protocol, TypeVar, cast
 
+from polars_async._green import telling
 from polars_async._native import get_ident, holding
 from polars_async.deadlines import set_deadline
 from polars_async.errors import QueryTimeoutError
@@ -124,6 +125,7 @@ class Query(Generic[T]):
         "reports",
         "resolution",
         "state",
+        "telling",
     )
 
     def __init__(
@@ -149,6 +151,7 @@ class Query(Generic[T]):
         self.is_nested = False
         self.paused_seconds = 0.0
         self.reports = report.listens
+        self.telling = telling() if self.reports else None
         self._admission = admission
         self._report = report
         self._work: Callable[[], T] | None = work
@@ -398,6 +401,8 @@ class Query(Generic[T]):
 
     def outcome(self, cancelled: type[BaseException]) -> T:
         """Give the result of a query that is done, or raise its error."""
+        if self.telling is not None:
+            self.telling.catch_up()
         if self.state is State.CANCELLED:
             raise cancelled(f"{self.named} was cancelled")
         try:

@@ -6,6 +6,7 @@ import sys
 from contextlib import suppress
 from typing import TYPE_CHECKING, ClassVar
 
+from polars_async._green import catch_up
 from polars_async._native import allocate_lock, wait_for
 
 if TYPE_CHECKING:
@@ -50,5 +51,6 @@ def block_or_let_run(awaited: Awaited) -> None:
         from polars_async.bridges.gevent import block_greenlet  # noqa: PLC0415  # optional
 
         block_greenlet(awaited)
+        catch_up()
     else:
         block(awaited)

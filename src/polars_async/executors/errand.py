@@ -6,9 +6,11 @@ import enum
 import logging
 import os
 import signal
+from functools import partial
 from time import monotonic, perf_counter
 from typing import TYPE_CHECKING, Any, Final
 
+from polars_async._green import tell
 from polars_async._native import RLock, holding
 from polars_async.deadlines import set_deadline
 from polars_async.errors import QueryMemoryError
@@ -194,6 +196,6 @@ def _log(content: dict[str, Any]) -> None:
     logger = logging.getLogger(record.name)
     if logger.isEnabledFor(record.levelno):
         try:
-            logger.handle(record)
+            tell(partial(logger.handle, record))
         except BaseException:  # noqa: BLE001  # a handler that breaks the rules costs no query its result
             complain("a handler raised at what a worker process has logged")

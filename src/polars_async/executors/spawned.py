@@ -15,6 +15,7 @@ from time import monotonic
 from typing import TYPE_CHECKING, Any, Final
 from weakref import WeakSet
 
+from polars_async._green import leaving_no_hub
 from polars_async._native import RLock, holding, posix_spawn, sleep, start_new_thread, waitpid
 from polars_async.executors.channel import Channel
 from polars_async.executors.parcels import pack, unpack
@@ -180,6 +181,7 @@ def dismiss(workers: list[Worker]) -> None:
         _see_off(workers, 0.0)
 
 
+@leaving_no_hub
 def _see_off(workers: list[Worker], farewell: float = _FAREWELL) -> None:
     until = monotonic() + farewell
     for worker in workers:

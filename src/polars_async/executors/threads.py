@@ -7,6 +7,7 @@ from pathlib import Path
 from threading import current_thread
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
+from polars_async._green import leaving_no_hub
 from polars_async._native import SimpleQueue, get_ident, start_new_thread
 from polars_async._nesting import enter_worker
 
@@ -100,6 +101,7 @@ class ThreadExecutor:
         self._jobs.put(None)
 
 
+@leaving_no_hub
 def _work(jobs: SimpleQueue[Callable[[], None] | None], for_gpu: bool) -> None:  # noqa: FBT001
     _tell_system(_OWN_NAME)
     enter_worker(for_gpu=for_gpu)
@@ -109,6 +111,7 @@ def _work(jobs: SimpleQueue[Callable[[], None] | None], for_gpu: bool) -> None: 
     jobs.put(None)  # for the next thread
 
 
+@leaving_no_hub
 def _work_once(job: Callable[[], None], for_gpu: bool) -> None:  # noqa: FBT001
     enter_worker(for_gpu=for_gpu)
     job()
