@@ -114,10 +114,14 @@ def complain(message: str, *arguments: object) -> None:
 
     Nor does a handler that raises in its turn: a thread that has queries to end has to survive it.
     """
+    tell(partial(_complain, message, arguments, sys.exception()))
+
+
+def _complain(message: str, arguments: tuple[object, ...], error: BaseException | None) -> None:
     try:
-        tell(partial(log.error, message, *arguments, exc_info=sys.exception()))
-    except BaseException as error:
-        if isinstance(error, KeyboardInterrupt) and _is_ctrl_c():
+        log.error(message, *arguments, exc_info=error)
+    except BaseException as raised:
+        if isinstance(raised, KeyboardInterrupt) and _is_ctrl_c():
             raise
 
 

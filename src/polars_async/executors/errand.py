@@ -195,7 +195,11 @@ def _log(content: dict[str, Any]) -> None:
     record = logging.makeLogRecord(content)
     logger = logging.getLogger(record.name)
     if logger.isEnabledFor(record.levelno):
-        try:
-            tell(partial(logger.handle, record))
-        except BaseException:  # noqa: BLE001  # a handler that breaks the rules costs no query its result
-            complain("a handler raised at what a worker process has logged")
+        tell(partial(_handle, logger, record))
+
+
+def _handle(logger: logging.Logger, record: logging.LogRecord) -> None:
+    try:
+        logger.handle(record)
+    except BaseException:  # noqa: BLE001  # a handler that breaks the rules costs no query its result
+        complain("a handler raised at what a worker process has logged")
