@@ -14,9 +14,9 @@ import polars as pl
 import pytest
 import trio
 import trio.testing
-from places import STDERR_OF_THE_CLUSTER, TINY, Blocked, Gate
+from places import LIMIT, STDERR_OF_THE_CLUSTER, TINY, Blocked, Gate, until
 
-from polars_async import _native, bridges
+from polars_async import _native, bridges, events
 from polars_async.bridges import asyncio as asyncio_bridge
 from polars_async.bridges import gevent as gevent_bridge
 from polars_async.bridges import trio as trio_bridge
@@ -381,6 +381,55 @@ def test_waiter_that_cannot_be_told_is_logged_and_costs_nobody_else_the_result(
     works_after()
     assert quiet == ["a waiter could not be told that its query is done"]
     quiet.clear()
+
+
+class Unstoppable(BaseException):
+    """What nobody expects to come out of a place."""
+
+
+@pytest.mark.parametrize("kind", [PermissionError, Unstoppable])
+def test_place_that_cannot_stop_a_query_costs_nobody_the_wake_up(
+    collector, blocked, works_after, quiet, kind
+):
+    def stop():
+        raise kind
+
+    handle = collector.collect_async(blocked.lf)
+    assert blocked.started.wait()
+    ended = _native.SimpleQueue()
+    _native.start_new_thread(lambda: ended.put(outcome_of(handle)), ())
+    until(lambda: handle._query._waiters)
+    handle._query.on_let_go(stop)
+    assert handle.cancel()
+    assert isinstance(ended.get(timeout=LIMIT), CancelledError)
+    blocked.gate.set()
+    works_after()
+    assert quiet == ["a query that was let go could not be stopped"]
+    quiet.clear()
+
+
+def outcome_of(handle):
+    try:
+        return handle.result(LIMIT)
+    except BaseException as error:  # noqa: BLE001  # told to the test
+        return error
+
+
+def test_handler_and_observer_that_raise_cost_no_query_its_end(
+    collector, works_after, monkeypatch, quiet
+):
+    def observe(_):
+        raise ValueError
+
+    class Broken(logging.Handler):
+        def emit(self, _):
+            raise SystemExit
+
+    monkeypatch.setattr(events, "observers", [observe])
+    monkeypatch.setattr(events.log, "handlers", [Broken()])
+    assert collector.collect_async(TINY, gevent=True).result(LIMIT).item() == 1
+    works_after()
+    assert quiet == []
 
 
 def test_thread_that_cannot_be_had_gives_the_slot_back(collector, works_after, monkeypatch):

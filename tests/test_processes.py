@@ -488,6 +488,23 @@ def test_query_that_does_not_stop_is_killed_with_its_worker(collector, gate):
     assert collector.stats()["workers"] == 1
 
 
+def test_worker_that_may_not_be_sent_a_signal_is_killed_all_the_same(collector, gate, monkeypatch):
+    def refuse(*_):
+        raise PermissionError(1, "Operation not permitted")
+
+    old = worker_of(collector)
+    monkeypatch.setattr(os, "kill", refuse)
+    handle = collector.collect_async(gate.lf, timeout=0.3)
+    with pytest.raises(pa.QueryTimeoutError, match="It is stopped now"):
+        handle.result(30)
+    until_freed(collector)
+    assert old not in children()
+    with pytest.raises(pa.QueryTimeoutError):  # and there still is a clock
+        collector.collect_async(gate.lf, timeout=0.3).result(30)
+    until_freed(collector)
+    assert collector.collect_async(TINY).result(30).item() == 6
+
+
 def test_late_query_is_stopped_and_says_so(collector, gate):
     worker_of(collector)
     handle = collector.collect_async(gate.lf, timeout=0.3)

@@ -17,6 +17,7 @@ from polars_async.events import Reporter
 from polars_async.executors.threads import HERE
 from polars_async.expectations import Expectations
 from polars_async.query import Query, State
+from polars_async.streams import _Arrivals
 
 
 def test_query_that_ends_just_before_the_greenlet_waits_wakes_it(collector, blocked, monkeypatch):
@@ -419,3 +420,37 @@ def test_state_cannot_change_between_the_look_at_it_and_the_act(monkeypatch, ope
     assert query.state is (State.ENDED if operation == "add_waiter" else State.CANCELLED)
     assert [query.state] * len(states) == states
     assert query._value == (1 if operation == "add_waiter" else None)
+
+
+# Many who wait for one
+
+
+class Counted:
+    """A waiter that counts how often it is compared with another."""
+
+    survives_fork = told_at_exit = False
+    compared = 0
+
+    def __hash__(self):
+        return id(self)
+
+    def __eq__(self, other):
+        Counted.compared += 1
+        return self is other
+
+    def wake(self):
+        pass
+
+
+@pytest.mark.parametrize("kind", ["query", "collector", "stream"])
+def test_waiters_of_one_query_leave_it_without_a_look_at_all_others(collector, blocked, kind):
+    query = collector.collect_async(blocked.lf)._query
+    awaited = {"query": query, "collector": collector._cpu.admission, "stream": _Arrivals()}[kind]
+    waiters = [Counted() for _ in range(1000)]
+    for waiter in waiters:
+        assert awaited.add_waiter(waiter)
+    Counted.compared = 0
+    for waiter in reversed(waiters):
+        assert awaited.remove_waiter(waiter, last_cancels=False)
+    assert Counted.compared < 10 * len(waiters)
+    assert not query.done

@@ -354,6 +354,51 @@ def test_clock_ends_after_its_last_deadline_and_is_started_anew(collector, block
         assert not clock.deadlines
 
 
+class Failing:
+    """What raises when it is late."""
+
+    def __init__(self, error):
+        self._error = error
+
+    def expire(self):
+        raise self._error
+
+
+@pytest.mark.parametrize("kind", [PermissionError, SystemExit])
+def test_clock_survives_what_is_raised_at_a_time_out(collector, blocked, time, caplog, kind):
+    handle = collector.collect_async(blocked.lf, timeout=5)
+    assert blocked.started.wait()
+    deadlines.set_deadline(5, Failing(kind()))
+    after = collector.collect_async(TINY, timeout=6)
+    time.passes(5)
+    timed_out(handle)
+    time.passes(1)
+    timed_out(after)
+    assert [record.getMessage() for record in caplog.records if record.exc_info] == [
+        "what was to be done at a time-out has failed"
+    ]
+
+
+def test_clock_that_dies_is_replaced_with_the_next_deadline(
+    collector, blocked, time, monkeypatch, caplog
+):
+    def no_memory(*_):
+        monkeypatch.setattr(deadlines, "heappop", heappop)
+        raise MemoryError
+
+    heappop = deadlines.heappop
+    monkeypatch.setattr(deadlines, "heappop", no_memory)
+    handle = collector.collect_async(blocked.lf, timeout=5)
+    assert blocked.started.wait()
+    time.passes(5)
+    until(lambda: not time.clock.runs)
+    after = collector.collect_async(TINY, timeout=1)
+    time.passes(1)
+    timed_out(after)
+    timed_out(handle)
+    assert "the thread of all time-outs has ended" in caplog.text
+
+
 def test_deadlines_that_were_lifted_do_not_pile_up(collector, blocked, monkeypatch, time):
     monkeypatch.setattr(deadlines, "_SWEPT_FROM", 10)
     time.clock.swept_at = 10

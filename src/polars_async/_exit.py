@@ -21,6 +21,7 @@ from time import monotonic
 from typing import TYPE_CHECKING, Final, Protocol
 from weakref import WeakSet
 
+from polars_async._green import catch_up
 from polars_async._native import sleep
 from polars_async._origin import is_of_polars
 from polars_async._upstream import PACKAGE_FOLDER
@@ -108,6 +109,7 @@ def _leave() -> None:
         _end_queries(lanes)
     if _running(lanes):
         _delay_abort()
+    catch_up()
     Waking.withheld = None
 
 

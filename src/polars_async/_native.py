@@ -8,14 +8,17 @@ the original, whether the patch comes before or after this module's import.
 from __future__ import annotations
 
 import sys
+from functools import partial
 from importlib import import_module
 from math import inf
+from operator import call
 from queue import Empty
 from time import monotonic
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 if TYPE_CHECKING:
-    from _thread import LockType, RLock, allocate_lock, start_new_thread
+    from _thread import LockType, RLock, allocate_lock, get_ident, start_new_thread
+    from collections.abc import Callable
     from os import posix_spawn, waitpid
     from queue import SimpleQueue
     from threading import local
@@ -31,6 +34,7 @@ else:
     RLock = _original("_thread", "RLock")
     local = _original("_thread", "_local")
     allocate_lock = _original("_thread", "allocate_lock")
+    get_ident = _original("_thread", "get_ident")
     start_new_thread = _original("_thread", "start_new_thread")
     SimpleQueue = _original("queue", "SimpleQueue")
     sleep = _original("time", "sleep")
@@ -38,12 +42,34 @@ else:
     if sys.platform == "linux":
         posix_spawn = _original("os", "posix_spawn")
 
+T = TypeVar("T")
+
 _SLICE: Final = 0.1
 """Seconds that a signal waits at most. Polars installs its SIGINT handler with SA_RESTART, so that
 a wait without an end of its own is resumed, and Python never gets to see Ctrl-C."""
 
 _LONGEST: Final = 86_400.0
 """Seconds that one wait takes at most; the interpreter refuses those of centuries."""
+
+
+def holding(lock: RLock, do: Callable[..., T], *arguments: object) -> T:
+    """
+    Give what `do` gives, called with `lock` held, which is free again whatever is raised, and when.
+
+    A signal handler may raise between any two steps of Python, and a tracing hook at each line: at
+    the end of a ``with``, too, before its lock is released. So here the lock is taken, `do` called
+    and the lock released in one call of C, which notes how far it came. Where `do` takes the lock,
+    too, it is to do so in the same way.
+    """
+    leave = partial(lock.__exit__, None, None, None)
+    steps: list[Callable[[], Any]] = [lock.__enter__, partial(do, *arguments), leave]
+    done: list[Any] = []
+    try:
+        done.extend(map(call, steps))
+        return done[1]  # type: ignore[no-any-return]
+    finally:
+        if len(done) == 1:
+            leave()
 
 
 def wait_for(lock: LockType | RLock, timeout: float | None = None) -> bool:
@@ -67,6 +93,8 @@ __all__ = [
     "RLock",
     "SimpleQueue",
     "allocate_lock",
+    "get_ident",
+    "holding",
     "local",
     "posix_spawn",
     "sleep",

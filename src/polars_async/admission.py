@@ -7,7 +7,7 @@ from math import inf
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
-from polars_async._native import RLock
+from polars_async._native import RLock, holding
 from polars_async._nesting import in_query, on_thread_of_polars
 from polars_async.errors import CollectorClosedError, QueueFullError
 from polars_async.gpu.breaker import breaker
@@ -31,7 +31,6 @@ if TYPE_CHECKING:
 class Counts:
     """What became of the queries of one admission so far."""
 
-    submitted: int = 0
     completed: int = 0
     failed: int = 0
     cancelled: int = 0
@@ -41,6 +40,11 @@ class Counts:
     fell_back: int = 0
     queue_seconds: float = 0.0
     run_seconds: float = 0.0
+
+    @property
+    def ended(self) -> int:
+        """How many have come to one of the five outcomes."""
+        return self.completed + self.failed + self.cancelled + self.timed_out + self.rejected
 
 
 class Slot:
@@ -85,6 +89,7 @@ class Admission:
         "lock",
         "max_running",
         "max_waiting",
+        "reserved",
         "waiters",
     )
 
@@ -107,7 +112,9 @@ class Admission:
         self._inline: set[Slot] = set()
         self._line: Line[Query[Any]] = Line()
         self._taken_unseen = -inf  # when that was last, in seconds of perf_counter
-        self.waiters: list[Waiter] = []
+        self.waiters: dict[Waiter, None] = {}
+        self.reserved: Slot | None = None
+        """The slot that `enter` has made last: its caller may be interrupted before it has it."""
 
     @property
     def running(self) -> int:
@@ -126,18 +133,17 @@ class Admission:
 
     def in_slots(self) -> list[Query[Any]]:
         """List the queries that run, or pause in the midst of it."""
-        with self.lock:
-            slots = (*self._slots, *self._paused, *self._inline)
-            return [slot.query for slot in slots if slot.query is not None]
+        return holding(self.lock, self._in_slots)
 
     def in_line(self) -> list[Query[Any]]:
         """List the queries that wait."""
-        with self.lock:
-            return list(self._line)
+        return holding(self.lock, list, self._line)
 
     def enter(self, query: Query[Any]) -> Slot | None:
         """
         Give `query` a slot, or a place in the line, and maybe a slot to whoever is next.
+
+        With the lock held.
 
         What a running query asks for itself runs beyond the slots: it may wait for it, and the line
         would then wait for both. Where one of Polars' own threads asks, it is that one that runs it
@@ -151,35 +157,34 @@ class Admission:
         QueueFullError
             As many queries are here as may be.
         """
-        with self.lock:
-            if self.closed:
-                raise CollectorClosedError(
-                    "this collector was closed and takes no more queries: make a new one"
-                )
-            if not self._exclusive and not query.is_stream and on_thread_of_polars():
-                slot = Slot(inline=True)
-                self._inline.add(slot)
-                self._start(query, slot, small=False, overtook=False)
-                return slot
-            free = self.max_running - len(self._slots)
-            # What may be kept for small queries is not given away unseen.
-            kept = KEPT_FROM_UNSEEN if self._line.is_quick else KEPT_FROM_LARGE
-            if self._exclusive:
-                kept = 0
-            at_once = not self._line and (free > kept or free == self.max_running)
-            if at_once or (not self._exclusive and in_query()):
-                slot = Slot()
-                self._slots.add(slot)
-                self._start(query, slot, small=False, overtook=False)
-                return slot
-            if self.max_waiting is not None:
-                self._check_room(self.max_waiting)
-            self._add(query)
-            if free < 1:
-                return None
-            slot = Slot()
-            self._slots.add(slot)
+        if self.closed:
+            raise CollectorClosedError(
+                "this collector was closed and takes no more queries: make a new one"
+            )
+        if not self._exclusive and not query.is_stream and on_thread_of_polars():
+            slot = self.reserved = Slot(inline=True)
+            self._inline.add(slot)
+            self._start(query, slot, small=False, overtook=False)
             return slot
+        free = self.max_running - len(self._slots)
+        # What may be kept for small queries is not given away unseen.
+        kept = KEPT_FROM_UNSEEN if self._line.is_quick else KEPT_FROM_LARGE
+        if self._exclusive:
+            kept = 0
+        at_once = not self._line and (free > kept or free == self.max_running)
+        if at_once or (not self._exclusive and in_query()):
+            slot = self.reserved = Slot()
+            self._slots.add(slot)
+            self._start(query, slot, small=False, overtook=False)
+            return slot
+        if self.max_waiting is not None:
+            self._check_room(self.max_waiting)
+        self._add(query)
+        if free < 1:
+            return None
+        slot = self.reserved = Slot()
+        self._slots.add(slot)
+        return slot
 
     def take_over(self, query: Query[Any]) -> Slot | None:
         """
@@ -202,13 +207,17 @@ class Admission:
             return slot
 
     def forget(self, query: Query[Any], slot: Slot | None) -> None:
-        """Take back what `enter` may have given to a query that never was to start."""
+        """Take back, with the lock held, what `enter` may have given to a query."""
+        self._line.discard(query)
+        if slot is not None:
+            slot.query = None
+            self._slots.discard(slot)
+            self._inline.discard(slot)
+
+    def has(self, slot: Slot) -> bool:
+        """Tell whether `slot` was not taken back."""
         with self.lock:
-            self._line.discard(query)
-            if slot is not None:
-                slot.query = None
-                self._slots.discard(slot)
-                self._inline.discard(slot)
+            return slot in self._slots
 
     def newcomer(self, *, from_behind: bool) -> Place[Query[Any]] | None:
         """Give one of the line, to be appraised without the lock; None if all have been."""
@@ -321,9 +330,8 @@ class Admission:
                     break
 
     def leave(self, query: Query[Any]) -> None:
-        """Take a waiting query out of the line."""
-        with self.lock:
-            self._line.discard(query)
+        """Take a waiting query out of the line, with the lock held."""
+        self._line.discard(query)
 
     def reappraise(self, expectation: Expectation) -> None:
         """Sort in anew the queries of one kind in the line."""
@@ -332,27 +340,21 @@ class Admission:
 
     def add_waiter(self, waiter: Waiter) -> bool:
         """Have `waiter` woken when no query runs or waits; False if that is so already."""
-        with self.lock:
-            if self._is_empty():
-                return False
-            self.waiters.append(waiter)
-            return True
+        return holding(self.lock, self._add_waiter, waiter)
 
     def remove_waiter(self, waiter: Waiter, *, last_cancels: bool) -> bool:  # noqa: ARG002  # as Query
         """Stop waiting; False if it is over already."""
-        with self.lock:
-            if waiter not in self.waiters:
-                return False
-            self.waiters.remove(waiter)
-            return True
+        return holding(self.lock, self._remove_waiter, waiter)
 
     def tell_if_empty(self) -> None:
         """Wake whoever waits for no query to be left, if none is."""
-        with self.lock:
-            if not self.waiters or not self._is_empty():
-                return
-            waiters, self.waiters = self.waiters, []
-        wake(waiters)
+        waiters: list[Waiter] = []
+        try:
+            holding(self.lock, self._move_waiters, waiters)
+            wake(waiters)
+        except BaseException:  # out of a signal handler
+            wake(waiters)
+            raise
 
     def reset(self, lock: RLock | None) -> list[Query[Any]]:
         """Forget, and give, every query; for a forked child, where nobody else is left."""
@@ -370,6 +372,26 @@ class Admission:
         known = query.expectation
         work = None if known is None else known.seconds
         self._line.add(query, priority=query.priority, work=work)
+
+    def _in_slots(self) -> list[Query[Any]]:
+        slots = (*self._slots, *self._paused, *self._inline)
+        return [slot.query for slot in slots if slot.query is not None]
+
+    def _add_waiter(self, waiter: Waiter) -> bool:
+        if self._is_empty():
+            return False
+        self.waiters[waiter] = None
+        return True
+
+    def _remove_waiter(self, waiter: Waiter) -> bool:
+        known = waiter in self.waiters
+        self.waiters.pop(waiter, None)
+        return known
+
+    def _move_waiters(self, to: list[Waiter]) -> None:
+        if self._is_empty():
+            to.extend(self.waiters)  # before they are here no more
+            self.waiters.clear()
 
     def _start(self, query: Query[Any], slot: Slot, *, small: bool, overtook: bool) -> bool:
         waited = query.start()
@@ -397,7 +419,7 @@ class Admission:
         return number
 
     def _is_empty(self) -> bool:
-        return not self._line and not self.in_slots()
+        return not self._line and not self._in_slots()
 
     def _check_room(self, max_waiting: int) -> None:
         # Not those that pause, whose slots are for others.
@@ -413,20 +435,27 @@ class Admission:
 
 def stats_of(cpu: Admission, gpu: Admission) -> dict[str, float]:
     """Add up what `Collector.stats` explains."""
-    found: dict[str, float] = {}
-    with cpu.lock:  # which is that of both
-        for admission in (cpu, gpu):
-            running = admission.in_slots()
-            now: dict[str, float] = {
-                "running": len(running),
-                "abandoned": sum(query.done for query in running),
-                "waiting": admission.waiting,
-                **asdict(admission.counts),
-            }
-            for key, value in now.items():
-                found[key] = found.get(key, 0) + value
-            if admission is gpu:
-                found |= {"gpu_running": now["running"], "gpu_waiting": now["waiting"]}
+    found = holding(cpu.lock, _counted, cpu, gpu)  # the lock is that of both
     found |= {"gpu_failures": breaker.health.failures, "gpu_rest_seconds": breaker.seconds_left()}
     limit = inf if cpu.max_waiting is None else cpu.max_waiting
     return {**found, "max_running": cpu.max_running, "max_waiting": limit}
+
+
+def _counted(cpu: Admission, gpu: Admission) -> dict[str, float]:
+    found: dict[str, float] = {"submitted": 0}
+    for admission in (cpu, gpu):
+        running = admission.in_slots()
+        abandoned = sum(query.done for query in running)
+        now: dict[str, float] = {
+            "running": len(running),
+            "abandoned": abandoned,
+            "waiting": admission.waiting,
+            **asdict(admission.counts),
+        }
+        for key, value in now.items():
+            found[key] = found.get(key, 0) + value
+        # Not counted by itself: who is interrupted would have to count it, and take that back.
+        found["submitted"] += admission.counts.ended + len(running) - abandoned + now["waiting"]
+        if admission is gpu:
+            found |= {"gpu_running": now["running"], "gpu_waiting": now["waiting"]}
+    return found

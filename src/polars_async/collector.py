@@ -100,7 +100,8 @@ class Collector:
     on_event
         Called with a `QueryEvent` for all that happens to a query, on the thread where it happens,
         which waits for it: it has to be quick, and safe to call from many threads. What it raises
-        is logged.
+        is logged. Where gevent has patched the threads, it is called on greenlets of the main
+        thread instead, soon after what happens, and before a wait there for the end returns.
 
     Raises
     ------

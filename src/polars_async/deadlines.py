@@ -7,7 +7,9 @@ from heapq import heapify, heappop, heappush
 from time import monotonic
 from typing import Final, Protocol
 
-from polars_async._native import RLock, SimpleQueue, start_new_thread, when_put
+from polars_async._green import leaving_no_hub
+from polars_async._native import RLock, SimpleQueue, holding, start_new_thread, when_put
+from polars_async.events import complain
 
 _SWEPT_FROM: Final = 1000
 
@@ -44,48 +46,65 @@ class _Clock:
         self.bell: SimpleQueue[None] = SimpleQueue()
         self.deadlines: list[tuple[float, int, Deadline]] = []
         self.number = 0
-        self.runs = False
+        self.thread: list[int] = []
         self.swept_at = _SWEPT_FROM
+
+    @property
+    def runs(self) -> bool:
+        """Whether it has a thread."""
+        return bool(self.thread)
 
     def add(self, seconds: float, query: Timed) -> Deadline:
         deadline = Deadline(query)
-        with self.lock:
-            self.number += 1
-            entry = (monotonic() + seconds, self.number, deadline)
-            if len(self.deadlines) > self.swept_at:
-                # Most queries are done long before: their deadlines would pile up.
-                self.deadlines = [each for each in self.deadlines if each[2].query is not None]
-                heapify(self.deadlines)
-                self.swept_at = max(_SWEPT_FROM, 2 * len(self.deadlines))
-            heappush(self.deadlines, entry)
-            if not self.runs:
-                try:
-                    start_new_thread(self.run, ())
-                except RuntimeError:
-                    deadline.lift()
-                    raise
-                self.runs = True
-            elif self.deadlines[0] is entry:
-                self.bell.put(None)
+        try:
+            holding(self.lock, self._add, monotonic() + seconds, deadline)
+        except BaseException:  # no thread to be had, or Ctrl-C
+            deadline.lift()
+            raise
         return deadline
 
+    def _add(self, time: float, deadline: Deadline) -> None:
+        self.number += 1
+        entry = (time, self.number, deadline)
+        if len(self.deadlines) > self.swept_at:
+            # Most queries are done long before: their deadlines would pile up.
+            kept = [each for each in self.deadlines if each[2].query is not None]
+            heapify(kept)
+            self.deadlines = kept
+            self.swept_at = max(_SWEPT_FROM, 2 * len(kept))
+        heappush(self.deadlines, entry)
+        if not self.thread:
+            # In one call of C, so that no signal handler comes in before it is noted.
+            self.thread.extend(map(start_new_thread, [self.run], [()]))
+        elif self.deadlines[0] is entry:
+            self.bell.put(None)
+
+    @leaving_no_hub
     def run(self) -> None:
-        while (wait := self.expire_due()) is not None:
-            when_put(self.bell, wait)
+        try:
+            while (wait := self.expire_due()) is not None:
+                when_put(self.bell, wait)
+        except BaseException:  # noqa: BLE001  # no memory, for one
+            with self.lock:
+                self.thread.clear()  # so that the next deadline finds another thread
+            complain("the thread of all time-outs has ended")
 
     def expire_due(self) -> float | None:
         """Give the seconds until the next deadline; None if there is none."""
         while True:
             with self.lock:
                 if not self.deadlines:
-                    self.runs = False
+                    self.thread.clear()
                     return None
                 wait = self.deadlines[0][0] - monotonic()
                 if wait > 0:
                     return wait
                 query = heappop(self.deadlines)[2].query
             if query is not None:
-                query.expire()
+                try:
+                    query.expire()
+                except BaseException:  # noqa: BLE001  # the others are to be told in time, too
+                    complain("what was to be done at a time-out has failed")
                 del query
 
 

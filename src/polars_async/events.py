@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import enum
 import logging
+import sys
 import threading
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
 import polars as pl
 
+from polars_async._green import tell
 from polars_async.errors import text_of
 
 if TYPE_CHECKING:
@@ -105,10 +108,30 @@ class QueryEvent:
         return ", ".join(parts)
 
 
+def complain(message: str, *arguments: object) -> None:
+    """
+    Log the error that is being handled, which harms nobody.
+
+    Nor does a handler that raises in its turn: a thread that has queries to end has to survive it.
+    """
+    tell(partial(_complain, message, arguments, sys.exception()))
+
+
+def _complain(message: str, arguments: tuple[object, ...], error: BaseException | None) -> None:
+    try:
+        log.error(message, *arguments, exc_info=error)
+    except BaseException as raised:
+        if isinstance(raised, KeyboardInterrupt) and _is_ctrl_c():
+            raise
+
+
 def tell_observers(resolution: Resolution) -> None:
     """Tell of a query which engine it was that ran it."""
     for observer in tuple(observers):
-        observer(resolution)
+        try:
+            observer(resolution)
+        except Exception:  # noqa: BLE001  # it is to harm no query
+            complain("an observer raised at: %s", resolution.message)
 
 
 class Reporter:
@@ -147,16 +170,27 @@ class Reporter:
             error=error,
             resolution=query.resolution,
         )
+        if query.telling is None:
+            self._tell(level, event)
+        else:
+            query.telling.post(partial(self._tell, level, event))
+
+    def _tell(self, level: int, event: QueryEvent) -> None:
         try:
             log.log(level, "%s", event)
             if self._on_event is not None:
                 self._on_event(event)
         except KeyboardInterrupt:
-            if threading.current_thread() is threading.main_thread():
-                raise  # Ctrl-C, which is not for the hook
-            log.exception("the on_event hook was interrupted at: %s", event)
-        except BaseException:  # a worker's thread has to survive whatever it is
-            log.exception("the on_event hook raised at: %s", event)
+            if _is_ctrl_c():
+                raise
+            complain("the on_event hook was interrupted at: %s", event)
+        except BaseException:  # noqa: BLE001  # a worker's thread has to survive whatever it is
+            complain("the on_event hook raised at: %s", event)
+
+
+def _is_ctrl_c() -> bool:
+    """Tell whether a KeyboardInterrupt is for the program, and not raised by a hook."""
+    return threading.current_thread() is threading.main_thread()
 
 
 def _count_rows(result: object) -> int | None:

@@ -10,16 +10,18 @@ from typing import TYPE_CHECKING, Any, Final
 from weakref import WeakSet
 
 from polars_async import _exit, _fork, streams
-from polars_async._native import sleep
+from polars_async._native import holding, sleep
 from polars_async._nesting import in_query
 from polars_async._upstream import BUILT_IN_ENGINES
 from polars_async.admission import Admission
 from polars_async.events import EventKind
 from polars_async.executors.threads import HERE, ThreadExecutor, named_thread
 from polars_async.gpu.offload import check_outside, turn
-from polars_async.query import wake
+from polars_async.query import State, wake
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from polars_async import scheduling
     from polars_async.admission import Slot
     from polars_async.events import Reporter
@@ -103,33 +105,27 @@ class Lane:
         if self.fallback is not None:
             check_outside()
             query.is_nested = in_query()
-        downgraded = query.resolution.downgraded
-        if query.reports:
-            self._report(EventKind.QUEUED, query)
-            if downgraded:
-                self._report(EventKind.DOWNGRADED, query)
         admission = self.admission
-        slot: Slot | None = None
+        admitted: Slot | BaseException | None = None
         try:
-            with admission.lock:
-                admission.counts.submitted += 1
-                admission.counts.downgraded += downgraded
-                try:
-                    slot = admission.enter(query)
-                    if slot is not None and not slot.inline:
-                        self._start_thread(slot)
-                except BaseException:  # full, closed, no thread to be had, or Ctrl-C in between
-                    admission.forget(query, slot)
-                    admission.counts.rejected += 1
-                    query.refuse()
-                    raise
+            if query.reports:
+                self._report(EventKind.QUEUED, query)
+                if query.resolution.downgraded:
+                    self._report(EventKind.DOWNGRADED, query)
+            admitted = holding(admission.lock, self._admit, query)
+            if isinstance(admitted, BaseException):
+                raise admitted  # noqa: TRY301  # as one that comes from elsewhere
         except BaseException as error:
+            query.cancel()  # it was let in, and nobody will ever have its handle
             if admission.waiters:  # it may have come in between
                 admission.tell_if_empty()
-            if query.reports:
+            if query.reports and query.state is State.REFUSED:
                 self._report(EventKind.REJECTED, query, error=error)
             raise
-        return slot if slot is not None and slot.inline else None
+        else:
+            return admitted
+        finally:
+            admitted = None  # an error's traceback holds this frame
 
     def run_here(self, query: Query[Any], slot: Slot) -> None:
         """Run `query`, on one of Polars' own threads that asks for it, in the slot of `submit`."""
@@ -146,16 +142,23 @@ class Lane:
     def close(self, *, cancel_waiting: bool, cancel_running: bool = False) -> None:
         """Take no more queries, and let the threads end with the last of those here."""
         admission = self.admission
-        with admission.lock:
-            admission.closed = True
-            self._executor.close()
-            # A stream may wait for its consumer, and that for ever.
-            running = admission.in_slots()
-            waiting = [query for query in running if query.is_stream]
-            waiting += admission.in_line()
+        try:
+            holding(admission.lock, self._let_nobody_in)
+        except BaseException:  # out of a signal handler
+            if admission.closed:
+                self._executor.close()
+            raise
+        # A stream may wait for its consumer, and that for ever.
+        running = admission.in_slots()
+        waiting = [query for query in running if query.is_stream]
+        waiting += admission.in_line()
         for query in (*(waiting if cancel_waiting else ()), *(running if cancel_running else ())):
             query.cancel()
         self._close_place()
+
+    def _let_nobody_in(self) -> None:
+        self.admission.closed = True
+        self._executor.close()
 
     def abandon(self, error: BaseException) -> None:
         """Start afresh in a forked child, which has neither the threads nor their queries."""
@@ -164,6 +167,27 @@ class Lane:
         self.place.abandon()
         for query in self.admission.reset(None if fallback is None else fallback.admission.lock):
             query.lose(error)
+
+    def _admit(self, query: Query[Any]) -> Slot | BaseException | None:
+        """
+        Let `query` in, with the lock held; or else leave all as it was, but for the count.
+
+        Then it gives why, rather than raise that: a signal handler might raise while it is handled.
+        A slot that it gives is for the calling thread.
+        """
+        admission = self.admission
+        try:
+            admission.reserved = None
+            admission.counts.downgraded += query.resolution.downgraded
+            slot = admission.enter(query)
+            if slot is not None and not slot.inline:
+                self._start_thread(slot)
+        except BaseException as error:  # noqa: BLE001  # full, closed, no thread to be had, or Ctrl-C
+            admission.forget(query, admission.reserved)
+            admission.counts.rejected += 1
+            query.refuse()
+            return error
+        return slot if slot is not None and slot.inline else None
 
     def _start_thread(self, slot: Slot) -> None:
         self._executor.start(partial(self._serve, slot), at_once=self.admission.threads)
@@ -176,7 +200,8 @@ class Lane:
                 self.admission.give_back(slot)
 
     def _serve(self, slot: Slot) -> None:
-        goes_on = True
+        # Under the lock: the thread that gave the slot is out of `_admit` then, if interrupted.
+        goes_on = self.admission.has(slot)
         while goes_on:
             query = slot.query
             goes_on = self._fill(slot) if query is None else self._run(query, slot)
@@ -296,7 +321,7 @@ class Lane:
     def _hand_over(self, query: Query[Any], slot: Slot, fallback: Lane) -> bool:
         """Let `fallback` run what this lane could not; gives what `_run` does."""
         admission = self.admission
-        lost: list[Waiter] | None = None
+        lost: Iterable[Waiter] | None = None
         # In its slot until it is in the other lane, since `close` waits for one after the other,
         # and a fork may come at any time.
         query.report_fall_back()
@@ -313,7 +338,7 @@ class Lane:
             admission.tell_if_empty()
         return kept
 
-    def _take_over(self, query: Query[Any]) -> list[Waiter] | None:
+    def _take_over(self, query: Query[Any]) -> Iterable[Waiter] | None:
         """Let `query` wait here, with the lock held; gives whom to wake if it fails at that."""
         admission = self.admission
         slot = admission.take_over(query)

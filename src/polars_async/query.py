@@ -9,9 +9,11 @@ from itertools import count
 from time import perf_counter
 from typing import TYPE_CHECKING, ClassVar, Final, Generic, Protocol, TypeVar, cast
 
+from polars_async._green import telling
+from polars_async._native import get_ident, holding
 from polars_async.deadlines import set_deadline
 from polars_async.errors import QueryTimeoutError
-from polars_async.events import EventKind, log, tell_observers
+from polars_async.events import EventKind, complain, tell_observers
 from polars_async.gpu.failure import GpuFailure
 from polars_async.resolution import fallen_back
 from polars_async.scheduling import SMALL
@@ -37,13 +39,14 @@ _WORTH_APPRAISING: Final = 0.01
 
 
 class State(enum.Enum):
-    """Where a query is; the last three are final."""
+    """Where a query is; all but the first two are final."""
 
     WAITING = enum.auto()
     RUNNING = enum.auto()
     ENDED = enum.auto()
     CANCELLED = enum.auto()
     TIMED_OUT = enum.auto()
+    REFUSED = enum.auto()
 
 
 class Waiter(Protocol):
@@ -55,7 +58,11 @@ class Waiter(Protocol):
     """Whether it is told while the program ends: a loop is over then, a thread about to be."""
 
     def wake(self) -> None:
-        """Have the waiter look again. Any thread may call it, and it never raises."""
+        """
+        Have the waiter look again. Any thread may call it, and it never raises.
+
+        It may be called again, since a signal handler may raise in the midst of it.
+        """
 
 
 class Awaited(Protocol):
@@ -77,6 +84,10 @@ class Query(Generic[T]):
     State and waiters change under the lock of the query's admission, so that of an end, a
     cancellation, a time-out and a new waiter one is always first. A final state never changes
     again, and is read without the lock.
+
+    A signal handler may raise at any step of a thread that asks, waits or cancels. So the state
+    changes in one line, together with its count, and what follows from it is done again if it was
+    interrupted.
     """
 
     __slots__ = (
@@ -89,6 +100,7 @@ class Query(Generic[T]):
         "_failure",
         "_fell_back",
         "_late",
+        "_let_go_by",
         "_report",
         "_started",
         "_stop",
@@ -97,6 +109,7 @@ class Query(Generic[T]):
         "_timeout",
         "_traceback",
         "_tried_seconds",
+        "_untold",
         "_value",
         "_waiters",
         "_work",
@@ -113,6 +126,7 @@ class Query(Generic[T]):
         "resolution",
         "runs_engine",
         "state",
+        "telling",
     )
 
     def __init__(
@@ -141,6 +155,7 @@ class Query(Generic[T]):
         self.is_nested = False
         self.paused_seconds = 0.0
         self.reports = report.listens
+        self.telling = telling() if self.reports else None
         self._admission = admission
         self._report = report
         self._work: Callable[[], T] | None = work
@@ -152,8 +167,11 @@ class Query(Generic[T]):
         self._error: BaseException | None = None
         self._failure: GpuFailure | None = None
         self._traceback: TracebackType | None = None
-        self._waiters: list[Waiter] = []
+        self._waiters: dict[Waiter, None] = {}
         self._announcing = False
+        self._let_go_by = 0
+        """The thread that lets go of it, and has not done yet all that follows from that."""
+        self._untold = False
         self._late: QueryTimeoutError | None = None
         self._timeout = 0.0
         self._deadline: Deadline | None = None
@@ -211,6 +229,7 @@ class Query(Generic[T]):
 
     def refuse(self) -> None:
         """Note that it was not let in, and so never waited."""
+        self.state = State.REFUSED
         self._started, self._ended = None, self._submitted
 
     def appraise(self, expectations: Expectations) -> None:
@@ -289,14 +308,14 @@ class Query(Generic[T]):
         if self.state is State.RUNNING and self.runs_engine:
             tell_observers(self.resolution)
 
-    def fail(self, error: BaseException) -> list[Waiter]:
+    def fail(self, error: BaseException) -> Iterable[Waiter]:
         """End with an error of our own, with the lock held; gives whom to wake."""
         self._work = None
         self._error = error
         self._traceback = None
         return self.end()
 
-    def end(self) -> list[Waiter]:
+    def end(self) -> Iterable[Waiter]:
         """
         Make the outcome final, unless it was let go before; gives whom to wake.
 
@@ -304,7 +323,7 @@ class Query(Generic[T]):
         """
         self._ended = perf_counter()
         if self.state is not State.RUNNING and self.state is not State.WAITING:
-            return []
+            return ()
         self.state = State.ENDED
         counts = self._admission.counts
         if self._error is None:
@@ -313,7 +332,7 @@ class Query(Generic[T]):
             counts.failed += 1
         if self._deadline is not None:
             self._deadline.lift()
-        waiters, self._waiters = self._waiters, []
+        waiters, self._waiters = self._waiters, {}
         return waiters
 
     @property
@@ -380,27 +399,16 @@ class Query(Generic[T]):
 
     def add_waiter(self, waiter: Waiter) -> bool:
         """Have `waiter` woken at the end; False if that has come already."""
-        with self._admission.lock:
-            if self.done:
-                return False
-            self._waiters.append(waiter)
-            return True
+        return holding(self._admission.lock, self._add_waiter, waiter)
 
     def remove_waiter(self, waiter: Waiter, *, last_cancels: bool) -> bool:
         """Stop waiting, and maybe let the query go with its last waiter; False if it had ended."""
-        with self._admission.lock:
-            if self.done:
-                return False
-            self._waiters.remove(waiter)
-            if not last_cancels or self._waiters:
-                return True
-            # Still with the lock, so that nobody comes to wait for what is about to be let go.
-            dropped = self._end_as(State.CANCELLED)
-        self._was_let_go(*dropped)
-        return True
+        return self._change(self._remove_waiter, waiter, last_cancels)
 
     def outcome(self, cancelled: type[BaseException]) -> T:
         """Give the result of a query that is done, or raise its error."""
+        if self.telling is not None:
+            self.telling.catch_up()
         if self.state is State.CANCELLED:
             raise cancelled(f"{self.named} was cancelled")
         try:
@@ -414,56 +422,79 @@ class Query(Generic[T]):
             del self  # the frame that the traceback now holds, which else held the error
 
     def _let_go(self, state: State) -> bool:
-        with self._admission.lock:
-            if self.done:
-                return False
-            dropped = self._end_as(state)
-        self._was_let_go(*dropped)
+        return self._change(self._end_as, state)
+
+    def _change(self, change: Callable[..., bool], *arguments: object) -> bool:
+        """Make a `change` that may let go of it; gives what that gives."""
+        try:
+            changed = holding(self._admission.lock, change, *arguments)
+            if self._let_go_by == get_ident():
+                self._finish_letting_go()
+        except BaseException:  # out of a signal handler, or a hook
+            if self.done and self._let_go_by == get_ident():
+                holding(self._admission.lock, self._leave)
+                self._finish_letting_go()
+            raise
+        return changed
+
+    def _add_waiter(self, waiter: Waiter) -> bool:
+        if self.done:
+            return False
+        self._waiters[waiter] = None
         return True
 
-    def _end_as(
-        self, state: State
-    ) -> tuple[list[Waiter], bool, Callable[[], object] | None, object]:
-        """
-        With the lock held, let it go.
+    def _remove_waiter(self, waiter: Waiter, last_cancels: bool) -> bool:  # noqa: FBT001
+        if self.done:
+            return False
+        self._waiters.pop(waiter, None)
+        if last_cancels and not self._waiters:
+            # Still with the lock, so that nobody comes to wait for what is about to be let go.
+            self._end_as(State.CANCELLED)
+        return True
 
-        Gives whom to wake, whether to tell, what to call to stop it, and what to drop, all of it
-        without the lock.
-        """
-        dropped: object = None
-        if self.state is State.WAITING:
-            self._admission.leave(self)
-            self._ended = perf_counter()
-            dropped = self._work, self.frames
-            self._work, self.frames = None, ()
+    def _end_as(self, state: State) -> bool:
+        """With the lock held, let it go; False if it had ended."""
+        if self.done:
+            return False
+        ended = perf_counter() if self.state is State.WAITING else None
+        late = None if state is State.CANCELLED else self._timeout_error()
+        tells = self.reports and not self._announcing
         counts = self._admission.counts
-        if state is State.CANCELLED:
-            counts.cancelled += 1
+        self._let_go_by = get_ident()
+        # The stores are on one line, which no exception can part.
+        if late is None:
+            self.state, counts.cancelled, self._ended, self._untold = (
+                *(state, counts.cancelled + 1),
+                *(ended, tells),
+            )
         else:
-            counts.timed_out += 1
-            self._late = self._timeout_error()
-        self.state = state
-        waiters, self._waiters = self._waiters, []
-        return waiters, self.reports and not self._announcing, self._stop, dropped
+            self._late, self.state, counts.timed_out, self._ended, self._untold = (
+                *(late, state, counts.timed_out + 1),
+                *(ended, tells),
+            )
+        self._leave()
+        return True
 
-    def _was_let_go(
-        self,
-        waiters: list[Waiter],
-        tells: bool,  # noqa: FBT001
-        stop: Callable[[], object] | None,
-        _dropped: object,
-    ) -> None:
+    def _leave(self) -> None:
+        if self._started is None:
+            self._admission.leave(self)
+
+    def _finish_letting_go(self) -> None:
+        """Do what follows, without the lock: it may be done again."""
+        if self._started is None:
+            self._work, self.frames = None, ()
         if self._deadline is not None:
             self._deadline.lift()
-        if stop is not None:
-            stop()
-        try:
-            if tells:
-                self._tell_let_go()
-        finally:  # Ctrl-C may come out of the hook
-            wake(waiters)
-            if self._admission.waiters:
-                self._admission.tell_if_empty()
+        if self._stop is not None:
+            persist(self._stop, "a query that was let go could not be stopped")
+        if self._untold:
+            self._untold = False
+            self._tell_let_go()
+        wake(self._waiters)
+        if self._admission.waiters:
+            self._admission.tell_if_empty()
+        self._waiters = {}
+        self._let_go_by = 0
 
     def _announce(self, kind: EventKind, error: BaseException | None = None) -> None:
         """Tell what begins; whoever lets go of it meanwhile leaves it to this to tell that."""
@@ -527,7 +558,22 @@ def wake(waiters: Iterable[Waiter]) -> None:
         if Waking.withheld is not None and not waiter.told_at_exit:
             Waking.withheld.append(waiter)
             continue
+        persist(waiter.wake, "a waiter could not be told that its query is done")
+
+
+def persist(act: Callable[[], object], complaint: str) -> None:
+    """
+    Do what must not be left out, and twice if it raises.
+
+    What comes out of a signal handler does not come again, and is raised in the end. What `act`
+    raises each time is its own, and logged.
+    """
+    try:
+        act()
+    except BaseException:  # noqa: BLE001  # raised below
         try:
-            waiter.wake()
-        except Exception:  # noqa: BLE001  # one that broke its promise must not cost the others theirs
-            log.exception("a waiter could not be told that its query is done")
+            act()
+        except BaseException:  # noqa: BLE001  # whatever it is, the others are not to suffer for it
+            complain(complaint)
+        else:
+            raise

@@ -92,19 +92,21 @@ class Completions(ResultStream[tuple[int, T]]):
         """Wait for the next result; raises what its query raised, which ends the stream."""
         bridge = bridges.current()
         try:
-            number = await self._arrivals.next(bridge)
-            return number, _outcome(self._take(number), bridge)
+            while True:
+                number = await self._arrivals.next(bridge)
+                # None if it is told again by a thread that was interrupted, or closed meanwhile.
+                if (query := self._take(number)) is not None:
+                    return number, _outcome(query, bridge)
         except BaseException:
             self.close()
             raise
         finally:
+            query = None
             del self  # the traceback holds this frame, which else held the query and its error
 
-    def _take(self, number: int) -> Query[T]:
+    def _take(self, number: int) -> Query[T] | None:
         query = self._queries.pop(number, None)
-        if query is None:  # it was closed meanwhile
-            raise StopAsyncIteration
-        if not self._queries:
+        if query is not None and not self._queries:
             self._arrivals.finish()
         return query
 
@@ -240,7 +242,7 @@ class _Arrivals(Generic[T]):
         _all_arrivals.add(self)
         self.items: deque[T] = deque()
         self.over = False
-        self._waiters: list[Waiter] = []
+        self._waiters: dict[Waiter, None] = {}
 
     def put(self, item: T) -> bool:
         """Add `item`; False if it is over."""
@@ -248,7 +250,7 @@ class _Arrivals(Generic[T]):
             if self.over:
                 return False
             self.items.append(item)
-            waiters, self._waiters = self._waiters, []
+            waiters, self._waiters = self._waiters, {}
         wake(waiters)
         return True
 
@@ -259,7 +261,7 @@ class _Arrivals(Generic[T]):
             dropped = list(self.items) if drop else []
             if drop:
                 self.items.clear()
-            waiters, self._waiters = self._waiters, []
+            waiters, self._waiters = self._waiters, {}
         del dropped
         wake(waiters)
 
@@ -279,14 +281,14 @@ class _Arrivals(Generic[T]):
         with self.lock:
             if self.items or self.over:
                 return False
-            self._waiters.append(waiter)
+            self._waiters[waiter] = None
             return True
 
     def remove_waiter(self, waiter: Waiter, *, last_cancels: bool) -> bool:  # noqa: ARG002  # the stream sees to it
         with self.lock:
             if waiter not in self._waiters:
                 return False
-            self._waiters.remove(waiter)
+            self._waiters.pop(waiter)
             return True
 
 

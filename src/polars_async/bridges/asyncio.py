@@ -71,9 +71,9 @@ def running() -> object | None:
 def wait(awaited: Awaited) -> Generator[Any, Any, None]:
     """Suspend the running task until `awaited` has come; its cancellation lets go of a query."""
     waiter = _Waiter()
-    if not awaited.add_waiter(waiter):
-        return
     try:
+        if not awaited.add_waiter(waiter):
+            return
         yield from waiter.future
     except BaseException:
         awaited.remove_waiter(waiter, last_cancels=True)

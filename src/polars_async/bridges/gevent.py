@@ -70,16 +70,18 @@ class _Mailbox:
         self.loop = loop
         self._watcher = loop.async_()
         self._items: deque[AsyncResult[None]] = deque()
-        self._waiters = 0
+        self._waiters: set[_Waiter] = set()
 
-    def __enter__(self) -> None:
-        self._waiters += 1
-        if self._waiters == 1:
+    def open_for(self, waiter: _Waiter) -> None:
+        """Look what comes, for as long as `waiter` waits at least."""
+        self._waiters.add(waiter)
+        if not self._watcher.active:
             self._watcher.start(self._empty)
 
-    def __exit__(self, *_: object) -> None:
-        self._waiters -= 1
-        if self._waiters == 0:
+    def close_for(self, waiter: _Waiter) -> None:
+        """Look no more, unless others wait. It may be called again."""
+        self._waiters.discard(waiter)
+        if not self._waiters:
             self._watcher.stop()
 
     def post(self, item: AsyncResult[None]) -> None:
@@ -88,8 +90,13 @@ class _Mailbox:
             self._watcher.send()
 
     def _empty(self) -> None:
-        while self._items:
-            self._items.popleft().set()
+        try:
+            while self._items:
+                self._items[0].set()
+                self._items.popleft()
+        except BaseException:  # out of a signal handler
+            self._watcher.send()
+            raise
 
 
 _of_this_thread = _native.local()
@@ -114,13 +121,16 @@ class _Waiter:
 def block_greenlet(awaited: Awaited, timeout: float | None = None) -> bool:
     """Let other greenlets run until `awaited` has come; False if `timeout` seconds pass before."""
     waiter = _Waiter()
-    # The watcher first: what is sent to one that does not run yet is lost.
-    with waiter.mailbox:
-        if not awaited.add_waiter(waiter):
-            return True
-        try:
+    mailbox = waiter.mailbox
+    try:
+        mailbox.open_for(waiter)  # first: what is sent to a watcher that does not run yet is lost
+        came = not awaited.add_waiter(waiter)
+        if not came:
             waiter.result.wait(timeout)
-        except BaseException:
-            awaited.remove_waiter(waiter, last_cancels=True)
-            raise
-    return not awaited.remove_waiter(waiter, last_cancels=False)
+            came = not awaited.remove_waiter(waiter, last_cancels=False)
+        mailbox.close_for(waiter)
+    except BaseException:
+        mailbox.close_for(waiter)
+        awaited.remove_waiter(waiter, last_cancels=True)
+        raise
+    return came

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
+from functools import partial
 from typing import TYPE_CHECKING, Generic, TypeVar
 
 if TYPE_CHECKING:
@@ -31,16 +32,24 @@ class Mailbox(Generic[T]):
         """Have `item` delivered; `call_soon` is how the loop lets other threads call on it."""
         self._items.append(item)
         if not self._armed:
-            self._armed = True
             try:
-                call_soon(self._empty)
-            except BaseException:
+                self._armed = True
+                call_soon(partial(self._empty, call_soon))
+            except RuntimeError:
                 # The loop is over. What is left for it holds it, and would keep it for ever.
                 self._armed = False
                 self._items.clear()
                 raise
+            except BaseException:  # out of a signal handler: the item is posted again
+                self._armed = False
+                raise
 
-    def _empty(self) -> None:
-        self._armed = False
-        while self._items:
-            self._deliver(self._items.popleft())
+    def _empty(self, call_soon: Callable[[Callable[[], None]], object]) -> None:
+        try:
+            self._armed = False
+            while self._items:
+                self._deliver(self._items[0])
+                self._items.popleft()
+        except BaseException:  # out of a signal handler: the loop may go on, or be run again
+            call_soon(partial(self._empty, call_soon))
+            raise

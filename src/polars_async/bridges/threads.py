@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import sys
+from contextlib import suppress
 from typing import TYPE_CHECKING, ClassVar
 
+from polars_async._green import catch_up
 from polars_async._native import allocate_lock, wait_for
 
 if TYPE_CHECKING:
@@ -22,7 +24,8 @@ class _Waiter:
         self._lock.acquire()
 
     def wake(self) -> None:
-        self._lock.release()
+        with suppress(RuntimeError):  # it was told before
+            self._lock.release()
 
     def wait(self, timeout: float | None) -> None:
         wait_for(self._lock, timeout)
@@ -31,14 +34,14 @@ class _Waiter:
 def block(awaited: Awaited, timeout: float | None = None) -> bool:
     """Block this thread until `awaited` has come; False if `timeout` seconds pass before."""
     waiter = _Waiter()
-    if not awaited.add_waiter(waiter):
-        return True
     try:
+        if not awaited.add_waiter(waiter):
+            return True
         waiter.wait(timeout)
+        return not awaited.remove_waiter(waiter, last_cancels=False)
     except BaseException:
         awaited.remove_waiter(waiter, last_cancels=False)
         raise
-    return not awaited.remove_waiter(waiter, last_cancels=False)
 
 
 def block_or_let_run(awaited: Awaited) -> None:
@@ -48,5 +51,6 @@ def block_or_let_run(awaited: Awaited) -> None:
         from polars_async.bridges.gevent import block_greenlet  # noqa: PLC0415  # optional
 
         block_greenlet(awaited)
+        catch_up()
     else:
         block(awaited)

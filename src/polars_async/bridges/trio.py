@@ -47,8 +47,9 @@ _mailbox: Final[trio.lowlevel.RunVar[Mailbox[_Waiter] | None]] = trio.lowlevel.R
 
 def _reschedule(waiter: _Waiter) -> None:
     # Both this and the abort run in trio's thread, so the task is rescheduled by one of them.
-    if waiter.task is not None:
-        trio.lowlevel.reschedule(waiter.task)
+    task, waiter.task = waiter.task, None
+    if task is not None:
+        trio.lowlevel.reschedule(task)
 
 
 def running() -> object | None:
@@ -59,16 +60,21 @@ def running() -> object | None:
 def wait(awaited: Awaited) -> Generator[Any, Any, None]:
     """Suspend the running task until `awaited` has come; its cancellation lets go of a query."""
     waiter = _Waiter()
-    if not awaited.add_waiter(waiter):
-        yield from turn()
-        return
 
     def abort(_: object) -> trio.lowlevel.Abort:
         waiter.task = None
         awaited.remove_waiter(waiter, last_cancels=True)
         return trio.lowlevel.Abort.SUCCEEDED
 
-    yield from trio.lowlevel.wait_task_rescheduled(abort).__await__()  # noqa: ASYNC105  # no coroutine here
+    try:
+        if awaited.add_waiter(waiter):
+            yield from trio.lowlevel.wait_task_rescheduled(abort).__await__()  # noqa: ASYNC105  # no coroutine here
+            return
+    except BaseException:
+        if waiter.task is not None:  # Ctrl-C, before trio knew that it waits
+            abort(None)
+        raise
+    yield from turn()
 
 
 def turn() -> Generator[Any, Any, None]:

@@ -6,13 +6,15 @@ import enum
 import logging
 import os
 import signal
+from functools import partial
 from time import monotonic, perf_counter
 from typing import TYPE_CHECKING, Any, Final
 
-from polars_async._native import RLock
+from polars_async._green import tell
+from polars_async._native import RLock, holding
 from polars_async.deadlines import set_deadline
 from polars_async.errors import QueryMemoryError
-from polars_async.events import log
+from polars_async.events import complain
 from polars_async.executors.mains import definition
 from polars_async.executors.parcels import Parcel, pack, unpack
 
@@ -97,16 +99,16 @@ class Errand:
         return may_start and not self._begun and not self.stopped
 
     def stop(self) -> None:
-        """Stop the query, if it runs: nobody wants it."""
-        with self._lock:
-            if self.stopped:
-                return
-            if self._phase is _Phase.STARTS:
-                self.stopped = True
-                self._expire_in(_START_WITHIN)
-            elif self._phase is _Phase.RUNS:
-                self.stopped = True
-                self._nudge()
+        """Stop the query, if it runs: nobody wants it. Whoever was interrupted calls it again."""
+        holding(self._lock, self._stop)
+
+    def _stop(self) -> None:
+        if self._phase is _Phase.STARTS:
+            self.stopped = True
+            self._expire_in(_START_WITHIN)
+        elif self._phase is _Phase.RUNS:
+            self.stopped = True
+            self._nudge()
 
     def expire(self) -> None:
         """Ask once more, or kill the worker when it was asked often enough."""
@@ -194,7 +196,11 @@ def _log(content: dict[str, Any]) -> None:
     record = logging.makeLogRecord(content)
     logger = logging.getLogger(record.name)
     if logger.isEnabledFor(record.levelno):
-        try:
-            logger.handle(record)
-        except Exception:  # noqa: BLE001  # a handler that breaks the rules costs nobody a result
-            log.exception("a handler raised at what a worker process has logged")
+        tell(partial(_handle, logger, record))
+
+
+def _handle(logger: logging.Logger, record: logging.LogRecord) -> None:
+    try:
+        logger.handle(record)
+    except BaseException:  # noqa: BLE001  # a handler that breaks the rules costs no query its result
+        complain("a handler raised at what a worker process has logged")

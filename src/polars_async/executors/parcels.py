@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple, TypeAlias
 
 import polars as pl
 
-from polars_async._native import RLock
+from polars_async._native import RLock, holding
 from polars_async._upstream import (
     extensions_of,
     hands_over_here,
@@ -82,10 +82,12 @@ class Halt:
 
     def __call__(self) -> None:
         """Let no file grow."""
-        with self._lock:
-            self._came = True
-            for file in self._files:
-                _stop_growth(file)
+        holding(self._lock, self._halt)
+
+    def _halt(self) -> None:
+        self._came = True
+        for file in self._files:
+            _stop_growth(file)
 
     def watch(self, file: int) -> None:
         """Let `file` not grow once this was called."""

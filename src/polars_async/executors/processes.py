@@ -7,7 +7,7 @@ import signal
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
-from polars_async._native import RLock
+from polars_async._native import RLock, holding
 from polars_async.errors import WorkerDiedError, signal_of
 from polars_async.executors.errand import Errand
 from polars_async.executors.outcomes import error_of
@@ -120,12 +120,19 @@ class Processes:
 
     def close(self) -> None:
         """Let idle workers end, and the others after their query."""
-        with self._lock:
-            self._closed = True
-            idle, self._idle = self._idle, []
-            self._workers.difference_update(idle)
-        if idle:
+        idle: list[Worker] = []
+        try:
+            holding(self._lock, self._close, idle)
             dismiss(idle)
+        except BaseException:  # out of a signal handler
+            dismiss(idle)
+            raise
+
+    def _close(self, idle: list[Worker]) -> None:
+        self._closed = True
+        idle.extend(self._idle)  # before they are there no more
+        self._idle.clear()
+        self._workers.difference_update(idle)
 
     def abandon(self) -> None:
         """Forget the workers, which are the children of another process."""

@@ -15,7 +15,8 @@ from time import monotonic
 from typing import TYPE_CHECKING, Final
 from weakref import WeakSet
 
-from polars_async._native import RLock, posix_spawn, sleep, start_new_thread, waitpid
+from polars_async._green import leaving_no_hub
+from polars_async._native import RLock, holding, posix_spawn, sleep, start_new_thread, waitpid
 from polars_async.executors.channel import Channel
 from polars_async.executors.parcels import pack, unpack
 from polars_async.executors.surroundings import changes, surroundings
@@ -45,7 +46,8 @@ class Worker:
 
     def _spawn(self, env: Mapping[str, str]) -> None:
         ours, theirs = socketpair(AF_UNIX, SOCK_STREAM)
-        lifeline, self._lifeline = os.pipe()
+        lifeline, ours_of_it = os.pipe()
+        self._lifeline: int | None = ours_of_it
         if min(theirs.fileno(), lifeline) < _STANDARD_FILES:
             theirs, lifeline = _above_standard_files(theirs, lifeline)
         self.channel = Channel(ours)
@@ -79,7 +81,7 @@ class Worker:
             )
         except BaseException:
             self.channel.close()
-            os.close(self._lifeline)
+            self._drop_lifeline()
             _alive.discard(self)
             raise
         finally:
@@ -108,10 +110,18 @@ class Worker:
 
     def signal(self, number: int) -> None:
         """Send it a signal, if it is there. Any thread may."""
-        with self._lock:
-            if not self._reaped:
-                with suppress(ProcessLookupError):  # somebody else has taken its status
-                    os.kill(self.pid, number)
+        holding(self._lock, self._signal, number)
+
+    def _signal(self, number: int) -> None:
+        if self._reaped:
+            return
+        try:
+            os.kill(self.pid, number)
+        except ProcessLookupError:
+            pass  # somebody else has taken its status
+        except PermissionError:  # this process has become that of another user
+            if number == signal.SIGKILL:
+                self._drop_lifeline()
 
     def memory(self) -> int:
         """Give the bytes of memory that it has all for itself; 0 if it is gone."""
@@ -144,7 +154,7 @@ class Worker:
     def abandon(self) -> None:
         """Close what a forked child has of it, so that the worker sees its parent's end."""
         self.channel.abandon()
-        os.close(self._lifeline)
+        self._drop_lifeline()
 
     def _reap(self) -> int | None:
         # Nobody sends it a signal meanwhile, since its number may then be that of another process.
@@ -159,12 +169,20 @@ class Worker:
             self._reaped = True
             _alive.discard(self)
             self.channel.close()
-            os.close(self._lifeline)
+            self._drop_lifeline()
             return status
+
+    def _drop_lifeline(self) -> None:
+        """Have the kernel kill it, which takes no permission."""
+        lifeline, self._lifeline = self._lifeline, None
+        if lifeline is not None:
+            os.close(lifeline)
 
 
 def dismiss(workers: list[Worker]) -> None:
     """Have `workers` end by themselves, which nobody waits for."""
+    if not workers:
+        return
     for worker in workers:
         worker.leave()
     try:
@@ -173,6 +191,7 @@ def dismiss(workers: list[Worker]) -> None:
         _see_off(workers, 0.0)
 
 
+@leaving_no_hub
 def _see_off(workers: list[Worker], farewell: float = _FAREWELL) -> None:
     until = monotonic() + farewell
     for worker in workers:

@@ -7,7 +7,8 @@ from pathlib import Path
 from threading import current_thread
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
-from polars_async._native import SimpleQueue, start_new_thread
+from polars_async._green import leaving_no_hub
+from polars_async._native import SimpleQueue, get_ident, start_new_thread
 from polars_async._nesting import enter_context, enter_worker
 
 if TYPE_CHECKING:
@@ -57,13 +58,18 @@ class ThreadExecutor:
     gevent has patched it, and the exit of the program does not wait for them.
     """
 
-    __slots__ = ("_closed", "_for_gpu", "_jobs", "_threads")
+    __slots__ = ("_closed", "_for_gpu", "_jobs", "_started")
 
     def __init__(self, *, for_gpu: bool) -> None:
         self._for_gpu = for_gpu
         self._closed = False
         self._jobs: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
-        self._threads = 0
+        self._started: list[int] = []
+
+    @property
+    def _threads(self) -> int:
+        """How many threads there are to count on."""
+        return len(self._started)
 
     def start(self, job: Callable[[], None], *, at_once: int) -> None:
         """
@@ -74,43 +80,40 @@ class ThreadExecutor:
         if self._closed:  # what is left of the line may still need a thread
             start_new_thread(_work_once, (job, self._for_gpu))
             return
-        if self._threads < at_once:
-            self._threads += 1
-            try:
-                start_new_thread(_work, (self._jobs, self._for_gpu))
-            except RuntimeError:
-                self._threads -= 1
-                raise
+        if len(self._started) < at_once:
+            # In one call of C: a signal handler may raise between any two steps of Python, and a
+            # thread that does not start, or is not counted, would cost a slot.
+            self._started.extend(map(start_new_thread, [_work], [(self._jobs, self._for_gpu)]))
         self._jobs.put(job)
 
     def step_out(self) -> None:
         """Do not count on the calling thread; as in `start`, others are kept out meanwhile."""
         if not self._closed:
-            self._threads -= 1
+            self._started.pop()
 
     def step_in(self) -> None:
         """Count on the calling thread again; as in `start`, others are kept out meanwhile."""
-        if self._closed:
-            self._jobs.put(None)
-        else:
-            self._threads += 1
+        if not self._closed:
+            self._started.append(get_ident())
 
     def close(self) -> None:
         """Let each thread end after the job it is at, and those to come after their first."""
         self._closed = True
-        for _ in range(self._threads):
-            self._jobs.put(None)
-        self._threads = 0
+        self._started.clear()
+        self._jobs.put(None)
 
 
+@leaving_no_hub
 def _work(jobs: SimpleQueue[Callable[[], None] | None], for_gpu: bool) -> None:  # noqa: FBT001
     _tell_system(_OWN_NAME)
     enter_worker(for_gpu=for_gpu)
     while (job := jobs.get()) is not None:
         job()
         del job  # else the last query's frames would live until the next
+    jobs.put(None)  # for the next thread
 
 
+@leaving_no_hub
 def _work_once(job: Callable[[], None], for_gpu: bool) -> None:  # noqa: FBT001
     enter_worker(for_gpu=for_gpu)
     job()

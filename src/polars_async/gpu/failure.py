@@ -5,11 +5,13 @@ from __future__ import annotations
 import logging
 import re
 import sys
+from functools import partial
 from traceback import format_exception, walk_tb
 from typing import TYPE_CHECKING, Final
 
 import polars as pl
 
+from polars_async._green import tell
 from polars_async.errors import text_of
 from polars_async.events import log
 from polars_async.gpu.support import is_of_the_gpu, operations_of, told, underlying
@@ -109,7 +111,8 @@ class GpuFailure(Exception):  # noqa: N818  # no error to be seen: it says where
         """Drop the tracebacks, whose frames hold what the query had on the GPU."""
         if log.isEnabledFor(logging.DEBUG):
             # As a text, since some handlers keep what they are given.
-            log.debug("a query failed on the GPU\n%s", "".join(format_exception(self.raised)))
+            text = "".join(format_exception(self.raised))
+            tell(partial(log.debug, "a query failed on the GPU\n%s", text))
         for error in _chain(self.raised, outer):
             error.__traceback__ = None
             for each in underlying(error):  # which are not in the chain

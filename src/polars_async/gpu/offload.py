@@ -6,11 +6,13 @@ import importlib
 import os
 import sys
 from contextlib import contextmanager, suppress
+from functools import partial
 from typing import TYPE_CHECKING, Any, Final, NoReturn
 
 import polars as pl
 
 from polars_async import _native, _upstream
+from polars_async._green import tell
 from polars_async._native import RLock, wait_for
 from polars_async._nesting import in_gpu_query
 from polars_async.errors import EngineUnavailableError
@@ -133,7 +135,7 @@ def refuse_nested() -> NoReturn:
 def count_failure(text: str, cause: Exception, era: object) -> None:
     """Count a failure that speaks against the GPU."""
     if (rest := breaker.failed(text, cause, era)) is not None:
-        log.warning("the GPU rests for %g s: %s", rest.seconds, text)
+        tell(partial(log.warning, "the GPU rests for %g s: %s", rest.seconds, text))
 
 
 def context_is_poisoned() -> bool:
