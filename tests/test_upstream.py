@@ -50,6 +50,7 @@ def test_every_name_is_polars_own_or_tested_here():
         "POOL_THREAD",
         "PlanSources",
         "affinity_override",
+        "blocking_threads",
         "gpu_callback",
         "is_eager",
         "map_ipc",
@@ -301,6 +302,46 @@ def test_threads_of_polars_pools_are_known_by_their_names(tmp_path):
         "tokio-rt-worker",
         "async-executor",
     }
+
+
+BLOCKING = """
+import json, threading, warnings
+import polars as pl
+from polars_async._upstream import blocking_threads
+
+told = []
+all_busy, gate = threading.Event(), threading.Event()
+
+def show(message, *_, **__):
+    told.append(str(message))
+    all_busy.set()
+
+def put(batch):
+    gate.wait()
+    return True
+
+def ask():
+    pl.LazyFrame({"a": [1]}).sink_batches(put, engine="streaming")
+
+warnings.simplefilter("always")
+warnings.showwarning = show
+threads = [threading.Thread(target=ask) for _ in range(blocking_threads() + 1)]
+for thread in threads:
+    thread.start()
+all_busy.wait(40)
+gate.set()
+for thread in threads:
+    thread.join()
+print(json.dumps([blocking_threads(), told]))
+"""
+
+
+@pytest.mark.parametrize("wanted", [None, 3])
+def test_polars_blocks_on_as_many_threads_as_told(wanted):
+    environment = {} if wanted is None else {"POLARS_MAX_BLOCKING_THREAD_COUNT": str(wanted)}
+    most, told = run(BLOCKING, **environment)
+    assert most == (wanted or 512)
+    assert [f"POLARS_MAX_BLOCKING_THREAD_COUNT reached ({most})" in each for each in told] == [True]
 
 
 @linux

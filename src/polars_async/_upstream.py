@@ -36,6 +36,7 @@ __all__ = [
     "InProcessQuery",
     "PlanSources",
     "affinity_override",
+    "blocking_threads",
     "gpu_callback",
     "is_eager",
     "map_ipc",
@@ -51,6 +52,15 @@ polars-ooc-cleaner is there from the import on; no query runs on it."""
 
 PACKAGE_FOLDER: Final = f"{Path(pl.__file__).parent}{os.sep}"
 """The folder of the installed Polars, to find the first frame outside of it."""
+
+
+_BLOCKING_THREADS: Final = 512
+
+
+def blocking_threads() -> int:
+    """Return how many threads Polars has at most to read files and to call Python sinks."""
+    wanted = os.environ.get("POLARS_MAX_BLOCKING_THREAD_COUNT", "")
+    return int(wanted) if wanted.isdecimal() else _BLOCKING_THREADS
 
 
 def _no_override() -> pl.Engine | None:

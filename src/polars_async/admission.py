@@ -7,15 +7,25 @@ from math import inf
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
-from polars_async._native import RLock
+from polars_async._native import RLock, allocate_lock
 from polars_async._nesting import in_query
 from polars_async.errors import CollectorClosedError, QueueFullError
 from polars_async.expectations import UNKNOWN
 from polars_async.gpu.breaker import breaker
+from polars_async.open_streams import OpenStreams
 from polars_async.query import wake
-from polars_async.scheduling import KEPT_FROM_LARGE, KEPT_FROM_UNSEEN, SMALL, Line, is_kept
+from polars_async.scheduling import (
+    FAIR_TURN,
+    KEPT_FROM_LARGE,
+    KEPT_FROM_UNSEEN,
+    SMALL,
+    Line,
+    is_kept,
+)
 
 if TYPE_CHECKING:
+    from _thread import LockType
+
     from polars_async.expectations import Expectation
     from polars_async.query import Query, Waiter
     from polars_async.scheduling import Place
@@ -40,9 +50,10 @@ class Counts:
 class Slot:
     """A thread's right to run queries, one after the other; without one while it looks for one."""
 
-    __slots__ = ("alone", "overtook", "query", "small")
+    __slots__ = ("alone", "gate", "overtook", "query", "small")
 
     def __init__(self) -> None:
+        self.gate: LockType | None = None  # where a paused query waits
         self.query: Query[Any] | None = None
         self.small = False
         self.overtook = False
@@ -56,6 +67,11 @@ class Admission:
     A slot is taken by a query that finds one free, and is kept by its thread until there is nobody
     left to take: so it is also while the thread appraises those in the line.
 
+    A query that waits for its consumer is paused, and has no slot. When its consumer is back it
+    waits for one before those in the line, since it holds a thread and more; one turn in
+    `FAIR_TURN` is for the line all the same. While a query that is back waits, no slot is free that
+    it may have: whatever frees one gives it on.
+
     `lock` guards all of it, and the state of every query admitted here. It is held for a few
     instructions at a time, never while a query runs or is appraised, or a waiter is woken. It is
     reentrant because a signal handler or a finaliser may come in at any instruction and cancel a
@@ -66,13 +82,16 @@ class Admission:
         "_exclusive",
         "_line",
         "_paused",
+        "_returning",
         "_slots",
         "_taken_unseen",
+        "_turns",
         "closed",
         "counts",
         "lock",
         "max_running",
         "max_waiting",
+        "streams",
         "waiters",
     )
 
@@ -83,6 +102,7 @@ class Admission:
         *,
         exclusive: bool = False,
         lock: RLock | None = None,
+        streams: OpenStreams | None = None,
     ) -> None:
         self.lock = lock or RLock()
         self.max_running = max_running
@@ -91,7 +111,10 @@ class Admission:
         self.closed = False
         self.counts = Counts()
         self._slots: set[Slot] = set()
-        self._paused: set[Slot] = set()
+        self.streams = OpenStreams() if streams is None else streams
+        self._paused: dict[Query[Any], Slot] = {}
+        self._returning: dict[Query[Any], Slot] = {}  # those of them whose consumers are back
+        self._turns = 0  # in which both they and the line waited for a slot
         self._line: Line[Query[Any]] = Line()
         self._taken_unseen = -inf  # when that was last, in seconds of perf_counter
         self.waiters: list[Waiter] = []
@@ -111,10 +134,21 @@ class Admission:
         """How many threads it takes now."""
         return len(self._slots) + len(self._paused)
 
+    @property
+    def threads_to_keep(self) -> int:
+        """How many threads it may take soon."""
+        return max(self.max_running, len(self._slots)) + len(self._paused)
+
+    @property
+    def paused(self) -> int:
+        """How many queries wait for their consumers, or for a slot after that."""
+        return len(self._paused)
+
     def in_slots(self) -> list[Query[Any]]:
         """List the queries that run, or pause in the midst of it."""
         with self.lock:
-            return [slot.query for slot in (*self._slots, *self._paused) if slot.query is not None]
+            slots = (*self._slots, *self._paused.values())
+            return [slot.query for slot in slots if slot.query is not None]
 
     def in_line(self) -> list[Query[Any]]:
         """List the queries that wait."""
@@ -133,13 +167,15 @@ class Admission:
         CollectorClosedError
             Nobody is let in any more.
         QueueFullError
-            As many queries are here as may be.
+            As many queries are here, or streams are open, as may be.
         """
         with self.lock:
             if self.closed:
                 raise CollectorClosedError(
                     "this collector was closed and takes no more queries: make a new one"
                 )
+            if query.is_stream:
+                self.streams.add(query)
             free = self.max_running - len(self._slots)
             # What may be kept for small queries is not given away unseen.
             kept = KEPT_FROM_UNSEEN if self._line.is_quick else KEPT_FROM_LARGE
@@ -184,9 +220,10 @@ class Admission:
         """Take back what `enter` may have given to a query that never was to start."""
         with self.lock:
             self._line.discard(query)
+            self.streams.discard(query)
             if slot is not None:
                 slot.query = None
-                self._slots.discard(slot)
+                self._free(slot)
 
     def newcomers(self, at_most: int) -> list[Place[Query[Any]]]:
         """Give some of the line, to be appraised without the lock."""
@@ -208,7 +245,7 @@ class Admission:
                 seconds, kind = (UNKNOWN, None) if expected is None else expected
                 line.sort_in(place, seconds, kind)
             if slot not in self._slots or len(self._slots) > self.max_running:
-                self._slots.discard(slot)
+                self._free(slot)
                 return False
             if thorough and line.is_undecided:
                 return True
@@ -218,7 +255,7 @@ class Admission:
                     return True
             if line.has_newcomers:
                 return True
-            self._slots.discard(slot)
+            self._free(slot)
             return False
 
     def seconds_on_guard(self) -> float:
@@ -245,13 +282,16 @@ class Admission:
         """
         query, slot.query = slot.query, None
         line, slots = self._line, self._slots
-        if self._paused:
-            self._paused.discard(slot)
+        if query is not None and query.is_stream:
+            self.streams.discard(query)
+            self._returning.pop(query, None)
+            self._paused.pop(query, None)
         seconds = None if query is None else query.run_seconds
         if seconds is not None:
             self.counts.run_seconds += seconds
             line.serve(seconds, overtook=slot.overtook)
-        if line and slot in slots and len(slots) <= self.max_running:
+        is_free = slot in slots and len(slots) <= self.max_running
+        if line and is_free and not (self._returning and self._is_turn_of_returning()):
             long_running = self._long_running()
             turn = line.take_quickly(
                 only_small=is_kept(KEPT_FROM_LARGE, self.max_running, long_running),
@@ -262,7 +302,7 @@ class Admission:
                 if not turn.small:
                     self._taken_unseen = perf_counter()
             return True
-        slots.discard(slot)
+        self._free(slot)
         return False
 
     def idle_slots(self) -> list[Slot]:
@@ -276,30 +316,50 @@ class Admission:
     def give_back(self, slot: Slot) -> None:
         """Take back a slot that was not used."""
         with self.lock:
-            self._slots.discard(slot)
+            self._free(slot)
 
-    def pause(self, query: Query[Any]) -> None:
-        """Free the slot of a query that waits for its consumer."""
+    def pause(self, query: Query[Any]) -> LockType:
+        """Free the slot of a query that waits for its consumer; gives the gate to wait at."""
         with self.lock:
-            for slot in self._slots:
-                if slot.query is query:
-                    self._slots.remove(slot)
-                    self._paused.add(slot)
-                    break
+            slot = next(each for each in self._slots if each.query is query)
+            slot.gate = gate = allocate_lock()
+            gate.acquire()
+            slot.small = query.is_small  # which nobody asked if it was let in at once
+            self._paused[query] = slot
+            self._slots.remove(slot)
+            if self._returning and self._is_turn_of_returning():
+                self._resume_next()
+            return gate
 
     def resume(self, query: Query[Any]) -> None:
-        """Give a paused query a slot again, beyond all others if need be."""
+        """
+        Have a paused query, whose consumer is back, go on as soon as a slot is free for it.
+
+        One that a running query asked for, or reads, goes on at once: see `enter`.
+        """
         with self.lock:
-            for slot in self._paused:
-                if slot.query is query:
-                    self._paused.remove(slot)
-                    self._slots.add(slot)
-                    break
+            slot = self._paused.get(query)
+            if slot is None:
+                return
+            if query.is_nested:
+                self._go_on(query, slot)
+            else:
+                self._returning[query] = slot
+                self._resume_next()
+
+    def let_end(self, query: Query[Any]) -> None:
+        """Open the gate of a paused query that nobody wants: it needs no slot to end."""
+        with self.lock:
+            slot = self._paused.get(query)
+            if slot is not None:
+                _open(slot)
+                self._returning.pop(query, None)
 
     def leave(self, query: Query[Any]) -> None:
         """Take a waiting query out of the line."""
         with self.lock:
             self._line.discard(query)
+            self.streams.discard(query)
 
     def reappraise(self, expectation: Expectation) -> None:
         """Sort in anew the queries of one kind in the line."""
@@ -337,9 +397,42 @@ class Admission:
         lost = [*self.in_slots(), *self._line]
         self._slots.clear()
         self._paused.clear()
+        self._returning.clear()
+        self.streams.clear()
         self._line.clear()
         self.waiters.clear()
         return lost
+
+    def _free(self, slot: Slot) -> None:
+        self._slots.discard(slot)
+        if self._returning:
+            self._resume_next()
+
+    def _is_turn_of_returning(self) -> bool:
+        """Tell whether the slot that is free now is for a query that is back, not for the line."""
+        if self._next_returning() is None:
+            return False
+        self._turns += 1
+        return not self._line or self._turns % FAIR_TURN != 0
+
+    def _resume_next(self) -> None:
+        """Give free slots to queries that are back, in the order in which they came."""
+        while len(self._slots) < self.max_running and (query := self._next_returning()) is not None:
+            self._go_on(query, self._returning[query])
+
+    def _next_returning(self) -> Query[Any] | None:
+        only_small = is_kept(KEPT_FROM_LARGE, self.max_running, self._long_running())
+        for query, slot in self._returning.items():
+            if slot.small or not only_small:
+                return query
+        return None
+
+    def _go_on(self, query: Query[Any], slot: Slot) -> None:
+        # Ctrl-C may come at any of these, out of the consumer, which then lets go of the query.
+        self._slots.add(slot)
+        _open(slot)
+        self._returning.pop(query, None)
+        self._paused.pop(query, None)
 
     def _start(self, query: Query[Any], slot: Slot, *, small: bool, overtook: bool) -> bool:
         waited = query.start()
@@ -381,6 +474,11 @@ class Admission:
             )
 
 
+def _open(slot: Slot) -> None:
+    if slot.gate is not None and slot.gate.locked():
+        slot.gate.release()
+
+
 def stats_of(cpu: Admission, gpu: Admission) -> dict[str, float]:
     """Add up what `Collector.stats` explains."""
     found: dict[str, float] = {}
@@ -390,6 +488,7 @@ def stats_of(cpu: Admission, gpu: Admission) -> dict[str, float]:
             now: dict[str, float] = {
                 "running": len(running),
                 "abandoned": sum(query.done for query in running),
+                "paused": admission.paused,
                 "waiting": admission.waiting,
                 **asdict(admission.counts),
             }
@@ -398,5 +497,6 @@ def stats_of(cpu: Admission, gpu: Admission) -> dict[str, float]:
             if admission is gpu:
                 found |= {"gpu_running": now["running"], "gpu_waiting": now["waiting"]}
     found |= {"gpu_failures": breaker.health.failures, "gpu_rest_seconds": breaker.seconds_left()}
+    found |= {"streams": len(cpu.streams), "max_streams": cpu.streams.most}
     limit = inf if cpu.max_waiting is None else cpu.max_waiting
     return {**found, "max_running": cpu.max_running, "max_waiting": limit}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import enum
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from contextvars import copy_context
 from itertools import count
 from time import perf_counter
@@ -18,7 +18,7 @@ from polars_async.scheduling import SMALL
 from polars_async.work import on_cpu
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Sequence
+    from collections.abc import Callable, Generator, Iterable, Sequence
     from types import TracebackType
 
     import polars as pl
@@ -89,6 +89,7 @@ class Query(Generic[T]):
         "_failure",
         "_fell_back",
         "_late",
+        "_paused_since",
         "_report",
         "_started",
         "_stop",
@@ -136,6 +137,7 @@ class Query(Generic[T]):
         self.is_stream = is_stream
         self.is_nested = False
         self.paused_seconds = 0.0
+        self._paused_since: float | None = None
         self.reports = report.listens
         self._admission = admission
         self._report = report
@@ -179,7 +181,8 @@ class Query(Generic[T]):
         """How long it has run, or ran, its pauses apart; None if it did not start."""
         if self._started is None:
             return None
-        return (self._ended or perf_counter()) - self._started - self.paused_seconds
+        until = self._ended or self._paused_since or perf_counter()
+        return until - self._started - self.paused_seconds
 
     @property
     def is_small(self) -> bool:
@@ -206,6 +209,16 @@ class Query(Generic[T]):
         self.state = State.RUNNING
         self._started = perf_counter()
         return self._started - (self._fell_back or self._submitted)
+
+    @contextmanager
+    def paused(self) -> Generator[None]:
+        """Count the time in here as no work."""
+        begun = self._paused_since = perf_counter()
+        try:
+            yield
+        finally:
+            self._paused_since = None
+            self.paused_seconds += perf_counter() - begun
 
     def refuse(self) -> None:
         """Note that it was not let in, and so never waited."""

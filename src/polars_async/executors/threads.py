@@ -49,7 +49,7 @@ HERE: Final = Threads()
 
 class ThreadExecutor:
     """
-    Threads that live from the first job that needs them until `close`.
+    Threads that live from the first job that needs them until `close`, or until there are too many.
 
     They are plain threads of the interpreter, unknown to `threading`: nothing there is real once
     gevent has patched it, and the exit of the program does not wait for them.
@@ -62,6 +62,11 @@ class ThreadExecutor:
         self._closed = False
         self._jobs: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
         self._threads = 0
+
+    @property
+    def threads(self) -> int:
+        """How many threads live, but for those that have stepped out."""
+        return self._threads
 
     def start(self, job: Callable[[], None], *, at_once: int) -> None:
         """
@@ -92,6 +97,12 @@ class ThreadExecutor:
             self._jobs.put(None)
         else:
             self._threads += 1
+
+    def shed(self, most: int) -> None:
+        """Let those threads beyond `most` end that next have no job; as in `start`."""
+        while self._threads > most:
+            self._threads -= 1
+            self._jobs.put(None)
 
     def close(self) -> None:
         """Let each thread end after the job it is at, and those to come after their first."""
