@@ -253,7 +253,7 @@ def test_batches_that_nobody_fetches_do_not_keep_the_gpu(collector):
         return first.item(), other.item(), rest
 
     assert asyncio.run(main()) == (0, 1, list(range(1, 100)))
-    assert collector._gpu._executor._threads == 1
+    assert collector._gpu._executor.threads == 1
 
 
 def test_sink_runs_on_the_gpu(collector, gpu, tmp_path):

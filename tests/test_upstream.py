@@ -56,6 +56,7 @@ def test_every_name_is_polars_own_or_tested_here():
         "SHARED_NAME",
         "affinity_override",
         "ask_optimized_plan",
+        "blocking_threads",
         "extensions_of",
         "gpu_callback",
         "hands_over_here",
@@ -373,6 +374,46 @@ def test_names_of_polars_threads_are_its_own_but_for_those_of_one_pool(tmp_path)
     kinds = {_upstream.POOL_THREAD.match(name).group() for name in pools}
     assert {kind.rstrip("0123456789") for kind in kinds} == {"polars-", "async-executor"}
     assert _upstream.SHARED_NAME in after
+
+
+BLOCKING = """
+import json, threading, warnings
+import polars as pl
+from polars_async._upstream import blocking_threads
+
+told = []
+all_busy, gate = threading.Event(), threading.Event()
+
+def show(message, *_, **__):
+    told.append(str(message))
+    all_busy.set()
+
+def put(batch):
+    gate.wait()
+    return True
+
+def ask():
+    pl.LazyFrame({"a": [1]}).sink_batches(put, engine="streaming")
+
+warnings.simplefilter("always")
+warnings.showwarning = show
+threads = [threading.Thread(target=ask) for _ in range(blocking_threads() + 1)]
+for thread in threads:
+    thread.start()
+all_busy.wait(40)
+gate.set()
+for thread in threads:
+    thread.join()
+print(json.dumps([blocking_threads(), told]))
+"""
+
+
+@pytest.mark.parametrize("wanted", [None, 3])
+def test_polars_blocks_on_as_many_threads_as_told(wanted):
+    environment = {} if wanted is None else {"POLARS_MAX_BLOCKING_THREAD_COUNT": str(wanted)}
+    most, told = run(BLOCKING, **environment)
+    assert most == (wanted or 512)
+    assert [f"POLARS_MAX_BLOCKING_THREAD_COUNT reached ({most})" in each for each in told] == [True]
 
 
 # Without it

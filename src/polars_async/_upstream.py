@@ -45,6 +45,7 @@ __all__ = [
     "PlanEnd",
     "affinity_override",
     "ask_optimized_plan",
+    "blocking_threads",
     "extensions_of",
     "gpu_callback",
     "hands_over_here",
@@ -72,6 +73,15 @@ LIBRARY: Final[str | None] = getattr(getattr(pl, "_plr", None), "__file__", None
 
 PACKAGE_FOLDER: Final = f"{Path(pl.__file__).parent}{os.sep}"
 """The folder of the installed Polars, to find the first frame outside of it."""
+
+
+_BLOCKING_THREADS: Final = 512
+
+
+def blocking_threads() -> int:
+    """Return how many threads Polars has at most to read files and to call Python sinks."""
+    wanted = os.environ.get("POLARS_MAX_BLOCKING_THREAD_COUNT", "")
+    return int(wanted) if wanted.isdecimal() else _BLOCKING_THREADS
 
 
 def _no_override() -> pl.Engine | None:

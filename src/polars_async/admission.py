@@ -7,12 +7,14 @@ from math import inf
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
-from polars_async._native import RLock, holding
+from polars_async._native import RLock, allocate_lock, holding
 from polars_async._nesting import in_query, on_thread_of_polars
 from polars_async.errors import CollectorClosedError, QueueFullError
 from polars_async.gpu.breaker import breaker
+from polars_async.open_streams import OpenStreams
 from polars_async.query import wake
 from polars_async.scheduling import (
+    FAIR_TURN,
     KEPT_FROM_LARGE,
     KEPT_FROM_UNSEEN,
     SMALL,
@@ -22,6 +24,8 @@ from polars_async.scheduling import (
 )
 
 if TYPE_CHECKING:
+    from _thread import LockType
+
     from polars_async.expectations import Expectation
     from polars_async.query import Query, Waiter
     from polars_async.scheduling import Place
@@ -54,9 +58,10 @@ class Slot:
     Or, `inline`, to run just one on the thread that asks for it, which takes no slot from others.
     """
 
-    __slots__ = ("alone", "inline", "overtook", "query", "small")
+    __slots__ = ("alone", "gate", "inline", "overtook", "query", "small")
 
     def __init__(self, *, inline: bool = False) -> None:
+        self.gate: LockType | None = None  # where a paused query waits
         self.query: Query[Any] | None = None
         self.inline = inline
         self.small = False
@@ -71,6 +76,11 @@ class Admission:
     A slot is taken by a query that finds one free, and is kept by its thread until there is nobody
     left to take: so it is also while the thread appraises those in the line.
 
+    A query that waits for its consumer is paused, and has no slot. When its consumer is back it
+    waits for one before those in the line, since it holds a thread and more; one turn in
+    `FAIR_TURN` is for the line all the same. While a query that is back waits, no slot is free that
+    it may have: whatever frees one gives it on.
+
     `lock` guards all of it, and the state of every query admitted here. It is held for a few
     instructions at a time, never while a query runs or is appraised, or a waiter is woken. It is
     reentrant because a signal handler or a finaliser may come in at any instruction and cancel a
@@ -82,14 +92,17 @@ class Admission:
         "_inline",
         "_line",
         "_paused",
+        "_returning",
         "_slots",
         "_taken_unseen",
+        "_turns",
         "closed",
         "counts",
         "lock",
         "max_running",
         "max_waiting",
         "reserved",
+        "streams",
         "waiters",
     )
 
@@ -100,6 +113,7 @@ class Admission:
         *,
         exclusive: bool = False,
         lock: RLock | None = None,
+        streams: OpenStreams | None = None,
     ) -> None:
         self.lock = lock or RLock()
         self.max_running = max_running
@@ -108,7 +122,10 @@ class Admission:
         self.closed = False
         self.counts = Counts()
         self._slots: set[Slot] = set()
-        self._paused: set[Slot] = set()
+        self.streams = OpenStreams() if streams is None else streams
+        self._paused: dict[Query[Any], Slot] = {}
+        self._returning: dict[Query[Any], Slot] = {}  # those of them whose consumers are back
+        self._turns = 0  # in which both they and the line waited for a slot
         self._inline: set[Slot] = set()
         self._line: Line[Query[Any]] = Line()
         self._taken_unseen = -inf  # when that was last, in seconds of perf_counter
@@ -130,6 +147,16 @@ class Admission:
     def threads(self) -> int:
         """How many threads of ours it takes now."""
         return len(self._slots) + len(self._paused)
+
+    @property
+    def threads_to_keep(self) -> int:
+        """How many threads it may take soon."""
+        return max(self.max_running, len(self._slots)) + len(self._paused)
+
+    @property
+    def paused(self) -> int:
+        """How many queries wait for their consumers, or for a slot after that."""
+        return len(self._paused)
 
     def in_slots(self) -> list[Query[Any]]:
         """List the queries that run, or pause in the midst of it."""
@@ -155,13 +182,15 @@ class Admission:
         CollectorClosedError
             Nobody is let in any more.
         QueueFullError
-            As many queries are here as may be.
+            As many queries are here, or streams are open, as may be.
         """
         if self.closed:
             raise CollectorClosedError(
                 "this collector was closed and takes no more queries: make a new one"
             )
-        if not self._exclusive and not query.is_stream and on_thread_of_polars():
+        if query.is_stream:
+            self.streams.add(query)
+        elif not self._exclusive and on_thread_of_polars():
             slot = self.reserved = Slot(inline=True)
             self._inline.add(slot)
             self._start(query, slot, small=False, overtook=False)
@@ -209,10 +238,11 @@ class Admission:
     def forget(self, query: Query[Any], slot: Slot | None) -> None:
         """Take back, with the lock held, what `enter` may have given to a query."""
         self._line.discard(query)
+        self.streams.discard(query)
         if slot is not None:
             slot.query = None
-            self._slots.discard(slot)
             self._inline.discard(slot)
+            self._free(slot)
 
     def has(self, slot: Slot) -> bool:
         """Tell whether `slot` was not taken back."""
@@ -239,7 +269,7 @@ class Admission:
                 seconds, kind = (UNKNOWN, None) if expected is None else expected[:2]
                 line.sort_in(place, seconds, kind)
             if slot not in self._slots or len(self._slots) > self.max_running:
-                self._slots.discard(slot)
+                self._free(slot)
                 return False
             if thorough and line.is_undecided:
                 return True
@@ -249,7 +279,7 @@ class Admission:
                     return True
             if line.has_newcomers:
                 return True
-            self._slots.discard(slot)
+            self._free(slot)
             return False
 
     def seconds_on_guard(self) -> float:
@@ -276,15 +306,18 @@ class Admission:
         """
         query, slot.query = slot.query, None
         line, slots = self._line, self._slots
-        if self._paused:
-            self._paused.discard(slot)
         if slot.inline:
             self._inline.discard(slot)
+        if query is not None and query.is_stream:
+            self.streams.discard(query)
+            self._returning.pop(query, None)
+            self._paused.pop(query, None)
         seconds = None if query is None else query.run_seconds
         if seconds is not None:
             self.counts.run_seconds += seconds
             line.serve(seconds, overtook=slot.overtook)
-        if line and slot in slots and len(slots) <= self.max_running:
+        is_free = slot in slots and len(slots) <= self.max_running
+        if line and is_free and not (self._returning and self._is_turn_of_returning()):
             long_running = self._long_running()
             turn = line.take_quickly(
                 only_small=is_kept(KEPT_FROM_LARGE, self.max_running, long_running),
@@ -295,7 +328,7 @@ class Admission:
                 if not turn.small:
                     self._taken_unseen = perf_counter()
             return True
-        slots.discard(slot)
+        self._free(slot)
         return False
 
     def idle_slots(self) -> list[Slot]:
@@ -309,29 +342,37 @@ class Admission:
     def give_back(self, slot: Slot) -> None:
         """Take back a slot that was not used."""
         with self.lock:
-            self._slots.discard(slot)
+            self._free(slot)
 
-    def pause(self, query: Query[Any]) -> None:
-        """Free the slot of a query that waits for its consumer."""
+    def pause(self, query: Query[Any]) -> LockType:
+        """Free the slot of a query that waits for its consumer; gives the gate to wait at."""
         with self.lock:
-            for slot in self._slots:
-                if slot.query is query:
-                    self._slots.remove(slot)
-                    self._paused.add(slot)
-                    break
+            slot = next(each for each in self._slots if each.query is query)
+            slot.gate = gate = allocate_lock()
+            gate.acquire()
+            slot.small = query.goes_as_small  # which nobody asked if it was let in at once
+            self._paused[query] = slot
+            self._slots.remove(slot)
+            if self._returning and self._is_turn_of_returning():
+                self._resume_next()
+            return gate
 
     def resume(self, query: Query[Any]) -> None:
-        """Give a paused query a slot again, beyond all others if need be."""
-        with self.lock:
-            for slot in self._paused:
-                if slot.query is query:
-                    self._paused.remove(slot)
-                    self._slots.add(slot)
-                    break
+        """
+        Have a paused query, whose consumer is back, go on as soon as a slot is free for it.
+
+        One that a running query asked for, or reads, goes on at once: see `enter`.
+        """
+        holding(self.lock, self._resume, query)
+
+    def let_end(self, query: Query[Any]) -> None:
+        """Open the gate of a paused query that nobody wants: it needs no slot to end."""
+        holding(self.lock, self._let_end, query)
 
     def leave(self, query: Query[Any]) -> None:
         """Take a waiting query out of the line, with the lock held."""
         self._line.discard(query)
+        self.streams.discard(query)
 
     def reappraise(self, expectation: Expectation) -> None:
         """Sort in anew the queries of one kind in the line."""
@@ -364,6 +405,8 @@ class Admission:
         self._slots.clear()
         self._paused.clear()
         self._inline.clear()
+        self._returning.clear()
+        self.streams.clear()
         self._line.clear()
         self.waiters.clear()
         return lost
@@ -374,7 +417,7 @@ class Admission:
         self._line.add(query, priority=query.priority, work=work)
 
     def _in_slots(self) -> list[Query[Any]]:
-        slots = (*self._slots, *self._paused, *self._inline)
+        slots = (*self._slots, *self._paused.values(), *self._inline)
         return [slot.query for slot in slots if slot.query is not None]
 
     def _add_waiter(self, waiter: Waiter) -> bool:
@@ -392,6 +435,53 @@ class Admission:
         if self._is_empty():
             to.extend(self.waiters)  # before they are here no more
             self.waiters.clear()
+
+    def _resume(self, query: Query[Any]) -> None:
+        slot = self._paused.get(query)
+        if slot is None:
+            return
+        if query.is_nested:
+            self._go_on(query, slot)
+        else:
+            self._returning[query] = slot
+            self._resume_next()
+
+    def _let_end(self, query: Query[Any]) -> None:
+        slot = self._paused.get(query)
+        if slot is not None:
+            _open(slot)
+            self._returning.pop(query, None)
+
+    def _free(self, slot: Slot) -> None:
+        self._slots.discard(slot)
+        if self._returning:
+            self._resume_next()
+
+    def _is_turn_of_returning(self) -> bool:
+        """Tell whether the slot that is free now is for a query that is back, not for the line."""
+        if self._next_returning() is None:
+            return False
+        self._turns += 1
+        return not self._line or self._turns % FAIR_TURN != 0
+
+    def _resume_next(self) -> None:
+        """Give free slots to queries that are back, in the order in which they came."""
+        while len(self._slots) < self.max_running and (query := self._next_returning()) is not None:
+            self._go_on(query, self._returning[query])
+
+    def _next_returning(self) -> Query[Any] | None:
+        only_small = is_kept(KEPT_FROM_LARGE, self.max_running, self._long_running())
+        for query, slot in self._returning.items():
+            if slot.small or not only_small:
+                return query
+        return None
+
+    def _go_on(self, query: Query[Any], slot: Slot) -> None:
+        # Ctrl-C may come at any of these, out of the consumer, which then lets go of the query.
+        self._slots.add(slot)
+        _open(slot)
+        self._returning.pop(query, None)
+        self._paused.pop(query, None)
 
     def _start(self, query: Query[Any], slot: Slot, *, small: bool, overtook: bool) -> bool:
         waited = query.start()
@@ -433,10 +523,16 @@ class Admission:
             )
 
 
+def _open(slot: Slot) -> None:
+    if slot.gate is not None and slot.gate.locked():
+        slot.gate.release()
+
+
 def stats_of(cpu: Admission, gpu: Admission) -> dict[str, float]:
     """Add up what `Collector.stats` explains."""
     found = holding(cpu.lock, _counted, cpu, gpu)  # the lock is that of both
     found |= {"gpu_failures": breaker.health.failures, "gpu_rest_seconds": breaker.seconds_left()}
+    found |= {"streams": len(cpu.streams), "max_streams": cpu.streams.most}
     limit = inf if cpu.max_waiting is None else cpu.max_waiting
     return {**found, "max_running": cpu.max_running, "max_waiting": limit}
 
@@ -449,6 +545,7 @@ def _counted(cpu: Admission, gpu: Admission) -> dict[str, float]:
         now: dict[str, float] = {
             "running": len(running),
             "abandoned": abandoned,
+            "paused": admission.paused,
             "waiting": admission.waiting,
             **asdict(admission.counts),
         }

@@ -47,6 +47,7 @@ def configure(
     executor: ExecutorRequest = "threads",
     max_running: int | None = None,
     max_waiting: int | None = None,
+    max_streams: int | None = None,
     max_memory: int | None = None,
     on_event: Callable[[QueryEvent], object] | None = None,
 ) -> Collector:
@@ -55,7 +56,9 @@ def configure(
 
     Parameters
     ----------
-    engine, gpu, default_engine, executor, max_running, max_waiting, max_memory, on_event
+    engine, gpu, default_engine, executor
+        As for `Collector`.
+    max_running, max_waiting, max_streams, max_memory, on_event
         As for `Collector`.
 
     Returns
@@ -85,6 +88,7 @@ def configure(
             executor=executor,
             max_running=max_running,
             max_waiting=max_waiting,
+            max_streams=max_streams,
             max_memory=max_memory,
             on_event=on_event,
         )

@@ -21,6 +21,7 @@ from polars_async.expectations import Expectation, Expectations
 from polars_async.frames import check_frame, checked_frames
 from polars_async.handle import QueryHandle
 from polars_async.lane import Lane
+from polars_async.open_streams import MAX_STREAMS
 from polars_async.query import Query
 from polars_async.resolution import (
     decide,
@@ -89,11 +90,18 @@ class Collector:
         How many queries run at once; the others wait for their turn. One query already uses every
         thread of Polars, so that more of them cost memory and gain little. None means one more
         than there are processors, but at least 3 and at most 5; and 32 with an executor of the
-        caller's. Of two slots one is kept for small queries, and of more than two, two are. Queries
+        caller's. Of two slots one is kept for small queries, and of more than two, two are. A
+        stream of batches has no slot while it waits for its consumer, and goes on when one is free
+        for it: before the queries of the queue, but for one turn in eight. Queries
         on the GPU have a lane of their own, and run one at a time, in processes one for each GPU.
     max_waiting
         How many queries wait at most, for the GPU and for the CPU each; the next one is refused at
         once with a `QueueFullError`. None sets no limit.
+    max_streams
+        How many streams of batches are open at most: those that wait, that run, and that are held
+        up by their consumers, each of which keeps a thread, and in worker processes a worker. The
+        next one is refused at once with a `QueueFullError`. None means 64. The collectors of a
+        process have 256 open at most, since each may keep one of 512 threads of Polars.
     max_memory
         How many bytes of memory each worker process may take; a query that takes more is stopped,
         and raises a `QueryMemoryError`. None sets no limit.
@@ -118,11 +126,13 @@ class Collector:
         executor: ExecutorRequest = "threads",
         max_running: int | None = None,
         max_waiting: int | None = None,
+        max_streams: int | None = None,
         max_memory: int | None = None,
         on_event: Callable[[QueryEvent], object] | None = None,
     ) -> None:
         _check_number("max_running", max_running, 1)
         _check_number("max_waiting", max_waiting, 0)
+        _check_number("max_streams", max_streams, 1)
         _check_number("max_memory", max_memory, 1)
         if on_event is not None and not callable(on_event):
             raise TypeError(f"on_event must be callable, got {on_event!r}")
@@ -144,6 +154,7 @@ class Collector:
             self._report,
             place=place,
             tiny_here=executor == "auto",
+            max_streams=max_streams or MAX_STREAMS,
         )
         self._elsewhere: Final = isinstance(executor, Executor)
         self._gpu: Final = Lane(
@@ -352,7 +363,8 @@ class Collector:
 
         With the streaming engine, which runs where no other is asked for, the first batches come
         long before the end, and a consumer that is slow holds the query up: no more than two
-        batches lie ready. While it is held up, another query may use its slot.
+        batches lie ready. While it is held up, another query may use its slot; once its consumer is
+        back it waits for one, before those in the queue.
 
         Parameters
         ----------
@@ -374,8 +386,10 @@ class Collector:
 
         Raises
         ------
-        TypeError, EngineUnavailableError, QueueFullError, CollectorClosedError, ForkedProcessError
+        TypeError, EngineUnavailableError, CollectorClosedError, ForkedProcessError
             As for `collect_async`.
+        QueueFullError
+            Also if ``max_streams`` are open already.
         ValueError
             Also if `chunk_size` is less than 1.
         """
@@ -383,7 +397,7 @@ class Collector:
         if chunk_size is not None and chunk_size < 1:
             raise ValueError(f"chunk_size must be 1 or more rows, got {chunk_size!r}")
         resolution = self._resolved(engine, "batches", optimizations)
-        buffer = Buffer(self._cpu)  # where alone a query waits for its consumer
+        buffer = Buffer(self._lane(resolution))
         options = {"chunk_size": chunk_size, "maintain_order": maintain_order}
         work = partial(feed, lf, resolution.engine, optimizations, buffer, options)
         query = self._submit(work, resolution, (lf,), timeout, priority, label, buffer=buffer)
@@ -572,14 +586,16 @@ class Collector:
         Returns
         -------
         dict
-            ``running`` (``abandoned`` of them were let go, and hold their slot until they end),
-            ``waiting``, and since the collector was made: ``submitted``, ``completed``,
-            ``failed``, ``cancelled``, ``timed_out``, ``rejected``, ``downgraded``, ``fell_back``;
-            the sums ``queue_seconds`` and ``run_seconds``. It always holds that ``submitted`` is
-            the sum of the five outcomes, of ``waiting``, and of what runs and is not abandoned. The
-            limits are ``max_running`` and ``max_waiting`` (infinite without one). All that counts
-            the GPU's queries too; ``gpu_running`` and ``gpu_waiting`` do so alone. Of the whole
-            process, ``gpu_failures`` tells how many times in a row the GPU has failed, and
+            ``running`` (``abandoned`` of them were let go, and hold their slot until they end;
+            ``paused`` of them wait for their consumers, or for a slot after that, and hold none),
+            ``waiting``, ``streams`` (those of batches that run or wait), and since the collector
+            was made: ``submitted``, ``completed``, ``failed``, ``cancelled``, ``timed_out``,
+            ``rejected``, ``downgraded``, ``fell_back``; the sums ``queue_seconds`` and
+            ``run_seconds``. It always holds that ``submitted`` is the sum of the five outcomes, of
+            ``waiting``, and of what runs and is not abandoned. The limits are ``max_running``,
+            ``max_waiting`` (infinite without one) and ``max_streams``. All that counts the GPU's
+            queries too; ``gpu_running`` and ``gpu_waiting`` do so alone. Of the whole process,
+            ``gpu_failures`` tells how many times in a row the GPU has failed, and
             ``gpu_rest_seconds`` how long it still rests for that, and is not tried. ``workers``
             counts the worker processes, and ``workers_died`` those that died with a query.
         """

@@ -18,7 +18,7 @@ class CollectorClosedError(PolarsAsyncError):
 
 
 class QueueFullError(PolarsAsyncError):
-    """As many queries run and wait as the collector may hold: try again later, or shed the load."""
+    """As many queries or streams as the collector may hold: try again later, or shed the load."""
 
 
 class QueryTimeoutError(PolarsAsyncError, TimeoutError):

@@ -17,9 +17,11 @@ from polars_async.admission import Admission
 from polars_async.events import EventKind
 from polars_async.executors.threads import HERE, ThreadExecutor, named_thread
 from polars_async.gpu.offload import check_outside, turn
+from polars_async.open_streams import MAX_STREAMS, OpenStreams
 from polars_async.query import State, wake
 
 if TYPE_CHECKING:
+    from _thread import LockType
     from collections.abc import Iterable
 
     from polars_async import scheduling
@@ -77,11 +79,15 @@ class Lane:
         place: Place = HERE,
         tiny_here: bool = False,
         fallback: Lane | None = None,
+        max_streams: int = MAX_STREAMS,
     ) -> None:
         on_gpu = fallback is not None
         # Of one lock, so that a query is always in one of them, while it goes over.
         lock = fallback.admission.lock if fallback is not None else None
-        self.admission: Admission = Admission(max_running, max_waiting, exclusive=on_gpu, lock=lock)
+        both = fallback.admission.streams if fallback is not None else OpenStreams(max_streams)
+        self.admission: Admission = Admission(
+            max_running, max_waiting, exclusive=on_gpu, lock=lock, streams=both
+        )
         self.fallback = fallback
         self._executor = ThreadExecutor(for_gpu=on_gpu)
         self.place = place
@@ -104,6 +110,7 @@ class Lane:
         """
         if self.fallback is not None:
             check_outside()
+        if self.fallback is not None or query.is_stream:  # it may wait for a slot later on
             query.is_nested = in_query()
         admission = self.admission
         admitted: Slot | BaseException | None = None
@@ -133,11 +140,17 @@ class Lane:
         if self.admission.closed:
             self._close_place()
 
-    def pause(self, query: Query[Any]) -> None:
-        """Let others use the slot of `query` while it waits for its consumer."""
-        with self.admission.lock:
-            self.admission.pause(query)
-            self._use_idle_slots()
+    def of(self, query: Query[Any]) -> Lane:
+        """Return the lane where `query`, which came to this one, is now."""
+        return self.fallback if self.fallback is not None and query.resolution.fell_back else self
+
+    def pause(self, query: Query[Any]) -> LockType:
+        """Let others use the slot of `query`, whose thread then waits at the gate given."""
+        lane: Lane = self.of(query)
+        with lane.admission.lock:
+            gate = lane.admission.pause(query)
+            lane._use_idle_slots()
+        return gate
 
     def close(self, *, cancel_waiting: bool, cancel_running: bool = False) -> None:
         """Take no more queries, and let the threads end with the last of those here."""
@@ -206,6 +219,9 @@ class Lane:
             query = slot.query
             goes_on = self._fill(slot) if query is None else self._run(query, slot)
             del query  # or it would live until the next has ended
+        if self._executor.threads > self.admission.max_running:
+            with self.admission.lock:
+                self._executor.shed(self.admission.threads_to_keep)
         if self.admission.closed:
             self._close_place()
 

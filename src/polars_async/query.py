@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import enum
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from contextvars import copy_context
 from itertools import count
 from time import perf_counter
@@ -20,7 +20,7 @@ from polars_async.scheduling import SMALL
 from polars_async.work import on_cpu
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Sequence
+    from collections.abc import Callable, Generator, Iterable, Sequence
     from types import TracebackType
 
     import polars as pl
@@ -101,6 +101,7 @@ class Query(Generic[T]):
         "_fell_back",
         "_late",
         "_let_go_by",
+        "_paused_since",
         "_report",
         "_started",
         "_stop",
@@ -154,6 +155,7 @@ class Query(Generic[T]):
         """Whether it is more than a search for a schema."""
         self.is_nested = False
         self.paused_seconds = 0.0
+        self._paused_since: float | None = None
         self.reports = report.listens
         self.telling = telling() if self.reports else None
         self._admission = admission
@@ -201,12 +203,18 @@ class Query(Generic[T]):
         """How long it has run, or ran, its pauses apart; None if it did not start."""
         if self._started is None:
             return None
-        return (self._ended or perf_counter()) - self._started - self.paused_seconds
+        until = self._ended or self._paused_since or perf_counter()
+        return until - self._started - self.paused_seconds
 
     @property
     def is_small(self) -> bool:
         """Whether it is expected to be small, once it was appraised."""
         return self.expectation is not None and self.expectation.seconds <= SMALL
+
+    @property
+    def goes_as_small(self) -> bool:
+        """Whether it may have a slot that is kept for small ones: its caller knows better."""
+        return self.priority > 0 or (self.priority == 0 and self.is_small)
 
     def expire_in(self, seconds: float) -> None:
         """Have the query time out, unless it is done before."""
@@ -226,6 +234,16 @@ class Query(Generic[T]):
         self.state = State.RUNNING
         self._started = perf_counter()
         return self._started - (self._fell_back or self._submitted)
+
+    @contextmanager
+    def paused(self) -> Generator[None]:
+        """Count the time in here as no work."""
+        begun = self._paused_since = perf_counter()
+        try:
+            yield
+        finally:
+            self._paused_since = None
+            self.paused_seconds += perf_counter() - begun
 
     def refuse(self) -> None:
         """Note that it was not let in, and so never waited."""

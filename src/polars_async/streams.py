@@ -4,18 +4,17 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections import deque
-from time import perf_counter
 from typing import TYPE_CHECKING, Any, ClassVar, Final, Generic, TypeVar
 from weakref import WeakSet
 
 import polars as pl
 
 from polars_async import bridges
-from polars_async._native import RLock, allocate_lock
+from polars_async._native import RLock
+from polars_async._nesting import in_query
 from polars_async.query import State, wake
 
 if TYPE_CHECKING:
-    from _thread import LockType
     from collections.abc import Generator, Sequence
     from types import TracebackType
     from typing import Self
@@ -161,7 +160,8 @@ class Buffer:
     """
     Between the thread of a query, which puts, and a consumer.
 
-    The thread is held up while `BATCHES_AHEAD` batches lie ready, and others use its slot.
+    The thread is held up while `BATCHES_AHEAD` batches lie ready, and others use its slot. It goes
+    on when there is room, and a slot for it; or to its end, when no more is wanted.
     """
 
     def __init__(self, lane: Lane) -> None:
@@ -169,7 +169,6 @@ class Buffer:
         self._lane = lane
         self._arrivals: _Arrivals[pl.DataFrame] = _Arrivals()
         self._query: Query[Any] | None = None
-        self._gates: list[LockType] = []
 
     def bind(self, query: Query[Any]) -> None:
         """Say whose thread puts."""
@@ -181,48 +180,56 @@ class Buffer:
 
     def put(self, batch: pl.DataFrame) -> bool:
         """Add a batch, and wait until there is room for one more; True if none is wanted."""
-        arrivals = self._arrivals
-        if not arrivals.put(batch):
+        query = self._query
+        if not self._arrivals.put(batch):
             return True
-        gate = allocate_lock()
-        with arrivals.lock:
-            query = self._query
-            if query is None or arrivals.over or len(arrivals.items) < BATCHES_AHEAD:
-                return arrivals.over
-            gate.acquire()
-            self._gates.append(gate)
-        begun = perf_counter()
-        self._lane.pause(query)
-        gate.acquire()
-        self._lane.admission.resume(query)
-        query.paused_seconds += perf_counter() - begun
-        return arrivals.over
+        if query is not None and not self._has_room():
+            with query.paused():
+                gate = self._lane.pause(query)
+                # Whoever made room, or an end of it all, before that knew of no gate.
+                self._go_on(query)
+                gate.acquire()
+        return self._arrivals.over
 
     async def take(self, bridge: Bridge) -> pl.DataFrame | None:
         """Wait for the next batch; None after the last."""
+        query = self._query
+        if query is not None and in_query():
+            # The query that reads may have the very slot that this one would wait for.
+            query.is_nested = True
+            self._go_on(query)
         try:
             return await self._arrivals.next(bridge)
         except StopAsyncIteration:
             return None
         finally:
-            self._open()
+            if query is not None:
+                self._go_on(query)
 
     def finish(self, *, drop: bool) -> None:
         """Note that no more batches come; and maybe that those here are not wanted either."""
-        self._query = None  # whose error's frames hold this
+        query = self._query
         self._arrivals.finish(drop=drop)
-        self._open()
+        if query is not None:
+            self._go_on(query)
+        self._query = None  # whose error's frames hold this
 
     def close(self) -> None:
         """Note that the consumer wants no more."""
         self.closed = True
         self.finish(drop=True)
 
-    def _open(self) -> None:
+    def _has_room(self) -> bool:
         with self._arrivals.lock:
-            gates, self._gates = self._gates, []
-        for gate in gates:
-            gate.release()
+            return self._arrivals.over or len(self._arrivals.items) < BATCHES_AHEAD
+
+    def _go_on(self, query: Query[Any]) -> None:
+        """Have `query` go on, if it is paused and need not be."""
+        admission = self._lane.of(query).admission
+        if self._arrivals.over:
+            admission.let_end(query)
+        elif self._has_room():
+            admission.resume(query)
 
 
 _all_arrivals: Final[WeakSet[_Arrivals[Any]]] = WeakSet()

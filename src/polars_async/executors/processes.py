@@ -35,14 +35,20 @@ class Processes:
     """
     Worker processes, each of which runs one query at a time.
 
-    They are started when they are needed, and stay warm. A worker belongs to the thread that has
-    taken it, until that gives it back; `_lock` guards who has which.
+    They are started when they are needed, and `most_idle` of them stay warm. A worker belongs to
+    the thread that has taken it, until that gives it back; `_lock` guards who has which.
     """
 
     def __init__(
-        self, *, threads: int, max_memory: int | None = None, env: Mapping[str, str] | None = None
+        self,
+        *,
+        threads: int,
+        most_idle: int = 1,
+        max_memory: int | None = None,
+        env: Mapping[str, str] | None = None,
     ) -> None:
         self._env: Final = {"POLARS_MAX_THREADS": str(threads), **(env or {})}
+        self._most_idle: Final = most_idle
         self._max_memory: Final = max_memory
         self._lock = RLock()
         self._idle: list[Worker] = []
@@ -159,7 +165,7 @@ class Processes:
 
     def _give(self, worker: Worker) -> None:
         with self._lock:
-            if not self._closed:
+            if not self._closed and len(self._idle) < self._most_idle:
                 self._idle.append(worker)
                 return
             self._workers.discard(worker)
@@ -184,7 +190,8 @@ class Processes:
 
     def _refill(self) -> None:
         with suppress(OSError):  # then the next query tries it again
-            fresh = None if self._closed else self._start()
+            is_enough = self._closed or len(self._idle) >= self._most_idle
+            fresh = None if is_enough else self._start()
             if fresh is not None:
                 self._give(fresh)
 

@@ -52,7 +52,7 @@ HERE: Final = Threads()
 
 class ThreadExecutor:
     """
-    Threads that live from the first job that needs them until `close`.
+    Threads that live from the first job that needs them until `close`, or until there are too many.
 
     They are plain threads of the interpreter, unknown to `threading`: nothing there is real once
     gevent has patched it, and the exit of the program does not wait for them.
@@ -67,8 +67,8 @@ class ThreadExecutor:
         self._started: list[int] = []
 
     @property
-    def _threads(self) -> int:
-        """How many threads there are to count on."""
+    def threads(self) -> int:
+        """How many threads there are to count on: all but those that have stepped out."""
         return len(self._started)
 
     def start(self, job: Callable[[], None], *, at_once: int) -> None:
@@ -96,6 +96,12 @@ class ThreadExecutor:
         if not self._closed:
             self._started.append(get_ident())
 
+    def shed(self, most: int) -> None:
+        """Let those threads beyond `most` end that next have no job; as in `start`."""
+        while len(self._started) > most:
+            self._started.pop()
+            self._jobs.put(_leave)
+
     def close(self) -> None:
         """Let each thread end after the job it is at, and those to come after their first."""
         self._closed = True
@@ -103,11 +109,17 @@ class ThreadExecutor:
         self._jobs.put(None)
 
 
+def _leave() -> None:
+    """In the place of a job, end the thread that takes it."""
+
+
 @leaving_no_hub
 def _work(jobs: SimpleQueue[Callable[[], None] | None], for_gpu: bool) -> None:  # noqa: FBT001
     _tell_system(_OWN_NAME)
     enter_worker(for_gpu=for_gpu)
     while (job := jobs.get()) is not None:
+        if job is _leave:
+            return
         job()
         del job  # else the last query's frames would live until the next
     jobs.put(None)  # for the next thread
