@@ -26,6 +26,7 @@ from polars_async import (
 )
 from polars_async.admission import Admission, Slot
 from polars_async.events import Reporter
+from polars_async.executors.threads import ThreadExecutor
 from polars_async.expectations import UNKNOWN, Expectation, Expectations
 from polars_async.scheduling import QUICK, QUICK_ROW
 from polars_async.testing import simulate_gpu
@@ -470,9 +471,10 @@ def test_new_appraisal_wakes_a_slot_that_nobody_looks_after(make, block, monkeyp
 
     quick = threading.Event()
     monkeypatch.setattr(Expectations, "learn", learn)
+    monkeypatch.setattr(ThreadExecutor, "shed", lambda *_: None)
     collector = make(max_running=2)
     run_blocked(collector, block)
-    # So that there is a thread beside the two that are busy.
+    # So that there is a thread beside the two that are busy, since none ends.
     collector.collect_async(ask_plan(collector, by_result, 1), priority=1).result(30)
     quick.set()
     collector.collect_async(UNSEEN, priority=1).result(30)

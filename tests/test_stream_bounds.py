@@ -27,6 +27,7 @@ from polars_async import (
     ForkedProcessError,
     QueryTimeoutError,
     QueueFullError,
+    api,
     configure,
 )
 from polars_async import query as query_module
@@ -284,7 +285,8 @@ def test_number_of_streams_has_to_be_one(number):
         Collector(max_streams=number)
 
 
-def test_default_collector_is_told_how_many_streams_may_be_open():
+def test_default_collector_is_told_how_many_streams_may_be_open(monkeypatch):
+    monkeypatch.setattr(api._Default, "collector", None)
     with configure(max_streams=5) as collector:
         assert collector.stats()["max_streams"] == 5
     assert Collector().stats()["max_streams"] == 64
@@ -299,7 +301,7 @@ path = sys.argv[1]
 pl.DataFrame({"a": range(10)}).write_parquet(path)
 numbers = pl.LazyFrame({"a": range(100)})
 collectors = [Collector(max_streams=100, max_running=2) for _ in range(2)]
-streams = []
+streams, refused = [], "none"
 for _ in range(8):  # of clients that do not read
     for collector in collectors:
         try:
@@ -360,7 +362,7 @@ class Stints:
 
 
 @pytest.fixture
-def stints(monkeypatch):
+def stints(make, monkeypatch):  # noqa: ARG001  # which closes collectors when all were let on
     stints = Stints()
 
     def put(buffer, batch):  # which a bound method could not be in its place
@@ -373,7 +375,7 @@ def stints(monkeypatch):
 
 @pytest.mark.everywhere
 @pytest.mark.parametrize("slots", [1, 2])
-def test_streams_whose_consumers_are_back_go_on_within_the_slots(stints, make, slots):
+def test_streams_whose_consumers_are_back_go_on_within_the_slots(make, stints, slots):
     collector = make(max_running=slots)
     streams = paused(collector, 6, priority=1)  # which have the slots kept for small ones, too
     for stream in streams:
@@ -423,7 +425,7 @@ def test_slot_that_is_kept_for_small_queries_is_not_for_a_large_stream(make, blo
     assert rest_of(large) == list(range(1, 100))
 
 
-def test_streams_that_take_turns_do_not_keep_out_the_queue(stints, make, blocked):
+def test_streams_that_take_turns_do_not_keep_out_the_queue(make, stints, blocked):
     collector = make(max_running=1)
     streams = paused(collector, 2)
     collector.collect_async(blocked.lf)
