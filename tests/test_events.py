@@ -31,6 +31,7 @@ from polars_async import (
     resolve_engine,
 )
 from polars_async.events import Reporter
+from polars_async.open_streams import MAX_STREAMS
 from polars_async.query import Query
 
 pytestmark = pytest.mark.everywhere
@@ -515,7 +516,7 @@ def test_counts_add_up_at_every_moment(executor):
 
 
 def test_stats_count_what_was_done_and_is_done(telling, blocked, is_let_go, executor):
-    assert set(telling.stats().values()) == {0, 1, 2}  # the limits
+    assert set(telling.stats().values()) == {0, 1, 2, MAX_STREAMS}  # the limits
     telling.collect_async(TINY).result(30)
     with pytest.raises(ValueError, match="no"):
         telling.collect_async(failing(ValueError("no"))).result(30)
