@@ -472,6 +472,7 @@ def test_new_appraisal_wakes_a_slot_that_nobody_looks_after(make, block, monkeyp
     quick = threading.Event()
     monkeypatch.setattr(Expectations, "learn", learn)
     monkeypatch.setattr(ThreadExecutor, "shed", lambda *_: None)
+    monkeypatch.setattr(query, "_WORTH_APPRAISING", 0.0)  # however quick it was
     collector = make(max_running=2)
     run_blocked(collector, block)
     # So that there is a thread beside the two that are busy, since none ends.
