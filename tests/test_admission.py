@@ -549,9 +549,9 @@ def looked(monkeypatch):
     threads = []
     look_at = expectations.look_at
 
-    def look_and_tell(frame):
+    def look_and_tell(*arguments):
         threads.append(threading.get_ident())
-        return look_at(frame)
+        return look_at(*arguments)
 
     monkeypatch.setattr(expectations, "look_at", look_and_tell)
     return threads
@@ -772,6 +772,21 @@ def test_more_is_expected_of_more_bytes(tmp_path):
     assert of(pl.scan_csv(tmp_path / "none.csv", schema={"a": pl.Int64})).seconds == UNKNOWN
 
 
+def test_nothing_is_known_of_a_directory_or_a_file_that_is_not_there(tmp_path):
+    scan_of(tmp_path, megabytes=50)
+    schema = {"a": pl.Int64}
+    for path in (tmp_path, tmp_path / "none.csv", tmp_path / "*.csv"):
+        assert of(pl.scan_csv(path, schema=schema)).seconds == UNKNOWN
+
+
+def test_row_of_queries_that_fail_at_once_is_no_row_of_quick_ones(make):
+    collector = make(max_running=1)
+    for _ in range(2 * QUICK_ROW):
+        with pytest.raises(pl.exceptions.ColumnNotFoundError):
+            collector.collect_async(TINY.select("nope")).result(30)
+    assert not collector._cpu.admission._line.is_quick
+
+
 def test_fingerprint_is_that_of_the_shape_whatever_the_numbers():
     def over(number, frame=TINY):
         return frame.filter(pl.col("a") > number).head(number)
@@ -885,10 +900,10 @@ def test_one_behind_plans_that_are_slow_to_look_at_does_not_wait_for_all_of_them
     looks, look_at = threading.Semaphore(0), expectations.look_at
     slow = [UNSEEN.head(number) for number in range(100)]
 
-    def look_slowly(frame):
+    def look_slowly(frame, limit):
         if any(frame is each for each in slow):
             assert looks.acquire(timeout=30)
-        return look_at(frame)
+        return look_at(frame, limit)
 
     monkeypatch.setattr(expectations, "look_at", look_slowly)
     monkeypatch.setattr(lane, "_MOMENT", 0.0)  # each of them counts as slow

@@ -2,7 +2,9 @@ from __future__ import annotations
 
 import io
 import os
+import pickle
 import sys
+import threading
 
 import polars as pl
 import pytest
@@ -85,7 +87,7 @@ def pid_column(_columns):
     return pl.Series([os.getpid()])
 
 
-LARGE_FRAME = pl.select(a=pl.int_range(0, 500_000)).lazy()
+LARGE_FRAME = pl.select(a=pl.int_range(0, 200_000)).lazy()
 ONE = pl.LazyFrame({"a": [1]})
 A = pl.col("a")
 INT = pl.Int64
@@ -108,6 +110,7 @@ WITH_PYTHON = {
         A.map_elements(tell_pid, return_dtype=INT)
     ),
     "frames over a large frame": LARGE_FRAME.tail(1).map_batches(series_of_pid),
+    "pickled": pickle.loads(pickle.dumps(ONE.select(A.map_elements(tell_pid, return_dtype=INT)))),
     "after a join of a frame of some kB": pl.select(a=pl.int_range(0, 50_000))
     .lazy()
     .join(ONE, on="a")
@@ -140,6 +143,24 @@ def test_what_cannot_be_sent_runs_here(collector, sent, target):
     with target() as file:
         sink = pl.LazyFrame({"a": [1]}).sink_csv(file, lazy=True)
         assert collector.sink_async(sink).result(30) is None
+    assert sent == []
+
+
+def test_function_that_cannot_be_sent_runs_here(collector):
+    lock = threading.Lock()
+
+    def locked(values):
+        with lock:
+            return values * 0 + os.getpid()
+
+    query = pl.LazyFrame({"a": [1]}).select(pl.col("a").map_batches(locked, return_dtype=pl.Int64))
+    assert collector.collect_async(query).result(30).item() == os.getpid()
+
+
+def test_small_join_of_frames_of_some_hundred_kilobytes_runs_here(collector, sent):
+    frames = [pl.DataFrame({"a": range(60_000)}).lazy() for _ in range(2)]
+    joined = frames[0].join(frames[1], on="a").select(pl.len())
+    assert collector.collect_async(joined).result(30).item() == 60_000
     assert sent == []
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import pickle
 import subprocess
 import sys
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -13,13 +14,15 @@ import polars as pl
 import pytest
 from places import Notes
 from polars.io.plugins import register_io_source
+from polars.plugins import register_plugin_function
 
 from polars_async import Collector, plans, query
 from polars_async.plans import NOTHING, look_at
 
 ONE = pl.LazyFrame({"a": [1], "b": ["x"]})
-LARGE_FRAME = pl.DataFrame({"a": range(60_000), "b": ["x"] * 60_000})
-LARGE = LARGE_FRAME.lazy()
+LARGER = pl.LazyFrame({"a": range(3000), "b": ["x"] * 3000})
+LARGE = pl.select(a=pl.int_range(0, 1_000_000) * 7919).lazy()
+"""More than anybody looks at."""
 A = pl.col("a")
 INT = pl.Int64
 
@@ -71,7 +74,7 @@ USES = {
 
 
 @pytest.mark.parametrize("as_closure", [False, True], ids=["object", "closure"])
-@pytest.mark.parametrize("frame", [ONE, LARGE], ids=["small", "large"])
+@pytest.mark.parametrize("frame", [ONE, LARGER], ids=["small", "larger"])
 @pytest.mark.parametrize("use", USES.values(), ids=USES)
 def test_python_function_is_seen_but_neither_called_nor_pickled(use, frame, as_closure):
     calls = []
@@ -82,6 +85,36 @@ def test_python_function_is_seen_but_neither_called_nor_pickled(use, frame, as_c
     assert found.runs_python
     assert not found.is_whole
     assert found.is_sendable
+
+
+PICKLED = {
+    "pickle of the frame": lambda lf: pickle.loads(pickle.dumps(lf)),
+    "text": lambda lf: pl.LazyFrame.deserialize(io.BytesIO(lf.serialize())),
+    "twice": lambda lf: pickle.loads(pickle.dumps(pickle.loads(pickle.dumps(lf)))),
+}
+
+
+@pytest.mark.parametrize("through", PICKLED.values(), ids=PICKLED)
+@pytest.mark.parametrize("use", USES.values(), ids=USES)
+def test_python_function_is_seen_in_a_plan_that_was_pickled(use, through):
+    plan = through(use(ONE, lambda *arguments: arguments[0]))
+    assert look_at(plan).runs_python
+
+
+def test_python_function_is_seen_in_an_expression_that_was_pickled():
+    typed = A.map_elements(lambda value: value, return_dtype=INT)
+    assert look_at(ONE.select(pickle.loads(pickle.dumps(typed)))).runs_python
+    assert look_at(ONE.select(pl.Expr.deserialize(io.BytesIO(typed.meta.serialize())))).runs_python
+
+
+def test_compiled_plugin_is_seen_and_not_loaded(tmp_path):
+    path = tmp_path / "none.so"  # which is none
+    path.touch()
+    plugin = register_plugin_function(
+        plugin_path=path, function_name="f", args=[A], use_abs_path=True
+    )
+    for frame in (ONE, LARGER):
+        assert look_at(frame.select(plugin)).runs_python
 
 
 SOURCES = {
@@ -100,44 +133,42 @@ def test_functions_of_sources_and_sinks_are_seen_but_neither_called_nor_pickled(
     assert calls == []
 
 
-@pytest.mark.parametrize("frame", [ONE, LARGE], ids=["small", "large"])
+@pytest.mark.parametrize("frame", [ONE, LARGER], ids=["small", "larger"])
 def test_plan_without_python_is_known_to_be_without(frame):
     plan = frame.filter(A > 1).group_by("b").agg(A.sum()).sort("a").head(3)
-    found = look_at(plan)
+    found = look_at(plan.join(frame, on="b"))
     assert (found.runs_python, found.is_whole, found.is_sendable) == (False, True, True)
-    assert found.summary == "Slice of Sort of GroupBy of Filter of DataFrameScan"
+    assert look_at(plan).summary == "Slice of Sort of GroupBy of Filter of DataFrameScan"
 
 
-def test_profiler_of_the_thread_is_put_back():
-    def profiler(*_): ...
-
-    before = sys.getprofile()
-    sys.setprofile(profiler)
-    try:
-        look_at(LARGE.select(A.map_batches(profiler)))
-        assert sys.getprofile() is profiler
-    finally:
-        sys.setprofile(before)
+def test_size_of_frames_is_known_as_far_as_they_are_looked_at():
+    frame = pl.DataFrame({"a": range(10_000)})
+    size, lf = frame.estimated_size(), frame.lazy()
+    assert 0 < look_at(ONE).frame_bytes < 2000
+    for plan, frames in ((lf.filter(A > 1).select("a"), 1), (lf.join(lf, on="a"), 2)):
+        assert look_at(plan).frame_bytes == pytest.approx(frames * size, rel=0.1)
+    assert 200_000 < look_at(LARGE, plans.NEAR).frame_bytes < 600_000
+    assert 1_500_000 < look_at(LARGE, plans.FAR).frame_bytes < 4_000_000
 
 
-def test_size_of_a_large_frame_is_known():
-    size = LARGE_FRAME.estimated_size()
-    assert look_at(LARGE.filter(A > 1).sort("b")).frame_bytes == size
-    assert look_at(ONE).frame_bytes < 1000
-
-
-def test_what_comes_after_a_large_frame_in_a_join_is_not_known():
-    for plan in (LARGE.join(ONE, on="a"), ONE.join(LARGE, on="a"), pl.concat([LARGE, ONE])):
-        found = look_at(plan)
-        assert found.runs_python is None
+@pytest.mark.parametrize("limit", [plans.NEAR, plans.FAR])
+def test_what_comes_after_a_large_frame_is_not_known(limit):
+    for plan in (LARGE.sum(), LARGE.join(ONE, on="a"), pl.concat([LARGE, ONE.select("a")])):
+        found = look_at(plan.select(A.map_batches(lambda s: s)), limit)
+        assert found.runs_python in {None, True}
         assert not found.is_whole
-        assert plans.finds_python(plan) is False
-        assert plans.finds_python(plan.select(A.map_batches(lambda s: s))) is True
+        assert look_at(plan, limit).runs_python is None
 
 
-def test_nobody_looks_further_than_some_megabytes():
-    frames = [pl.select(a=pl.int_range(0, 2_000_000) * 7919).lazy() for _ in range(2)]
-    assert plans.finds_python(frames[0].join(frames[1], on="a")) is None
+def test_equal_shapes_of_other_numbers_look_the_same_however_large():
+    def over(number, *, rows):
+        frame = pl.select(a=pl.int_range(number, number + rows) * 7919).lazy()
+        return frame.filter(number < A).select(A + number)
+
+    for rows in (1, 1000, 20_000):
+        shapes = {look_at(over(number, rows=rows)).shape for number in (1, 23, 456_789)}
+        assert len(shapes) == 1
+    assert look_at(over(1, rows=10)).shape != look_at(over(1, rows=10).sum()).shape
 
 
 def test_scans_are_told_by_their_paths_and_not_opened(tmp_path):
@@ -149,6 +180,11 @@ def test_scans_are_told_by_their_paths_and_not_opened(tmp_path):
     assert found.paths == [str(fifo), *missing]
     assert found.is_whole
     assert found.summary.startswith("Join of Scan of Scan ")
+
+
+def test_all_of_many_paths_are_told():
+    paths = [f"/nowhere/é/{'long' * 40}/{number}.parquet" for number in range(2000)]
+    assert look_at(pl.scan_parquet(paths)).paths == paths
 
 
 def test_remote_files_are_not_asked_for():
@@ -188,36 +224,35 @@ def test_what_no_other_process_could_have_is_seen(tmp_path):
     assert look_at(pl.scan_csv(io.BytesIO(b"a\n1\n"))).is_sendable
 
 
-def test_long_plan_is_looked_at_no_further_than_its_beginning(monkeypatch):
+def test_long_plan_is_looked_at_no_further_than_the_limit():
     plan = ONE
     for number in range(3000):
         plan = plan.with_columns((A + number).alias("a"))
-
-    def resolve(_):
-        raise AssertionError("it would hold the GIL")
-
-    monkeypatch.setattr(plans, "resolved_uncalled", resolve)
-    found = look_at(plan)
+    found = look_at(plan, 1 << 16)
     assert not found.is_whole
     assert found.runs_python is None
+
+
+def test_plan_that_would_be_endless_as_a_tree_is_looked_at_no_further_than_the_limit():
+    plan = ONE
+    for _ in range(60):
+        plan = plan.join(plan, on="a")
+    assert not look_at(plan).is_whole
 
 
 def test_plan_that_was_asked_for_its_schema_looks_the_same():
     def make():
         return pl.LazyFrame({"a": [1]}).filter(A > 0).sort("a")
 
-    asked, large = make(), LARGE.clone()
+    asked = make()
     asked.collect_schema()
-    large.collect_schema()
     assert look_at(asked.head(2)) == look_at(make().head(2))
-    assert look_at(large.head(2)).is_whole
 
 
 def test_polars_that_shows_no_plan_leaves_all_unknown(monkeypatch):
     plan = ONE.clone()
     monkeypatch.setattr(plan, "_ldf", object())
     assert look_at(plan) is NOTHING
-    assert plans.finds_python(plan) is None
 
 
 class Counted:

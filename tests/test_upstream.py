@@ -52,7 +52,9 @@ def test_every_name_is_polars_own_or_tested_here():
         "LIBRARY",
         "PACKAGE_FOLDER",
         "POOL_THREAD",
+        "PICKLED",
         "PlanEnd",
+        "PlanText",
         "SHARED_NAME",
         "affinity_override",
         "ask_optimized_plan",
@@ -66,7 +68,6 @@ def test_every_name_is_polars_own_or_tested_here():
         "optimization_flags",
         "optimizations_of",
         "plan_text",
-        "resolved_uncalled",
         "sets_affinity",
         "without_warning",
     }
@@ -81,27 +82,30 @@ def parquet(tmp_path):
 
 def test_text_of_a_plan_has_the_keys_that_are_looked_for(parquet):
     frame = pl.DataFrame({"a": range(10)}).lazy()
-    text, end = _upstream.plan_text(frame.filter(pl.col("a") > 1).select("a"), 10_000)
+    text, frame_bytes, end = _upstream.plan_text(frame.filter(pl.col("a") > 1).select("a"), 10_000)
     assert end is _upstream.PlanEnd.WHOLE
     select = json.loads(text)["Select"]
     assert select["expr"] == [{"Column": "a"}]
-    assert set(select["input"]["Filter"]["input"]["DataFrameScan"]) == {"df", "schema"}
-    assert text.index(b'"df":[') < text.index(b'"schema":{')
-    text, _ = _upstream.plan_text(pl.scan_parquet(parquet), 10_000)
+    scan = select["input"]["Filter"]["input"]["DataFrameScan"]
+    assert set(scan) == {"df", "schema"}
+    assert frame_bytes == len(scan["df"]) - 1
+    text = _upstream.plan_text(pl.scan_parquet(parquet), 10_000).text
     assert f'"sources":{{"Paths":[{{"inner":"{parquet}"}}]'.encode() in text
     frame.collect_schema()
-    text, _ = _upstream.plan_text(frame, 10_000)
+    text = _upstream.plan_text(frame, 10_000).text
     assert text.startswith(b'{"IR":{"dsl":{"DataFrameScan":{"df":[')
     assert re.search(rb',"version":\d+\}\}$', text)
+    piped = _upstream.plan_text(frame.pipe_with_schema(lambda lf, _: lf), 10_000).text
+    assert piped.startswith(b'{"PipeWithSchema":{"input":[')
 
 
 def test_text_of_a_plan_ends_at_the_limit_and_before_what_cannot_be_sent():
     large = pl.select(a=pl.int_range(0, 100_000)).lazy().sort("a")
-    text, end = _upstream.plan_text(large, 20_000)
+    text, frame_bytes, end = _upstream.plan_text(large, 200_000)
     assert end is _upstream.PlanEnd.LIMIT
     assert text.startswith(b'{"Sort":{"input":{"DataFrameScan":{"df":[')
-    assert 20_000 < len(text) < 50_000
-    text, end = _upstream.plan_text(QUERY.sink_csv(io.BytesIO(), lazy=True), 20_000)
+    assert len(text) < 20_000 < frame_bytes  # the numbers are counted, not kept
+    text, _, end = _upstream.plan_text(QUERY.sink_csv(io.BytesIO(), lazy=True), 20_000)
     assert (end, text[:9]) == (_upstream.PlanEnd.UNSENDABLE, b'{"Sink":{')
 
 
@@ -110,27 +114,15 @@ def test_text_of_a_plan_ends_before_a_python_object_which_is_not_pickled(monkeyp
         raise AssertionError("it was pickled")
 
     monkeypatch.setattr(pickle, "dumps", pickled)
-    text, end = _upstream.plan_text(QUERY.map_batches(pickled), 10_000)
+    text, _, end = _upstream.plan_text(QUERY.map_batches(pickled), 10_000)
     assert end is _upstream.PlanEnd.PYTHON
     assert text.endswith(b'"OpaquePython":{"function":')
 
 
-def test_branch_is_resolved_without_a_call_to_python():
-    frame = pl.DataFrame({"a": range(1000)})
-    text, size = _upstream.resolved_uncalled(frame.lazy().filter(pl.col("a") > 1).sum())
-    assert size == frame.estimated_size()
-    assert "FILTER" in text
-    calls = []
-
-    def note(values):
-        calls.append(1)
-        return values
-
-    for untyped in (pl.col("a").map_batches(note), pl.col("a").name.map(note)):
-        assert _upstream.resolved_uncalled(frame.lazy().select(untyped)) is None
-    assert calls == []
-    typed = pl.col("a").map_elements(note, return_dtype=pl.Int64)
-    assert "python_udf()" in _upstream.resolved_uncalled(frame.lazy().select(typed))[0]
+def test_function_that_was_pickled_before_has_the_mark_that_is_looked_for():
+    plan = QUERY.select(pl.col("a").map_batches(os.getpid))
+    again = pl.LazyFrame.deserialize(io.BytesIO(plan.serialize()))
+    assert _upstream.PICKLED in _upstream.plan_text(again, 100_000).text
 
 
 def test_memory_that_polars_holds_is_known():

@@ -10,9 +10,10 @@ import mmap
 import os
 import re
 import sys
+from contextlib import suppress
 from pathlib import Path
 from types import FunctionType
-from typing import IO, TYPE_CHECKING, Any, Final, ParamSpec, TypeVar
+from typing import IO, TYPE_CHECKING, Any, Final, NamedTuple, ParamSpec, TypeVar
 
 import polars as pl
 
@@ -39,10 +40,12 @@ __all__ = [
     "BUILT_IN_ENGINES",
     "LIBRARY",
     "PACKAGE_FOLDER",
+    "PICKLED",
     "POOL_THREAD",
     "SHARED_NAME",
     "InProcessQuery",
     "PlanEnd",
+    "PlanText",
     "affinity_override",
     "ask_optimized_plan",
     "blocking_threads",
@@ -55,7 +58,6 @@ __all__ = [
     "optimization_flags",
     "optimizations_of",
     "plan_text",
-    "resolved_uncalled",
     "sets_affinity",
     "without_warning",
 ]
@@ -315,25 +317,47 @@ class PlanEnd(enum.Enum):
 
 
 _PICKLERS: Final = frozenset({"pickle", "cloudpickle"})
+_OF_NUMBERS: Final = b"0123456789,"
+_NUMBERS: Final = re.compile(rb"\[[\d,]{48,}")
+PICKLED: Final = b'"function":[80,76,80,89,70,78,'
+"""How the text of a function in an expression begins that Polars has pickled already: that of a
+plan or an expression that was itself pickled."""
+
+
+class PlanText(NamedTuple):
+    """The plan of a query as JSON, as far as it goes."""
+
+    text: bytes
+    """Without the most of the numbers that frames in memory are in it."""
+    frame_bytes: int
+    """How many those were: the bytes of these frames."""
+    end: PlanEnd
 
 
 class _Text(io.RawIOBase):
     """The file that takes the text of one plan, up to a limit."""
 
     def __init__(self, limit: int) -> None:
-        self._limit = limit
+        self._left = limit
         self.text = bytearray()
+        self.frame_bytes = 0
         self.end = PlanEnd.UNSENDABLE
 
     def writable(self) -> bool:
         return True
 
     def write(self, piece: Any) -> int:
-        self.text += piece
-        if len(self.text) > self._limit:
+        # Polars writes some kB at a time, and others may have the GIL in between.
+        data = bytes(piece)
+        if data.translate(None, _OF_NUMBERS):
+            self.text += data
+        else:
+            self.frame_bytes += data.count(b",")
+        self._left -= len(data)
+        if self._left < 0:
             self.end = PlanEnd.LIMIT
             raise OSError("that is enough of the plan")
-        return len(piece)
+        return len(data)
 
     def import_module(self, name: str, *rest: Any) -> Any:
         if name in _PICKLERS:
@@ -341,8 +365,12 @@ class _Text(io.RawIOBase):
             raise ImportError("no Python object is to be pickled")
         return __import__(name, *rest)
 
+    def found(self) -> PlanText:
+        commas = sum(each.count(b",") for each in _NUMBERS.findall(self.text))
+        return PlanText(bytes(self.text), self.frame_bytes + commas, self.end)
 
-def plan_text(lf: pl.LazyFrame, limit: int) -> tuple[bytes, PlanEnd] | None:
+
+def plan_text(lf: pl.LazyFrame, limit: int) -> PlanText | None:
     """
     Return the plan of `lf` as JSON, and why it ends; None if Polars has no such text.
 
@@ -358,44 +386,14 @@ def plan_text(lf: pl.LazyFrame, limit: int) -> tuple[bytes, PlanEnd] | None:
     # function that calls it. To pickle one may call the user's methods, and copy whatever a closure
     # holds with the GIL held.
     builtins = {"__builtins__": {"__import__": target.import_module}}
-    try:
+    with suppress(Exception, pl.exceptions.PanicException):  # `target` knows why it ends
         FunctionType(_write.__code__, builtins)(serialize, target)
-    except (Exception, pl.exceptions.PanicException):  # noqa: BLE001  # `target` knows why, or it is unsendable
-        return bytes(target.text), target.end
-    return bytes(target.text), PlanEnd.WHOLE
+        target.end = PlanEnd.WHOLE
+    return target.found()
 
 
 def _write(serialize: Callable[[_Text], object], target: _Text) -> None:
     serialize(target)
-
-
-def resolved_uncalled(lf: pl.LazyFrame) -> tuple[str, int] | None:
-    """
-    Return how Polars explains a plan without scans, and the bytes of its frame in memory.
-
-    None if that takes a Python function: Polars calls some for their types, on this thread. The
-    first is stopped at its start, with which Polars gives up. Scans would be opened, and the GIL is
-    held throughout, so that the plan has to be a short branch without any.
-    """
-    before = sys.getprofile()
-    try:
-        plan: Any = lf._ldf  # noqa: SLF001  # pyright: ignore[reportPrivateUsage]
-        sys.setprofile(_refuse_call)
-        text: str = plan.describe_plan()
-        nodes = plan.visit()
-        while inputs := nodes.get_inputs():
-            nodes.set_node(inputs[0])
-        size: int = nodes.view_current_node().df.estimated_size()
-    except (Exception, pl.exceptions.PanicException):  # noqa: BLE001  # also what is wrong with the query
-        return None
-    finally:
-        sys.setprofile(before)
-    return text, size
-
-
-def _refuse_call(_frame: object, event: str, _argument: object) -> None:
-    if event == "call":
-        raise RuntimeError("no Python function is to be called")
 
 
 def ask_optimized_plan(

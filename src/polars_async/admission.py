@@ -315,7 +315,8 @@ class Admission:
         seconds = None if query is None else query.run_seconds
         if seconds is not None:
             self.counts.run_seconds += seconds
-            line.serve(seconds, overtook=slot.overtook)
+            completed = query is not None and query.completed
+            line.serve(seconds, overtook=slot.overtook, completed=completed)
         is_free = slot in slots and len(slots) <= self.max_running
         if line and is_free and not (self._returning and self._is_turn_of_returning()):
             long_running = self._long_running()

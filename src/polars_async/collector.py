@@ -83,9 +83,9 @@ class Collector:
     executor
         Where queries run: on ``"threads"`` of this process; in worker ``"processes"``, where they
         are stopped when nobody wants them any more, and can take nothing with them if they crash;
-        ``"auto"``, the small ones on threads and the others in processes; or in any
-        ``concurrent.futures.Executor``, such as that of a cluster. Engines that are objects of the
-        caller's own run on threads in any case.
+        ``"auto"``, the small ones without Python functions on threads and the others in processes;
+        or in any ``concurrent.futures.Executor``, such as that of a cluster. Engines that are
+        objects of the caller's own run on threads in any case.
     max_running
         How many queries run at once; the others wait for their turn. One query already uses every
         thread of Polars, so that more of them cost memory and gain little. None means one more
@@ -144,7 +144,7 @@ class Collector:
         self._gpu_policy: Final = gpu
         self._default_engine: Final = default_engine
         self._report: Final = Reporter(on_event)
-        known = Expectations()
+        known = Expectations(far=executor == "auto")
         max_running = max_running or default_running(executor)
         place = place_of(executor, max_running, max_memory)
         self._cpu: Final = Lane(

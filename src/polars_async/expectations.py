@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 from math import frexp
+from stat import S_ISREG
 from time import perf_counter
 from typing import TYPE_CHECKING, Final, NamedTuple
 from weakref import ref
 
 from polars_async._native import allocate_lock
 from polars_async._upstream import memory_held
-from polars_async.plans import NOTHING, finds_python, look_at
+from polars_async.plans import FAR, NEAR, NOTHING, look_at
 from polars_async.scheduling import UNKNOWN
 
 if TYPE_CHECKING:
@@ -65,11 +66,13 @@ class Expectations:
     """
     What a collector knows of the queries that it ran.
 
-    To look at a plan takes 10 us to 0.5 ms, and where it reads a frame in memory another 0.2 ms for
-    each MB of it. So it is nothing for the thread of a loop.
+    To look at a plan takes 10 us to some ms, and where it reads a frame in memory another 0.2 ms
+    for each MB of it. So it is nothing for the thread of a loop. It is looked at further with
+    `far`, which is worth it where a query may have to be sent.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, far: bool = False) -> None:
+        self._limit = FAR if far else NEAR
         self._lock = allocate_lock()
         self._taken: dict[int, float] = {}
         self._plans: dict[int, _Known] = {}
@@ -97,11 +100,6 @@ class Expectations:
         except BaseException:  # noqa: BLE001  # as above
             return NOTHING
 
-    def runs_python(self, frame: pl.LazyFrame) -> bool | None:
-        """Return whether Python functions are in a plan; None if frames of some MB hide that."""
-        plan = self.plan(frame)
-        return finds_python(frame) if plan.runs_python is None else plan.runs_python
-
     def seconds_to_send(self, frames: Sequence[pl.LazyFrame]) -> float:
         """Return how long it takes to send a query for `frames` to another process."""
         return sum(self.plan(frame).frame_bytes for frame in frames) / _SENT_RATE
@@ -117,7 +115,7 @@ class Expectations:
         too_dear = self._resident > _MOST_COPIED or begun < self._looks_again
         if too_dear and not at_any_cost:
             return _Known(ref(frame), NOTHING, UNKNOWN)
-        plan = look_at(frame)
+        plan = look_at(frame, self._limit)
         if (took := perf_counter() - begun) > _SLOW_LOOK:
             self._looks_again = begun + _REST * took
         known = _Known(ref(frame, lambda _: plans.pop(key, None)), plan, _source_seconds(plan))
@@ -161,6 +159,7 @@ def _source_seconds(plan: Plan) -> float:
 
 def _file_seconds(path: str) -> float:
     try:
-        return os.stat(path).st_size / _FILE_RATE  # noqa: PTH116  # as given, maybe an address
+        status = os.stat(path)  # noqa: PTH116  # as given, maybe an address
     except (OSError, ValueError):
         return UNKNOWN
+    return status.st_size / _FILE_RATE if S_ISREG(status.st_mode) else UNKNOWN

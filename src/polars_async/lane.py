@@ -47,7 +47,7 @@ class Lane:
 
     They run in its `place`, but for those whose engine is the caller's own object: it may hold what
     cannot be sent. With `tiny_here` those stay here, too, that are expected to be small, or to take
-    longer to be sent.
+    longer to be sent, and have no Python functions.
 
     The lane of the GPU has a `fallback`, that of the CPU, where queries go on that the GPU engine
     could not run. All its queries run on one thread, unless they run elsewhere.
@@ -321,15 +321,15 @@ class Lane:
         is not to be seen, its frames in memory would take long to be sent.
         """
         known = self._expectations
-        if not all(known.plan(frame).is_sendable for frame in query.frames):
+        plans = [known.plan(frame) for frame in query.frames]
+        if not all(plan.is_sendable for plan in plans):
             return True
-        runs_python = [known.runs_python(frame) for frame in query.frames]
-        if any(runs_python):
+        if any(plan.runs_python for plan in plans):
             return False
         query.appraise(known)
         expected = query.expectation
         return (
-            None in runs_python
+            any(plan.runs_python is None for plan in plans)
             or query.is_small
             or (expected is not None and expected.seconds < known.seconds_to_send(query.frames))
         )
@@ -373,8 +373,8 @@ class Lane:
     def _look_back(self, query: Query[Any], *, alone: bool, inline: bool) -> None:
         """Learn from a query that ended, when nobody waits for it any more."""
         admission = self.admission
-        # To appraise it may open files. So that nobody waits for this thread meanwhile:
-        # Not where it is none of ours, nor that of the GPU, which has one.
+        # To look at a large plan takes some ms. So that nobody waits for this thread meanwhile, but
+        # where it is none of ours, or that of the GPU, which has one:
         away = query.is_worth_appraising and self.fallback is None and not inline
         if away:
             with admission.lock:

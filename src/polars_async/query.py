@@ -189,6 +189,11 @@ class Query(Generic[T]):
         return self.state is not State.RUNNING and self.state is not State.WAITING
 
     @property
+    def completed(self) -> bool:
+        """Whether it came to its result: else it would have taken longer."""
+        return self.state is State.ENDED and self._error is None
+
+    @property
     def named(self) -> str:
         """What to call it in the middle of a sentence."""
         return "the query" if self.label is None else f"the query {self.label!r}"
@@ -388,8 +393,7 @@ class Query(Generic[T]):
 
         Gives what is now to be expected of its kind, if that was not known before.
         """
-        # One that failed, or was stopped, or whose consumer left, would have taken longer.
-        completed = self.state is State.ENDED and self._error is None
+        completed = self.completed  # while it still has its error
         if self.state is not State.ENDED:
             self._value = self._error = self._traceback = None
         if self.is_worth_appraising:

@@ -260,9 +260,10 @@ class Line(Generic[T]):
             if place is not None:
                 place.leave()
 
-    def serve(self, seconds: float, *, overtook: bool) -> None:
-        """Note that a turn is over, and what it took."""
-        self._quick_row = self._quick_row + 1 if seconds <= QUICK else 0
+    def serve(self, seconds: float, *, overtook: bool, completed: bool = True) -> None:
+        """Note that a turn is over, and what it took; not `completed`, it tells of no other."""
+        if completed or seconds > QUICK:
+            self._quick_row = self._quick_row + 1 if seconds <= QUICK else 0
         if overtook:
             self._overtaken += max(_LEAST_WORK, seconds)
 

@@ -61,7 +61,12 @@ def place_of(executor: ExecutorRequest, max_running: int, max_memory: int | None
     from polars_async.executors.processes import Processes  # noqa: PLC0415  # what few need
 
     threads = _threads_each(max_running)
-    return Processes(threads=threads, most_idle=max_running, max_memory=max_memory)
+    return Processes(
+        threads=threads,
+        most_idle=max_running,
+        max_memory=max_memory,
+        keeps_unsendable=executor == "auto",
+    )
 
 
 def gpu_place_of(executor: ExecutorRequest, place: Place, max_running: int) -> Place:

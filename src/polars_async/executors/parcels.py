@@ -20,14 +20,13 @@ from polars_async._upstream import (
     optimization_flags,
     optimizations_of,
 )
-from polars_async.errors import PolarsAsyncError
 from polars_async.executors.extensions import (
     LOSES_THEM,
     extension_names,
     extensions_known,
     read_extended,
 )
-from polars_async.executors.staying import StaysHereError
+from polars_async.executors.staying import StaysHereError, UnsendableError
 from polars_async.streams import Buffer
 
 if TYPE_CHECKING:
@@ -226,7 +225,7 @@ def pack(item: object, *, in_files: bool, halt: Halt | None = None) -> Parcel:
 
     Raises
     ------
-    PolarsAsyncError
+    UnsendableError
         A query cannot be sent, as the message explains.
     StaysHereError
         A query has to run in this process.
@@ -293,13 +292,13 @@ def _stop_growth(file: int) -> None:
         fcntl.fcntl(file, fcntl.F_ADD_SEALS, fcntl.F_SEAL_GROW)
 
 
-def _unsendable(error: Exception) -> PolarsAsyncError:
+def _unsendable(error: Exception) -> UnsendableError:
     if "ModuleNotFoundError" in str(error) and "cloudpickle" in str(error):
-        return PolarsAsyncError(
+        return UnsendableError(
             "the query cannot be sent to another process, since a Python function in it cannot be "
             "pickled by its name: install cloudpickle, or polars-async[processes]"
         )
-    return PolarsAsyncError(
+    return UnsendableError(
         "the query cannot be sent to another process: a Python function in it, or what that holds, "
         f"cannot be pickled, or a frame in it has a column of Python objects ({error})"
     )

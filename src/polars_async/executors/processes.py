@@ -5,15 +5,18 @@ from __future__ import annotations
 import os
 import signal
 from contextlib import suppress
+from functools import partial
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
+from polars_async._green import tell
 from polars_async._native import RLock, holding
 from polars_async.errors import WorkerDiedError, signal_of
+from polars_async.events import log
 from polars_async.executors.errand import Errand
 from polars_async.executors.outcomes import error_of
 from polars_async.executors.parcels import Halt, buffer_of, pack
 from polars_async.executors.spawned import Worker, dismiss, executable
-from polars_async.executors.staying import StaysHereError, run_here
+from polars_async.executors.staying import StaysHereError, UnsendableError, run_here
 from polars_async.gpu.simulation import current
 from polars_async.plans import look_at
 
@@ -45,11 +48,15 @@ class Processes:
         threads: int,
         most_idle: int = 1,
         max_memory: int | None = None,
+        keeps_unsendable: bool = False,
         env: Mapping[str, str] | None = None,
     ) -> None:
         self._env: Final = {"POLARS_MAX_THREADS": str(threads), **(env or {})}
         self._most_idle: Final = most_idle
         self._max_memory: Final = max_memory
+        self._stay_here: Final[tuple[type[Exception], ...]] = (
+            (StaysHereError, UnsendableError) if keeps_unsendable else (StaysHereError,)
+        )
         self._lock = RLock()
         self._idle: list[Worker] = []
         self._workers: set[Worker] = set()
@@ -118,7 +125,9 @@ class Processes:
             raise WorkerDiedError(
                 f"{_TRIES} worker processes in a row died before they began a query"
             )
-        except StaysHereError:
+        except self._stay_here as reason:
+            if isinstance(reason, UnsendableError):
+                tell(partial(log.info, "%s runs in this process: %s", query.named, reason))
             return None
         finally:
             query.on_let_go(None)

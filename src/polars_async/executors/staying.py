@@ -29,6 +29,10 @@ class StaysHereError(Exception):
     """A query cannot be sent, since what it hands over would be lost in another process."""
 
 
+class UnsendableError(PolarsAsyncError):
+    """A query cannot be sent, since what it holds cannot be pickled."""
+
+
 def run_here(work: Callable[[], T], query: Query[Any]) -> T | None:
     """
     Run on this thread what stays here, if it is still wanted.
