@@ -40,8 +40,7 @@ from soak_streams import batches, completions
 from polars_async import deadlines
 from polars_async import lane as lane_module
 from polars_async._native import RLock, start_new_thread
-from polars_async.bridges import asyncio as asyncio_bridge
-from polars_async.bridges import trio as trio_bridge
+from polars_async.bridges.mailbox import Mailbox
 from polars_async.query import Query
 
 PATIENCE = 60
@@ -286,10 +285,10 @@ class Soak:
         lanes = sum(len(book.lanes) for book in self.books)
         if len(lane_module._lanes) > lanes:
             found.append(f"{len(lane_module._lanes)} lanes, not {lanes}")
-        boxes = [asyncio_bridge._mailboxes, trio_bridge._mailboxes]
-        full = [mailbox for box in boxes for mailbox in box.values() if mailbox._items]
-        if full or any(len(box) > 1 for box in boxes):
-            found.append(f"mailboxes {[list(box.items()) for box in boxes]}, {full} with something")
+        boxes = [each for each in gc.get_objects() if type(each) is Mailbox]
+        full = [mailbox for mailbox in boxes if mailbox._items]
+        if full or len(boxes) > 1:
+            found.append(f"{len(boxes)} mailboxes, {full} with something")
         known = [book.lanes[0]._expectations for book in self.books]
         sizes = [(len(each._taken), len(each._plans)) for each in known]
         if any(taken > 4096 or plans > 100 for taken, plans in sizes):

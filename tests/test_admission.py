@@ -524,7 +524,7 @@ def test_less_expected_work_starts_first(make, block, tmp_path):
     collector.collect_async(TINY, label="tiny")
     block.free()
     collector.close(cancel_waiting=False)
-    assert starts == ["blocked", "tiny", "unknown", "heavy frame"]
+    assert starts == ["blocked", "tiny", "heavy frame", "unknown"]  # the last two as they came
 
 
 def test_equals_start_in_the_order_they_came_and_nobody_is_appraised_by_the_caller(
@@ -763,9 +763,12 @@ def of(*frames, engine="in-memory"):
 
 def test_more_is_expected_of_more_bytes(tmp_path):
     assert of(TINY).seconds < 0.0001
-    assert of(HEAVY).seconds == pytest.approx(0.2, rel=0.1)
-    assert of(TINY, HEAVY).seconds == pytest.approx(of(HEAVY).seconds, rel=0.1)
-    assert of(HEAVY, HEAVY).seconds == pytest.approx(2 * of(HEAVY).seconds)
+    hundred_kilobytes, two = (pl.LazyFrame({"a": range(rows)}) for rows in (13_000, 26_000))
+    assert of(hundred_kilobytes).seconds == pytest.approx(0.0005, rel=0.1)
+    assert of(two).seconds == pytest.approx(0.001, rel=0.1)
+    assert of(TINY, two).seconds == pytest.approx(of(two).seconds, rel=0.1)
+    assert of(HEAVY).seconds == UNKNOWN  # of which no end was seen
+    assert of(HEAVY, HEAVY).seconds == 2 * UNKNOWN
     assert of(scan_of(tmp_path, megabytes=50)).seconds == pytest.approx(1.0)
     assert of(UNSEEN).seconds == UNKNOWN
     assert of(pl.concat([HEAVY, HEAVY, UNSEEN])).seconds >= UNKNOWN

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import gc
-import io
 import json
 import logging
 import sys
@@ -1285,41 +1284,6 @@ def test_callback_of_the_caller_takes_the_place_of_the_engines(here, gpu):
         TINY, optimizations=FLAGS, post_opt_callback=lambda *given: called.append(given)
     )
     assert (found.item(), len(called), gpu.queries) == (1, 1, 0)
-
-
-EAGER = {
-    "collect": lambda here, flags: here.collect(TINY, optimizations=flags),
-    "collect_all": lambda here, flags: pl.collect_all([TINY], engine=here, optimizations=flags),
-    "execute": lambda here, flags: here.execute(TINY, optimizations=flags),
-    "batches": lambda here, flags: list(here.collect_batches(TINY, optimizations=flags)),
-    "sink": lambda here, flags: TINY.sink_csv(io.BytesIO(), engine=here, optimizations=flags),
-    "background": lambda here, flags: here.collect(
-        TINY, background=True, optimizations=flags
-    ).fetch_blocking(),
-    "async": lambda here, flags: here.collect_async(TINY, optimizations=flags).result(30),
-    "all async": lambda here, flags: here.collect_all_async([TINY], optimizations=flags).result(30),
-}
-
-
-@pytest.mark.parametrize("host", ["GPU", "no GPU"])
-@pytest.mark.parametrize("engine", ["gpu", STRICT], ids=["gpu", "strict"])
-@pytest.mark.parametrize("policy", ["downgrade", "offload", "require"])
-@pytest.mark.parametrize("way", EAGER)
-def test_operation_on_a_frame_is_left_to_the_cpu_as_by_polars(
-    way, policy, engine, host, request, engine_log
-):
-    gpu = request.getfixturevalue("gpu_host") if host == "GPU" else None
-    if gpu is None:
-        request.getfixturevalue("no_gpu_host")
-    else:
-        gpu.fail = "oom"
-
-    with Collector(engine=engine, gpu=policy) as collector:
-        EAGER[way](AsyncEngine(collector), pl.QueryOptFlags._eager())
-
-    engine_log.assert_ran_on("in-memory")
-    assert {(each.downgraded, each.reason) for each in engine_log} == {(False, None)}
-    assert gpu is None or gpu.queries == 0
 
 
 @pytest.mark.parametrize("engine", ["gpu", STRICT])

@@ -206,7 +206,7 @@ def test_remote_files_are_not_asked_for():
         assert look_at(plan).paths == [address]
         assert requests == []
         with pytest.raises(Exception, match="404"):
-            plan.collect()
+            plan.collect(engine="in-memory")
         assert requests
         server.shutdown()
 
