@@ -529,7 +529,7 @@ def test_stats_count_what_was_done_and_is_done(telling, blocked, is_let_go, exec
     assert min(times) > 0
     expected = dict.fromkeys(stats, 0)
     expected |= {"max_running": 1, "max_waiting": 2, "running": 1, "waiting": 1, "submitted": 5}
-    expected["workers"] = int(executor == "processes")
+    expected |= {"max_streams": MAX_STREAMS, "workers": int(executor == "processes")}
     assert stats == expected | {"completed": 1, "failed": 1, "cancelled": 1}
     handle.cancel()
     assert telling.stats()["cancelled"] == 2
