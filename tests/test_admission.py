@@ -725,6 +725,49 @@ def test_free_slot_has_a_thread_while_another_thread_still_appraises(make, monke
         gate.set()
 
 
+class HeldWaiter:
+    """A waiter that is not told before it is let go on."""
+
+    survives_fork = told_at_exit = False
+
+    def __init__(self):
+        self.came, self.gate = threading.Event(), threading.Event()
+
+    def wake(self):
+        self.came.set()
+        assert self.gate.wait(30)
+
+
+def test_thread_that_goes_to_look_back_is_not_let_go_by_another(make, block, monkeypatch):
+    monkeypatch.setattr(query, "_WORTH_APPRAISING", 0.0)
+    collector = make(max_running=1)
+    executor, nested = collector._cpu._executor, [block() for _ in range(2)]
+    held = [HeldWaiter() for _ in range(3)]
+    asked = []
+
+    def ask_two(df):
+        for blocked, waiter in zip(nested, held, strict=False):
+            asked.append(collector.collect_async(blocked.lf))
+            asked[-1]._query.add_waiter(waiter)
+            assert blocked.started.wait()
+        for blocked, waiter in zip(nested, held, strict=False):
+            blocked.gate.set()
+            assert waiter.came.wait(30)  # it has no slot any more
+        return df
+
+    outer = collector.collect_async(TINY.map_batches(ask_two))
+    outer._query.add_waiter(held[2])
+    until(lambda: len(asked) == 2)
+    waiting = collector.collect_async(TINY)
+    assert held[2].came.wait(30)  # it has kept its slot for the one that waits
+    held[1].gate.set()
+    until(lambda: executor.threads <= 1)  # that one has looked back, and let go whom it could
+    held[0].gate.set()
+    held[2].gate.set()
+    assert waiting.result(30).item() == 1
+    collector.close()
+
+
 def test_frame_that_is_asked_for_again_is_looked_at_once(make, block, looked):
     collector = make(max_running=1)
     run_blocked(collector, block)

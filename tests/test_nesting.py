@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextvars import copy_context
 from pathlib import Path
 
+import polars as pl
 import pytest
 import trio
 from conftest import TINY
@@ -15,7 +16,9 @@ from places import Failure, Source, until
 from test_collector import nested_on_pool
 
 from polars_async import Collector, CollectorClosedError, EventKind, QueryTimeoutError
+from polars_async import query as query_module
 from polars_async._nesting import Asking
+from polars_async.expectations import Expectations
 
 
 def by_result(collector, lf):
@@ -398,3 +401,40 @@ def test_closed_collector_runs_nothing_on_the_thread_that_asks():
 def test_query_on_the_thread_of_polars_that_asks_runs_in_any_place(collector):
     assert on_pool(lambda: collector.collect_async(TINY)).result(0).item() == 1
     assert collector.stats()["completed"] == 2
+
+
+def test_query_on_the_thread_of_polars_that_asks_does_not_run_alone(monkeypatch):
+    learned = []
+
+    def learn(_, __, ___, *, alone, completed):  # noqa: ARG001
+        learned.append(alone)
+
+    monkeypatch.setattr(Expectations, "learn", learn)
+    monkeypatch.setattr(query_module, "_WORTH_APPRAISING", 0.0)
+    with Collector() as collector:
+        columns = [
+            pl.col("a")
+            .map_batches(
+                lambda values: collector.collect_async(TINY).result().item() * values,
+                return_dtype=pl.Int64,
+            )
+            .alias(str(number))
+            for number in range(4)
+        ]
+        collector.collect_async(TINY.select(columns), engine="in-memory").result(30)
+        until(lambda: len(learned) == 5)
+    assert learned == [False] * 5
+
+
+def test_time_out_of_a_query_leaves_a_function_as_what_it_is(collector):
+    def ask(values):
+        collector.collect_async(TINY.map_batches(never), timeout=0.001).result()
+        return values
+
+    def never(df):
+        until(lambda: collector.stats()["timed_out"])
+        return df
+
+    query = TINY.group_by("a").agg(pl.col("a").map_batches(ask, return_dtype=pl.Int64).alias("b"))
+    with pytest.raises(QueryTimeoutError, match="was not done after"):
+        query.collect(engine="in-memory")

@@ -489,8 +489,8 @@ class Admission:
         if waited is None:
             return False
         slot.alone = True
-        if len(self._slots) > 1:
-            for other in self._slots:
+        if len(self._slots) + len(self._inline) > 1:
+            for other in (*self._slots, *self._inline):
                 if other.query is not None:
                     slot.alone = other.alone = False
         slot.query = query

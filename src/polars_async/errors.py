@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from math import nan
 from signal import Signals
 
 
@@ -32,8 +33,13 @@ class QueryTimeoutError(PolarsAsyncError, TimeoutError):
         it never did. All in seconds.
     """
 
+    # Polars makes some errors of Python functions anew, of their class and text alone.
     def __init__(
-        self, message: str, timeout: float, queue_seconds: float, run_seconds: float | None
+        self,
+        message: str,
+        timeout: float = nan,
+        queue_seconds: float = nan,
+        run_seconds: float | None = None,
     ) -> None:
         super().__init__(message)
         self.timeout = timeout
@@ -54,7 +60,7 @@ class QueryMemoryError(PolarsAsyncError, MemoryError):
         What the worker may have, in bytes.
     """
 
-    def __init__(self, message: str, max_memory: int) -> None:
+    def __init__(self, message: str, max_memory: int = 0) -> None:  # as above
         super().__init__(message)
         self.max_memory = max_memory
 

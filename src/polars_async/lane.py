@@ -53,7 +53,7 @@ class Lane:
     could not run. All its queries run on one thread, unless they run elsewhere.
 
     A thread that ends a query takes the next from the line itself, so queries that follow each
-    other need no hand-over, and there are never more threads than queries that ran at once. A
+    other need no hand-over; threads beyond those that are needed end. A
     running lane is held by its threads alone, so that a collector nobody holds any more ends when
     its queries have.
     """
@@ -189,8 +189,9 @@ class Lane:
         A slot that it gives is for the calling thread.
         """
         admission = self.admission
+        # A signal handler may come in, and ask for a query of its own.
+        before, admission.reserved = admission.reserved, None
         try:
-            admission.reserved = None
             admission.counts.downgraded += query.resolution.downgraded
             slot = admission.enter(query)
             if slot is not None and not slot.inline:
@@ -200,6 +201,8 @@ class Lane:
             admission.counts.rejected += 1
             query.refuse()
             return error
+        finally:
+            admission.reserved = before
         return slot if slot is not None and slot.inline else None
 
     def _start_thread(self, slot: Slot) -> None:
@@ -293,19 +296,30 @@ class Lane:
         with admission.lock:
             alone = slot.alone
             waiters = query.end()
-            kept = None if query.reports else admission.release(slot)
+            # To look at a large plan takes some ms. So that nobody waits for this thread meanwhile,
+            # but where it is none of ours, or that of the GPU, which has one:
+            away = query.is_worth_appraising and self.fallback is None and not slot.inline
+            kept = None if query.reports else self._release(slot, away=away)
         if kept is None:
             # With the slot still taken, since the hook may ask for another query and wait for it:
             # that would be handed to this very thread.
             query.report_end()
             with admission.lock:
-                kept = admission.release(slot)
+                kept = self._release(slot, away=away)
         wake(waiters)
         if not query.settle():
-            self._look_back(query, alone=alone, inline=slot.inline)
+            self._look_back(query, alone=alone, away=away)
         if admission.waiters:
             admission.tell_if_empty()
         del query, waiters  # as in Query.run
+        return kept
+
+    def _release(self, slot: Slot, *, away: bool) -> bool:
+        """Take back `slot`, with the lock held; gives what `_run` does."""
+        kept = self.admission.release(slot)
+        if away:
+            # At once: a thread that has no slot, and is still counted on, may be let go by another.
+            self._executor.step_out()
         return kept
 
     def _place_of(self, query: Query[Any]) -> Place:
@@ -370,15 +384,9 @@ class Lane:
             return query.fail(error)
         return None
 
-    def _look_back(self, query: Query[Any], *, alone: bool, inline: bool) -> None:
+    def _look_back(self, query: Query[Any], *, alone: bool, away: bool) -> None:
         """Learn from a query that ended, when nobody waits for it any more."""
         admission = self.admission
-        # To look at a large plan takes some ms. So that nobody waits for this thread meanwhile, but
-        # where it is none of ours, or that of the GPU, which has one:
-        away = query.is_worth_appraising and self.fallback is None and not inline
-        if away:
-            with admission.lock:
-                self._executor.step_out()
         corrected = query.after_end(self._expectations, alone=alone)
         if away:
             with admission.lock:
