@@ -743,7 +743,16 @@ def test_thread_that_goes_to_look_back_is_not_let_go_by_another(make, block, mon
     collector = make(max_running=1)
     executor, nested = collector._cpu._executor, [block() for _ in range(2)]
     held = [HeldWaiter() for _ in range(3)]
-    asked = []
+    asked, is_out, is_back = [], threading.Event(), threading.Event()
+    after_end = query.Query.after_end
+
+    def look_back(self, *arguments, **options):
+        if asked and self is asked[0]._query:
+            is_out.set()
+            assert is_back.wait(30)
+        return after_end(self, *arguments, **options)
+
+    monkeypatch.setattr(query.Query, "after_end", look_back)
 
     def ask_two(df):
         for blocked, waiter in zip(nested, held, strict=False):
@@ -763,8 +772,12 @@ def test_thread_that_goes_to_look_back_is_not_let_go_by_another(make, block, mon
     held[1].gate.set()
     until(lambda: executor.threads <= 1)  # that one has looked back, and let go whom it could
     held[0].gate.set()
+    assert is_out.wait(30)
     held[2].gate.set()
-    assert waiting.result(30).item() == 1
+    try:
+        assert waiting.result(10).item() == 1
+    finally:
+        is_back.set()
     collector.close()
 
 
