@@ -22,7 +22,7 @@ that holds the last slot waits for them, it waits for ever.
 from __future__ import annotations
 
 from contextvars import ContextVar
-from threading import current_thread
+from threading import current_thread, main_thread
 from typing import Final
 
 from polars_async import _native
@@ -81,12 +81,9 @@ def enter_context() -> Asking:
 
 def in_query() -> bool:
     """Tell whether a Python function of a query asks, or may."""
-    return (
-        _this_thread.is_worker
-        or _who_asks() is not None
-        or is_this_of_polars()
-        or _is_of_gpu_engine()
-    )
+    if _this_thread.is_worker or _who_asks() is not None:
+        return True
+    return not _is_main_thread() and (is_this_of_polars() or _is_of_gpu_engine())
 
 
 def in_gpu_query() -> bool:
@@ -103,12 +100,17 @@ def in_gpu_query() -> bool:
 
 def on_thread_of_polars() -> bool:
     """Tell whether one of Polars' own threads asks, which Polars lacks while that waits."""
-    return not _this_thread.is_worker and is_this_of_polars()
+    return not _this_thread.is_worker and not _is_main_thread() and is_this_of_polars()
 
 
 def _who_asks() -> Asking | None:
     asking = _asking.get()
     return None if asking is None else asking.still_running()
+
+
+def _is_main_thread() -> bool:
+    # Most loops run there, and it is asked for each query: the rest takes five times as long.
+    return _native.get_ident() == main_thread().ident
 
 
 def _is_of_gpu_engine() -> bool:
