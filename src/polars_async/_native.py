@@ -61,14 +61,15 @@ def holding(lock: RLock, do: Callable[..., T], *arguments: object) -> T:
     and the lock released in one call of C, which notes how far it came. Where `do` takes the lock,
     too, it is to do so in the same way.
     """
-    steps: tuple[Callable[[], Any], ...] = (lock.acquire, partial(do, *arguments), lock.release)
+    leave = partial(lock.__exit__, None, None, None)
+    steps: list[Callable[[], Any]] = [lock.__enter__, partial(do, *arguments), leave]
     done: list[Any] = []
     try:
         done.extend(map(call, steps))
         return done[1]  # type: ignore[no-any-return]
     finally:
         if len(done) == 1:
-            lock.release()
+            leave()
 
 
 def wait_for(lock: LockType | RLock, timeout: float | None = None) -> bool:
