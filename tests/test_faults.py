@@ -16,7 +16,7 @@ import trio
 import trio.testing
 from places import LIMIT, STDERR_OF_THE_CLUSTER, TINY, Blocked, Gate, until
 
-from polars_async import _native, bridges, events
+from polars_async import _log, _native, bridges, events
 from polars_async.bridges import asyncio as asyncio_bridge
 from polars_async.bridges import gevent as gevent_bridge
 from polars_async.bridges import trio as trio_bridge
@@ -426,7 +426,7 @@ def test_handler_and_observer_that_raise_cost_no_query_its_end(
             raise SystemExit
 
     monkeypatch.setattr(events, "observers", [observe])
-    monkeypatch.setattr(events.log, "handlers", [Broken()])
+    monkeypatch.setattr(_log.log, "handlers", [Broken()])
     assert collector.collect_async(TINY, gevent=True).result(LIMIT).item() == 1
     works_after()
     assert quiet == []

@@ -8,8 +8,8 @@ from time import monotonic
 from typing import Final, Protocol
 
 from polars_async._green import leaving_no_hub
+from polars_async._log import complain
 from polars_async._native import RLock, SimpleQueue, holding, start_new_thread, when_put
-from polars_async.events import complain
 
 _SWEPT_FROM: Final = 1000
 

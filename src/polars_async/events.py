@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import enum
 import logging
-import sys
-import threading
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
 import polars as pl
 
-from polars_async._green import tell
+from polars_async._log import complain, is_ctrl_c, log
 from polars_async.errors import text_of
 
 if TYPE_CHECKING:
@@ -20,8 +18,6 @@ if TYPE_CHECKING:
 
     from polars_async.query import Query
     from polars_async.resolution import Resolution
-
-log: Final = logging.getLogger("polars_async")
 
 observers: Final[list[Callable[[Resolution], object]]] = []
 """Told of each query of the process that has run, or was let go while it did: for test suites."""
@@ -108,23 +104,6 @@ class QueryEvent:
         return ", ".join(parts)
 
 
-def complain(message: str, *arguments: object) -> None:
-    """
-    Log the error that is being handled, which harms nobody.
-
-    Nor does a handler that raises in its turn: a thread that has queries to end has to survive it.
-    """
-    tell(partial(_complain, message, arguments, sys.exception()))
-
-
-def _complain(message: str, arguments: tuple[object, ...], error: BaseException | None) -> None:
-    try:
-        log.error(message, *arguments, exc_info=error)
-    except BaseException as raised:
-        if isinstance(raised, KeyboardInterrupt) and _is_ctrl_c():
-            raise
-
-
 def tell_observers(resolution: Resolution) -> None:
     """Tell of a query which engine it was that ran it."""
     for observer in tuple(observers):
@@ -181,16 +160,11 @@ class Reporter:
             if self._on_event is not None:
                 self._on_event(event)
         except KeyboardInterrupt:
-            if _is_ctrl_c():
+            if is_ctrl_c():
                 raise
             complain("the on_event hook was interrupted at: %s", event)
         except BaseException:  # noqa: BLE001  # a worker's thread has to survive whatever it is
             complain("the on_event hook raised at: %s", event)
-
-
-def _is_ctrl_c() -> bool:
-    """Tell whether a KeyboardInterrupt is for the program, and not raised by a hook."""
-    return threading.current_thread() is threading.main_thread()
 
 
 def _count_rows(result: object) -> int | None:

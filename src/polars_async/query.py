@@ -10,10 +10,11 @@ from time import perf_counter
 from typing import TYPE_CHECKING, ClassVar, Final, Generic, Protocol, TypeVar, cast
 
 from polars_async._green import telling
+from polars_async._log import complain
 from polars_async._native import get_ident, holding
 from polars_async.deadlines import set_deadline
 from polars_async.errors import QueryTimeoutError
-from polars_async.events import EventKind, complain, tell_observers
+from polars_async.events import EventKind, tell_observers
 from polars_async.gpu.failure import GpuFailure
 from polars_async.resolution import fallen_back
 from polars_async.scheduling import SMALL

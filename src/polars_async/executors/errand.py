@@ -11,10 +11,10 @@ from time import monotonic, perf_counter
 from typing import TYPE_CHECKING, Any, Final
 
 from polars_async._green import tell
+from polars_async._log import complain
 from polars_async._native import RLock, holding
 from polars_async.deadlines import set_deadline
 from polars_async.errors import QueryMemoryError
-from polars_async.events import complain
 from polars_async.executors.mains import definition
 from polars_async.executors.parcels import Parcel, pack, unpack
 

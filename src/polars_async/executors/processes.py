@@ -9,9 +9,9 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from polars_async._green import tell
+from polars_async._log import log
 from polars_async._native import RLock, holding
 from polars_async.errors import WorkerDiedError, signal_of
-from polars_async.events import log
 from polars_async.executors.errand import Errand
 from polars_async.executors.outcomes import error_of
 from polars_async.executors.parcels import Halt, buffer_of, pack

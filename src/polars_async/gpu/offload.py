@@ -13,10 +13,10 @@ import polars as pl
 
 from polars_async import _native, _upstream
 from polars_async._green import tell
+from polars_async._log import log
 from polars_async._native import RLock, wait_for
 from polars_async._nesting import in_gpu_query
 from polars_async.errors import EngineUnavailableError
-from polars_async.events import log
 from polars_async.gpu import _cudf
 from polars_async.gpu.breaker import breaker
 from polars_async.gpu.failure import GpuFailure, is_of_the_query, reason_of
