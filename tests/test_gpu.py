@@ -32,9 +32,10 @@ from nvml_stub import (
     describe,
 )
 
-from polars_async.gpu import GpuDevice, _cudf, _probe, gpu_status
+from polars_async.gpu import _cudf, _probe, gpu_status
 from polars_async.gpu._cudf import note_import_failure
 from polars_async.gpu._nvml import Host, HostDevice
+from polars_async.gpu.status import GpuDevice
 from polars_async.reasons import Reason
 
 UUIDS = [f"GPU-{digit * 8}-d72c-4106-c12f-20bd9faed9f6" for digit in "abcd"]

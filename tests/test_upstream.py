@@ -60,6 +60,7 @@ def test_every_name_is_polars_own_or_tested_here():
         "ask_optimized_plan",
         "blocking_threads",
         "extensions_of",
+        "forbids_cpu",
         "gpu_callback",
         "hands_over_here",
         "is_eager",
@@ -191,6 +192,12 @@ def test_callback_of_the_gpu_engine_is_what_polars_would_call(monkeypatch):
     gpu.collect(QUERY, optimizations=flags, post_opt_callback=callback)
     assert called[0] == called[1]
     assert called[0][1] is gpu
+
+
+@pytest.mark.parametrize("forbids", [True, False])
+def test_gpu_engine_tells_whether_it_forbids_the_cpu(forbids):
+    assert _upstream.forbids_cpu(pl.GPUEngine(raise_on_fail=forbids)) is forbids
+    assert not _upstream.forbids_cpu(pl.InMemoryEngine())
 
 
 @pytest.mark.parametrize("moved", [object(), lambda: None, lambda *, background: background])

@@ -56,7 +56,8 @@ if TYPE_CHECKING:
     )
     from polars_async.events import EventKind, QueryEvent
     from polars_async.executors.dask import dask_executor
-    from polars_async.gpu import GpuDevice, GpuStatus, gpu_status
+    from polars_async.gpu import gpu_status
+    from polars_async.gpu.status import GpuDevice, GpuStatus
     from polars_async.gpu.support import GpuSupport, Support, gpu_support
     from polars_async.handle import QueryHandle
     from polars_async.reasons import Reason
@@ -77,8 +78,8 @@ else:
         "EngineUnavailableError": "errors",
         "EventKind": "events",
         "ForkedProcessError": "errors",
-        "GpuDevice": "gpu",
-        "GpuStatus": "gpu",
+        "GpuDevice": "gpu.status",
+        "GpuStatus": "gpu.status",
         "GpuSupport": "gpu.support",
         "PolarsAsyncError": "errors",
         "QueryEvent": "events",

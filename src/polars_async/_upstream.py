@@ -10,6 +10,7 @@ import mmap
 import os
 import re
 import sys
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from types import FunctionType
@@ -20,7 +21,7 @@ import polars as pl
 from polars_async._native import start_new_thread
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable
 
     from polars.lazyframe.in_process import InProcessQuery
 else:
@@ -50,6 +51,7 @@ __all__ = [
     "ask_optimized_plan",
     "blocking_threads",
     "extensions_of",
+    "forbids_cpu",
     "gpu_callback",
     "hands_over_here",
     "is_eager",
@@ -235,6 +237,13 @@ _map_ipc: Final = (
     if "memory_map" in inspect.signature(pl.read_ipc).parameters
     else _map_with_pyarrow
 )
+
+
+def forbids_cpu(engine: pl.Engine) -> bool:
+    """Return whether ``raise_on_fail`` keeps queries of a GPU engine off the CPU."""
+    # GPUEngine declares an attribute raise_on_fail and sets it in its config alone.
+    config = getattr(engine, "config", None)
+    return isinstance(config, Mapping) and bool(config.get("raise_on_fail"))
 
 
 def gpu_callback(engine: pl.GPUEngine) -> Callable[..., object] | None:

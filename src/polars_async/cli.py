@@ -18,10 +18,11 @@ from typing import TYPE_CHECKING, Any, Final, TypeAlias, TypeVar, get_args
 import polars as pl
 
 from polars_async import resolution
-from polars_async.gpu import GpuStatus, gpu_status
+from polars_async.gpu import gpu_status
 from polars_async.gpu._cudf import find_cudf_polars
 from polars_async.gpu._visible import DEVICE_ORDER, VISIBLE_DEVICES
 from polars_async.gpu.breaker import FAILURES, REST, breaker
+from polars_async.gpu.status import GpuStatus
 from polars_async.resolution import AFFINITY_VARIABLE, GPU_POLICY_VARIABLE
 
 if TYPE_CHECKING:

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from polars_async.events import Reporter
     from polars_async.executors import Place
     from polars_async.expectations import Expectations
-    from polars_async.gpu import GpuStatus
+    from polars_async.gpu.status import GpuStatus
     from polars_async.query import Query, Waiter
 
 

@@ -6,7 +6,6 @@ import inspect
 import os
 import warnings
 from abc import abstractmethod
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -16,15 +15,16 @@ import polars as pl
 
 from polars_async import _upstream
 from polars_async.errors import EngineDowngradeWarning, EngineUnavailableError
-from polars_async.gpu import GpuStatus, gpu_status
+from polars_async.gpu import gpu_status
 from polars_async.gpu.breaker import breaker
 from polars_async.reasons import Reason
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Mapping
     from types import FrameType
 
     from polars_async.gpu.failure import GpuFailure
+    from polars_async.gpu.status import GpuStatus
 
 EngineRequest: TypeAlias = str | pl.Engine
 EngineSource: TypeAlias = Literal["argument", "config", "environment", "default"]
@@ -261,7 +261,7 @@ def _gpu_rule(asked: Resolution, path: QueryPath, gpu: GpuPolicy | None) -> Reso
         if not status.usable:
             remedy = f"{remedy}, and mind that {status.message}"
     elif status.usable:
-        rest = None if forbids_cpu(asked.engine) else breaker.rest()
+        rest = None if _upstream.forbids_cpu(asked.engine) else breaker.rest()
         if rest is None:
             return replace(asked, gpu=status)
         reason, why = Reason.GPU_RESTS, "it keeps failing, and rests for a while"
@@ -271,7 +271,7 @@ def _gpu_rule(asked: Resolution, path: QueryPath, gpu: GpuPolicy | None) -> Reso
     asks = f"{_ASKERS[asked.source]} asks for the GPU engine"
     if asked.reason is not None:
         asks = f"{asked.message}; {asks}"
-    if policy == "require" or forbids_cpu(asked.engine):
+    if policy == "require" or _upstream.forbids_cpu(asked.engine):
         forbids = "raise_on_fail=True"
         if policy == "require":
             forbids = f"{GPU_POLICY_VARIABLE}=require" if gpu is None else "gpu='require'"
@@ -439,13 +439,6 @@ def _runs(name: str) -> str:
     if name == "auto":
         return "the engine that Polars chooses runs"
     return f"the {'GPU' if name == 'gpu' else name} engine runs"
-
-
-def forbids_cpu(engine: pl.Engine) -> bool:
-    """Tell whether ``raise_on_fail`` keeps queries of a GPU engine off the CPU."""
-    # GPUEngine declares an attribute raise_on_fail and sets it in its config alone.
-    config = getattr(engine, "config", None)
-    return isinstance(config, Mapping) and bool(config.get("raise_on_fail"))
 
 
 def _listed(values: Iterable[str]) -> str:

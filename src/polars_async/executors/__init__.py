@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from polars_async.gpu import GpuStatus
+    from polars_async.gpu.status import GpuStatus
     from polars_async.query import Query
 
 T = TypeVar("T")

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from concurrent.futures import Executor, Future
 
-    from polars_async.gpu import GpuStatus
+    from polars_async.gpu.status import GpuStatus
     from polars_async.query import Query
 
 T = TypeVar("T")

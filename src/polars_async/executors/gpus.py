@@ -15,7 +15,7 @@ from polars_async.gpu.offload import OF_THE_GPU, count_failure
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from polars_async.gpu import GpuDevice, GpuStatus
+    from polars_async.gpu.status import GpuDevice, GpuStatus
     from polars_async.query import Query
 
 T = TypeVar("T")

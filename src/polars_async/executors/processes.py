@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
     from polars_async.errors import QueryMemoryError
-    from polars_async.gpu import GpuStatus
+    from polars_async.gpu.status import GpuStatus
     from polars_async.query import Query
 
 T = TypeVar("T")

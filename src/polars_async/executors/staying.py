@@ -6,11 +6,11 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import polars as pl
 
+from polars_async._upstream import forbids_cpu
 from polars_async.errors import PolarsAsyncError
 from polars_async.executors.threads import HERE
 from polars_async.gpu.failure import GpuFailure
 from polars_async.reasons import Reason
-from polars_async.resolution import forbids_cpu
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -14,7 +14,7 @@ from polars_async._nesting import enter_context, enter_worker
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator
 
-    from polars_async.gpu import GpuStatus
+    from polars_async.gpu.status import GpuStatus
     from polars_async.query import Query
 
 T = TypeVar("T")

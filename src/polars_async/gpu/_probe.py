@@ -6,7 +6,6 @@ import importlib
 from typing import TYPE_CHECKING, Final
 
 from polars_async._native import allocate_lock
-from polars_async.gpu import GpuDevice, GpuStatus
 from polars_async.gpu import _requirements as requirements
 from polars_async.gpu._cudf import (
     find_cudf_polars,
@@ -17,6 +16,7 @@ from polars_async.gpu._cudf import (
 )
 from polars_async.gpu._nvml import Host, HostDevice, read_host
 from polars_async.gpu._visible import Visibility, shown, taken
+from polars_async.gpu.status import GpuDevice, GpuStatus
 from polars_async.reasons import Fault
 
 if TYPE_CHECKING:

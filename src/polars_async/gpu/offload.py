@@ -22,7 +22,6 @@ from polars_async.gpu.breaker import breaker
 from polars_async.gpu.failure import GpuFailure, is_of_the_query, reason_of
 from polars_async.gpu.support import unsupported_error
 from polars_async.reasons import Reason
-from polars_async.resolution import forbids_cpu
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator
@@ -152,7 +151,7 @@ def note_error_of_query(error: BaseException) -> None:
 def _have_the_turn(
     lf: pl.LazyFrame, engine: pl.GPUEngine, optimizations: pl.QueryOptFlags, *, counts: bool
 ) -> pl.DataFrame:
-    may_fall_back = not forbids_cpu(engine)
+    may_fall_back = not _upstream.forbids_cpu(engine)
     if may_fall_back and (rest := breaker.rest()) is not None:
         raise GpuFailure(Reason.GPU_RESTS, rest.cause)
     failure: GpuFailure | None = None

@@ -7,7 +7,7 @@ import importlib
 import os
 import re
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Final, NoReturn
+from typing import Any, Final, NoReturn
 
 import polars as pl
 
@@ -16,9 +16,6 @@ from polars_async.errors import text_of
 from polars_async.frames import check_frame
 from polars_async.gpu import _cudf
 from polars_async.reasons import Fault, Reason
-
-if TYPE_CHECKING:
-    from polars_async.resolution import EngineRequest
 
 EXECUTOR_VARIABLE: Final = "CUDF_POLARS__EXECUTOR"
 
@@ -80,7 +77,7 @@ class GpuSupport:
 def gpu_support(
     lf: pl.LazyFrame,
     *,
-    engine: EngineRequest = "gpu",
+    engine: str | pl.Engine = "gpu",
     optimizations: pl.QueryOptFlags = pl.QueryOptFlags(),  # noqa: B008  # as in Polars
 ) -> GpuSupport:
     """
