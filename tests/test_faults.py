@@ -379,7 +379,7 @@ def test_waiter_that_cannot_be_told_is_logged_and_costs_nobody_else_the_result(
     blocked.gate.set()
     assert loop.outcome(handle).item() == 1
     works_after()
-    assert quiet == ["a waiter could not be told that its query is done"]
+    assert quiet == ["a waiter could not be woken"]
     quiet.clear()
 
 

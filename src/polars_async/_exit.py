@@ -25,7 +25,8 @@ from polars_async._green import catch_up
 from polars_async._native import sleep
 from polars_async._origin import is_of_polars
 from polars_async._upstream import PACKAGE_FOLDER
-from polars_async.query import Query, Waking
+from polars_async.bridges.waiting import Waking
+from polars_async.query import Query
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 from polars_async._native import RLock, allocate_lock, holding
 from polars_async._nesting import in_query, on_thread_of_polars
+from polars_async.bridges.waiting import wake
 from polars_async.errors import CollectorClosedError, QueueFullError
 from polars_async.gpu.breaker import breaker
 from polars_async.open_streams import OpenStreams
-from polars_async.query import wake
 from polars_async.scheduling import (
     FAIR_TURN,
     KEPT_FROM_LARGE,
@@ -26,8 +26,9 @@ from polars_async.scheduling import (
 if TYPE_CHECKING:
     from _thread import LockType
 
+    from polars_async.bridges.waiting import Waiter
     from polars_async.expectations import Expectation
-    from polars_async.query import Query, Waiter
+    from polars_async.query import Query
     from polars_async.scheduling import Place
 
 

@@ -19,10 +19,9 @@ if TYPE_CHECKING:
 
     import polars as pl
 
-    from polars_async.bridges.gevent import GeventHandle
     from polars_async.events import QueryEvent
     from polars_async.executors.choice import ExecutorRequest
-    from polars_async.handle import QueryHandle
+    from polars_async.handle import GeventHandle, QueryHandle
     from polars_async.resolution import EngineRequest, GpuPolicy
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from concurrent.futures import Executor
 from functools import partial
+from importlib import import_module
 from math import nan
 from typing import TYPE_CHECKING, Any, Final, Literal, TypedDict, TypeVar, overload
 
@@ -19,7 +20,7 @@ from polars_async.events import Reporter
 from polars_async.executors.choice import default_running, gpu_place_of, place_of
 from polars_async.expectations import Expectation, Expectations
 from polars_async.frames import check_frame, checked_frames
-from polars_async.handle import QueryHandle
+from polars_async.handle import GeventHandle, QueryHandle
 from polars_async.lane import Lane
 from polars_async.open_streams import MAX_STREAMS
 from polars_async.query import Query
@@ -41,7 +42,6 @@ if TYPE_CHECKING:
     from types import TracebackType
     from typing import Self, Unpack
 
-    from polars_async.bridges.gevent import GeventHandle
     from polars_async.events import QueryEvent
     from polars_async.executors.choice import ExecutorRequest
     from polars_async.resolution import EngineRequest, GpuPolicy, QueryPath, Resolution
@@ -802,7 +802,7 @@ def _seconds(timeout: Any) -> float:
 
 def _gevent_handle() -> type[QueryHandle[Any]]:
     try:
-        from polars_async.bridges.gevent import GeventHandle  # noqa: PLC0415  # optional
+        import_module("gevent")
     except ModuleNotFoundError as error:
         raise ImportError(
             "gevent=True needs gevent: install it, or polars-async[gevent]", name=error.name

@@ -111,3 +111,45 @@ class QueryHandle(Generic[T]):
             return query.outcome(CancelledError)
         finally:
             del self, query  # as in __await__
+
+
+class GeventHandle(QueryHandle[T]):
+    """A handle for greenlets, as Polars' own ``collect_async(gevent=True)`` gives."""
+
+    __slots__ = ()
+
+    def get(self, block: bool = True, timeout: float | None = None) -> T:  # noqa: FBT001, FBT002  # as Polars' own
+        """
+        Wait for the query, while other greenlets run.
+
+        A greenlet that is killed here, with nobody else waiting, cancels the query.
+
+        Parameters
+        ----------
+        block
+            Whether to wait at all.
+        timeout
+            Seconds to wait at most; None waits as long as it takes.
+
+        Raises
+        ------
+        gevent.Timeout
+            The query is not done, or was not in time. It goes on, and can be waited for again.
+        concurrent.futures.CancelledError
+            The query was cancelled.
+        BaseException
+            Whatever the query raised, unchanged.
+        """
+        from gevent import Timeout  # noqa: PLC0415  # optional
+
+        from polars_async.bridges.gevent import block_greenlet  # noqa: PLC0415  # as above
+
+        query = self._query
+        try:
+            if not query.done and not block:
+                raise Timeout
+            if not query.done and not block_greenlet(query, timeout):
+                raise Timeout(timeout)
+            return query.outcome(CancelledError)
+        finally:
+            del self, query  # an error's traceback holds this frame, which else held the error

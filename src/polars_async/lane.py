@@ -14,11 +14,12 @@ from polars_async._native import holding, sleep
 from polars_async._nesting import in_query
 from polars_async._upstream import BUILT_IN_ENGINES
 from polars_async.admission import Admission
+from polars_async.bridges.waiting import wake
 from polars_async.events import EventKind
 from polars_async.executors.threads import HERE, ThreadExecutor, named_thread
 from polars_async.gpu.offload import check_outside, turn
 from polars_async.open_streams import MAX_STREAMS, OpenStreams
-from polars_async.query import State, wake
+from polars_async.query import State
 
 if TYPE_CHECKING:
     from _thread import LockType
@@ -26,11 +27,12 @@ if TYPE_CHECKING:
 
     from polars_async import scheduling
     from polars_async.admission import Slot
+    from polars_async.bridges.waiting import Waiter
     from polars_async.events import Reporter
     from polars_async.executors import Place
     from polars_async.expectations import Expectations
     from polars_async.gpu.status import GpuStatus
-    from polars_async.query import Query, Waiter
+    from polars_async.query import Query
 
 
 _MOST_TOGETHER: Final = 256

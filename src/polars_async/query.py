@@ -7,11 +7,11 @@ from contextlib import contextmanager, suppress
 from contextvars import copy_context
 from itertools import count
 from time import perf_counter
-from typing import TYPE_CHECKING, ClassVar, Final, Generic, Protocol, TypeVar, cast
+from typing import TYPE_CHECKING, Final, Generic, TypeVar, cast
 
 from polars_async._green import telling
-from polars_async._log import complain
 from polars_async._native import get_ident, holding
+from polars_async.bridges.waiting import persist, wake
 from polars_async.deadlines import set_deadline
 from polars_async.errors import QueryTimeoutError
 from polars_async.events import EventKind, tell_observers
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     import polars as pl
 
     from polars_async.admission import Admission
+    from polars_async.bridges.waiting import Waiter
     from polars_async.deadlines import Deadline
     from polars_async.events import Reporter
     from polars_async.executors import Place
@@ -48,34 +49,6 @@ class State(enum.Enum):
     CANCELLED = enum.auto()
     TIMED_OUT = enum.auto()
     REFUSED = enum.auto()
-
-
-class Waiter(Protocol):
-    """Somebody who waits, in a loop or a thread."""
-
-    survives_fork: ClassVar[bool]
-    """Whether it still waits in a forked child."""
-    told_at_exit: ClassVar[bool]
-    """Whether it is told while the program ends: a loop is over then, a thread about to be."""
-
-    def wake(self) -> None:
-        """
-        Have the waiter look again. Any thread may call it, and it never raises.
-
-        It may be called again, since a signal handler may raise in the midst of it.
-        """
-
-
-class Awaited(Protocol):
-    """What a waiter waits for: the end of a query, for one."""
-
-    def add_waiter(self, waiter: Waiter) -> bool:
-        """Have `waiter` woken when it comes; False if it has come already."""
-        ...
-
-    def remove_waiter(self, waiter: Waiter, *, last_cancels: bool) -> bool:
-        """Stop waiting; False if it has come. `last_cancels`: the waiter was cancelled."""
-        ...
 
 
 class Query(Generic[T]):
@@ -567,36 +540,3 @@ def _name_in(error: BaseException, label: str) -> None:
     with suppress(Exception):  # an error may be frozen, or keep something else there
         if note not in getattr(error, "__notes__", ()):
             error.add_note(note)
-
-
-class Waking:
-    """Where those who wait go instead of being told, while the program ends."""
-
-    withheld: ClassVar[list[object] | None] = None
-
-
-def wake(waiters: Iterable[Waiter]) -> None:
-    """Tell `waiters` that what they wait for has come."""
-    for waiter in waiters:
-        if Waking.withheld is not None and not waiter.told_at_exit:
-            Waking.withheld.append(waiter)
-            continue
-        persist(waiter.wake, "a waiter could not be told that its query is done")
-
-
-def persist(act: Callable[[], object], complaint: str) -> None:
-    """
-    Do what must not be left out, and twice if it raises.
-
-    What comes out of a signal handler does not come again, and is raised in the end. What `act`
-    raises each time is its own, and logged.
-    """
-    try:
-        act()
-    except BaseException:  # noqa: BLE001  # raised below
-        try:
-            act()
-        except BaseException:  # noqa: BLE001  # whatever it is, the others are not to suffer for it
-            complain(complaint)
-        else:
-            raise

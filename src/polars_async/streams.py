@@ -12,7 +12,8 @@ import polars as pl
 from polars_async import bridges
 from polars_async._native import RLock
 from polars_async._nesting import in_query
-from polars_async.query import State, wake
+from polars_async.bridges.waiting import wake
+from polars_async.query import State
 
 if TYPE_CHECKING:
     from collections.abc import Generator, Sequence
@@ -20,8 +21,9 @@ if TYPE_CHECKING:
     from typing import Self
 
     from polars_async.bridges import Bridge
+    from polars_async.bridges.waiting import Awaited, Waiter
     from polars_async.lane import Lane
-    from polars_async.query import Awaited, Query, Waiter
+    from polars_async.query import Query
     from polars_async.resolution import Resolution
 
 T = TypeVar("T")

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, assert_type
 import polars as pl
 
 import polars_async as pa
-from polars_async.bridges.gevent import GeventHandle
+from polars_async.handle import GeventHandle
 from polars_async.testing import simulate_gpu
 
 if TYPE_CHECKING:

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from types import FrameType
     from typing import Any
 
-    from polars_async.query import Awaited
+    from polars_async.bridges.waiting import Awaited
 
 
 class Bridge(Protocol):

@@ -10,7 +10,7 @@ from polars_async._green import catch_up
 from polars_async._native import allocate_lock, wait_for
 
 if TYPE_CHECKING:
-    from polars_async.query import Awaited
+    from polars_async.bridges.waiting import Awaited
 
 
 class _Waiter:

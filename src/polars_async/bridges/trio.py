@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from collections.abc import Generator
     from typing import Any, Final
 
-    from polars_async.query import Awaited
+    from polars_async.bridges.waiting import Awaited
 
 CANCELLED: type[BaseException] = CancelledError
 
