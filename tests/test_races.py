@@ -13,11 +13,11 @@ from conftest import TINY
 
 from polars_async import Collector, CollectorClosedError
 from polars_async.admission import Admission
+from polars_async.bridges.buffer import Arrivals
 from polars_async.events import Reporter
 from polars_async.executors.threads import HERE
 from polars_async.expectations import Expectations
 from polars_async.query import Query, State
-from polars_async.streams import _Arrivals
 
 
 def test_query_that_ends_just_before_the_greenlet_waits_wakes_it(collector, blocked, monkeypatch):
@@ -445,7 +445,7 @@ class Counted:
 @pytest.mark.parametrize("kind", ["query", "collector", "stream"])
 def test_waiters_of_one_query_leave_it_without_a_look_at_all_others(collector, blocked, kind):
     query = collector.collect_async(blocked.lf)._query
-    awaited = {"query": query, "collector": collector._cpu.admission, "stream": _Arrivals()}[kind]
+    awaited = {"query": query, "collector": collector._cpu.admission, "stream": Arrivals()}[kind]
     waiters = [Counted() for _ in range(1000)]
     for waiter in waiters:
         assert awaited.add_waiter(waiter)

@@ -32,8 +32,8 @@ from polars_async import (
 )
 from polars_async import query as query_module
 from polars_async.admission import Admission
+from polars_async.bridges.buffer import BATCHES_AHEAD, Buffer
 from polars_async.scheduling import FAIR_TURN
-from polars_async.streams import BATCHES_AHEAD, Buffer
 from polars_async.testing import simulate_gpu
 
 OURS = str(Path(query_module.__file__).parent)

@@ -30,9 +30,10 @@ from polars_async import (
     QueueFullError,
 )
 from polars_async import query as query_module
+from polars_async.bridges.buffer import BATCHES_AHEAD, Buffer
 from polars_async.executors import threads
 from polars_async.executors.outcomes import WorkerTraceback
-from polars_async.streams import BATCHES_AHEAD, Batches, Buffer
+from polars_async.streams import Batches
 from polars_async.testing import simulate_gpu
 
 pytestmark = pytest.mark.everywhere

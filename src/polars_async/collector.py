@@ -15,6 +15,8 @@ from polars_async import _fork, bridges
 from polars_async._nesting import in_query
 from polars_async.admission import stats_of
 from polars_async.background import BackgroundQuery
+from polars_async.bridges import Suspension
+from polars_async.bridges.buffer import Buffer
 from polars_async.bridges.threads import block_or_let_run
 from polars_async.events import Reporter
 from polars_async.executors.choice import default_running, gpu_place_of, place_of
@@ -23,6 +25,7 @@ from polars_async.frames import check_frame, checked_frames
 from polars_async.handle import GeventHandle, QueryHandle
 from polars_async.lane import Lane
 from polars_async.open_streams import MAX_STREAMS
+from polars_async.pausing import PausableQuery
 from polars_async.query import Query
 from polars_async.resolution import (
     decide,
@@ -33,7 +36,7 @@ from polars_async.resolution import (
     warn_of,
 )
 from polars_async.scheduling import PRIORITIES
-from polars_async.streams import Batches, Buffer, Completions, Suspension
+from polars_async.streams import Batches, Completions
 from polars_async.work import collect, collect_each, feed, schema
 from polars_async.work import sink as run_sink
 
@@ -397,7 +400,7 @@ class Collector:
         if chunk_size is not None and chunk_size < 1:
             raise ValueError(f"chunk_size must be 1 or more rows, got {chunk_size!r}")
         resolution = self._resolved(engine, "batches", optimizations)
-        buffer = Buffer(self._lane(resolution))
+        buffer = Buffer()
         options = {"chunk_size": chunk_size, "maintain_order": maintain_order}
         work = partial(feed, lf, resolution.engine, optimizations, buffer, options)
         query = self._submit(work, resolution, (lf,), timeout, priority, label, buffer=buffer)
@@ -765,7 +768,7 @@ class Collector:
             runs_engine=not for_schema,
         )
         if buffer is not None:
-            buffer.bind(query)
+            buffer.bind(PausableQuery(lane, query))
         here = lane.submit(query)
         try:
             if timeout is not None:

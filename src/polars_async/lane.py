@@ -9,11 +9,12 @@ from time import perf_counter
 from typing import TYPE_CHECKING, Any, Final
 from weakref import WeakSet
 
-from polars_async import _exit, _fork, streams
+from polars_async import _exit, _fork
 from polars_async._native import holding, sleep
 from polars_async._nesting import in_query
 from polars_async._upstream import BUILT_IN_ENGINES
 from polars_async.admission import Admission
+from polars_async.bridges import buffer
 from polars_async.bridges.waiting import wake
 from polars_async.events import EventKind
 from polars_async.executors.threads import HERE, ThreadExecutor, named_thread
@@ -409,7 +410,7 @@ def _run_on_gpu(query: Query[Any]) -> None:
 
 
 def _abandon_all() -> None:
-    streams.after_fork()
+    buffer.after_fork()
     # First those whose lock others have, too.
     for lane in sorted(_lanes, key=lambda lane: lane.fallback is not None):
         lane.abandon(_fork.lost())

@@ -15,7 +15,7 @@ from polars_async.resolution import IN_MEMORY
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from polars_async.streams import Buffer
+    from polars_async.bridges.buffer import Buffer
 
 T = TypeVar("T")
 

@@ -80,6 +80,6 @@ def wait(awaited: Awaited) -> Generator[Any, Any, None]:
         raise
 
 
-def turn() -> Generator[Any, Any, None]:
+def checkpoint() -> Generator[Any, Any, None]:
     """Let other tasks run once."""
     yield

@@ -19,10 +19,10 @@ from polars_async.executors.mains import definition
 from polars_async.executors.parcels import Parcel, pack, unpack
 
 if TYPE_CHECKING:
+    from polars_async.bridges.buffer import Buffer
     from polars_async.deadlines import Deadline
     from polars_async.executors.spawned import Worker
     from polars_async.query import Query
-    from polars_async.streams import Buffer
 
 GRACE: Final = 0.05
 """Seconds that a query has to end after SIGINT, before its worker is killed."""

@@ -20,6 +20,7 @@ from polars_async._upstream import (
     optimization_flags,
     optimizations_of,
 )
+from polars_async.bridges.buffer import Buffer
 from polars_async.executors.extensions import (
     LOSES_THEM,
     extension_names,
@@ -27,7 +28,6 @@ from polars_async.executors.extensions import (
     read_extended,
 )
 from polars_async.executors.staying import StaysHereError, UnsendableError
-from polars_async.streams import Buffer
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
