@@ -146,7 +146,7 @@ class Collector:
             gpu_policy(gpu)
         self._gpu_policy: Final = gpu
         self._default_engine: Final = default_engine
-        self._report: Final = Reporter(on_event)
+        self._reporter: Final = Reporter(on_event)
         known = Expectations(far=executor == "auto")
         max_running = max_running or default_running(executor)
         place = place_of(executor, max_running, max_memory)
@@ -154,7 +154,6 @@ class Collector:
             max_running,
             max_waiting,
             known,
-            self._report,
             place=place,
             tiny_here=executor == "auto",
             max_streams=max_streams or MAX_STREAMS,
@@ -164,7 +163,6 @@ class Collector:
             max_running if self._elsewhere else 1,
             max_waiting,
             known,
-            self._report,
             place=gpu_place_of(executor, place, max_running),
             fallback=self._cpu,
         )
@@ -759,7 +757,7 @@ class Collector:
             work,
             resolution,
             lane.admission,
-            self._report,
+            self._reporter,
             frames=frames,
             priority=priority,
             label=label,

@@ -5,8 +5,7 @@ from __future__ import annotations
 import enum
 import logging
 from dataclasses import dataclass
-from functools import partial
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
 import polars as pl
 
@@ -16,7 +15,6 @@ from polars_async.errors import text_of
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from polars_async.query import Query
     from polars_async.resolution import Resolution
 
 observers: Final[list[Callable[[Resolution], object]]] = []
@@ -126,37 +124,14 @@ class Reporter:
         """Whether anybody wants to know, which is asked once for each query."""
         return self._on_event is not None or bool(observers) or log.isEnabledFor(logging.INFO)
 
-    def __call__(
-        self,
-        kind: EventKind,
-        query: Query[Any],
-        *,
-        result: object = None,
-        error: BaseException | None = None,
-    ) -> None:
-        """Report, with no lock held. What the hook raises is logged and harms no query."""
-        level = _LEVELS.get(kind, logging.DEBUG)
-        if self._on_event is None and not log.isEnabledFor(level):
-            return
-        event = QueryEvent(
-            kind=kind,
-            query_id=query.id,
-            label=query.label,
-            engine=query.resolution.name,
-            queue_seconds=query.queue_seconds,
-            run_seconds=query.run_seconds,
-            rows=_count_rows(result),
-            error=error,
-            resolution=query.resolution,
-        )
-        if query.telling is None:
-            self._tell(level, event)
-        else:
-            query.telling.post(partial(self._tell, level, event))
+    def wants(self, kind: EventKind) -> bool:
+        """Return whether the hook or the logger takes events of this `kind`."""
+        return self._on_event is not None or log.isEnabledFor(_level_of(kind))
 
-    def _tell(self, level: int, event: QueryEvent) -> None:
+    def __call__(self, event: QueryEvent) -> None:
+        """Report, with no lock held. What the hook raises is logged and harms no query."""
         try:
-            log.log(level, "%s", event)
+            log.log(_level_of(event.kind), "%s", event)
             if self._on_event is not None:
                 self._on_event(event)
         except KeyboardInterrupt:
@@ -167,9 +142,14 @@ class Reporter:
             complain("the on_event hook raised at: %s", event)
 
 
-def _count_rows(result: object) -> int | None:
+def _level_of(kind: EventKind) -> int:
+    return _LEVELS.get(kind, logging.DEBUG)
+
+
+def rows_of(result: object) -> int | None:
+    """Count the rows of a result, over all its frames; None where it has none."""
     if isinstance(result, pl.DataFrame):
         return result.height
     if isinstance(result, list):
-        return sum(_count_rows(frame) or 0 for frame in result)
+        return sum(rows_of(frame) or 0 for frame in result)
     return result if isinstance(result, int) else None  # a stream counts them itself

@@ -29,7 +29,6 @@ if TYPE_CHECKING:
     from polars_async import scheduling
     from polars_async.admission import Slot
     from polars_async.bridges.waiting import Waiter
-    from polars_async.events import Reporter
     from polars_async.executors import Place
     from polars_async.expectations import Expectations
     from polars_async.gpu.status import GpuStatus
@@ -65,7 +64,6 @@ class Lane:
         "__weakref__",
         "_executor",
         "_expectations",
-        "_report",
         "_tiny_here",
         "admission",
         "fallback",
@@ -77,7 +75,6 @@ class Lane:
         max_running: int,
         max_waiting: int | None,
         expectations: Expectations,
-        report: Reporter,
         *,
         place: Place = HERE,
         tiny_here: bool = False,
@@ -96,7 +93,6 @@ class Lane:
         self.place = place
         self._tiny_here = tiny_here
         self._expectations = expectations
-        self._report = report
         _lanes.add(self)
         _exit.watch(self)
 
@@ -119,9 +115,9 @@ class Lane:
         admitted: Slot | BaseException | None = None
         try:
             if query.reports:
-                self._report(EventKind.QUEUED, query)
+                query.report(EventKind.QUEUED)
                 if query.resolution.downgraded:
-                    self._report(EventKind.DOWNGRADED, query)
+                    query.report(EventKind.DOWNGRADED)
             admitted = holding(admission.lock, self._admit, query)
             if isinstance(admitted, BaseException):
                 raise admitted  # noqa: TRY301  # as one that comes from elsewhere
@@ -130,7 +126,7 @@ class Lane:
             if admission.waiters:  # it may have come in between
                 admission.tell_if_empty()
             if query.reports and query.state is State.REFUSED:
-                self._report(EventKind.REJECTED, query, error=error)
+                query.report(EventKind.REJECTED, error=error)
             raise
         else:
             return admitted

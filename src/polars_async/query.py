@@ -5,6 +5,7 @@ from __future__ import annotations
 import enum
 from contextlib import contextmanager, suppress
 from contextvars import copy_context
+from functools import partial
 from itertools import count
 from time import perf_counter
 from typing import TYPE_CHECKING, Final, Generic, TypeVar, cast
@@ -14,7 +15,7 @@ from polars_async._native import get_ident, holding
 from polars_async.bridges.waiting import persist, wake
 from polars_async.deadlines import set_deadline
 from polars_async.errors import QueryTimeoutError
-from polars_async.events import EventKind, tell_observers
+from polars_async.events import EventKind, QueryEvent, rows_of, tell_observers
 from polars_async.gpu.failure import GpuFailure
 from polars_async.resolution import fallen_back
 from polars_async.scheduling import SMALL
@@ -76,7 +77,7 @@ class Query(Generic[T]):
         "_late",
         "_let_go_by",
         "_paused_since",
-        "_report",
+        "_reporter",
         "_started",
         "_stop",
         "_stop_is_sure",
@@ -109,7 +110,7 @@ class Query(Generic[T]):
         work: Callable[[], T],
         resolution: Resolution,
         admission: Admission,
-        report: Reporter,
+        reporter: Reporter,
         *,
         frames: Sequence[pl.LazyFrame] = (),
         expectation: Expectation | None = None,
@@ -130,10 +131,10 @@ class Query(Generic[T]):
         self.is_nested = False
         self.paused_seconds = 0.0
         self._paused_since: float | None = None
-        self.reports = report.listens
+        self.reports = reporter.listens
         self.telling = telling() if self.reports else None
         self._admission = admission
-        self._report = report
+        self._reporter = reporter
         self._work: Callable[[], T] | None = work
         self.frames: Sequence[pl.LazyFrame] = frames
         self.context = copy_context()
@@ -296,6 +297,28 @@ class Query(Generic[T]):
             self.paused_seconds = 0.0
         return True
 
+    def report(
+        self, kind: EventKind, *, result: object = None, error: BaseException | None = None
+    ) -> None:
+        """Report what happened, with no lock held."""
+        if not self._reporter.wants(kind):
+            return
+        event = QueryEvent(
+            kind=kind,
+            query_id=self.id,
+            label=self.label,
+            engine=self.resolution.name,
+            queue_seconds=self.queue_seconds,
+            run_seconds=self.run_seconds,
+            rows=rows_of(result),
+            error=error,
+            resolution=self.resolution,
+        )
+        if self.telling is None:
+            self._reporter(event)
+        else:
+            self.telling.post(partial(self._reporter, event))
+
     def report_fall_back(self) -> None:
         """Tell that the GPU engine has failed, and why."""
         self._announce(EventKind.FELL_BACK, self.resolution.cause)
@@ -357,9 +380,9 @@ class Query(Generic[T]):
         if not self.reports or self.state is not State.ENDED:
             return
         if self._error is None:
-            self._report(EventKind.FINISHED, self, result=self._value)
+            self.report(EventKind.FINISHED, result=self._value)
         else:
-            self._report(EventKind.FAILED, self, error=self._error)
+            self.report(EventKind.FAILED, error=self._error)
 
     def after_end(self, expectations: Expectations, *, alone: bool) -> Expectation | None:
         """
@@ -498,7 +521,7 @@ class Query(Generic[T]):
             if self.done:
                 return
             self._announcing = True
-        self._report(kind, self, error=error)
+        self.report(kind, error=error)
         with self._admission.lock:
             self._announcing = False
             let_go = self.done
@@ -509,7 +532,7 @@ class Query(Generic[T]):
         if self.frames and self.runs_engine:  # without frames it was still in the queue
             tell_observers(self.resolution)
         kind = EventKind.CANCELLED if self.state is State.CANCELLED else EventKind.TIMED_OUT
-        self._report(kind, self, error=self._late)
+        self.report(kind, error=self._late)
 
     def _timeout_error(self) -> QueryTimeoutError:
         waited, ran = self.queue_seconds, self.run_seconds
