@@ -46,7 +46,8 @@ os.waitpid(child, 0)
 
 def test_import_leaves_polars_alone_until_a_name_is_used(run_script):
     words = " ".join(run_script(SHELL))
-    own = "polars_async._fork polars_async.errors polars_async.pytest_plugin polars_async.reasons"
+    names = ("_fork", "_native", "errors", "pytest_plugin", "reasons")
+    own = " ".join(f"polars_async.{name}" for name in names)
     assert words == f"heavy: own: {own} True False True True"
 
 

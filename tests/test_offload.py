@@ -1362,10 +1362,26 @@ def test_memory_of_the_gpu_is_let_go_of_before_the_cpu_runs_it(collector, monkey
     assert seen == [[]]
 
 
-def test_lock_of_the_gpu_is_new_in_a_forked_child():
-    lock = offload._Turn.lock
-    try:
-        offload._Turn.after_fork()
-        assert offload._Turn.lock is not lock
-    finally:
-        offload._Turn.lock = lock
+LEFT_BEHIND = """
+import os, signal, threading, warnings
+warnings.simplefilter("ignore", DeprecationWarning)  # of a fork beside threads, from 3.12 on
+from polars_async.gpu import offload
+held = threading.Event()
+def hold():
+    with offload.turn():
+        held.set()
+        threading.Event().wait()
+threading.Thread(target=hold, daemon=True).start()
+held.wait()
+child = os.fork()
+if not child:
+    signal.alarm(10)
+    with offload.turn():
+        os._exit(0)
+print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+os._exit(0)
+"""
+
+
+def test_gpu_is_free_in_a_forked_child_though_a_thread_left_behind_has_it(run_script):
+    assert run_script(LEFT_BEHIND) == ["0"]

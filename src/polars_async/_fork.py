@@ -1,19 +1,60 @@
-"""What a fork leaves of a process that runs queries: Polars' threads do not survive it."""
+"""
+What a fork leaves of a process that runs queries, and what has to be done in the child.
+
+Of all threads only the one that forks is in the child. Polars' own are gone, so that a query would
+never end there; and a lock that another thread held would never be released.
+"""
 
 from __future__ import annotations
 
+import enum
 import os
 import sys
+import traceback
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
+from weakref import WeakSet
 
+from polars_async._native import RLock
 from polars_async.errors import ForkedProcessError
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from polars_async._trial import Trial
 
 _THREADS: Final = Path("/proc/self/task")
+
+
+class Step(enum.IntEnum):
+    """What is done in a forked child after the locks are free, in this order."""
+
+    FORGET = enum.auto()
+    """Forget threads, worker processes and what they were to do: they are the parent's."""
+    FAIL = enum.auto()
+    """Fail the queries: their waiters may ask for others at once, so all else is done by then."""
+
+
+_locks: Final[WeakSet[RLock]] = WeakSet()
+_actions: Final[list[tuple[Step, Callable[[], object]]]] = []
+
+
+def new_lock() -> RLock:
+    """
+    Make a lock that is free in a forked child, whichever thread held it in the parent.
+
+    Unless it is the thread that forks, in a signal handler for one: that is in the child, too, and
+    goes on to release it.
+    """
+    lock = RLock()
+    _locks.add(lock)
+    return lock
+
+
+def in_child(step: Step, action: Callable[[], object]) -> None:
+    """Have `action` called in each forked child, at its `step`."""
+    _actions.append((step, action))
 
 
 class _Process:
@@ -63,6 +104,18 @@ def _before() -> None:
 
 
 def _after_in_child() -> None:
+    for lock in list(_locks):
+        if not lock._is_owned():  # type: ignore[attr-defined]  # noqa: SLF001  # as threading uses both
+            lock._at_fork_reinit()  # type: ignore[attr-defined]  # noqa: SLF001
+    _note_lost_threads()
+    for _, action in sorted(_actions, key=lambda each: each[0]):
+        try:
+            action()
+        except BaseException:  # noqa: BLE001  # the others are not to suffer for it
+            traceback.print_exc()
+
+
+def _note_lost_threads() -> None:
     if not _Process.names_before_fork:
         return
     from polars_async._upstream import POOL_THREAD, SHARED_NAME  # noqa: PLC0415  # as above

@@ -8,13 +8,13 @@ told goes to the thread of a hub, on a greenlet, which may wait.
 
 from __future__ import annotations
 
-import os
 import sys
 from collections import deque
 from contextlib import suppress
 from functools import wraps
 from typing import TYPE_CHECKING, Any, Final, ParamSpec
 
+from polars_async._fork import Step, in_child
 from polars_async._native import get_ident
 
 if TYPE_CHECKING:
@@ -114,5 +114,4 @@ def catch_up() -> None:
         there.catch_up()
 
 
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_pending.clear)
+in_child(Step.FORGET, _pending.clear)

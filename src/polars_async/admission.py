@@ -7,7 +7,8 @@ from math import inf
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
-from polars_async._native import RLock, allocate_lock, holding
+from polars_async._fork import new_lock
+from polars_async._native import allocate_lock, holding
 from polars_async._nesting import in_query, on_thread_of_polars
 from polars_async.bridges.waiting import wake
 from polars_async.errors import CollectorClosedError, QueueFullError
@@ -24,7 +25,7 @@ from polars_async.scheduling import (
 )
 
 if TYPE_CHECKING:
-    from _thread import LockType
+    from _thread import LockType, RLock
 
     from polars_async.bridges.waiting import Waiter
     from polars_async.expectations import Expectation
@@ -116,7 +117,7 @@ class Admission:
         lock: RLock | None = None,
         streams: OpenStreams | None = None,
     ) -> None:
-        self.lock = lock or RLock()
+        self.lock = lock or new_lock()
         self.max_running = max_running
         self.max_waiting = max_waiting
         self._exclusive = exclusive
@@ -399,10 +400,8 @@ class Admission:
             wake(waiters)
             raise
 
-    def reset(self, lock: RLock | None) -> list[Query[Any]]:
-        """Forget, and give, every query; for a forked child, where nobody else is left."""
-        # A thread that did not survive the fork may have held the old lock.
-        self.lock = lock or RLock()
+    def reset(self) -> list[Query[Any]]:
+        """Forget, and return, every query; for a forked child, which has none of their threads."""
         lost = [*self.in_slots(), *self._line]
         self._slots.clear()
         self._paused.clear()

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import os
 from typing import TYPE_CHECKING, Literal, overload
 
-from polars_async._native import allocate_lock
+from polars_async._fork import new_lock
 from polars_async.collector import DEFAULT_OPTIMIZATIONS, Collector
 from polars_async.resolution import (
     engine_object,
@@ -26,16 +25,8 @@ if TYPE_CHECKING:
 
 
 class _Default:
-    lock = allocate_lock()
+    lock = new_lock()
     collector: Collector | None = None
-
-    @classmethod
-    def after_fork(cls) -> None:
-        cls.lock = allocate_lock()  # a thread that stayed behind may hold the old one
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_Default.after_fork)
 
 
 def configure(

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import os
 from heapq import heapify, heappop, heappush
 from time import monotonic
 from typing import Final, Protocol
 
+from polars_async._fork import Step, in_child
 from polars_async._green import leaving_no_hub
 from polars_async._log import complain
 from polars_async._native import RLock, SimpleQueue, holding, start_new_thread, when_put
@@ -113,11 +113,10 @@ class _TheClock:
 
     @classmethod
     def after_fork(cls) -> None:
-        cls.clock = _Clock()  # the thread stayed behind, and may have held the lock
+        cls.clock = _Clock()  # its thread stayed behind
 
 
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_TheClock.after_fork)
+in_child(Step.FORGET, _TheClock.after_fork)
 
 
 def set_deadline(seconds: float, query: Timed) -> Deadline:

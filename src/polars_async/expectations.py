@@ -9,7 +9,7 @@ from time import perf_counter
 from typing import TYPE_CHECKING, Final, NamedTuple
 from weakref import ref
 
-from polars_async._native import allocate_lock
+from polars_async._fork import new_lock
 from polars_async._upstream import memory_held
 from polars_async.plans import FAR, NEAR, NOTHING, look_at
 from polars_async.scheduling import UNKNOWN
@@ -73,7 +73,7 @@ class Expectations:
 
     def __init__(self, *, far: bool = False) -> None:
         self._limit = FAR if far else NEAR
-        self._lock = allocate_lock()
+        self._lock = new_lock()
         self._taken: dict[int, float] = {}
         self._plans: dict[int, _Known] = {}
         self._resident = 0  # bytes that Polars held when no query ran

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from contextlib import nullcontext
 from functools import partial
 from time import perf_counter
@@ -14,7 +13,6 @@ from polars_async._native import holding, sleep
 from polars_async._nesting import in_query
 from polars_async._upstream import BUILT_IN_ENGINES
 from polars_async.admission import Admission
-from polars_async.bridges import buffer
 from polars_async.bridges.waiting import wake
 from polars_async.events import EventKind
 from polars_async.executors.threads import HERE, ThreadExecutor, named_thread
@@ -174,10 +172,9 @@ class Lane:
 
     def abandon(self, error: BaseException) -> None:
         """Start afresh in a forked child, which has neither the threads nor their queries."""
-        fallback = self.fallback
-        self._executor = ThreadExecutor(for_gpu=fallback is not None)
+        self._executor = ThreadExecutor(for_gpu=self.fallback is not None)
         self.place.abandon()
-        for query in self.admission.reset(None if fallback is None else fallback.admission.lock):
+        for query in self.admission.reset():
             query.lose(error)
 
     def _admit(self, query: Query[Any]) -> Slot | BaseException | None:
@@ -406,11 +403,8 @@ def _run_on_gpu(query: Query[Any]) -> None:
 
 
 def _abandon_all() -> None:
-    buffer.after_fork()
-    # First those whose lock others have, too.
-    for lane in sorted(_lanes, key=lambda lane: lane.fallback is not None):
+    for lane in list(_lanes):
         lane.abandon(_fork.lost())
 
 
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_abandon_all)
+_fork.in_child(_fork.Step.FAIL, _abandon_all)

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections import deque
-from typing import TYPE_CHECKING, Any, Final, Generic, Protocol, TypeVar
-from weakref import WeakSet
+from typing import TYPE_CHECKING, Final, Generic, Protocol, TypeVar
 
-from polars_async._native import RLock
+from polars_async._fork import new_lock
 from polars_async._nesting import in_query
 from polars_async.bridges import Checkpoint, Suspension
 from polars_async.bridges.waiting import wake
@@ -122,21 +121,11 @@ class Buffer:
             producer.resume()
 
 
-_all_arrivals: Final[WeakSet[Arrivals[Any]]] = WeakSet()
-
-
-def after_fork() -> None:
-    """Take new locks in a forked child, where nobody is left to release the old ones."""
-    for arrivals in list(_all_arrivals):
-        arrivals.lock = RLock()
-
-
 class Arrivals(Generic[T]):
     """What came and was not fetched yet; a waiter waits for something to come, or for the end."""
 
     def __init__(self) -> None:
-        self.lock = RLock()
-        _all_arrivals.add(self)
+        self.lock = new_lock()
         self.items: deque[T] = deque()
         self.over = False
         self._waiters: dict[Waiter, None] = {}

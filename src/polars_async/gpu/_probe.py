@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Final
 
-from polars_async._native import allocate_lock
+from polars_async._fork import new_lock
 from polars_async.gpu import _requirements as requirements
 from polars_async.gpu._cudf import (
     find_cudf_polars,
@@ -27,7 +27,7 @@ class Probe:
     """The process's own answer to whether the GPU engine can run."""
 
     def __init__(self) -> None:
-        self._lock = allocate_lock()
+        self._lock = new_lock()
         self._host: Host | None = None
         self._stand_in: Host | None = None
         self._judged: tuple[object, GpuStatus] | None = None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import os
 import sys
 from contextlib import contextmanager, suppress
 from functools import partial
@@ -12,9 +11,10 @@ from typing import TYPE_CHECKING, Any, Final, NoReturn
 import polars as pl
 
 from polars_async import _native, _upstream
+from polars_async._fork import new_lock
 from polars_async._green import tell
 from polars_async._log import log
-from polars_async._native import RLock, wait_for
+from polars_async._native import wait_for
 from polars_async._nesting import in_gpu_query
 from polars_async.errors import EngineUnavailableError
 from polars_async.gpu import _cudf
@@ -38,11 +38,7 @@ class _Turn:
     lock: of two queries at once one would run, or leave the process, with those of the other.
     """
 
-    lock = RLock()
-
-    @classmethod
-    def after_fork(cls) -> None:
-        cls.lock = RLock()  # a thread that stayed behind may hold the old one
+    lock = new_lock()
 
 
 class _Context:
@@ -56,10 +52,6 @@ class _ThisThread(_native.local):
 
 
 _this_thread: Final = _ThisThread()
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_Turn.after_fork)
 
 
 @contextmanager
