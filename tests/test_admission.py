@@ -659,7 +659,7 @@ def test_those_taken_unseen_leave_one_slot_which_tiny_ones_take(make, block, slo
 def test_where_the_last_were_quick_the_next_is_taken_unseen_in_all_slots_but_one(slots, is_taken):
     line = Admission(slots)
     ending, other, waiting = (
-        query.Query(TINY.collect, None, line, Reporter(None)) for _ in range(3)
+        query.Query(TINY.collect, None, Reporter(None), line.owner) for _ in range(3)
     )
     slot, others = line.enter(ending), Slot()
     line._slots.add(others)
@@ -676,7 +676,7 @@ def test_where_the_last_were_quick_the_next_is_taken_unseen_in_all_slots_but_one
 @pytest.mark.parametrize("appraised", [False, True])
 def test_only_those_taken_unseen_keep_the_slot_for_small_ones_standing_by(appraised):
     line = Admission(1)
-    first, second = (query.Query(TINY.collect, None, line, Reporter(None)) for _ in range(2))
+    first, second = (query.Query(TINY.collect, None, Reporter(None), line.owner) for _ in range(2))
     slot = line.enter(first)
     line.enter(second)
     for _ in range(QUICK_ROW):

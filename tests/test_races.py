@@ -224,14 +224,13 @@ class Told:
 
 
 def query_of(admission, value):
-    query = Query(lambda: value, None, admission, Reporter(None))
+    query = Query(lambda: value, None, Reporter(None), admission.owner)
     assert admission.enter(query).query is query
-    query.run(HERE)
+    query.run(HERE.run)
     return query
 
 
-def end(query):
-    admission = query._admission
+def end(admission, query):
     with admission.lock:
         (slot,) = admission._slots
         waiters = query.end()
@@ -250,7 +249,7 @@ def test_of_an_end_and_a_cancellation_one_is_first():
         nonlocal cancelled
         cancelled = query.cancel()
 
-    with Together(lambda: end(query), cancel) as together:
+    with Together(lambda: end(admission, query), cancel) as together:
         for i in range(2000):
             query, told = query_of(admission, i), Told()
             assert query.add_waiter(told)
@@ -276,7 +275,7 @@ def test_waiter_that_comes_at_the_end_is_told_in_one_of_two_ways():
         nonlocal added
         added = query.add_waiter(told)
 
-    with Together(lambda: end(query), add) as together:
+    with Together(lambda: end(admission, query), add) as together:
         for i in range(2000):
             query, told = query_of(admission, i), Told()
             together.turn()
@@ -294,7 +293,7 @@ def test_last_waiter_that_leaves_at_the_end_cancels_or_comes_too_late():
         nonlocal left
         left = query.remove_waiter(told, last_cancels=True)
 
-    with Together(lambda: end(query), leave) as together:
+    with Together(lambda: end(admission, query), leave) as together:
         for i in range(2000):
             query, told = query_of(admission, i), Told()
             query.add_waiter(told)
@@ -321,7 +320,7 @@ def test_two_last_waiters_that_leave_at_once_cancel_the_query_once():
             together.turn()
             assert query.done
             assert not query._waiters
-            end(query)
+            end(admission, query)
             assert admission.running == 0
 
 
@@ -393,11 +392,12 @@ def test_slot_is_free_when_whoever_waits_is_woken(collector, blocked):
 
 @pytest.mark.parametrize("operation", ["add_waiter", "remove_waiter", "cancel"])
 def test_state_cannot_change_between_the_look_at_it_and_the_act(monkeypatch, operation):
-    query, told, states = query_of(Admission(1), 1), Told(), []
+    admission, told, states = Admission(1), Told(), []
+    query = query_of(admission, 1)
     told.wake = lambda: states.append(query.state)
     if operation != "add_waiter":
         query.add_waiter(told)
-    other = threading.Thread(target=end, args=(query,))
+    other = threading.Thread(target=end, args=(admission, query))
     done, main = Query.done.fget, threading.current_thread()
 
     def done_and_interrupt(query):

@@ -514,7 +514,7 @@ def _switch_often():
 def test_of_an_end_and_a_time_out_one_is_first():
     admission = Admission(1)
     query = None
-    with Together(lambda: end(query), lambda: query.expire()) as together:  # noqa: PLW0108  # another each time
+    with Together(lambda: end(admission, query), lambda: query.expire()) as together:  # noqa: PLW0108  # another each time
         for i in range(1000):
             query, told = query_of(admission, i), Told()
             assert query.add_waiter(told)
@@ -545,7 +545,7 @@ def test_of_a_cancellation_and_a_time_out_one_is_first():
             query, told = query_of(admission, i), Told()
             assert query.add_waiter(told)
             together.turn()
-            end(query)
+            end(admission, query)
             assert told.times == 1
             counts = admission.counts
             assert counts.cancelled + counts.timed_out == i + 1
@@ -558,7 +558,7 @@ def test_of_a_cancellation_and_a_time_out_one_is_first():
 def test_deadline_of_a_query_that_ends_meanwhile_is_lifted():
     admission = Admission(1)
     query = None
-    with Together(lambda: end(query), lambda: query.expire_in(3600)) as together:
+    with Together(lambda: end(admission, query), lambda: query.expire_in(3600)) as together:
         for i in range(500):
             query = query_of(admission, i)
             together.turn()

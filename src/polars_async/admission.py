@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from math import inf
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
@@ -11,9 +11,11 @@ from polars_async._fork import new_lock
 from polars_async._native import allocate_lock, holding
 from polars_async._nesting import in_query, on_thread_of_polars
 from polars_async.bridges.waiting import wake
+from polars_async.counts import Counts
 from polars_async.errors import CollectorClosedError, QueueFullError
 from polars_async.gpu.breaker import breaker
 from polars_async.open_streams import OpenStreams
+from polars_async.query import Owner
 from polars_async.scheduling import (
     FAIR_TURN,
     KEPT_FROM_LARGE,
@@ -31,26 +33,6 @@ if TYPE_CHECKING:
     from polars_async.expectations import Expectation
     from polars_async.query import Query
     from polars_async.scheduling import Place
-
-
-@dataclass(slots=True)
-class Counts:
-    """What became of the queries of one admission so far."""
-
-    completed: int = 0
-    failed: int = 0
-    cancelled: int = 0
-    timed_out: int = 0
-    rejected: int = 0
-    downgraded: int = 0
-    fell_back: int = 0
-    queue_seconds: float = 0.0
-    run_seconds: float = 0.0
-
-    @property
-    def ended(self) -> int:
-        """How many have come to one of the five outcomes."""
-        return self.completed + self.failed + self.cancelled + self.timed_out + self.rejected
 
 
 class Slot:
@@ -134,6 +116,11 @@ class Admission:
         self.waiters: dict[Waiter, None] = {}
         self.reserved: Slot | None = None
         """The slot that `enter` has made last: its caller may be interrupted before it has it."""
+
+    @property
+    def owner(self) -> Owner:
+        """What its queries are to know of it."""
+        return Owner(self.lock, self.counts, self._leave)
 
     @property
     def running(self) -> int:
@@ -372,11 +359,6 @@ class Admission:
         """Open the gate of a paused query that nobody wants: it needs no slot to end."""
         holding(self.lock, self._let_end, query)
 
-    def leave(self, query: Query[Any]) -> None:
-        """Take a waiting query out of the line, with the lock held."""
-        self._line.discard(query)
-        self.streams.discard(query)
-
     def reappraise(self, expectation: Expectation) -> None:
         """Sort in anew the queries of one kind in the line."""
         with self.lock:
@@ -446,6 +428,18 @@ class Admission:
         else:
             self._returning[query] = slot
             self._resume_next()
+
+    def _leave(self, query: Query[Any]) -> None:
+        """
+        Take out a query that was cancelled or timed out while it waited, with the lock held.
+
+        It wakes those that wait for no query to be left, if it was the last.
+        """
+        self._line.discard(query)
+        self.streams.discard(query)
+        if self.waiters and self._is_empty():
+            query.wakes(self.waiters)  # before they are here no more
+            self.waiters.clear()
 
     def _let_end(self, query: Query[Any]) -> None:
         slot = self._paused.get(query)

@@ -756,8 +756,8 @@ class Collector:
         query = Query(
             work,
             resolution,
-            lane.admission,
             self._reporter,
+            lane.admission.owner,
             frames=frames,
             priority=priority,
             label=label,

@@ -11,12 +11,12 @@ from polars_async._upstream import AUTO_ENGINE
 from polars_async.api import default_collector, warn_of_streaming
 from polars_async.errors import EngineUnavailableError
 from polars_async.events import tell_observers
+from polars_async.fallback import fallen_back
 from polars_async.frames import checked_frames
 from polars_async.gpu.failure import GpuFailure
 from polars_async.gpu.offload import collect_on_gpu
 from polars_async.resolution import (
     DeferringEngine,
-    fallen_back,
     is_on_gpu,
     warn_of,
     warn_of_unstable,

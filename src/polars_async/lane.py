@@ -16,6 +16,7 @@ from polars_async.admission import Admission
 from polars_async.bridges.waiting import wake
 from polars_async.events import EventKind
 from polars_async.executors.threads import HERE, ThreadExecutor, named_thread
+from polars_async.fallback import fall_back
 from polars_async.gpu.offload import check_outside, turn
 from polars_async.open_streams import MAX_STREAMS, OpenStreams
 from polars_async.query import State
@@ -275,14 +276,15 @@ class Lane:
     def _run(self, query: Query[Any], slot: Slot) -> bool:
         """Run `query` in `slot`; False if nobody is next, and the slot was taken back."""
         place = self._place_of(query)
+        work = None if self.fallback is None else query.work
         if self.fallback is not None and place is HERE:
             _run_on_gpu(query)
         elif query.label is None or slot.inline:  # Polars' own threads keep their names
-            query.run(place)
+            query.run(place.run)
         else:
             with named_thread(query.label):
-                query.run(place)
-        if self.fallback is not None and query.fall_back(self.fallback.admission):
+                query.run(place.run)
+        if self.fallback is not None and fall_back(query, work, self.fallback.admission):
             return self._hand_over(query, slot, self.fallback)
         if query.reports:
             query.report_engine()
@@ -307,7 +309,7 @@ class Lane:
             self._look_back(query, alone=alone, away=away)
         if admission.waiters:
             admission.tell_if_empty()
-        del query, waiters  # as in Query.run
+        del query, work, waiters  # as in Query.run
         return kept
 
     def _release(self, slot: Slot, *, away: bool) -> bool:
@@ -399,7 +401,7 @@ def _run_on_gpu(query: Query[Any]) -> None:
     with turn(is_wanted=lambda: not query.done):
         query.paused_seconds += perf_counter() - waits
         with nullcontext() if query.label is None else named_thread(query.label):
-            query.run(HERE)
+            query.run(HERE.run)
 
 
 def _abandon_all() -> None:

@@ -8,7 +8,7 @@ from contextvars import copy_context
 from functools import partial
 from itertools import count
 from time import perf_counter
-from typing import TYPE_CHECKING, Final, Generic, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Final, Generic, NamedTuple, TypeVar, cast
 
 from polars_async._green import telling
 from polars_async._native import get_ident, holding
@@ -16,22 +16,19 @@ from polars_async.bridges.waiting import persist, wake
 from polars_async.deadlines import set_deadline
 from polars_async.errors import QueryTimeoutError
 from polars_async.events import EventKind, QueryEvent, rows_of, tell_observers
-from polars_async.gpu.failure import GpuFailure
-from polars_async.resolution import fallen_back
 from polars_async.scheduling import SMALL
-from polars_async.work import on_cpu
 
 if TYPE_CHECKING:
+    from _thread import RLock
     from collections.abc import Callable, Generator, Iterable, Sequence
     from types import TracebackType
 
     import polars as pl
 
-    from polars_async.admission import Admission
     from polars_async.bridges.waiting import Waiter
+    from polars_async.counts import Counts
     from polars_async.deadlines import Deadline
     from polars_async.events import Reporter
-    from polars_async.executors import Place
     from polars_async.expectations import Expectation, Expectations
     from polars_async.resolution import Resolution
 
@@ -52,6 +49,17 @@ class State(enum.Enum):
     REFUSED = enum.auto()
 
 
+class Owner(NamedTuple):
+    """What a query knows of the admission that it is in."""
+
+    lock: RLock
+    """Guards the state and the waiters of its queries."""
+    counts: Counts
+    """Change together with the state of a query."""
+    leave_queue: Callable[[Query[Any]], None]
+    """Called with the lock held when a query is cancelled or timed out before it has a slot."""
+
+
 class Query(Generic[T]):
     """
     One query of a collector.
@@ -67,14 +75,14 @@ class Query(Generic[T]):
 
     __slots__ = (
         "__weakref__",
-        "_admission",
         "_announcing",
+        "_counts",
         "_deadline",
         "_ended",
         "_error",
-        "_failure",
         "_fell_back",
         "_late",
+        "_leave_queue",
         "_let_go_by",
         "_paused_since",
         "_reporter",
@@ -96,6 +104,7 @@ class Query(Generic[T]):
         "is_nested",
         "is_stream",
         "label",
+        "lock",
         "paused_seconds",
         "priority",
         "reports",
@@ -109,8 +118,8 @@ class Query(Generic[T]):
         self,
         work: Callable[[], T],
         resolution: Resolution,
-        admission: Admission,
         reporter: Reporter,
+        owner: Owner,
         *,
         frames: Sequence[pl.LazyFrame] = (),
         expectation: Expectation | None = None,
@@ -133,7 +142,7 @@ class Query(Generic[T]):
         self._paused_since: float | None = None
         self.reports = reporter.listens
         self.telling = telling() if self.reports else None
-        self._admission = admission
+        self.lock, self._counts, self._leave_queue = owner
         self._reporter = reporter
         self._work: Callable[[], T] | None = work
         self.frames: Sequence[pl.LazyFrame] = frames
@@ -142,7 +151,6 @@ class Query(Generic[T]):
         self._stop_is_sure = False
         self._value: T | None = None
         self._error: BaseException | None = None
-        self._failure: GpuFailure | None = None
         self._traceback: TracebackType | None = None
         self._waiters: dict[Waiter, None] = {}
         self._announcing = False
@@ -235,23 +243,23 @@ class Query(Generic[T]):
         if self.expectation is None:
             self.expectation = expectations.of(self.frames, self.resolution.name)
 
-    def run(self, place: Place) -> None:
-        """Run the work in `place` and keep its outcome, which `end` then makes final."""
+    @property
+    def work(self) -> Callable[[], T] | None:
+        """What it is to run; None once it does."""
+        return self._work
+
+    def run(self, run: Callable[[Callable[[], T], Query[T]], T]) -> None:
+        """Run the work by `run` and keep its outcome, which `end` then makes final."""
         if self.reports:
             self._announce(EventKind.STARTED)
         work, self._work = self._work, None
         if work is None or self.state is not State.RUNNING:  # it was let go on the way
             return
         try:
-            self._value = place.run(work, self)
-        except GpuFailure as failure:
-            # Its traceback holds this frame, and all of the query with it.
-            failure.__traceback__ = failure.__context__ = None
-            self._failure = failure
-            self._work = on_cpu(work, failure)
+            self._value = run(work, self)
         except BaseException as error:  # noqa: BLE001  # a panic and SystemExit are outcomes too
             self._error = error
-            # Without this frame, which holds the query that holds the error, and the place's.
+            # Without this frame, which holds the query that holds the error, and that of `run`.
             here = error.__traceback__ and error.__traceback__.tb_next
             self._traceback = here and here.tb_next
             del here
@@ -266,33 +274,37 @@ class Query(Generic[T]):
 
         `for_sure` tells whether that will stop it.
         """
-        with self._admission.lock:
+        with self.lock:
             self._stop = stop
             self._stop_is_sure = for_sure
             return not self.done
 
-    def fall_back(self, admission: Admission) -> bool:
-        """
-        Where the GPU engine failed, wait in `admission` for the in-memory engine, if still wanted.
+    @property
+    def error(self) -> BaseException | None:
+        """What it raised when it ran."""
+        return self._error
 
-        Its lock is that of the admission before, so that the query is in one of them at any time.
+    def requeue(
+        self,
+        work: Callable[[], T],
+        resolution: Resolution,
+        frames: Sequence[pl.LazyFrame],
+        owner: Owner,
+    ) -> bool:
         """
-        failure, self._failure = self._failure, None
-        if failure is None:
-            return False
-        with admission.lock:
+        Wait again, for other work in its place; False if it is not wanted any more.
+
+        What it has raised is dropped. The lock stays, so that it is in one admission at any time.
+        """
+        with self.lock:
+            self._error = self._traceback = None
             if self.done:
-                self._work = None
                 return False
             self._tried_seconds = self.run_seconds
-            self.resolution = fallen_back(self.resolution, failure)
+            self._work, self.resolution, self.frames = work, resolution, frames
+            _, self._counts, self._leave_queue = owner
             self.state = State.WAITING
             self.expectation = None
-            if (found := failure.found) is not None:
-                self.frames = [
-                    frame for number, frame in enumerate(self.frames) if number not in found
-                ]
-            self._admission = admission
             self._fell_back, self._started = perf_counter(), None
             self.paused_seconds = 0.0
         return True
@@ -345,7 +357,7 @@ class Query(Generic[T]):
         if self.state is not State.RUNNING and self.state is not State.WAITING:
             return ()
         self.state = State.ENDED
-        counts = self._admission.counts
+        counts = self._counts
         if self._error is None:
             counts.completed += 1
         else:
@@ -404,7 +416,7 @@ class Query(Generic[T]):
 
     def lose(self, error: BaseException) -> None:
         """End a query whose thread stayed behind in a fork, with an error of our own."""
-        with self._admission.lock:
+        with self.lock:
             waiters = self.fail(error)
         wake([waiter for waiter in waiters if waiter.survives_fork])
 
@@ -418,7 +430,7 @@ class Query(Generic[T]):
 
     def add_waiter(self, waiter: Waiter) -> bool:
         """Have `waiter` woken at the end; False if that has come already."""
-        return holding(self._admission.lock, self._add_waiter, waiter)
+        return holding(self.lock, self._add_waiter, waiter)
 
     def remove_waiter(self, waiter: Waiter, *, last_cancels: bool) -> bool:
         """Stop waiting, and maybe let the query go with its last waiter; False if it had ended."""
@@ -440,18 +452,22 @@ class Query(Generic[T]):
         finally:
             del self  # the frame that the traceback now holds, which else held the error
 
+    def wakes(self, waiters: Iterable[Waiter]) -> None:
+        """Wake `waiters`, too, together with its own; with the lock held."""
+        self._waiters.update(dict.fromkeys(waiters))
+
     def _let_go(self, state: State) -> bool:
         return self._change(self._end_as, state)
 
     def _change(self, change: Callable[..., bool], *arguments: object) -> bool:
         """Make a `change` that may let go of it; gives what that gives."""
         try:
-            changed = holding(self._admission.lock, change, *arguments)
+            changed = holding(self.lock, change, *arguments)
             if self._let_go_by == get_ident():
                 self._finish_letting_go()
         except BaseException:  # out of a signal handler, or a hook
             if self.done and self._let_go_by == get_ident():
-                holding(self._admission.lock, self._leave)
+                holding(self.lock, self._leave)
                 self._finish_letting_go()
             raise
         return changed
@@ -478,7 +494,7 @@ class Query(Generic[T]):
         ended = perf_counter() if self.state is State.WAITING else None
         late = None if state is State.CANCELLED else self._timeout_error()
         tells = self.reports and not self._announcing
-        counts = self._admission.counts
+        counts = self._counts
         self._let_go_by = get_ident()
         # The stores are on one line, which no exception can part.
         if late is None:
@@ -496,7 +512,7 @@ class Query(Generic[T]):
 
     def _leave(self) -> None:
         if self._started is None:
-            self._admission.leave(self)
+            self._leave_queue(self)
 
     def _finish_letting_go(self) -> None:
         """Do what follows, without the lock: it may be done again."""
@@ -510,19 +526,17 @@ class Query(Generic[T]):
             self._untold = False
             self._tell_let_go()
         wake(self._waiters)
-        if self._admission.waiters:
-            self._admission.tell_if_empty()
         self._waiters = {}
         self._let_go_by = 0
 
     def _announce(self, kind: EventKind, error: BaseException | None = None) -> None:
         """Tell what begins; whoever lets go of it meanwhile leaves it to this to tell that."""
-        with self._admission.lock:
+        with self.lock:
             if self.done:
                 return
             self._announcing = True
         self.report(kind, error=error)
-        with self._admission.lock:
+        with self.lock:
             self._announcing = False
             let_go = self.done
         if let_go:

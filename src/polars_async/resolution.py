@@ -23,7 +23,6 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
     from types import FrameType
 
-    from polars_async.gpu.failure import GpuFailure
     from polars_async.gpu.status import GpuStatus
 
 EngineRequest: TypeAlias = str | pl.Engine
@@ -54,7 +53,7 @@ _ENGINES: Final[dict[str, pl.Engine]] = {
     "cpu": IN_MEMORY,  # an alias that Polars itself still takes
     "streaming": pl.StreamingEngine(),
 }
-_ASKERS: Final[dict[EngineSource, str]] = {
+ASKERS: Final[dict[EngineSource, str]] = {
     "argument": "the engine argument",
     "config": "Config.set_engine_affinity",
     "environment": AFFINITY_VARIABLE,
@@ -232,7 +231,7 @@ def _who_asks(engine: EngineRequest, path: QueryPath, default: EngineRequest) ->
         instead,
         requested=name,
         reason=Reason.UNKNOWN_AFFINITY,
-        message=f"{AFFINITY_VARIABLE}={name!r} names no engine, so {_runs(instead.name)}: "
+        message=f"{AFFINITY_VARIABLE}={name!r} names no engine, so {runs(instead.name)}: "
         f"set it to one of {_listed(ENGINE_NAMES)}",
     )
 
@@ -243,7 +242,7 @@ def _left_to_cpu(asked: Resolution) -> Resolution:
         asked,
         engine=IN_MEMORY,
         name=IN_MEMORY.name,
-        message=f"{_runs(IN_MEMORY.name)}: {_ASKERS[asked.source]} asks for the GPU engine, to "
+        message=f"{runs(IN_MEMORY.name)}: {ASKERS[asked.source]} asks for the GPU engine, to "
         "which Polars gives no operations on DataFrames",
     )
 
@@ -268,7 +267,7 @@ def _gpu_rule(asked: Resolution, path: QueryPath, gpu: GpuPolicy | None) -> Reso
         remedy = f"it is tried again after a rest of {rest.seconds:g} s. Last time, {rest.failure}"
     else:
         reason, why, remedy = status.reason, "no GPU is usable here", status.message
-    asks = f"{_ASKERS[asked.source]} asks for the GPU engine"
+    asks = f"{ASKERS[asked.source]} asks for the GPU engine"
     if asked.reason is not None:
         asks = f"{asked.message}; {asks}"
     if policy == "require" or _upstream.forbids_cpu(asked.engine):
@@ -282,7 +281,7 @@ def _gpu_rule(asked: Resolution, path: QueryPath, gpu: GpuPolicy | None) -> Reso
         name=IN_MEMORY.name,
         downgraded=True,
         reason=reason,
-        message=f"{asks}, but {why}, so {_runs(IN_MEMORY.name)}: {remedy}",
+        message=f"{asks}, but {why}, so {runs(IN_MEMORY.name)}: {remedy}",
         gpu=status,
     )
 
@@ -290,21 +289,6 @@ def _gpu_rule(asked: Resolution, path: QueryPath, gpu: GpuPolicy | None) -> Reso
 def is_on_gpu(resolution: Resolution) -> bool:
     """Tell whether the GPU engine is what runs."""
     return isinstance(resolution.engine, pl.GPUEngine)
-
-
-def fallen_back(resolution: Resolution, failure: GpuFailure) -> Resolution:
-    """Say that the in-memory engine runs what the GPU engine could not."""
-    asks = f"{_ASKERS[resolution.source]} asks for the GPU engine"
-    runs = " ".join(filter(None, (_runs(IN_MEMORY.name), failure.share)))
-    return replace(
-        resolution,
-        engine=IN_MEMORY,
-        name=IN_MEMORY.name,
-        fell_back=True,
-        reason=failure.reason,
-        message=f"{asks}, but {failure}, so {runs}: {failure.remedy}",
-        cause=failure.cause,
-    )
 
 
 def gpu_policy(policy: GpuPolicy | None) -> GpuPolicy:
@@ -422,7 +406,7 @@ def _asked_by_name(engine: str, source: EngineSource) -> Resolution:
 
 def _as_asked(request: EngineRequest, source: EngineSource) -> Resolution:
     engine = engine_object(request)
-    why = "nothing else was asked for" if source == "default" else f"asked for by {_ASKERS[source]}"
+    why = "nothing else was asked for" if source == "default" else f"asked for by {ASKERS[source]}"
     return Resolution(
         requested="auto" if source == "default" else request,
         source=source,
@@ -430,12 +414,13 @@ def _as_asked(request: EngineRequest, source: EngineSource) -> Resolution:
         name=engine.name,
         downgraded=False,
         reason=None,
-        message=f"{_runs(engine.name)}: {why}",
+        message=f"{runs(engine.name)}: {why}",
         gpu=None,
     )
 
 
-def _runs(name: str) -> str:
+def runs(name: str) -> str:
+    """Return the clause that says which engine runs a query."""
     if name == "auto":
         return "the engine that Polars chooses runs"
     return f"the {'GPU' if name == 'gpu' else name} engine runs"

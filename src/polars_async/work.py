@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 import polars as pl
@@ -10,7 +9,6 @@ import polars as pl
 from polars_async._upstream import without_warning
 from polars_async.gpu.failure import GpuFailure
 from polars_async.gpu.offload import collect_on_gpu, is_wanted
-from polars_async.resolution import IN_MEMORY
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -22,15 +20,6 @@ T = TypeVar("T")
 _sink_batches: Final[Callable[..., pl.LazyFrame]] = without_warning(pl.LazyFrame.sink_batches)
 _GPU_BATCH = 100_000
 """Rows of a batch of what the GPU collected, where nobody says how many."""
-
-
-def on_cpu(work: Callable[[], T], failure: GpuFailure) -> Callable[[], T]:
-    """Give the work, or what is left of it, for the in-memory engine."""
-    assert isinstance(work, partial)  # of a function below
-    frames, _, *rest = work.args
-    if failure.found is not None:
-        return partial(_complete, failure.found, frames, *rest)  # type: ignore[return-value]  # as of collect_each
-    return partial(work.func, frames, IN_MEMORY, *rest)
 
 
 def collect(lf: pl.LazyFrame, engine: pl.Engine, optimizations: pl.QueryOptFlags) -> pl.DataFrame:
@@ -69,16 +58,6 @@ def _collect_each_on_gpu(
     failure.found = found
     failure.share = f"{len(frames) - len(found)} of {len(frames)} frames"
     raise failure
-
-
-def _complete(
-    found: dict[int, pl.DataFrame], frames: list[pl.LazyFrame], optimizations: pl.QueryOptFlags
-) -> list[pl.DataFrame]:
-    numbers = [number for number in range(len(frames)) if number not in found]
-    left = [frames[number] for number in numbers]
-    collected = pl.collect_all(left, engine=IN_MEMORY, optimizations=optimizations)
-    found |= zip(numbers, collected, strict=True)
-    return [found[number] for number in range(len(frames))]
 
 
 def schema(lf: pl.LazyFrame) -> pl.Schema:
