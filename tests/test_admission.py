@@ -28,6 +28,7 @@ from polars_async.admission import Admission, Slot
 from polars_async.events import Reporter
 from polars_async.executors.threads import ThreadExecutor
 from polars_async.expectations import UNKNOWN, Expectation, Expectations
+from polars_async.operations import Collect
 from polars_async.scheduling import QUICK, QUICK_ROW
 from polars_async.testing import simulate_gpu
 
@@ -655,12 +656,14 @@ def test_those_taken_unseen_leave_one_slot_which_tiny_ones_take(make, block, slo
     assert not long.done()
 
 
+def query_in(admission):
+    return query.Query(Collect(TINY, None, None), None, Reporter(None), admission.owner)
+
+
 @pytest.mark.parametrize(("slots", "is_taken"), [(2, False), (3, True), (4, True)])
 def test_where_the_last_were_quick_the_next_is_taken_unseen_in_all_slots_but_one(slots, is_taken):
     line = Admission(slots)
-    ending, other, waiting = (
-        query.Query(TINY.collect, None, Reporter(None), line.owner) for _ in range(3)
-    )
+    ending, other, waiting = (query_in(line) for _ in range(3))
     slot, others = line.enter(ending), Slot()
     line._slots.add(others)
     line._start(other, others, small=False, overtook=False)
@@ -676,7 +679,7 @@ def test_where_the_last_were_quick_the_next_is_taken_unseen_in_all_slots_but_one
 @pytest.mark.parametrize("appraised", [False, True])
 def test_only_those_taken_unseen_keep_the_slot_for_small_ones_standing_by(appraised):
     line = Admission(1)
-    first, second = (query.Query(TINY.collect, None, Reporter(None), line.owner) for _ in range(2))
+    first, second = (query_in(line) for _ in range(2))
     slot = line.enter(first)
     line.enter(second)
     for _ in range(QUICK_ROW):

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import sys
 from concurrent.futures import Executor
-from functools import partial
 from importlib import import_module
 from math import nan
 from typing import TYPE_CHECKING, Any, Final, Literal, TypedDict, TypeVar, overload
 
 import polars as pl
 
-from polars_async import _fork, bridges
+from polars_async import _fork, bridges, operations
 from polars_async._nesting import in_query
 from polars_async.admission import stats_of
 from polars_async.background import BackgroundQuery
@@ -25,6 +24,7 @@ from polars_async.frames import check_frame, checked_frames
 from polars_async.handle import GeventHandle, QueryHandle
 from polars_async.lane import Lane
 from polars_async.open_streams import MAX_STREAMS
+from polars_async.operations import Collect, CollectAll, Schema, Sink
 from polars_async.pausing import PausableQuery
 from polars_async.query import Query
 from polars_async.resolution import (
@@ -37,16 +37,15 @@ from polars_async.resolution import (
 )
 from polars_async.scheduling import PRIORITIES
 from polars_async.streams import Batches, Completions
-from polars_async.work import collect, collect_each, feed, schema
-from polars_async.work import sink as run_sink
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Sequence
+    from collections.abc import Callable, Iterable
     from types import TracebackType
     from typing import Self, Unpack
 
     from polars_async.events import QueryEvent
     from polars_async.executors.choice import ExecutorRequest
+    from polars_async.operations import Operation
     from polars_async.resolution import EngineRequest, GpuPolicy, QueryPath, Resolution
     from polars_async.streams import ResultStream
 
@@ -399,9 +398,10 @@ class Collector:
             raise ValueError(f"chunk_size must be 1 or more rows, got {chunk_size!r}")
         resolution = self._resolved(engine, "batches", optimizations)
         buffer = Buffer()
-        options = {"chunk_size": chunk_size, "maintain_order": maintain_order}
-        work = partial(feed, lf, resolution.engine, optimizations, buffer, options)
-        query = self._submit(work, resolution, (lf,), timeout, priority, label, buffer=buffer)
+        operation = operations.Batches(
+            lf, resolution.engine, optimizations, buffer, chunk_size, maintain_order
+        )
+        query = self._submit(operation, resolution, timeout, priority, label)
         return Batches(query, buffer)
 
     @overload
@@ -459,8 +459,8 @@ class Collector:
         check_frame(sink)
         handle = _gevent_handle() if gevent else QueryHandle
         resolution = self._resolved(engine, "batches", optimizations)
-        work = partial(run_sink, sink, resolution.engine, optimizations)
-        return handle(self._submit(work, resolution, (sink,), timeout, priority, label))
+        operation = Sink(sink, resolution.engine, optimizations)
+        return handle(self._submit(operation, resolution, timeout, priority, label))
 
     @overload
     def collect_schema_async(
@@ -514,17 +514,7 @@ class Collector:
         check_frame(lf)
         handle = _gevent_handle() if gevent else QueryHandle
         resolution = self._resolved("in-memory", "async", DEFAULT_OPTIMIZATIONS)
-        query = self._submit(
-            partial(schema, lf),
-            resolution,
-            (lf,),
-            timeout,
-            priority,
-            label,
-            expectation=_TINY,
-            for_schema=True,
-        )
-        return handle(query)
+        return handle(self._submit(Schema(lf), resolution, timeout, priority, label))
 
     def collect_background(
         self, lf: pl.LazyFrame, **options: Unpack[QueryOptions]
@@ -696,8 +686,8 @@ class Collector:
     ) -> Query[pl.DataFrame]:
         check_frame(lf)
         resolution = self._resolved(engine, path, optimizations)
-        work = partial(collect, lf, resolution.engine, optimizations)
-        return self._submit(work, resolution, (lf,), timeout, priority, label)
+        operation = Collect(lf, resolution.engine, optimizations)
+        return self._submit(operation, resolution, timeout, priority, label)
 
     def _collect_all(
         self,
@@ -712,8 +702,8 @@ class Collector:
     ) -> Query[list[pl.DataFrame]]:
         frames = checked_frames(lazy_frames)
         resolution = self._resolved(engine, path, optimizations)
-        work = partial(collect_each, frames, resolution.engine, optimizations)
-        return self._submit(work, resolution, frames, timeout, priority, label)
+        operation = CollectAll(frames, resolution.engine, optimizations)
+        return self._submit(operation, resolution, timeout, priority, label)
 
     def _resolved(
         self, engine: EngineRequest | None, path: QueryPath, optimizations: pl.QueryOptFlags
@@ -732,16 +722,11 @@ class Collector:
 
     def _submit(
         self,
-        work: Callable[[], T],
+        operation: Operation[T],
         resolution: Resolution,
-        frames: Sequence[pl.LazyFrame],
         timeout: float | None,
         priority: int,
         label: str | None,
-        *,
-        expectation: Expectation | None = None,
-        for_schema: bool = False,
-        buffer: Buffer | None = None,
     ) -> Query[T]:
         if timeout is not None:
             timeout = _seconds(timeout)
@@ -754,19 +739,16 @@ class Collector:
             raise TypeError(f"label must be a string, or None, got {label!r}")
         lane = self._lane(resolution)
         query = Query(
-            work,
+            operation,
             resolution,
             self._reporter,
             lane.admission.owner,
-            frames=frames,
             priority=priority,
             label=label,
-            expectation=expectation,
-            is_stream=buffer is not None,
-            runs_engine=not for_schema,
+            expectation=None if operation.runs_engine else _TINY,
         )
-        if buffer is not None:
-            buffer.bind(PausableQuery(lane, query))
+        if isinstance(operation, operations.Batches):
+            operation.buffer.bind(PausableQuery(lane, query))
         here = lane.submit(query)
         try:
             if timeout is not None:

@@ -15,13 +15,13 @@ from polars_async.fallback import fallen_back
 from polars_async.frames import checked_frames
 from polars_async.gpu.failure import GpuFailure
 from polars_async.gpu.offload import collect_on_gpu
+from polars_async.operations import CollectAll
 from polars_async.resolution import (
     DeferringEngine,
     is_on_gpu,
     warn_of,
     warn_of_unstable,
 )
-from polars_async.work import collect_each
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
@@ -133,7 +133,7 @@ class AsyncEngine(DeferringEngine):
         frames, engine = checked_frames(lfs), self._synchronous(optimizations)
         if isinstance(engine, _GPUEngineHere):
             return [engine.collect(lf, optimizations=optimizations) for lf in frames]
-        return collect_each(frames, engine, optimizations)
+        return CollectAll(frames, engine, optimizations)()
 
     def collect_async(  # type: ignore[override]  # Polars promises its own private classes
         self, lf: pl.LazyFrame, *, optimizations: pl.QueryOptFlags, gevent: bool = False

@@ -3,27 +3,24 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from functools import partial
-from typing import TYPE_CHECKING, TypeVar
-
-import polars as pl
+from typing import TYPE_CHECKING, TypeVar, cast
 
 from polars_async.gpu.failure import GpuFailure
+from polars_async.operations import Batches, Collect, CollectAll, Sink
 from polars_async.resolution import ASKERS, IN_MEMORY, runs
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from polars_async.admission import Admission
+    from polars_async.operations import Operation
     from polars_async.query import Query
     from polars_async.resolution import Resolution
 
 T = TypeVar("T")
 
 
-def fall_back(query: Query[T], work: Callable[[], T] | None, admission: Admission) -> bool:
+def fall_back(query: Query[T], operation: Operation[T] | None, admission: Admission) -> bool:
     """
-    Have `query`, which ran `work` on the GPU, wait in `admission` for the in-memory engine.
+    Have `query`, which ran `operation` on the GPU, wait in `admission` for the in-memory engine.
 
     Returns
     -------
@@ -32,17 +29,13 @@ def fall_back(query: Query[T], work: Callable[[], T] | None, admission: Admissio
         query's own error, or the query is not wanted any more.
     """
     failure = query.error
-    if work is None or not isinstance(failure, GpuFailure):
+    if operation is None or not isinstance(failure, GpuFailure):
         return False
     # Its traceback holds the frames of the query, and all of the query with it.
     failure.__traceback__ = failure.__context__ = None
-    frames = query.frames
-    if (found := failure.found) is not None:
-        frames = [frame for number, frame in enumerate(frames) if number not in found]
     return query.requeue(
-        _on_cpu(work, failure),
+        _on_cpu(operation, failure),
         fallen_back(query.resolution, failure),
-        frames,
         admission.owner,
     )
 
@@ -62,20 +55,12 @@ def fallen_back(resolution: Resolution, failure: GpuFailure) -> Resolution:
     )
 
 
-def _on_cpu(work: Callable[[], T], failure: GpuFailure) -> Callable[[], T]:
-    """Return the work, or what is left of it, for the in-memory engine."""
-    assert isinstance(work, partial)  # of a function of `work`
-    frames, _, *rest = work.args
-    if failure.found is not None:
-        return partial(_complete, failure.found, frames, *rest)  # type: ignore[return-value]  # as of collect_each
-    return partial(work.func, frames, IN_MEMORY, *rest)
-
-
-def _complete(
-    found: dict[int, pl.DataFrame], frames: list[pl.LazyFrame], optimizations: pl.QueryOptFlags
-) -> list[pl.DataFrame]:
-    numbers = [number for number in range(len(frames)) if number not in found]
-    left = [frames[number] for number in numbers]
-    collected = pl.collect_all(left, engine=IN_MEMORY, optimizations=optimizations)
-    found |= zip(numbers, collected, strict=True)
-    return [found[number] for number in range(len(frames))]
+def _on_cpu(operation: Operation[T], failure: GpuFailure) -> Operation[T]:
+    """Return the operation, or what is left of it, for the in-memory engine."""
+    left: object
+    if isinstance(operation, CollectAll) and failure.found is not None:
+        left = replace(operation, engine=IN_MEMORY, collected=failure.found)
+    else:
+        assert isinstance(operation, (Collect, CollectAll, Sink, Batches))
+        left = replace(operation, engine=IN_MEMORY)
+    return cast("Operation[T]", left)

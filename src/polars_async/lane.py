@@ -276,7 +276,7 @@ class Lane:
     def _run(self, query: Query[Any], slot: Slot) -> bool:
         """Run `query` in `slot`; False if nobody is next, and the slot was taken back."""
         place = self._place_of(query)
-        work = None if self.fallback is None else query.work
+        operation = None if self.fallback is None else query.operation
         if self.fallback is not None and place is HERE:
             _run_on_gpu(query)
         elif query.label is None or slot.inline:  # Polars' own threads keep their names
@@ -284,7 +284,7 @@ class Lane:
         else:
             with named_thread(query.label):
                 query.run(place.run)
-        if self.fallback is not None and fall_back(query, work, self.fallback.admission):
+        if self.fallback is not None and fall_back(query, operation, self.fallback.admission):
             return self._hand_over(query, slot, self.fallback)
         if query.reports:
             query.report_engine()
@@ -309,7 +309,7 @@ class Lane:
             self._look_back(query, alone=alone, away=away)
         if admission.waiters:
             admission.tell_if_empty()
-        del query, work, waiters  # as in Query.run
+        del query, operation, waiters  # as in Query.run
         return kept
 
     def _release(self, slot: Slot, *, away: bool) -> bool:

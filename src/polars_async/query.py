@@ -16,6 +16,7 @@ from polars_async.bridges.waiting import persist, wake
 from polars_async.deadlines import set_deadline
 from polars_async.errors import QueryTimeoutError
 from polars_async.events import EventKind, QueryEvent, rows_of, tell_observers
+from polars_async.operations import Batches
 from polars_async.scheduling import SMALL
 
 if TYPE_CHECKING:
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from polars_async.deadlines import Deadline
     from polars_async.events import Reporter
     from polars_async.expectations import Expectation, Expectations
+    from polars_async.operations import Operation
     from polars_async.resolution import Resolution
 
 T = TypeVar("T")
@@ -84,6 +86,7 @@ class Query(Generic[T]):
         "_late",
         "_leave_queue",
         "_let_go_by",
+        "_operation",
         "_paused_since",
         "_reporter",
         "_started",
@@ -96,7 +99,6 @@ class Query(Generic[T]):
         "_untold",
         "_value",
         "_waiters",
-        "_work",
         "context",
         "expectation",
         "frames",
@@ -116,17 +118,14 @@ class Query(Generic[T]):
 
     def __init__(
         self,
-        work: Callable[[], T],
+        operation: Operation[T],
         resolution: Resolution,
         reporter: Reporter,
         owner: Owner,
         *,
-        frames: Sequence[pl.LazyFrame] = (),
         expectation: Expectation | None = None,
         priority: int = 0,
         label: str | None = None,
-        is_stream: bool = False,
-        runs_engine: bool = True,
     ) -> None:
         self.id = next(_ids)
         self.resolution = resolution
@@ -134,9 +133,8 @@ class Query(Generic[T]):
         self.expectation = expectation
         self.priority = priority
         self.label = label
-        self.is_stream = is_stream
-        self.runs_engine = runs_engine
-        """Whether it is more than a search for a schema."""
+        self.is_stream = isinstance(operation, Batches)
+        self.runs_engine = operation.runs_engine
         self.is_nested = False
         self.paused_seconds = 0.0
         self._paused_since: float | None = None
@@ -144,8 +142,8 @@ class Query(Generic[T]):
         self.telling = telling() if self.reports else None
         self.lock, self._counts, self._leave_queue = owner
         self._reporter = reporter
-        self._work: Callable[[], T] | None = work
-        self.frames: Sequence[pl.LazyFrame] = frames
+        self._operation: Operation[T] | None = operation
+        self.frames: Sequence[pl.LazyFrame] = operation.frames
         self.context = copy_context()
         self._stop: Callable[[], object] | None = None
         self._stop_is_sure = False
@@ -244,19 +242,19 @@ class Query(Generic[T]):
             self.expectation = expectations.of(self.frames, self.resolution.name)
 
     @property
-    def work(self) -> Callable[[], T] | None:
-        """What it is to run; None once it does."""
-        return self._work
+    def operation(self) -> Operation[T] | None:
+        """What it is to do; None once it does that."""
+        return self._operation
 
-    def run(self, run: Callable[[Callable[[], T], Query[T]], T]) -> None:
-        """Run the work by `run` and keep its outcome, which `end` then makes final."""
+    def run(self, run: Callable[[Operation[T], Query[T]], T]) -> None:
+        """Do its operation by `run` and keep its outcome, which `end` then makes final."""
         if self.reports:
             self._announce(EventKind.STARTED)
-        work, self._work = self._work, None
-        if work is None or self.state is not State.RUNNING:  # it was let go on the way
+        operation, self._operation = self._operation, None
+        if operation is None or self.state is not State.RUNNING:  # it was let go on the way
             return
         try:
-            self._value = run(work, self)
+            self._value = run(operation, self)
         except BaseException as error:  # noqa: BLE001  # a panic and SystemExit are outcomes too
             self._error = error
             # Without this frame, which holds the query that holds the error, and that of `run`.
@@ -266,7 +264,7 @@ class Query(Generic[T]):
             if self.label is not None:
                 _name_in(error, self.label)
         finally:
-            del self, work  # the frames of the traceback lead back here all the same
+            del self, operation  # the frames of the traceback lead back here all the same
 
     def on_let_go(self, stop: Callable[[], object] | None, *, for_sure: bool = True) -> bool:
         """
@@ -286,13 +284,12 @@ class Query(Generic[T]):
 
     def requeue(
         self,
-        work: Callable[[], T],
+        operation: Operation[T],
         resolution: Resolution,
-        frames: Sequence[pl.LazyFrame],
         owner: Owner,
     ) -> bool:
         """
-        Wait again, for other work in its place; False if it is not wanted any more.
+        Wait again, for another operation in its place; False if it is not wanted any more.
 
         What it has raised is dropped. The lock stays, so that it is in one admission at any time.
         """
@@ -301,7 +298,8 @@ class Query(Generic[T]):
             if self.done:
                 return False
             self._tried_seconds = self.run_seconds
-            self._work, self.resolution, self.frames = work, resolution, frames
+            self._operation, self.resolution = operation, resolution
+            self.frames = operation.frames
             _, self._counts, self._leave_queue = owner
             self.state = State.WAITING
             self.expectation = None
@@ -342,7 +340,7 @@ class Query(Generic[T]):
 
     def fail(self, error: BaseException) -> Iterable[Waiter]:
         """End with an error of our own, with the lock held; gives whom to wake."""
-        self._work = None
+        self._operation = None
         self._error = error
         self._traceback = None
         return self.end()
@@ -517,7 +515,7 @@ class Query(Generic[T]):
     def _finish_letting_go(self) -> None:
         """Do what follows, without the lock: it may be done again."""
         if self._started is None:
-            self._work, self.frames = None, ()
+            self._operation, self.frames = None, ()
         if self._deadline is not None:
             self._deadline.lift()
         if self._stop is not None:

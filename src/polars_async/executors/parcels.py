@@ -28,6 +28,7 @@ from polars_async.executors.extensions import (
     read_extended,
 )
 from polars_async.executors.staying import StaysHereError, UnsendableError
+from polars_async.operations import Batches
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -253,9 +254,8 @@ def unpack(parcel: Parcel, buffer: object | None = None) -> Any:
 
 
 def buffer_of(work: Callable[[], object]) -> Buffer | None:
-    """Give the buffer of a stream, which stays behind; None if it is no stream."""
-    arguments = getattr(work, "args", ())
-    return next((each for each in arguments if isinstance(each, Buffer)), None)
+    """Return the buffer of a stream, which stays behind; None if it is no stream."""
+    return work.buffer if isinstance(work, Batches) else None
 
 
 def _write_plan(lf: pl.LazyFrame, path: str) -> None:
