@@ -72,7 +72,6 @@ class Admission:
     """
 
     __slots__ = (
-        "_exclusive",
         "_inline",
         "_line",
         "_paused",
@@ -82,6 +81,7 @@ class Admission:
         "_turns",
         "closed",
         "counts",
+        "exclusive",
         "lock",
         "max_running",
         "max_waiting",
@@ -102,7 +102,7 @@ class Admission:
         self.lock = lock or new_lock()
         self.max_running = max_running
         self.max_waiting = max_waiting
-        self._exclusive = exclusive
+        self.exclusive = exclusive
         self.closed = False
         self.counts = Counts()
         self._slots: set[Slot] = set()
@@ -179,7 +179,7 @@ class Admission:
             )
         if query.is_stream:
             self.streams.add(query)
-        elif not self._exclusive and on_thread_of_polars():
+        elif not self.exclusive and on_thread_of_polars():
             slot = self.reserved = Slot(inline=True)
             self._inline.add(slot)
             self._start(query, slot, small=False, overtook=False)
@@ -187,10 +187,10 @@ class Admission:
         free = self.max_running - len(self._slots)
         # What may be kept for small queries is not given away unseen.
         kept = KEPT_FROM_UNSEEN if self._line.is_quick else KEPT_FROM_LARGE
-        if self._exclusive:
+        if self.exclusive:
             kept = 0
         at_once = not self._line and (free > kept or free == self.max_running)
-        if at_once or (not self._exclusive and in_query()):
+        if at_once or (not self.exclusive and in_query()):
             slot = self.reserved = Slot()
             self._slots.add(slot)
             self._start(query, slot, small=False, overtook=False)
@@ -496,7 +496,7 @@ class Admission:
     def _long_running(self) -> int:
         """Count those that leave few slots for others, which nobody does that has a whole GPU."""
         number = 0
-        if self._exclusive:
+        if self.exclusive:
             return number
         for slot in self._slots:  # a sum over a generator takes twice as long
             if slot.query is not None and not slot.small:

@@ -163,6 +163,7 @@ class Collector:
             max_waiting,
             known,
             place=gpu_place_of(executor, place, max_running),
+            exclusive=True,
             fallback=self._cpu,
         )
         # The GPU's first, whose queries may go over to the other, and never back.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from functools import partial
 from time import perf_counter
 from typing import TYPE_CHECKING, Any, Final
@@ -15,9 +14,10 @@ from polars_async._upstream import BUILT_IN_ENGINES
 from polars_async.admission import Admission
 from polars_async.bridges.waiting import wake
 from polars_async.events import EventKind
+from polars_async.executors.gpu_thread import GPU_HERE
 from polars_async.executors.threads import HERE, ThreadExecutor, named_thread
 from polars_async.fallback import fall_back
-from polars_async.gpu.offload import check_outside, turn
+from polars_async.gpu.offload import check_outside
 from polars_async.open_streams import MAX_STREAMS, OpenStreams
 from polars_async.query import State
 
@@ -50,8 +50,9 @@ class Lane:
     cannot be sent. With `tiny_here` those stay here, too, that are expected to be small, or to take
     longer to be sent, and have no Python functions.
 
-    The lane of the GPU has a `fallback`, that of the CPU, where queries go on that the GPU engine
-    could not run. All its queries run on one thread, unless they run elsewhere.
+    The lane of the GPU is `exclusive`: a query there has a whole GPU, and what a running one asks
+    for cannot run beside it. All its queries run on one thread, unless they run elsewhere. Its
+    `fallback` is that of the CPU, where queries go on that the GPU engine could not run.
 
     A thread that ends a query takes the next from the line itself, so queries that follow each
     other need no hand-over; threads beyond those that are needed end. A
@@ -63,6 +64,7 @@ class Lane:
         "__weakref__",
         "_executor",
         "_expectations",
+        "_here",
         "_tiny_here",
         "admission",
         "fallback",
@@ -77,19 +79,20 @@ class Lane:
         *,
         place: Place = HERE,
         tiny_here: bool = False,
+        exclusive: bool = False,
         fallback: Lane | None = None,
         max_streams: int = MAX_STREAMS,
     ) -> None:
-        on_gpu = fallback is not None
         # Of one lock, so that a query is always in one of them, while it goes over.
         lock = fallback.admission.lock if fallback is not None else None
         both = fallback.admission.streams if fallback is not None else OpenStreams(max_streams)
         self.admission: Admission = Admission(
-            max_running, max_waiting, exclusive=on_gpu, lock=lock, streams=both
+            max_running, max_waiting, exclusive=exclusive, lock=lock, streams=both
         )
         self.fallback = fallback
-        self._executor = ThreadExecutor(for_gpu=on_gpu)
+        self._executor = ThreadExecutor(for_gpu=exclusive)
         self.place = place
+        self._here: Place = GPU_HERE if exclusive else HERE
         self._tiny_here = tiny_here
         self._expectations = expectations
         _lanes.add(self)
@@ -97,7 +100,7 @@ class Lane:
 
     def use(self, gpu: GpuStatus) -> None:
         """Have as many slots as there are GPUs for queries to run on at once."""
-        if self.place is not HERE and (slots := self.place.prepare(gpu)) is not None:
+        if (slots := self.place.prepare(gpu)) is not None:
             self.admission.max_running = slots
 
     def submit(self, query: Query[Any]) -> Slot | None:
@@ -106,9 +109,10 @@ class Lane:
 
         Or return a slot in which the calling thread is to run it, by `run_here`.
         """
-        if self.fallback is not None:
+        exclusive = self.admission.exclusive
+        if exclusive:
             check_outside()
-        if self.fallback is not None or query.is_stream:  # it may wait for a slot later on
+        if exclusive or query.is_stream:  # it may wait for a slot later on
             query.is_nested = in_query()
         admission = self.admission
         admitted: Slot | BaseException | None = None
@@ -173,7 +177,7 @@ class Lane:
 
     def abandon(self, error: BaseException) -> None:
         """Start afresh in a forked child, which has neither the threads nor their queries."""
-        self._executor = ThreadExecutor(for_gpu=self.fallback is not None)
+        self._executor = ThreadExecutor(for_gpu=self.admission.exclusive)
         self.place.abandon()
         for query in self.admission.reset():
             query.lose(error)
@@ -277,9 +281,7 @@ class Lane:
         """Run `query` in `slot`; False if nobody is next, and the slot was taken back."""
         place = self._place_of(query)
         operation = None if self.fallback is None else query.operation
-        if self.fallback is not None and place is HERE:
-            _run_on_gpu(query)
-        elif query.label is None or slot.inline:  # Polars' own threads keep their names
+        if query.label is None or slot.inline:  # Polars' own threads keep their names
             query.run(place.run)
         else:
             with named_thread(query.label):
@@ -296,7 +298,7 @@ class Lane:
             waiters = query.end()
             # To look at a large plan takes some ms. So that nobody waits for this thread meanwhile,
             # but where it is none of ours, or that of the GPU, which has one:
-            away = query.is_worth_appraising and self.fallback is None and not slot.inline
+            away = query.is_worth_appraising and not self.admission.exclusive and not slot.inline
             kept = None if query.reports else self._release(slot, away=away)
         if kept is None:
             # With the slot still taken, since the hook may ask for another query and wait for it:
@@ -321,9 +323,9 @@ class Lane:
         return kept
 
     def _place_of(self, query: Query[Any]) -> Place:
-        if self.place is HERE or type(query.resolution.engine) not in BUILT_IN_ENGINES:
-            return HERE
-        return HERE if self._tiny_here and self._belongs_here(query) else self.place
+        if type(query.resolution.engine) not in BUILT_IN_ENGINES:
+            return self._here
+        return self._here if self._tiny_here and self._belongs_here(query) else self.place
 
     def _belongs_here(self, query: Query[Any]) -> bool:
         """
@@ -393,15 +395,6 @@ class Lane:
             with admission.lock:
                 admission.reappraise(corrected)
                 self._use_idle_slots()
-
-
-def _run_on_gpu(query: Query[Any]) -> None:
-    waits = perf_counter()
-    # It may be let go while it waits for the queries of other collectors, and then does not run.
-    with turn(is_wanted=lambda: not query.done):
-        query.paused_seconds += perf_counter() - waits
-        with nullcontext() if query.label is None else named_thread(query.label):
-            query.run(HERE.run)
 
 
 def _abandon_all() -> None:

@@ -8,6 +8,7 @@ from concurrent.futures import Executor
 from math import ceil
 from typing import TYPE_CHECKING, Final, Literal
 
+from polars_async.executors.gpu_thread import GPU_HERE
 from polars_async.executors.threads import HERE
 from polars_async.scheduling import KEPT_FROM_LARGE
 
@@ -71,6 +72,8 @@ def place_of(executor: ExecutorRequest, max_running: int, max_memory: int | None
 
 def gpu_place_of(executor: ExecutorRequest, place: Place, max_running: int) -> Place:
     """Make the place for the queries on a GPU of a collector that has `place` for the others."""
+    if place is HERE:
+        return GPU_HERE
     if executor not in _IN_PROCESSES:
         return place
     from polars_async.executors.gpus import GpuProcesses  # noqa: PLC0415  # what few need

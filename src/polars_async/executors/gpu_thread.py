@@ -1,0 +1,39 @@
+"""Queries on the GPU of this process, one at a time."""
+
+from __future__ import annotations
+
+from functools import partial
+from time import perf_counter
+from typing import TYPE_CHECKING, Any, Final, TypeVar
+
+from polars_async.executors.threads import Threads
+from polars_async.gpu.offload import turn
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from polars_async.query import Query
+
+T = TypeVar("T")
+
+
+class GpuThread(Threads):
+    """The thread of the slot itself, while no other query of the process is on the GPU."""
+
+    def run(self, work: Callable[[], T], query: Query[Any]) -> T:
+        """Run `work` here, when it has the GPU; nothing stops it."""
+        waits = perf_counter()
+        try:
+            # Queries of other collectors may have the GPU until this one is cancelled.
+            with turn(is_wanted=partial(_is_wanted, query)):
+                query.paused_seconds += perf_counter() - waits
+                return super().run(work, query)
+        finally:
+            del work, query  # an error's traceback holds this frame
+
+
+def _is_wanted(query: Query[Any]) -> bool:
+    return not query.done
+
+
+GPU_HERE: Final = GpuThread()
