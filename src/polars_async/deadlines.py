@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from heapq import heapify, heappop, heappush
 from time import monotonic
-from typing import Final, Protocol
+from typing import TYPE_CHECKING, Final, Protocol
 
 from polars_async._fork import Step, in_child
 from polars_async._green import leaving_no_hub
 from polars_async._log import complain
 from polars_async._native import RLock, SimpleQueue, holding, start_new_thread, when_put
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 _SWEPT_FROM: Final = 1000
 
@@ -41,7 +44,8 @@ class _Clock:
     The lock is reentrant because a signal handler may come in and add a deadline of its own.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, now: Callable[[], float] = monotonic) -> None:
+        self._now = now
         self.lock = RLock()
         self.bell: SimpleQueue[None] = SimpleQueue()
         self.deadlines: list[tuple[float, int, Deadline]] = []
@@ -57,7 +61,7 @@ class _Clock:
     def add(self, seconds: float, query: Timed) -> Deadline:
         deadline = Deadline(query)
         try:
-            holding(self.lock, self._add, monotonic() + seconds, deadline)
+            holding(self.lock, self._add, self._now() + seconds, deadline)
         except BaseException:  # no thread to be had, or Ctrl-C
             deadline.lift()
             raise
@@ -96,7 +100,7 @@ class _Clock:
                 if not self.deadlines:
                     self.thread.clear()
                     return None
-                wait = self.deadlines[0][0] - monotonic()
+                wait = self.deadlines[0][0] - self._now()
                 if wait > 0:
                     return wait
                 query = heappop(self.deadlines)[2].query
