@@ -195,7 +195,7 @@ class Book:
             outcomes, event = STATES[query.state.name], ended.get(query.id)
             if event not in outcomes:
                 found.append(f"query {query.id} ended as {outcomes}, its event: {event}")
-            kept = query._value is not None or query._error is not None
+            kept = query._outcome.value is not None or query._outcome.error is not None
             if kept and "finished" not in outcomes:
                 found.append(f"query {query.id}, which was let go, keeps what it gave")
         found += [f"{one} is not {other}: {what}" for one, other, what in pairs if one != other]

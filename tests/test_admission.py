@@ -670,7 +670,7 @@ def test_where_the_last_were_quick_the_next_is_taken_unseen_in_all_slots_but_one
     line._line.add(waiting)
     for _ in range(QUICK_ROW):
         line._line.serve(QUICK, overtook=False)
-    ending._started = ending._ended = 1.0  # this machine may be busy
+    ending.times.started = ending.times.ended = 1.0  # this machine may be busy
     with line.lock:
         assert line.release(slot)
     assert (slot.query is waiting) == is_taken
@@ -686,7 +686,7 @@ def test_only_those_taken_unseen_keep_the_slot_for_small_ones_standing_by(apprai
         line._line.serve(QUICK, overtook=False)
     if appraised:
         line._line.sort_in(line.newcomer(from_behind=False), QUICK)
-    first._started = first._ended = 1.0  # this machine may be busy
+    first.times.started = first.times.ended = 1.0  # this machine may be busy
     with line.lock:
         assert line.release(slot)
     assert slot.query is second

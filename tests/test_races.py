@@ -268,7 +268,7 @@ def test_of_an_end_and_a_cancellation_one_is_first():
             assert admission.running == admission.waiting == 0
             assert query.done
             if cancelled:
-                assert query._value is None
+                assert query._outcome.value is None
                 with pytest.raises(CancelledError):
                     query.outcome(CancelledError)
             else:
@@ -429,7 +429,7 @@ def test_state_cannot_change_between_the_look_at_it_and_the_act(monkeypatch, ope
     assert len(states) == (0 if operation == "remove_waiter" else 1)
     assert query.state is (State.ENDED if operation == "add_waiter" else State.CANCELLED)
     assert [query.state] * len(states) == states
-    assert query._value == (1 if operation == "add_waiter" else None)
+    assert query._outcome.value == (1 if operation == "add_waiter" else None)
 
 
 # Many who wait for one

@@ -193,7 +193,7 @@ def test_what_comes_too_late_is_dropped_in_silence(
 
     handle = asyncio.run(main())
     assert timed_out(handle)
-    assert (handle._query._value, handle._query._error) == (None, None)
+    assert (handle._query._outcome.value, handle._query._outcome.error) == (None, None)
     assert (noise, caplog.records, capfd.readouterr().err) == ([], [], "")
 
 
@@ -527,7 +527,7 @@ def test_of_an_end_and_a_time_out_one_is_first():
             if query._late is None:
                 assert query.outcome(CancelledError) == i
             else:
-                assert query._value is None
+                assert query._outcome.value is None
                 with pytest.raises(QueryTimeoutError):
                     query.outcome(CancelledError)
 

@@ -301,7 +301,7 @@ class Admission:
             self.streams.discard(query)
             self._returning.pop(query, None)
             self._paused.pop(query, None)
-        seconds = None if query is None else query.run_seconds
+        seconds = None if query is None else query.times.run_seconds
         if seconds is not None:
             self.counts.run_seconds += seconds
             completed = query is not None and query.completed

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import enum
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from contextvars import copy_context
 from functools import partial
 from itertools import count
-from time import perf_counter
-from typing import TYPE_CHECKING, Any, Final, Generic, NamedTuple, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Final, Generic, NamedTuple, TypeVar
 
 from polars_async._green import telling
 from polars_async._native import get_ident, holding
@@ -17,12 +16,13 @@ from polars_async.deadlines import set_deadline
 from polars_async.errors import QueryTimeoutError
 from polars_async.events import EventKind, QueryEvent, rows_of, tell_observers
 from polars_async.operations import Batches
+from polars_async.outcome import Outcome
 from polars_async.scheduling import SMALL
+from polars_async.times import Times
 
 if TYPE_CHECKING:
     from _thread import RLock
-    from collections.abc import Callable, Generator, Iterable, Sequence
-    from types import TracebackType
+    from collections.abc import Callable, Iterable, Sequence
 
     import polars as pl
 
@@ -80,24 +80,16 @@ class Query(Generic[T]):
         "_announcing",
         "_counts",
         "_deadline",
-        "_ended",
-        "_error",
-        "_fell_back",
         "_late",
         "_leave_queue",
         "_let_go_by",
         "_operation",
-        "_paused_since",
+        "_outcome",
         "_reporter",
-        "_started",
         "_stop",
         "_stop_is_sure",
-        "_submitted",
         "_timeout",
-        "_traceback",
-        "_tried_seconds",
         "_untold",
-        "_value",
         "_waiters",
         "context",
         "expectation",
@@ -107,13 +99,13 @@ class Query(Generic[T]):
         "is_stream",
         "label",
         "lock",
-        "paused_seconds",
         "priority",
         "reports",
         "resolution",
         "runs_engine",
         "state",
         "telling",
+        "times",
     )
 
     def __init__(
@@ -136,8 +128,7 @@ class Query(Generic[T]):
         self.is_stream = isinstance(operation, Batches)
         self.runs_engine = operation.runs_engine
         self.is_nested = False
-        self.paused_seconds = 0.0
-        self._paused_since: float | None = None
+        self.times = Times()
         self.reports = reporter.listens
         self.telling = telling() if self.reports else None
         self.lock, self._counts, self._leave_queue = owner
@@ -147,9 +138,7 @@ class Query(Generic[T]):
         self.context = copy_context()
         self._stop: Callable[[], object] | None = None
         self._stop_is_sure = False
-        self._value: T | None = None
-        self._error: BaseException | None = None
-        self._traceback: TracebackType | None = None
+        self._outcome: Outcome[T] = Outcome()
         self._waiters: dict[Waiter, None] = {}
         self._announcing = False
         self._let_go_by = 0
@@ -158,11 +147,6 @@ class Query(Generic[T]):
         self._late: QueryTimeoutError | None = None
         self._timeout = 0.0
         self._deadline: Deadline | None = None
-        self._submitted = perf_counter()
-        self._fell_back: float | None = None
-        self._tried_seconds: float | None = None
-        self._started: float | None = None
-        self._ended: float | None = None
 
     @property
     def done(self) -> bool:
@@ -172,25 +156,12 @@ class Query(Generic[T]):
     @property
     def completed(self) -> bool:
         """Whether it came to its result: else it would have taken longer."""
-        return self.state is State.ENDED and self._error is None
+        return self.state is State.ENDED and self._outcome.error is None
 
     @property
     def named(self) -> str:
         """What to call it in the middle of a sentence."""
         return "the query" if self.label is None else f"the query {self.label!r}"
-
-    @property
-    def queue_seconds(self) -> float:
-        """How long it has waited, or waited, to run; what the GPU has tried in vain included."""
-        return (self._started or self._ended or perf_counter()) - self._submitted
-
-    @property
-    def run_seconds(self) -> float | None:
-        """How long it has run, or ran, its pauses apart; None if it did not start."""
-        if self._started is None:
-            return None
-        until = self._ended or self._paused_since or perf_counter()
-        return until - self._started - self.paused_seconds
 
     @property
     def is_small(self) -> bool:
@@ -218,23 +189,12 @@ class Query(Generic[T]):
         if self.state is not State.WAITING:
             return None
         self.state = State.RUNNING
-        self._started = perf_counter()
-        return self._started - (self._fell_back or self._submitted)
-
-    @contextmanager
-    def paused(self) -> Generator[None]:
-        """Count the time in here as no work."""
-        begun = self._paused_since = perf_counter()
-        try:
-            yield
-        finally:
-            self._paused_since = None
-            self.paused_seconds += perf_counter() - begun
+        return self.times.start()
 
     def refuse(self) -> None:
         """Note that it was not let in, and so never waited."""
         self.state = State.REFUSED
-        self._started, self._ended = None, self._submitted
+        self.times.refuse()
 
     def appraise(self, expectations: Expectations) -> None:
         """Find out what is to be expected of it; never raises."""
@@ -254,12 +214,11 @@ class Query(Generic[T]):
         if operation is None or self.state is not State.RUNNING:  # it was let go on the way
             return
         try:
-            self._value = run(operation, self)
+            self._outcome.value = run(operation, self)
         except BaseException as error:  # noqa: BLE001  # a panic and SystemExit are outcomes too
-            self._error = error
             # Without this frame, which holds the query that holds the error, and that of `run`.
             here = error.__traceback__ and error.__traceback__.tb_next
-            self._traceback = here and here.tb_next
+            self._outcome.fail(error, here and here.tb_next)
             del here
             if self.label is not None:
                 _name_in(error, self.label)
@@ -280,7 +239,7 @@ class Query(Generic[T]):
     @property
     def error(self) -> BaseException | None:
         """What it raised when it ran."""
-        return self._error
+        return self._outcome.error
 
     def requeue(
         self,
@@ -294,17 +253,15 @@ class Query(Generic[T]):
         What it has raised is dropped. The lock stays, so that it is in one admission at any time.
         """
         with self.lock:
-            self._error = self._traceback = None
+            self._outcome.drop()
             if self.done:
                 return False
-            self._tried_seconds = self.run_seconds
             self._operation, self.resolution = operation, resolution
             self.frames = operation.frames
             _, self._counts, self._leave_queue = owner
             self.state = State.WAITING
             self.expectation = None
-            self._fell_back, self._started = perf_counter(), None
-            self.paused_seconds = 0.0
+            self.times.requeue()
         return True
 
     def report(
@@ -318,8 +275,8 @@ class Query(Generic[T]):
             query_id=self.id,
             label=self.label,
             engine=self.resolution.name,
-            queue_seconds=self.queue_seconds,
-            run_seconds=self.run_seconds,
+            queue_seconds=self.times.queue_seconds,
+            run_seconds=self.times.run_seconds,
             rows=rows_of(result),
             error=error,
             resolution=self.resolution,
@@ -341,8 +298,7 @@ class Query(Generic[T]):
     def fail(self, error: BaseException) -> Iterable[Waiter]:
         """End with an error of our own, with the lock held; gives whom to wake."""
         self._operation = None
-        self._error = error
-        self._traceback = None
+        self._outcome.fail(error)
         return self.end()
 
     def end(self) -> Iterable[Waiter]:
@@ -351,12 +307,12 @@ class Query(Generic[T]):
 
         With the lock held.
         """
-        self._ended = perf_counter()
+        self.times.end()
         if self.state is not State.RUNNING and self.state is not State.WAITING:
             return ()
         self.state = State.ENDED
         counts = self._counts
-        if self._error is None:
+        if self._outcome.error is None:
             counts.completed += 1
         else:
             counts.failed += 1
@@ -371,16 +327,17 @@ class Query(Generic[T]):
         return (
             self.expectation is None
             and bool(self.frames)
-            and (self.run_seconds or 0.0) >= _WORTH_APPRAISING
+            and (self.times.run_seconds or 0.0) >= _WORTH_APPRAISING
         )
 
     def settle(self) -> bool:
         """Drop what nobody needs now; False where its end still has to be looked into."""
         if self.state is not State.ENDED or self.expectation is not None:
             return False
-        if self._started is None or self._ended is None:
+        times = self.times
+        if times.started is None or times.ended is None:
             return False
-        if self._ended - self._started >= _WORTH_APPRAISING:
+        if times.ended - times.started >= _WORTH_APPRAISING:
             return False
         self.frames = ()
         return True
@@ -389,10 +346,10 @@ class Query(Generic[T]):
         """Tell what came of it, unless it was let go, which was told then."""
         if not self.reports or self.state is not State.ENDED:
             return
-        if self._error is None:
-            self.report(EventKind.FINISHED, result=self._value)
+        if self._outcome.error is None:
+            self.report(EventKind.FINISHED, result=self._outcome.value)
         else:
-            self.report(EventKind.FAILED, error=self._error)
+            self.report(EventKind.FAILED, error=self._outcome.error)
 
     def after_end(self, expectations: Expectations, *, alone: bool) -> Expectation | None:
         """
@@ -402,15 +359,14 @@ class Query(Generic[T]):
         """
         completed = self.completed  # while it still has its error
         if self.state is not State.ENDED:
-            self._value = self._error = self._traceback = None
+            self._outcome.drop()
         if self.is_worth_appraising:
             self.appraise(expectations)
         self.frames = ()
-        if self.expectation is None or self.run_seconds is None:
+        seconds = self.times.run_seconds
+        if self.expectation is None or seconds is None:
             return None
-        return expectations.learn(
-            self.expectation, self.run_seconds, alone=alone, completed=completed
-        )
+        return expectations.learn(self.expectation, seconds, alone=alone, completed=completed)
 
     def lose(self, error: BaseException) -> None:
         """End a query whose thread stayed behind in a fork, with an error of our own."""
@@ -443,10 +399,7 @@ class Query(Generic[T]):
         try:
             if self._late is not None:
                 raise self._late.with_traceback(None)
-            if self._error is None:
-                return cast("T", self._value)
-            # From its own traceback each time: else every await would add its frames to the last.
-            raise self._error.with_traceback(self._traceback)
+            return self._outcome.take()
         finally:
             del self  # the frame that the traceback now holds, which else held the error
 
@@ -489,19 +442,19 @@ class Query(Generic[T]):
         """With the lock held, let it go; False if it had ended."""
         if self.done:
             return False
-        ended = perf_counter() if self.state is State.WAITING else None
+        ended = self.times.now() if self.state is State.WAITING else None
         late = None if state is State.CANCELLED else self._timeout_error()
         tells = self.reports and not self._announcing
-        counts = self._counts
+        counts, times = self._counts, self.times
         self._let_go_by = get_ident()
         # The stores are on one line, which no exception can part.
         if late is None:
-            self.state, counts.cancelled, self._ended, self._untold = (
+            self.state, counts.cancelled, times.ended, self._untold = (
                 *(state, counts.cancelled + 1),
                 *(ended, tells),
             )
         else:
-            self._late, self.state, counts.timed_out, self._ended, self._untold = (
+            self._late, self.state, counts.timed_out, times.ended, self._untold = (
                 *(late, state, counts.timed_out + 1),
                 *(ended, tells),
             )
@@ -509,12 +462,12 @@ class Query(Generic[T]):
         return True
 
     def _leave(self) -> None:
-        if self._started is None:
+        if self.times.started is None:
             self._leave_queue(self)
 
     def _finish_letting_go(self) -> None:
         """Do what follows, without the lock: it may be done again."""
-        if self._started is None:
+        if self.times.started is None:
             self._operation, self.frames = None, ()
         if self._deadline is not None:
             self._deadline.lift()
@@ -547,27 +500,20 @@ class Query(Generic[T]):
         self.report(kind, error=self._late)
 
     def _timeout_error(self) -> QueryTimeoutError:
-        waited, ran = self.queue_seconds, self.run_seconds
-        tried = self._tried_seconds
-        how = f"it waited {waited:.3f} s for a slot"
-        if tried is not None:
-            how += f", {tried:.3f} s of which the GPU tried it in vain,"
-        if ran is None:
-            how += ", and never ran" if tried is None else " and never ran on the CPU"
-        elif self._stop is None:
-            how += (
-                f" and ran for {ran:.3f} s. Polars cannot stop it, so its slot is free when it "
-                "really ends"
+        if self._stop is None:
+            ends = (
+                " and ran for {ran}. Polars cannot stop it, so its slot is free when it really ends"
             )
         elif self._stop_is_sure:
-            how += f" and ran for {ran:.3f} s. It is stopped now"
+            ends = " and ran for {ran}. It is stopped now"
         else:
-            how += (
-                f" and was with its executor for {ran:.3f} s, which is asked to drop it and may go "
-                "on with it all the same"
+            ends = (
+                " and was with its executor for {ran}, which is asked to drop it and may go on "
+                "with it all the same"
             )
-        message = f"{self.named} was not done after {self._timeout:g} s: {how}"
-        return QueryTimeoutError(message, self._timeout, waited, ran)
+        times = self.times
+        message = f"{self.named} was not done after {self._timeout:g} s: {times.told(ends)}"
+        return QueryTimeoutError(message, self._timeout, times.queue_seconds, times.run_seconds)
 
 
 def _name_in(error: BaseException, label: str) -> None:

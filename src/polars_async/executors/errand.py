@@ -7,7 +7,7 @@ import logging
 import os
 import signal
 from functools import partial
-from time import monotonic, perf_counter
+from time import monotonic
 from typing import TYPE_CHECKING, Any, Final
 
 from polars_async._green import tell
@@ -74,9 +74,8 @@ class Errand:
         try:
             if not query.on_let_go(self.stop):
                 return "value", None
-            waits = perf_counter()
-            self._worker.await_start()
-            query.paused_seconds += perf_counter() - waits  # or it would seem to be a slow query
+            with query.times.paused():  # or it would seem to be a slow query
+                self._worker.await_start()
             if not self._is_to_run():
                 return "value", None
             self._worker.bring_up_to_date()

@@ -26,7 +26,7 @@ class GpuThread(Threads):
         try:
             # Queries of other collectors may have the GPU until this one is cancelled.
             with turn(is_wanted=partial(_is_wanted, query)):
-                query.paused_seconds += perf_counter() - waits
+                query.times.paused_seconds += perf_counter() - waits
                 return super().run(work, query)
         finally:
             del work, query  # an error's traceback holds this frame
