@@ -1,4 +1,4 @@
-"""What a query takes from the program itself, and from modules that nobody else can import."""
+"""What a query takes from the program itself, and from modules that it alone can import."""
 
 from __future__ import annotations
 
@@ -259,7 +259,8 @@ def test_threads_of_one_query_ask_one_after_the_other(processes, main):
 
 def test_script_without_cloudpickle_is_told_what_to_install(processes, main, monkeypatch):
     definitions._pickler.cache_clear()
-    monkeypatch.setitem(sys.modules, "cloudpickle", None)
+    for name in ("cloudpickle", "cloudpickle.cloudpickle"):
+        monkeypatch.setitem(sys.modules, name, None)
     ours = main("def ours(frame): return frame\n")["ours"]
     with pytest.raises(pa.PolarsAsyncError, match=r"__main__\.ours is defined in this program al"):
         processes.collect_async(on_frames(ours)).result(30)

@@ -87,7 +87,7 @@ def pickled_by_value(value: object, name: str) -> bytes:
 
 
 def can_be_pickled(value: object) -> bool:
-    """Tell whether `value` can be sent, with all that it uses."""
+    """Return whether `value` can be sent, with all that it uses."""
     try:
         _dumps(value)
     except Exception:  # noqa: BLE001  # of its own methods
@@ -96,7 +96,7 @@ def can_be_pickled(value: object) -> bool:
 
 
 def is_own(module: str | None) -> bool:
-    """Tell whether this program has a module that other processes cannot import by its name."""
+    """Return whether this program has a module that other processes cannot import by its name."""
     if module is None or module == "__main__":
         return module is not None
     package, _, _ = module.rpartition(".")

@@ -170,7 +170,9 @@ class _Parent:
         with self._lock:
             if not self._listens:
                 question.close()
-                raise PolarsAsyncError("the query has ended, and there is nobody to ask")
+                raise PolarsAsyncError(
+                    "the query has ended, and nothing of it is answered any more"
+                )
             self._channel.send(question)
             return unpack(self._channel.receive())
 
