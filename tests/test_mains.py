@@ -10,10 +10,11 @@ import threading
 import types
 import zipfile
 from importlib.util import module_from_spec, spec_from_file_location
+from itertools import count
 
 import polars as pl
 import pytest
-from places import Notes
+from places import Gate, Notes
 
 import polars_async as pa
 from polars_async.executors import definitions
@@ -255,6 +256,29 @@ def test_threads_of_one_query_ask_one_after_the_other(processes, main):
 
     for _ in range(5):
         assert processes.collect_async(on_frames(at_once)).result(30).item() == 210
+
+
+def test_thread_that_a_function_leaves_behind_harms_no_later_query_by_what_it_asks():
+    gate = Gate()
+
+    def leave_threads(frame):
+        def ask():
+            for number in count():
+                hasattr(sys.modules["__main__"], f"of_no_test_{threading.get_ident()}_{number}")
+                if gate.is_set():
+                    return
+
+        for _ in range(4):
+            threading.Thread(target=ask, daemon=True).start()
+        return frame
+
+    with pa.Collector(executor="processes", max_running=1) as collector:
+        assert collector.collect_async(on_frames(leave_threads)).result(30).item() == 1
+        for number in range(300):
+            query = pl.LazyFrame({"a": [number]})
+            assert collector.collect_async(query).result(30).item() == number
+        gate.set()
+        assert collector.stats()["workers_died"] == 0
 
 
 def test_script_without_cloudpickle_is_told_what_to_install(processes, main, monkeypatch):

@@ -170,9 +170,7 @@ class _Parent:
         with self._lock:
             if not self._listens:
                 question.close()
-                raise PolarsAsyncError(
-                    "the query has ended, and nothing of it is answered any more"
-                )
+                raise PolarsAsyncError("the query has ended: what is left of it has no answer")
             self._channel.send(question)
             return unpack(self._channel.receive())
 
