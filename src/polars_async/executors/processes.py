@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 from contextlib import suppress
-from functools import partial
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
-from polars_async._green import tell
-from polars_async._log import log
 from polars_async._native import RLock, holding
 from polars_async.errors import WorkerDiedError, signal_of
 from polars_async.executors.errand import Errand
 from polars_async.executors.outcomes import error_of
 from polars_async.executors.parcels import Halt, buffer_of, pack
 from polars_async.executors.spawned import Worker, dismiss, executable
-from polars_async.executors.staying import StaysHereError, UnsendableError, run_here
+from polars_async.executors.staying import (
+    StaysHereError,
+    UnsendableError,
+    run_here,
+    say_once,
+)
 from polars_async.gpu.simulation import current
 from polars_async.plans import look_at
 
@@ -78,8 +81,8 @@ class Processes:
         error: BaseException | None = None
         try:
             outcome = self._outcome(work, query)
-            if outcome is None:
-                return run_here(work, query)  # type: ignore[return-value]  # None is for nobody
+            if isinstance(outcome, str):
+                return run_here(work, query, outcome)  # type: ignore[return-value]  # None is for nobody
             kind, found, outgrown = outcome
             error = error_of(kind, found)
             if error is None:
@@ -92,8 +95,8 @@ class Processes:
 
     def _outcome(
         self, work: Callable[[], object], query: Query[Any]
-    ) -> tuple[str, Any, QueryMemoryError | None] | None:
-        """Give what came of it in a worker; None where it has to stay here."""
+    ) -> tuple[str, Any, QueryMemoryError | None] | str:
+        """Give what came of it in a worker, or the reason why it stays here."""
         errand: Errand | None = None
         try:
             for _ in range(_TRIES):
@@ -117,18 +120,16 @@ class Processes:
                 except BaseException:  # as when the program ends
                     self._lose(worker)
                     raise
-                if worker.is_leaving or self._is_bloated(worker):
-                    self._replace(worker)
-                else:
-                    self._give(worker)
+                self._take_back(worker)
+                errand.check_sendable(kind)
                 return kind, found, errand.outgrown
             raise WorkerDiedError(
                 f"{_TRIES} worker processes in a row died before they began a query"
             )
         except self._stay_here as reason:
             if isinstance(reason, UnsendableError):
-                tell(partial(log.info, "%s runs in this process: %s", query.named, reason))
-            return None
+                say_once(query, str(reason), logging.WARNING)
+            return str(reason)
         finally:
             query.on_let_go(None)
             del self, work, query, errand  # as above
@@ -171,6 +172,12 @@ class Processes:
         with self._lock:
             self._workers.add(worker)
         return worker
+
+    def _take_back(self, worker: Worker) -> None:
+        if worker.is_leaving or self._is_bloated(worker):
+            self._replace(worker)
+        else:
+            self._give(worker)
 
     def _give(self, worker: Worker) -> None:
         with self._lock:
