@@ -4,7 +4,14 @@ from __future__ import annotations
 
 from array import array
 from contextlib import suppress
-from socket import MSG_CMSG_CLOEXEC, MSG_PEEK, SCM_RIGHTS, SHUT_RDWR, SOL_SOCKET
+from socket import (
+    MSG_CMSG_CLOEXEC,
+    MSG_NOSIGNAL,
+    MSG_PEEK,
+    SCM_RIGHTS,
+    SHUT_RDWR,
+    SOL_SOCKET,
+)
 from struct import Struct
 from typing import TYPE_CHECKING, Final
 
@@ -41,9 +48,9 @@ class Channel:
         rights = [(SOL_SOCKET, SCM_RIGHTS, array("i", parcel.files))] if parcel.files else []
         try:
             with self._lock:
-                sent = self._socket.sendmsg([head, parcel.data], rights)
+                sent = self._socket.sendmsg([head, parcel.data], rights, MSG_NOSIGNAL)
                 if sent < len(head) + len(parcel.data):
-                    self._socket.sendall(memoryview(head + parcel.data)[sent:])
+                    self._socket.sendall(memoryview(head + parcel.data)[sent:], MSG_NOSIGNAL)
         except OSError as error:
             raise EOFError from error
         finally:
