@@ -16,6 +16,7 @@ from struct import Struct
 from typing import TYPE_CHECKING, Final
 
 from polars_async._native import RLock
+from polars_async.executors.descriptors import above_standard_files
 from polars_async.executors.parcels import Parcel
 
 if TYPE_CHECKING:
@@ -75,7 +76,8 @@ class Channel:
             )
             for level, kind, data in ancillary:
                 if level == SOL_SOCKET and kind == SCM_RIGHTS:
-                    files += array("i", data[: len(data) - len(data) % _FILES.itemsize])
+                    came = array("i", data[: len(data) - len(data) % _FILES.itemsize])
+                    files += map(above_standard_files, came)
             if timeout is not None:
                 self._socket.settimeout(None)
             head += self._exactly(_HEAD.size - len(head))
