@@ -2,25 +2,45 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import subprocess
 import sys
+import threading
+import time
 from ast import literal_eval
 from itertools import combinations
+from pathlib import Path
 
 import polars as pl
 import pytest
+from places import until as eventually
 
 import polars_async as pa
+from polars_async.executors.children import Child
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="worker processes need Linux")
 
 ONE = pl.LazyFrame({"a": [1]})
+LAST_PID = Path("/proc/sys/kernel/ns_last_pid")
 
 
 @pytest.fixture
 def collector():
     with pa.Collector(executor="processes", max_running=1) as collector:
         yield collector
+
+
+def pid_of(frame):
+    return frame.select(a=pl.lit(os.getpid(), pl.Int64))
+
+
+def worker_of(collector):
+    return collector.collect_async(ONE.map_batches(pid_of)).result(30).item()
+
+
+def is_there(pid):
+    return Path(f"/proc/{pid}").exists()
 
 
 # Signals
@@ -63,6 +83,135 @@ for data in (bytes(10**7), b"x"):
         print("gone")
 """
     assert run_script(script) == ["gone", "gone"]
+
+
+@pytest.fixture
+def ignores_children():
+    """Have the kernel take the status of all children."""
+    before = signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+    yield
+    signal.signal(signal.SIGCHLD, before)
+
+
+@pytest.fixture
+def waits_for_children():
+    """Have a thread take the status of all children."""
+    ends = threading.Event()
+
+    def wait():
+        while not ends.wait(0.001):
+            try:
+                os.waitpid(-1, os.WNOHANG)
+            except ChildProcessError:
+                continue
+
+    thread = threading.Thread(target=wait)
+    thread.start()
+    yield
+    ends.set()
+    thread.join()
+
+
+def take_number(number):
+    """Start a process that has the number, and give it."""
+    if not os.access(LAST_PID, os.W_OK):
+        pytest.skip("a process gets a number of choice from root alone")
+    for _ in range(100):
+        LAST_PID.write_text(str(number - 1))
+        process = subprocess.Popen(["sleep", "60"])
+        if process.pid == number:
+            return process
+        process.kill()
+        process.wait()
+    pytest.skip("another process has got the number")
+
+
+@pytest.mark.usefixtures("ignores_children")
+@pytest.mark.parametrize("is_seen", [True, False])
+def test_process_that_has_the_number_of_a_dead_worker_is_left_alone(
+    collector, monkeypatch, is_seen
+):
+    pid = worker_of(collector)
+    os.kill(pid, signal.SIGKILL)
+    eventually(lambda: not is_there(pid))
+    if not is_seen:  # as where it dies just after the look
+        monkeypatch.setattr("polars_async.executors.spawned.Worker.is_alive", lambda _: True)
+    with take_number(pid) as other:
+        try:
+            assert worker_of(collector) != pid
+            assert other.poll() is None
+        finally:
+            other.kill()
+
+
+@pytest.mark.parametrize("how", ["ignores_children", "waits_for_children"])
+def test_query_is_stopped_and_the_next_one_runs_though_the_status_is_taken(
+    collector, request, how, tmp_path
+):
+    request.getfixturevalue(how)
+    begun = str(tmp_path / "begun")
+
+    def wait(frame):
+        Path(begun).write_text(str(os.getpid()))
+        time.sleep(60)
+        return frame
+
+    for _ in range(3):
+        Path(begun).unlink(missing_ok=True)
+        handle = collector.collect_async(ONE.map_batches(wait))
+        eventually(lambda: Path(begun).exists() and Path(begun).read_text())
+        pid = int(Path(begun).read_text())
+        handle.cancel()
+        eventually(lambda pid=pid: not is_there(pid))
+        assert collector.collect_async(ONE).result(30).item() == 1
+
+
+@pytest.mark.usefixtures("ignores_children")
+def test_status_that_the_kernel_has_taken_is_not_known(collector):
+    def die(_):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    with pytest.raises(pa.WorkerDiedError, match="since SIGCHLD is ignored") as caught:
+        collector.collect_async(ONE.map_batches(die)).result(30)
+    assert caught.value.exitcode is None
+
+
+def without_pidfd(monkeypatch):
+    monkeypatch.delattr(os, "pidfd_open", raising=False)
+
+
+def refused_pidfd(monkeypatch):
+    def refuse(*_):
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr(signal, "pidfd_send_signal", refuse)
+
+
+@pytest.mark.parametrize("lack", [without_pidfd, refused_pidfd])
+def test_worker_is_known_by_its_number_where_there_is_no_better(collector, monkeypatch, lack):
+    lack(monkeypatch)
+
+    def die(_):
+        os._exit(3)
+
+    with pytest.raises(pa.WorkerDiedError, match="with exit status 3"):
+        collector.collect_async(ONE.map_batches(die)).result(30)
+    pid = worker_of(collector)
+    monkeypatch.setattr("polars_async.executors.spawned.Worker.is_alive", lambda _: False)
+    assert worker_of(collector) != pid
+    assert not is_there(pid)
+
+
+def test_number_that_is_not_that_of_a_child_is_sent_no_signal(monkeypatch):
+    without_pidfd(monkeypatch)
+    child = Child(os.getppid())
+    sent = []
+    monkeypatch.setattr(os, "kill", lambda *arguments: sent.append(arguments))
+    child.signal(signal.SIGKILL)
+    assert sent == []
+    child.await_end()
+    with pytest.raises(ChildProcessError):
+        child.take_exitcode()
 
 
 # Files and arguments

@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING, Final
 from weakref import WeakSet
 
 from polars_async._green import leaving_no_hub
-from polars_async._native import RLock, holding, posix_spawn, sleep, start_new_thread, waitpid
+from polars_async._native import RLock, holding, posix_spawn, sleep, start_new_thread
 from polars_async.executors.channel import Channel
+from polars_async.executors.children import Child
 from polars_async.executors.descriptors import STANDARD_FILES, above_standard_files
 from polars_async.executors.parcels import new_file, pack, unpack
 from polars_async.executors.surroundings import changes, surroundings
@@ -61,7 +62,8 @@ class Worker:
             self._own = {os.fsencode(name): os.fsencode(value) for name, value in env.items()}
             # But for the folder, which may be another one until the process is there.
             self._surroundings = surroundings()._replace(folder=None)
-            self.pid = self._start(theirs.fileno(), lifeline)
+            self._child = self._start(theirs.fileno(), lifeline)
+            self.pid = self._child.pid
         except BaseException:
             self.channel.close()
             self._drop_lifeline()
@@ -71,7 +73,7 @@ class Worker:
             theirs.close()
             os.close(lifeline)
 
-    def _start(self, socket: int, lifeline: int) -> int:
+    def _start(self, socket: int, lifeline: int) -> Child:
         path = marshal.dumps(self._surroundings.path)
         file = new_file()  # for a path that is longer than an argument may be
         try:
@@ -82,7 +84,7 @@ class Worker:
                 socket=socket,
                 lifeline=lifeline,
             )
-            return self._run(code, [socket, lifeline, file])
+            return Child(self._run(code, [socket, lifeline, file]))
         finally:
             os.close(file)
 
@@ -130,10 +132,8 @@ class Worker:
         if self._reaped:
             return
         try:
-            os.kill(self.pid, number)
-        except ProcessLookupError:
-            pass  # somebody else has taken its status
-        except PermissionError:  # this process has become that of another user
+            self._child.signal(number)
+        except PermissionError:
             if number == signal.SIGKILL:
                 self._drop_lifeline()
 
@@ -147,10 +147,9 @@ class Worker:
         return (int(resident) - int(shared)) * _PAGE
 
     def end(self) -> int | None:
-        """Kill it if it lives, and wait for its end; gives its wait status, if there is one."""
+        """Kill it if it lives, and wait for its end; gives its exit code, if that is known."""
         self.signal(signal.SIGKILL)
-        with suppress(ChildProcessError):
-            os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOWAIT)
+        self._child.await_end()
         return self._reap()
 
     def leave(self) -> None:
@@ -167,24 +166,26 @@ class Worker:
 
     def abandon(self) -> None:
         """Close what a forked child has of it, so that the worker sees its parent's end."""
+        self._reaped = True  # by the parent, as far as the child is concerned
+        self._child.close()
         self.channel.abandon()
         self._drop_lifeline()
 
     def _reap(self) -> int | None:
-        # Nobody sends it a signal meanwhile, since its number may then be that of another process.
-        with self._lock:
+        with self._lock:  # or it might be sent a signal by what is closed
             if self._reaped:
                 return None
-            status: int | None = None
-            with suppress(ChildProcessError):  # somebody else has taken it
-                pid, status = waitpid(self.pid, os.WNOHANG)
-                if pid == 0:
+            exitcode: int | None = None
+            with suppress(ChildProcessError):  # other code has taken it
+                exitcode = self._child.take_exitcode()
+                if exitcode is None:
                     return None
             self._reaped = True
             _alive.discard(self)
+            self._child.close()
             self.channel.close()
             self._drop_lifeline()
-            return status
+            return exitcode
 
     def _drop_lifeline(self) -> None:
         """Have the kernel kill it, which takes no permission."""
