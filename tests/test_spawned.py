@@ -10,6 +10,8 @@ import threading
 import time
 from ast import literal_eval
 from itertools import combinations
+from multiprocessing import set_executable
+from multiprocessing.spawn import get_executable
 from pathlib import Path
 
 import polars as pl
@@ -41,6 +43,113 @@ def worker_of(collector):
 
 def is_there(pid):
     return Path(f"/proc/{pid}").exists()
+
+
+# Which program a worker is
+
+
+@pytest.fixture
+def runs_in(monkeypatch):
+    """Have this process be that of a program, as it would be since the start."""
+    before = get_executable()
+
+    def runs_in(program):
+        monkeypatch.setattr(sys, "executable", program)
+        set_executable(program)
+
+    yield runs_in
+    set_executable(before)
+
+
+@pytest.fixture
+def service(tmp_path):
+    """A program with Python in it, which starts like one and leaves a note."""
+    service = tmp_path / "service"
+    service.write_text(f"#!/bin/sh\ntouch {tmp_path}/started\n")
+    service.chmod(0o755)
+    yield str(service)
+    assert not (tmp_path / "started").exists()
+
+
+def refused(collector):
+    with pytest.raises(pa.PolarsAsyncError) as caught:
+        collector.collect_async(ONE).result(30)
+    assert "multiprocessing.set_executable" in str(caught.value)
+    assert "executor='threads'" in str(caught.value)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("program", ["", None, "/nowhere/python3", "/", __file__])
+def test_what_cannot_be_started_is_named_and_what_to_set(collector, runs_in, program):
+    runs_in(program)
+    assert f"{program or ''!r} is no program" in refused(collector)
+
+
+def test_program_with_python_embedded_is_not_started(collector, runs_in, service):
+    runs_in(service)
+    assert f"{service!r} is not called python" in refused(collector)
+
+
+def test_program_that_has_mended_sys_executable_too_late_is_not_started(
+    collector, runs_in, service, tmp_path, monkeypatch
+):
+    python = tmp_path / "python3"
+    python.symlink_to(sys.executable)
+    runs_in(service)
+    monkeypatch.setattr(sys, "executable", str(python))
+    monkeypatch.setattr(os.path, "samefile", lambda one, _: one == service)
+    assert f"{service!r} is not called python" in refused(collector)
+
+
+@pytest.mark.parametrize("called", ["service", "python3"])
+def test_frozen_program_is_not_started(collector, runs_in, service, monkeypatch, called):
+    program = Path(service).with_name(called)
+    if called != "service":
+        program.symlink_to(service)
+    runs_in(str(program))
+    monkeypatch.setattr(sys, "frozen", True, raising=False)
+    assert "is this program itself, which is frozen" in refused(collector)
+
+
+@pytest.mark.parametrize("called", ["python", "python3.11", "python3.13t", "pypy3.10", "mine"])
+def test_python_is_started_by_whatever_link(collector, runs_in, tmp_path, called):
+    link = tmp_path / called
+    link.symlink_to(sys.executable)  # which finds its libraries by pyvenv.cfg, if at all
+    (tmp_path / "pyvenv.cfg").write_text(f"home = {Path(sys.executable).resolve().parent}\n")
+    runs_in(str(link))
+    assert collector.collect_async(ONE).result(30).item() == 1
+
+
+def test_frozen_program_has_workers_in_the_python_that_it_sets(run_script):
+    script = """
+import os, multiprocessing, sys, polars as pl, polars_async as pa
+python, sys.executable, sys.frozen = sys.executable, "/nowhere/service", True
+import cloudpickle, multiprocessing.spawn, polars_async.executors.processes
+multiprocessing.set_executable(python)
+sys.path[:] = ["/nowhere/base_library.zip"]
+def count(frame):
+    import filecmp, json
+    found = sum(each.startswith("/nowhere") for each in sys.path)
+    return frame.select(a=pl.lit(found, pl.Int64))
+query = pl.LazyFrame({"a": [1]}).map_batches(count)
+with pa.Collector(executor="processes", max_running=1) as collector:
+    for _ in range(3):
+        print(collector.collect_async(query).result(30).item())
+        sys.path.append("/nowhere/plugins")
+"""
+    assert run_script(script) == ["1", "2", "3"]
+
+
+def test_outcome_of_a_query_is_its_own_where_no_worker_can_take_the_place(collector, runs_in):
+    def die(_):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    worker_of(collector)
+    runs_in("/nowhere/python3")
+    assert collector.collect_async(ONE).result(30).item() == 1
+    with pytest.raises(pa.WorkerDiedError, match="by SIGKILL"):
+        collector.collect_async(ONE.map_batches(die)).result(30)
+    refused(collector)
 
 
 # Signals

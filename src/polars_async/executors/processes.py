@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from polars_async._green import tell
 from polars_async._native import RLock, holding
-from polars_async.errors import WorkerDiedError, signal_of
+from polars_async.errors import PolarsAsyncError, WorkerDiedError, signal_of
 from polars_async.events import log
 from polars_async.executors.errand import Errand
 from polars_async.executors.outcomes import error_of
 from polars_async.executors.parcels import Halt, buffer_of, pack
-from polars_async.executors.spawned import Worker, dismiss, executable
+from polars_async.executors.spawned import Worker, dismiss
 from polars_async.executors.staying import StaysHereError, UnsendableError, run_here
 from polars_async.gpu.simulation import current
 from polars_async.plans import look_at
@@ -197,7 +197,7 @@ class Processes:
         self._refill()
 
     def _refill(self) -> None:
-        with suppress(OSError):  # then the next query tries it again
+        with suppress(OSError, PolarsAsyncError):  # then the next query tries it again
             is_enough = self._closed or len(self._idle) >= self._most_idle
             fresh = None if is_enough else self._start()
             if fresh is not None:
@@ -221,7 +221,7 @@ def _death(worker: Worker, exitcode: int | None, query: Query[Any]) -> WorkerDie
     if not worker.is_ready:
         return WorkerDiedError(
             f"the worker process {worker.pid} ended before it was ready, {_told(exitcode)}: what "
-            f"it wrote to stderr may tell why, or whether {executable()!r} runs by itself",
+            f"it wrote to stderr may tell why, or whether {worker.executable!r} runs by itself",
             exitcode,
             None,
         )

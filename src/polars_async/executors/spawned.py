@@ -10,7 +10,6 @@ import sys
 from _socket import AF_UNIX, SOCK_STREAM, socketpair
 from _socket import socket as Socket  # noqa: N812  # as in the channel
 from contextlib import suppress
-from multiprocessing.spawn import get_executable
 from time import monotonic
 from typing import TYPE_CHECKING, Final
 from weakref import WeakSet
@@ -20,6 +19,7 @@ from polars_async._native import RLock, holding, posix_spawn, sleep, start_new_t
 from polars_async.executors.channel import Channel
 from polars_async.executors.children import Child
 from polars_async.executors.descriptors import STANDARD_FILES, above_standard_files
+from polars_async.executors.interpreter import executable
 from polars_async.executors.parcels import new_file, pack, unpack
 from polars_async.executors.surroundings import changes, surroundings
 from polars_async.gpu.simulation import current
@@ -31,7 +31,7 @@ _FAREWELL: Final = 2.0
 """Seconds that an idle worker has to end by itself."""
 _START: Final = (
     "import marshal, os, signal, sys; signal.signal(signal.SIGINT, lambda *_: None); "
-    "path = marshal.loads(os.pread({path}, {size}, 0)); sys.path[:] = path; "
+    "path = marshal.loads(os.pread({path}, {size}, 0)); sys.path[:{replaced}] = path; "
     "from polars_async.executors.worker import main as serve; del marshal, os, signal, sys; "
     "globals().pop('serve')({socket}, {lifeline}, globals().pop('path'))"
 )
@@ -43,6 +43,7 @@ class Worker:
     """One worker process, and this end of the channel to it."""
 
     def __init__(self, env: Mapping[str, str]) -> None:
+        self.executable = executable()
         with _no_fork:
             self._spawn(env)
 
@@ -81,6 +82,8 @@ class Worker:
             code = _START.format(
                 path=file,
                 size=len(path),
+                # One that the program has set finds its modules where its own path says.
+                replaced="" if self.executable == sys.executable else 0,
                 socket=socket,
                 lifeline=lifeline,
             )
@@ -89,11 +92,10 @@ class Worker:
             os.close(file)
 
     def _run(self, code: str, files: list[int]) -> int:
-        python = executable()
         warnings = [f"-W{option}" for option in sys.warnoptions]
         return posix_spawn(
-            python,
-            [python, "-P", *warnings, "-c", code],
+            self.executable,
+            [self.executable, "-P", *warnings, "-c", code],
             self._surroundings.variables | self._own,
             file_actions=[
                 *_standard_files(),
@@ -211,12 +213,6 @@ def _see_off(workers: list[Worker], farewell: float = _FAREWELL) -> None:
     until = monotonic() + farewell
     for worker in workers:
         worker.see_off(until)
-
-
-def executable() -> str:
-    """Give the interpreter that runs workers."""
-    # Which `multiprocessing.set_executable` sets where sys.executable is no Python.
-    return os.fsdecode(get_executable() or sys.executable)
 
 
 def _above_standard_files(socket: Socket) -> Socket:
