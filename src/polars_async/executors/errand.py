@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import enum
 import logging
-import os
 import signal
 from functools import partial
 from time import monotonic
@@ -96,9 +95,9 @@ class Errand:
             del self, query
         return kind, found
 
-    def has_harmed_none(self, status: int | None) -> bool:
+    def has_harmed_none(self, exitcode: int | None) -> bool:
         """Tell whether the worker died before it began; one that fails to start does so again."""
-        may_start = self._worker.is_ready or (status is not None and os.WIFSIGNALED(status))
+        may_start = self._worker.is_ready or (exitcode is not None and exitcode < 0)
         return may_start and not self._begun and not self.stopped
 
     def check_sendable(self, kind: str) -> None:

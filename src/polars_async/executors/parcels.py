@@ -24,6 +24,7 @@ from polars_async._upstream import (
 from polars_async.bridges.buffer import Buffer
 from polars_async.executors.blame import unsendable
 from polars_async.executors.definitions import can_be_pickled
+from polars_async.executors.descriptors import above_standard_files
 from polars_async.executors.extensions import (
     LOSES_THEM,
     extension_names,
@@ -47,7 +48,8 @@ _MOST_FILES: Final = 64
 
 def new_file() -> int:
     """Make a file in memory that has no name, and that nobody but its owner could open."""
-    file = os.memfd_create("polars-async", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    flags = os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING
+    file = above_standard_files(os.memfd_create("polars-async", flags))
     os.fchmod(file, 0o600)
     return file
 

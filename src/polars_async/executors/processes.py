@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import logging
-import os
 import signal
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from polars_async._native import RLock, holding
-from polars_async.errors import WorkerDiedError, signal_of
+from polars_async.errors import PolarsAsyncError, WorkerDiedError, signal_of
 from polars_async.executors.errand import Errand
 from polars_async.executors.outcomes import error_of
 from polars_async.executors.parcels import Halt, buffer_of, pack
-from polars_async.executors.spawned import Worker, dismiss, executable
+from polars_async.executors.spawned import Worker, dismiss
 from polars_async.executors.staying import (
     StaysHereError,
     UnsendableError,
@@ -113,10 +112,10 @@ class Processes:
                 try:
                     kind, found = errand.run(parcel, buffer_of(work))
                 except EOFError:
-                    status = self._lose(worker)
-                    if errand.has_harmed_none(status):
+                    exitcode = self._lose(worker)
+                    if errand.has_harmed_none(exitcode):
                         continue
-                    raise self._death(worker, status, errand, query) from None
+                    raise self._death(worker, exitcode, errand, query) from None
                 except BaseException:  # as when the program ends
                     self._lose(worker)
                     raise
@@ -188,7 +187,7 @@ class Processes:
         dismiss([worker])
 
     def _lose(self, worker: Worker) -> int | None:
-        """Have `worker` gone for good; gives its wait status, if there is one."""
+        """Have `worker` gone for good; gives its exit code, if that is known."""
         with self._lock:
             self._workers.discard(worker)
         return worker.end()
@@ -205,14 +204,14 @@ class Processes:
         self._refill()
 
     def _refill(self) -> None:
-        with suppress(OSError):  # then the next query tries it again
+        with suppress(OSError, PolarsAsyncError):  # then the next query tries it again
             is_enough = self._closed or len(self._idle) >= self._most_idle
             fresh = None if is_enough else self._start()
             if fresh is not None:
                 self._give(fresh)
 
     def _death(
-        self, worker: Worker, status: int | None, errand: Errand, query: Query[Any]
+        self, worker: Worker, exitcode: int | None, errand: Errand, query: Query[Any]
     ) -> BaseException:
         """Put a fresh worker in the place of one that is gone; gives the error of its query."""
         if worker.is_ready:  # else the next one might not start, either
@@ -222,15 +221,14 @@ class Processes:
         if not errand.stopped:
             with self._lock:
                 self.died += 1
-        return _death(worker, status, query)
+        return _death(worker, exitcode, query)
 
 
-def _death(worker: Worker, status: int | None, query: Query[Any]) -> WorkerDiedError:
-    exitcode = None if status is None else os.waitstatus_to_exitcode(status)
+def _death(worker: Worker, exitcode: int | None, query: Query[Any]) -> WorkerDiedError:
     if not worker.is_ready:
         return WorkerDiedError(
             f"the worker process {worker.pid} ended before it was ready, {_told(exitcode)}: what "
-            f"it wrote to stderr may tell why, or whether {executable()!r} runs by itself",
+            f"it wrote to stderr may tell why, or whether {worker.executable!r} runs by itself",
             exitcode,
             None,
         )
@@ -257,7 +255,10 @@ def _death(worker: Worker, status: int | None, query: Query[Any]) -> WorkerDiedE
 
 def _told(exitcode: int | None) -> str:
     if exitcode is None:
-        return "and its exit status was taken by other code that waits for all children"
+        return (
+            "and its exit status was taken, by other code that waits for all children or since "
+            "SIGCHLD is ignored"
+        )
     if exitcode < 0:
         known = signal_of(exitcode)
         return f"by {known.name}" if known is not None else f"by signal {-exitcode}"

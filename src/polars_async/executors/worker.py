@@ -41,7 +41,7 @@ _NICENESS = 10
 """A tenth of the share that the parent's threads get where both want a processor."""
 
 
-def main(socket_file: int, lifeline: int) -> None:
+def main(socket_file: int, lifeline: int, path: list[str]) -> None:
     """
     Serve the parent, at the other end of a socket, until that is closed.
 
@@ -76,7 +76,7 @@ def main(socket_file: int, lifeline: int) -> None:
         _set_up_logging(logs, levels)
         with nullcontext() if simulated is None else _simulated_gpu(simulated, channel):
             channel.send(pack(("ready", None), in_files=False))
-            follower = Follower()
+            follower = Follower(path)
             answer_for_polars()
             while not context_is_poisoned():
                 _serve(channel, logs, follower)
