@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 _Reduced: TypeAlias = tuple[Any, ...]
 _IT_IS: Final = pickle.dumps(object)
 """In place of a module."""
+_EVERYWHERE: Final = sys.stdlib_module_names | {"cloudpickle", "polars", "polars_async"}
 _Cached: Final[type[Any]] = type(functools.lru_cache(len))
 
 
@@ -96,11 +97,18 @@ def can_be_pickled(value: object) -> bool:
 
 
 def is_own(module: str | None) -> bool:
-    """Return whether this program has a module that other processes cannot import by its name."""
+    """
+    Return whether this program has a module that other processes cannot import by its name.
+
+    Of a frozen program it cannot be told, since its modules lie on no path: they have to be
+    installed for the Python that it has set for its workers.
+    """
     if module is None or module == "__main__":
         return module is not None
     package, _, _ = module.rpartition(".")
-    if module not in sys.modules or module.partition(".")[0] in sys.stdlib_module_names:
+    if module not in sys.modules or module.partition(".")[0] in _EVERYWHERE:
+        return False
+    if getattr(sys, "frozen", False):
         return False
     if not package:
         return not _is_importable(module, tuple(map(str, sys.path)))
