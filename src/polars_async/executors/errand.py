@@ -22,9 +22,9 @@ from polars_async.executors.staying import UnsendableError
 if TYPE_CHECKING:
     from polars_async.bridges.buffer import Buffer
     from polars_async.deadlines import Deadline
+    from polars_async.executors import Job
     from polars_async.executors.mains import Definition
     from polars_async.executors.spawned import Worker
-    from polars_async.query import Query
 
 GRACE: Final = 0.05
 """Seconds that a query has to end after SIGINT, before its worker is killed."""
@@ -56,7 +56,7 @@ class Errand:
     next query.
     """
 
-    def __init__(self, worker: Worker, query: Query[Any], max_memory: int | None) -> None:
+    def __init__(self, worker: Worker, query: Job, max_memory: int | None) -> None:
         self._worker = worker
         self._query = query
         self._max_memory = max_memory

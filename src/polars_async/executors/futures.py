@@ -24,9 +24,9 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from concurrent.futures import Executor, Future
 
+    from polars_async.executors import Job
     from polars_async.executors.mains import Definition, Key
     from polars_async.gpu.status import GpuStatus
-    from polars_async.query import Query
 
 T = TypeVar("T")
 
@@ -48,7 +48,7 @@ class Futures:
         """Do nothing: a GPU is no other place here."""
         return None
 
-    def run(self, work: Callable[[], T], query: Query[Any]) -> T:
+    def run(self, work: Callable[[], T], query: Job) -> T:
         """Run `work` there; what it raises has the other traceback as its cause."""
         buffer = buffer_of(work)
         task: bytes | str | None = None
@@ -72,7 +72,7 @@ class Futures:
             # An error's traceback holds this frame.
             del self, work, query, buffer, task, found, batches, failed
 
-    def _outcome(self, task: bytes, query: Query[Any]) -> tuple[str, Any, list[pl.DataFrame]]:
+    def _outcome(self, task: bytes, query: Job) -> tuple[str, Any, list[pl.DataFrame]]:
         mains = added_to_polars()
         try:
             while True:
@@ -88,7 +88,7 @@ class Futures:
         finally:
             del self, task, mains, query  # as above
 
-    def _answer(self, task: bytes, mains: dict[Key, Definition], query: Query[Any]) -> bytes:
+    def _answer(self, task: bytes, mains: dict[Key, Definition], query: Job) -> bytes:
         """Send `task`, and wait for what comes back."""
         future: Future[bytes] | None = None
         try:
@@ -177,7 +177,7 @@ class _Batches(list[pl.DataFrame]):
         return False
 
 
-def _follow(future: Future[Any], query: Query[Any]) -> None:
+def _follow(future: Future[Any], query: Job) -> None:
     """Wait for the end of `future`, which is cancelled when nobody wants `query` any more."""
     told: SimpleQueue[None] = SimpleQueue()
     future.add_done_callback(lambda _: told.put(None))
@@ -200,7 +200,7 @@ def _here() -> str:
     return f"the worker process {os.getpid()} on {platform.node()}"
 
 
-def _failure(error: Exception, query: Query[Any]) -> PolarsAsyncError:
+def _failure(error: Exception, query: Job) -> PolarsAsyncError:
     """Give the error of a query that `error` kept from being run, or from being heard of."""
     what = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
     distributed = sys.modules.get("distributed")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from functools import partial
 from time import perf_counter
-from typing import TYPE_CHECKING, Any, Final, TypeVar
+from typing import TYPE_CHECKING, Final, TypeVar
 
 from polars_async.executors.threads import Threads
 from polars_async.gpu.offload import turn
@@ -12,7 +12,7 @@ from polars_async.gpu.offload import turn
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from polars_async.query import Query
+    from polars_async.executors import Job
 
 T = TypeVar("T")
 
@@ -20,7 +20,7 @@ T = TypeVar("T")
 class GpuThread(Threads):
     """The thread of the slot itself, while no other query of the process is on the GPU."""
 
-    def run(self, work: Callable[[], T], query: Query[Any]) -> T:
+    def run(self, work: Callable[[], T], query: Job) -> T:
         """Run `work` here, when it has the GPU; nothing stops it."""
         waits = perf_counter()
         try:
@@ -32,7 +32,7 @@ class GpuThread(Threads):
             del work, query  # an error's traceback holds this frame
 
 
-def _is_wanted(query: Query[Any]) -> bool:
+def _is_wanted(query: Job) -> bool:
     return not query.done
 
 

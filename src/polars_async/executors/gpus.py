@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from typing import TYPE_CHECKING, Any, Final, TypeVar
+from typing import TYPE_CHECKING, Final, TypeVar
 
 from polars_async._native import RLock
 from polars_async.executors.processes import Processes
@@ -15,8 +15,8 @@ from polars_async.gpu.offload import OF_THE_GPU, count_failure
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from polars_async.executors import Job
     from polars_async.gpu.status import GpuDevice, GpuStatus
-    from polars_async.query import Query
 
 T = TypeVar("T")
 
@@ -62,7 +62,7 @@ class GpuProcesses:
                 self._free.extend(self._places)
             return len(self._places)
 
-    def run(self, work: Callable[[], T], query: Query[Any]) -> T:
+    def run(self, work: Callable[[], T], query: Job) -> T:
         """Run `work` on a GPU that is free."""
         era = breaker.era
         with self._lock:

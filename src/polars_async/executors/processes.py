@@ -26,8 +26,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
     from polars_async.errors import QueryMemoryError
+    from polars_async.executors import Job
     from polars_async.gpu.status import GpuStatus
-    from polars_async.query import Query
 
 T = TypeVar("T")
 
@@ -75,7 +75,7 @@ class Processes:
         """Do nothing: a GPU is no other place here."""
         return None
 
-    def run(self, work: Callable[[], T], query: Query[Any]) -> T:
+    def run(self, work: Callable[[], T], query: Job) -> T:
         """Run `work` in a worker; what it raises has the other traceback as its cause."""
         error: BaseException | None = None
         try:
@@ -93,7 +93,7 @@ class Processes:
             del self, work, query, error  # an error's traceback holds this frame
 
     def _outcome(
-        self, work: Callable[[], object], query: Query[Any]
+        self, work: Callable[[], object], query: Job
     ) -> tuple[str, Any, QueryMemoryError | None] | str:
         """Give what came of it in a worker, or the reason why it stays here."""
         errand: Errand | None = None
@@ -211,7 +211,7 @@ class Processes:
                 self._give(fresh)
 
     def _death(
-        self, worker: Worker, exitcode: int | None, errand: Errand, query: Query[Any]
+        self, worker: Worker, exitcode: int | None, errand: Errand, query: Job
     ) -> BaseException:
         """Put a fresh worker in the place of one that is gone; gives the error of its query."""
         if worker.is_ready:  # else the next one might not start, either
@@ -224,7 +224,7 @@ class Processes:
         return _death(worker, exitcode, query)
 
 
-def _death(worker: Worker, exitcode: int | None, query: Query[Any]) -> WorkerDiedError:
+def _death(worker: Worker, exitcode: int | None, query: Job) -> WorkerDiedError:
     if not worker.is_ready:
         return WorkerDiedError(
             f"the worker process {worker.pid} ended before it was ready, {_told(exitcode)}: what "
@@ -265,7 +265,7 @@ def _told(exitcode: int | None) -> str:
     return f"with exit status {exitcode}"
 
 
-def _plan_of(query: Query[Any]) -> str | None:
+def _plan_of(query: Job) -> str | None:
     """Return what `query` does in one short line, if its plan tells."""
     if not query.frames:
         return None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from functools import partial
-from typing import TYPE_CHECKING, Any, Final, TypeVar
+from typing import TYPE_CHECKING, Final, TypeVar
 
 import polars as pl
 
@@ -19,7 +19,7 @@ from polars_async.reasons import Reason
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from polars_async.query import Query
+    from polars_async.executors import Job
 
 T = TypeVar("T")
 
@@ -41,7 +41,7 @@ class UnsendableError(PolarsAsyncError):
     """A query cannot be sent, since what it holds cannot be pickled."""
 
 
-def say_once(query: Query[Any], why: str, level: int = logging.INFO) -> None:
+def say_once(query: Job, why: str, level: int = logging.INFO) -> None:
     """Say that `query` runs in this process, unless it was said of another for the same reason."""
     if why in _said:
         return
@@ -52,7 +52,7 @@ def say_once(query: Query[Any], why: str, level: int = logging.INFO) -> None:
     tell(partial(log.log, level, message, query.named, why))
 
 
-def run_here(work: Callable[[], T], query: Query[Any], why: str) -> T | None:
+def run_here(work: Callable[[], T], query: Job, why: str) -> T | None:
     """
     Run on this thread what stays here, for the reason `why`, if it is still wanted.
 
