@@ -516,11 +516,16 @@ class Admission:
         # Not those that pause, whose slots are for others.
         running = sum(slot.query is not None for slot in self._slots)
         waiting = self.waiting
-        if min(running, self.max_running) + waiting >= self.max_running + max_waiting:
+        room = self.max_running + max_waiting
+        if min(running, self.max_running) + waiting >= room:
+            for_gpu, slots = "", f"max_running={self.max_running}"
+            if self._exclusive:
+                for_gpu, slots = " for the GPU", f"{self.max_running} at once"
             raise QueueFullError(
-                f"the collector is full: {running} running and {waiting} waiting, of at most "
-                f"max_running={self.max_running} and max_waiting={max_waiting}. Try again later, "
-                "or make a Collector with a larger max_waiting"
+                f"the collector is full{for_gpu}: {running} running and {waiting} waiting make "
+                f"{running + waiting} queries, and it has room for {room} in all ({slots} and "
+                f"max_waiting={max_waiting}). Try again later, or make a Collector with a larger "
+                "max_waiting"
             )
 
 
