@@ -88,15 +88,32 @@ def main(arguments: Sequence[str] | None = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     doctor.add_argument("--json", action="store_true", help="write one JSON object")
-    given = parser.parse_args(arguments)
+    try:
+        given = parser.parse_args(arguments)
+    except SystemExit:
+        _write("")  # what argparse has written may still be on its way
+        raise
     if given.command is None:  # with the status of argparse where an argument is missing
         parser.print_help(sys.stderr)
         return 2
     report = _diagnose()
     width = max(60, min(shutil.get_terminal_size().columns, 100))
     text = json.dumps(report, indent=2) if given.json else "\n".join(_told(report, width))
-    sys.stdout.write(f"{text}\n")
+    _write(f"{text}\n")
     return int(report["exit_status"])
+
+
+def _write(text: str) -> None:
+    """Write to stdout, in its encoding, or nowhere if it is closed at either end."""
+    if sys.stdout is None:
+        return
+    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
+    try:
+        sys.stdout.write(text.encode(encoding, "backslashreplace").decode(encoding))
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # Or the interpreter would try again when it ends, and complain.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _diagnose() -> Report:
