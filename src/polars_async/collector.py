@@ -310,7 +310,14 @@ class Collector:
         return handle(query)
 
     def as_completed(
-        self, lazy_frames: Iterable[pl.LazyFrame], **options: Unpack[QueryOptions]
+        self,
+        lazy_frames: Iterable[pl.LazyFrame],
+        *,
+        engine: EngineRequest | None = None,
+        optimizations: pl.QueryOptFlags = DEFAULT_OPTIMIZATIONS,
+        timeout: float | None = None,
+        priority: int = 0,
+        label: str | None = None,
     ) -> ResultStream[tuple[int, pl.DataFrame]]:
         """
         Schedule each frame as a query of its own, and give the results as they come.
@@ -338,7 +345,15 @@ class Collector:
         queries: list[Query[pl.DataFrame]] = []
         try:
             for frame in checked_frames(lazy_frames):
-                query = self._collect(frame, "async", **options)
+                query = self._collect(
+                    frame,
+                    "async",
+                    engine=engine,
+                    optimizations=optimizations,
+                    timeout=timeout,
+                    priority=priority,
+                    label=label,
+                )
                 queries.append(query)
         except BaseException:
             for query in queries:
@@ -526,7 +541,14 @@ class Collector:
         return handle(query)
 
     def collect_background(
-        self, lf: pl.LazyFrame, **options: Unpack[QueryOptions]
+        self,
+        lf: pl.LazyFrame,
+        *,
+        engine: EngineRequest | None = None,
+        optimizations: pl.QueryOptFlags = DEFAULT_OPTIMIZATIONS,
+        timeout: float | None = None,
+        priority: int = 0,
+        label: str | None = None,
     ) -> BackgroundQuery[pl.DataFrame]:
         """
         Schedule a query to be fetched from threads, as ``LazyFrame.collect(background=True)``.
@@ -538,10 +560,26 @@ class Collector:
         BackgroundQuery
             With ``fetch()``, ``fetch_blocking()`` and ``cancel()``.
         """
-        return BackgroundQuery(self._collect(lf, "background", **options))
+        query = self._collect(
+            lf,
+            "background",
+            engine=engine,
+            optimizations=optimizations,
+            timeout=timeout,
+            priority=priority,
+            label=label,
+        )
+        return BackgroundQuery(query)
 
     def collect_all_background(
-        self, lazy_frames: Iterable[pl.LazyFrame], **options: Unpack[QueryOptions]
+        self,
+        lazy_frames: Iterable[pl.LazyFrame],
+        *,
+        engine: EngineRequest | None = None,
+        optimizations: pl.QueryOptFlags = DEFAULT_OPTIMIZATIONS,
+        timeout: float | None = None,
+        priority: int = 0,
+        label: str | None = None,
     ) -> BackgroundQuery[list[pl.DataFrame]]:
         """
         Schedule several frames as one query to be fetched from threads.
@@ -553,7 +591,16 @@ class Collector:
         BackgroundQuery
             As for `collect_background`; gives a list with a DataFrame for each frame.
         """
-        return BackgroundQuery(self._collect_all(lazy_frames, "background", **options))
+        query = self._collect_all(
+            lazy_frames,
+            "background",
+            engine=engine,
+            optimizations=optimizations,
+            timeout=timeout,
+            priority=priority,
+            label=label,
+        )
+        return BackgroundQuery(query)
 
     def resolve_engine(
         self,
