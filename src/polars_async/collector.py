@@ -701,10 +701,11 @@ class Collector:
         for lane in self._lanes:
             await Suspension(bridge, lane.admission)
 
-    def __del__(self) -> None:
+    # As a default, since a frozen program has cleared this module before it lets go of its own.
+    def __del__(self, is_finalizing: Callable[[], bool] = sys.is_finalizing) -> None:
         # No weakref.finalize, which would hold the lanes, whose hook may hold the collector.
         lanes = getattr(self, "_lanes", ())  # a bad argument may have ended __init__
-        if not sys.is_finalizing():
+        if not is_finalizing():
             _close_lanes(lanes)
 
     def __enter__(self) -> Self:
