@@ -369,8 +369,8 @@ KEYS = {
     "path": "engine downgraded reason message",
     "gpu": "usable reason message devices driver_version cuda_version cudf_polars_version "
     "environment breaker",
-    "device": "index uuid name compute_capability memory_total memory_free taken usable reason "
-    "message",
+    "device": "index uuid name compute_capability memory_total memory_free number taken usable "
+    "reason message breaker",
 }
 
 

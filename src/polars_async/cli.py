@@ -21,11 +21,13 @@ from polars_async import resolution
 from polars_async.gpu import GpuStatus, gpu_status
 from polars_async.gpu._cudf import find_cudf_polars
 from polars_async.gpu._visible import DEVICE_ORDER, VISIBLE_DEVICES
-from polars_async.gpu.breaker import FAILURES, REST, breaker
+from polars_async.gpu.breaker import FAILURES, REST, breaker, breaker_of
 from polars_async.resolution import AFFINITY_VARIABLE, GPU_POLICY_VARIABLE
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
+
+    from polars_async.gpu.breaker import Breaker
 
     Report: TypeAlias = dict[str, Any]
 
@@ -67,9 +69,10 @@ exit status:
   gpu          usable, reason, message, driver_version, cuda_version ([13, 0]),
                cudf_polars_version, environment (CUDA's variables), devices:
                each index, uuid, name, compute_capability ([9, 0]), memory_total
-               and memory_free (bytes), taken, usable, reason, message;
-               breaker: failures (in a row), rest_seconds (left), message. It is
-               that of this process alone, as each has its own; see stats()
+               and memory_free (bytes), number (as in GPUEngine(device=0)),
+               taken, usable, reason, message, breaker (in worker processes);
+               breaker: failures (in a row), rest_seconds (left), message. All
+               are those of this process, as each has its own; see stats()
   problems     sentences, each with its remedy
   exit_status  0 or 2
 """
@@ -208,18 +211,20 @@ def _gpu() -> Report:
     if isinstance(status, str):
         status = GpuStatus(usable=False, message=f"asking about it failed ({status})")
     variables = {name: os.environ.get(name) for name in (VISIBLE_DEVICES, DEVICE_ORDER)}
-    return {**asdict(status), "environment": variables, "breaker": _breaker()}
+    devices = [{**asdict(each), "breaker": _breaker(breaker_of(each))} for each in status.devices]
+    found = {**asdict(status), "devices": devices, "environment": variables}
+    return {**found, "breaker": _breaker(breaker)}
 
 
-def _breaker() -> Report:
-    health, seconds = breaker.health, breaker.seconds_left()
+def _breaker(of: Breaker) -> Report:
+    seconds = of.seconds_left()
     message = (
         f"closed: after {FAILURES} failures in a row, a process leaves the GPU alone for a while, "
         f"{REST:g} s at first"
     )
-    if (rest := breaker.rest()) is not None:
+    if (rest := of.rest()) is not None:
         message = f"open: the GPU rests for {seconds:.0f} s more. Last time, {rest.failure}"
-    return {"failures": health.failures, "rest_seconds": seconds, "message": message}
+    return {"failures": of.health.failures, "rest_seconds": seconds, "message": message}
 
 
 def _told(report: Report, width: int) -> Iterator[str]:
@@ -285,6 +290,10 @@ def _about(device: Report) -> Iterator[str]:
     known = [f"{size / 2**30:.1f} GiB {kind}" for kind, size in sizes if size is not None]
     yield f"memory {', '.join(known) or 'unknown'}"
     yield device["message"]
+    if device["number"] is not None:
+        yield f"GPUEngine(device={device['number']}) asks for it"
+    if device["breaker"]["failures"]:
+        yield f"breaker in worker processes {device['breaker']['message']}"
 
 
 def _dotted(version: tuple[int, int] | None) -> str:
