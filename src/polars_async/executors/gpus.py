@@ -42,8 +42,9 @@ class GpuProcesses:
     fresh one, with a context of its own.
     """
 
-    def __init__(self, *, threads: int) -> None:
+    def __init__(self, *, threads: int, keeps_unsendable: bool = False) -> None:
         self._threads: Final = threads
+        self._keeps_unsendable: Final = keeps_unsendable
         self._lock = RLock()
         self._places: dict[str | int, Processes] = {}
         self._idle: list[str | int] = []
@@ -65,7 +66,11 @@ class GpuProcesses:
         with self._lock:
             for each in usable:
                 if (key := key_of(each)) not in self._places:
-                    self._places[key] = Processes(threads=self._threads, env=_env(each))
+                    self._places[key] = Processes(
+                        threads=self._threads,
+                        keeps_unsendable=self._keeps_unsendable,
+                        env=_env(each),
+                    )
                     self._idle.append(key)
         return len(usable)
 

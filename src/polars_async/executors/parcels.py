@@ -16,10 +16,14 @@ from polars_async._native import RLock, holding
 from polars_async._upstream import (
     extensions_of,
     hands_over_here,
+    last_pickled,
     map_ipc,
     optimization_flags,
     optimizations_of,
 )
+from polars_async.executors.blame import unsendable
+from polars_async.executors.definitions import can_be_pickled
+from polars_async.executors.descriptors import above_standard_files
 from polars_async.executors.extensions import (
     LOSES_THEM,
     extension_names,
@@ -43,7 +47,8 @@ _MOST_FILES: Final = 64
 
 def new_file() -> int:
     """Make a file in memory that has no name, and that nobody but its owner could open."""
-    file = os.memfd_create("polars-async", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    flags = os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING
+    file = above_standard_files(os.memfd_create("polars-async", flags))
     os.fchmod(file, 0o600)
     return file
 
@@ -269,7 +274,7 @@ def _write_plan(lf: pl.LazyFrame, path: str) -> None:
         if hands_over_here(plan):
             raise StaysHereError
     if refused is not None:
-        raise _unsendable(refused) from refused
+        raise _unsendable(lf, refused) from refused
 
 
 def _plan_in_bytes(lf: pl.LazyFrame) -> bytes:
@@ -292,13 +297,22 @@ def _stop_growth(file: int) -> None:
         fcntl.fcntl(file, fcntl.F_ADD_SEALS, fcntl.F_SEAL_GROW)
 
 
-def _unsendable(error: Exception) -> UnsendableError:
-    if "ModuleNotFoundError" in str(error) and "cloudpickle" in str(error):
+def _unsendable(lf: pl.LazyFrame, error: Exception) -> UnsendableError:
+    text = str(error)
+    _, is_of_python, reason = text.rpartition("python: ")
+    if "ModuleNotFoundError" in text and "cloudpickle" in text:
         return UnsendableError(
             "the query cannot be sent to another process, since a Python function in it cannot be "
             "pickled by its name: install cloudpickle, or polars-async[processes]"
         )
+    if is_of_python:
+        return unsendable(last_pickled(lf), reason.strip(), can_be_pickled)
+    if "ScanSources::Files" in text:
+        return UnsendableError(
+            "the query cannot be sent to another process, since it reads an open file: give it the "
+            "path of the file, or what it holds, in an io.BytesIO"
+        )
     return UnsendableError(
-        "the query cannot be sent to another process: a Python function in it, or what that holds, "
-        f"cannot be pickled, or a frame in it has a column of Python objects ({error})"
+        "the query cannot be sent to another process: a frame or a value in it may be one of "
+        f"a column of Python objects ({error})"
     )
