@@ -210,9 +210,10 @@ class _Mapping(mmap.mmap):
     To free its pages takes the kernel 20 ms for 144 MB, which would hold up every loop.
     """
 
-    def __del__(self) -> None:
+    # As a default, since a frozen program clears this module before it lets go of its own.
+    def __del__(self, start: Callable[..., int] = start_new_thread) -> None:
         try:
-            start_new_thread(self.close, ())
+            start(self.close, ())
         except RuntimeError:  # no thread to be had, or the program ends
             self.close()
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING, TypeVar, cast
+from typing import TYPE_CHECKING, TypeVar
 
 from polars_async.gpu.failure import GpuFailure
-from polars_async.operations import Batches, Collect, CollectAll, Sink
+from polars_async.operations import on_engine
 from polars_async.resolution import ASKERS, IN_MEMORY, runs
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ def fall_back(query: Query[T], operation: Operation[T] | None, admission: Admiss
     # Its traceback holds the frames of the query, and all of the query with it.
     failure.__traceback__ = failure.__context__ = None
     return query.requeue(
-        _on_cpu(operation, failure),
+        on_engine(operation, IN_MEMORY, failure.found),
         fallen_back(query.resolution, failure),
         admission.owner,
     )
@@ -53,14 +53,3 @@ def fallen_back(resolution: Resolution, failure: GpuFailure) -> Resolution:
         message=f"{asks}, but {failure}, so {what_runs}: {failure.remedy}",
         cause=failure.cause,
     )
-
-
-def _on_cpu(operation: Operation[T], failure: GpuFailure) -> Operation[T]:
-    """Return the operation, or what is left of it, for the in-memory engine."""
-    left: object
-    if isinstance(operation, CollectAll) and failure.found is not None:
-        left = replace(operation, engine=IN_MEMORY, collected=failure.found)
-    else:
-        assert isinstance(operation, (Collect, CollectAll, Sink, Batches))
-        left = replace(operation, engine=IN_MEMORY)
-    return cast("Operation[T]", left)

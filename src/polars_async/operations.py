@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, ClassVar, Final, Protocol, TypeVar
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, ClassVar, Final, Protocol, TypeVar, cast
 
 import polars as pl
 
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
     from polars_async.bridges.buffer import Buffer
 
+T = TypeVar("T")
 T_co = TypeVar("T_co", covariant=True)
 
 _sink_batches: Final[Callable[..., pl.LazyFrame]] = without_warning(pl.LazyFrame.sink_batches)
@@ -193,6 +194,19 @@ class Batches:
         for batch in frame.iter_slices(self.chunk_size or _GPU_BATCH):
             self.buffer.add(batch)
         return frame.height
+
+
+def on_engine(
+    operation: Callable[[], T], engine: pl.Engine, collected: Mapping[int, pl.DataFrame] | None = None
+) -> Operation[T]:
+    """Return the same operation for `engine`, without the frames that are `collected` already."""
+    changed: object
+    if isinstance(operation, CollectAll) and collected is not None:
+        changed = replace(operation, engine=engine, collected=collected)
+    else:
+        assert isinstance(operation, (Collect, CollectAll, Sink, Batches))
+        changed = replace(operation, engine=engine)
+    return cast("Operation[T]", changed)
 
 
 def _collect(lf: pl.LazyFrame, engine: pl.Engine, optimizations: pl.QueryOptFlags) -> pl.DataFrame:

@@ -15,7 +15,7 @@ from polars_async.executors.extensions import extension_names, read_extended
 from polars_async.executors.parcels import mark_sorted, new_file, path_of, sorted_columns
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Callable, Iterator, Mapping
 
 
 def share(frame: pl.DataFrame) -> pl.LazyFrame:
@@ -97,8 +97,9 @@ class _Source:
         identity = status.st_dev, status.st_ino
         return _attach, (os.getpid(), self._file, identity, self._schema, self._in_order)
 
-    def __del__(self) -> None:
-        os.close(self._file)
+    # As a default, since a frozen program clears this module before it lets go of its own.
+    def __del__(self, close: Callable[[int], None] = os.close) -> None:
+        close(self._file)
 
 
 def _attach(
