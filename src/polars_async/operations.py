@@ -197,7 +197,9 @@ class Batches:
 
 
 def on_engine(
-    operation: Callable[[], T], engine: pl.Engine, collected: Mapping[int, pl.DataFrame] | None = None
+    operation: Callable[[], T],
+    engine: pl.Engine,
+    collected: Mapping[int, pl.DataFrame] | None = None,
 ) -> Operation[T]:
     """Return the same operation for `engine`, without the frames that are `collected` already."""
     changed: object
