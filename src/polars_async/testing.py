@@ -14,13 +14,15 @@ from typing import TYPE_CHECKING, Any, Final, Literal, TypeAlias, get_args
 import polars as pl
 
 from polars_async._native import allocate_lock, sleep
-from polars_async.gpu import _cudf, _nvml, _probe, simulation
+from polars_async.executors import initializer
+from polars_async.executors.initializer import Initializer
+from polars_async.gpu import _cudf, _nvml, _probe
 from polars_async.gpu._visible import DEVICE_ORDER, VISIBLE_DEVICES
 from polars_async.gpu.breaker import Health, breaker, stand_in
 from polars_async.gpu.offload import note_error_of_query
 
 if TYPE_CHECKING:
-    from collections.abc import Generator, Sequence
+    from collections.abc import Callable, Generator, Sequence
     from types import ModuleType
 
 __all__ = ["Fault", "SimulatedGpu", "simulate_gpu"]
@@ -219,9 +221,27 @@ def simulate_gpu(
         def next_faults() -> tuple[str | None, dict[int, str]]:
             return gpu.next_fault(), dict(gpu.fail_on)
 
-        here = simulation.Simulation(arguments, next_faults)
-        stack.callback(simulation.begin, simulation.begin(here))
+        here = Initializer(lambda: partial(_simulate_in_worker, arguments()), next_faults)
+        stack.callback(initializer.use, initializer.use(here))
         yield gpu
+
+
+@contextmanager
+def _simulate_in_worker(arguments: dict[str, Any], ask: Callable[[], Any]) -> Generator[None]:
+    """Have in a worker process the simulated host of its parent, which counts the queries."""
+
+    def next_fault() -> Fault | None:
+        fault: Fault | None
+        fault, gpu.fail_on = ask()
+        gpu.queries += 1
+        gpu.fail = fault
+        return fault
+
+    environment = dict(os.environ)
+    with simulate_gpu(**arguments) as gpu:
+        os.environ.update(environment)  # it may see one of the GPUs alone
+        gpu.next_fault = next_fault  # type: ignore[method-assign]
+        yield
 
 
 def _check_count(count: object) -> None:

@@ -185,17 +185,13 @@ class Errand:
                 self._worker.is_leaving = True
             elif kind == "gpu":
                 self._on_gpu(content)
-            elif kind == "fault":
-                channel.send(pack(self._next_faults(), in_files=False))
+            elif kind == "ask" and self._worker.initializer is not None:
+                channel.send(pack(self._worker.initializer.answer(), in_files=False))
             elif kind in _OF_STREAMS and buffer is not None:
                 enough = getattr(buffer, kind)(content)
                 channel.send(pack(bool(enough), in_files=False))
             else:
                 return kind, content
-
-    def _next_faults(self) -> tuple[str | None, dict[int, str]]:
-        simulation = self._worker.simulation
-        return (None, {}) if simulation is None else simulation.next_faults()
 
     def _definition(self, module: str, name: str) -> Definition:
         """Define what the worker asks for, or give it the reason why not as its error."""

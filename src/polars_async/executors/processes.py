@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Final, TypeVar
 from polars_async._native import RLock, holding
 from polars_async.errors import PolarsAsyncError, WorkerDiedError, signal_of
 from polars_async.executors.errand import Errand
+from polars_async.executors.initializer import current
 from polars_async.executors.outcomes import error_of
 from polars_async.executors.parcels import Halt, buffer_of, pack
 from polars_async.executors.spawned import Worker, dismiss
@@ -19,7 +20,6 @@ from polars_async.executors.staying import (
     run_here,
     say_once,
 )
-from polars_async.gpu.simulation import current
 from polars_async.plans import look_at
 
 if TYPE_CHECKING:
@@ -173,9 +173,9 @@ class Processes:
                 worker = self._idle.pop() if self._idle else None
             if worker is None:
                 return self._start()
-            if worker.simulation is current() and worker.is_alive():
+            if worker.initializer is current() and worker.is_alive():
                 return worker
-            # Lost to the kernel, for want of memory, or of a host that was simulated before.
+            # Lost to the kernel, for want of memory, or of another initializer.
             self._lose(worker)
 
     def _start(self) -> Worker:

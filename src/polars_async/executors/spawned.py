@@ -19,10 +19,10 @@ from polars_async._native import RLock, holding, posix_spawn, sleep, start_new_t
 from polars_async.executors.channel import Channel
 from polars_async.executors.children import Child
 from polars_async.executors.descriptors import STANDARD_FILES, above_standard_files
+from polars_async.executors.initializer import current
 from polars_async.executors.interpreter import executable
 from polars_async.executors.parcels import new_file, pack, unpack
 from polars_async.executors.surroundings import changes, surroundings
-from polars_async.gpu.simulation import current
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -55,7 +55,7 @@ class Worker:
         _alive.add(self)
         self._lock = RLock()
         self._reaped = False
-        self.simulation = current()
+        self.initializer = current()
         self.is_ready = False
         self.is_leaving = False
         """Whether it ends after this query, for a reason of its own."""
@@ -110,8 +110,8 @@ class Worker:
         """Wait until it is there; EOFError where it fails to start."""
         if self.is_ready:
             return
-        simulated = None if self.simulation is None else self.simulation.arguments()
-        self.channel.send(pack((_levels(), simulated), in_files=False))
+        set_up = None if self.initializer is None else self.initializer.set_up()
+        self.channel.send(pack((_levels(), set_up), in_files=False))
         unpack(self.channel.receive())
         self.is_ready = True
 

@@ -10,7 +10,7 @@ import select
 import signal
 import sys
 from _socket import socket
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import nullcontext, suppress
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,11 +28,10 @@ from polars_async.executors.surroundings import Follower
 from polars_async.gpu.offload import context_is_poisoned, report_health_to
 
 if TYPE_CHECKING:
-    from collections.abc import Generator, Mapping
+    from collections.abc import Mapping
 
     from polars_async.executors.mains import Definition
     from polars_async.executors.parcels import Parcel
-    from polars_async.testing import Fault
 
 _NAME = Path("/proc/self/comm")
 _BADNESS = Path("/proc/self/oom_score_adj")
@@ -71,11 +70,11 @@ def main(socket_file: int, lifeline: int, path: list[str]) -> None:
     signal.signal(signal.SIGTERM, _do_nothing)
     os.register_at_fork(after_in_child=lambda: signal.signal(signal.SIGTERM, signal.SIG_DFL))
     with suppress(EOFError):
-        levels, simulated = unpack(channel.receive())
+        levels, set_up = unpack(channel.receive())
         logs = _Logs(channel)
         _set_up_logging(logs, levels)
         report_health_to(partial(_report_health, channel))
-        with nullcontext() if simulated is None else _simulated_gpu(simulated, channel):
+        with nullcontext() if set_up is None else set_up(partial(_ask, channel)):
             channel.send(pack(("ready", None), in_files=False))
             follower = Follower(path)
             answer_for_polars()
@@ -120,6 +119,12 @@ def _run(task: Parcel, channel: Channel, follower: Follower) -> object:
         parent.end()
 
 
+def _ask(channel: Channel) -> Any:
+    """Return what the initializer answers in the parent."""
+    channel.send(pack(("ask", None), in_files=False))
+    return unpack(channel.receive())
+
+
 def _report_health(channel: Channel, failure: tuple[str, Exception] | None) -> None:
     """Tell the parent, which has the breaker of the GPU, since workers come and go."""
     told = None if failure is None else (failure[0], packed_error(failure[1]))
@@ -139,26 +144,6 @@ def _come_to_rest() -> None:
         except KeyboardInterrupt:
             continue
         return
-
-
-@contextmanager
-def _simulated_gpu(arguments: dict[str, Any], channel: Channel) -> Generator[None]:
-    """Have the simulated host of the parent, which counts the queries."""
-    from polars_async.testing import simulate_gpu  # noqa: PLC0415  # for tests alone
-
-    def next_fault() -> Fault | None:
-        channel.send(pack(("fault", None), in_files=False))
-        fault: Fault | None
-        fault, gpu.fail_on = unpack(channel.receive())
-        gpu.queries += 1
-        gpu.fail = fault
-        return fault
-
-    environment = dict(os.environ)
-    with simulate_gpu(**arguments) as gpu:
-        os.environ.update(environment)  # it may see one of the GPUs alone
-        gpu.next_fault = next_fault  # type: ignore[method-assign]
-        yield
 
 
 class _Parent:
