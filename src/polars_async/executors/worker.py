@@ -21,7 +21,7 @@ from polars_async._native import RLock
 from polars_async._nesting import enter_worker
 from polars_async.errors import PolarsAsyncError
 from polars_async.executors.channel import Channel
-from polars_async.executors.mains import answer_for_polars, looked_up
+from polars_async.executors.mains import LookingUp, answer_for_polars
 from polars_async.executors.outcomes import outcome_of, packed_error
 from polars_async.executors.parcels import pack, unpack
 from polars_async.executors.surroundings import Follower
@@ -112,7 +112,7 @@ def _run(task: Parcel, channel: Channel, follower: Follower) -> object:
     parent = _Parent(channel)
     follower.enter_folder()
     try:
-        with looked_up(parent.look_up):
+        with LookingUp(parent.look_up):
             work = unpack(task, _RemoteBuffer(parent))
             return work()
     finally:
