@@ -33,6 +33,7 @@ from polars_async import (
 from polars_async.events import Reporter
 from polars_async.open_streams import MAX_STREAMS
 from polars_async.query import Query
+from polars_async.testing import simulate_gpu
 
 pytestmark = pytest.mark.everywhere
 
@@ -599,6 +600,16 @@ def test_error_that_takes_no_note_arrives_all_the_same(executor):
     handle = collector.collect_async(TINY.map_batches(udf), label="it")
     with pytest.raises(FrozenError):
         handle.result(5)
+
+
+def test_error_that_takes_nothing_arrives_from_the_gpu():
+    def udf(_):
+        raise FrozenError(5)
+
+    with simulate_gpu(), Collector(gpu="offload") as collector:
+        handle = collector.collect_async(TINY.map_batches(udf), engine="gpu")
+        with pytest.raises(FrozenError):
+            handle.result(5)
 
 
 def test_cancellation_and_time_out_name_the_query(collector, blocked):

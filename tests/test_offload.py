@@ -1368,7 +1368,7 @@ warnings.simplefilter("ignore", DeprecationWarning)  # of a fork beside threads,
 from polars_async.gpu import offload
 held = threading.Event()
 def hold():
-    with offload.turn():
+    with offload.GpuTurn():
         held.set()
         threading.Event().wait()
 threading.Thread(target=hold, daemon=True).start()
@@ -1376,7 +1376,7 @@ held.wait()
 child = os.fork()
 if not child:
     signal.alarm(10)
-    with offload.turn():
+    with offload.GpuTurn():
         os._exit(0)
 print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
 os._exit(0)

@@ -40,7 +40,6 @@ __all__ = [
 
 if TYPE_CHECKING:
     from polars_async.api import collect_all_async, collect_async, configure, default_collector
-    from polars_async.background import BackgroundQuery
     from polars_async.collector import Collector
     from polars_async.engine import AsyncEngine
     from polars_async.errors import (
@@ -59,7 +58,7 @@ if TYPE_CHECKING:
     from polars_async.gpu import gpu_status
     from polars_async.gpu.status import GpuDevice, GpuStatus
     from polars_async.gpu.support import GpuSupport, Support, gpu_support
-    from polars_async.handle import QueryHandle
+    from polars_async.handle import BackgroundQuery, QueryHandle
     from polars_async.reasons import Reason
     from polars_async.resolution import Resolution, resolve_engine
     from polars_async.sharing import share
@@ -71,7 +70,7 @@ else:
     # of the plug-in, and Polars takes a while.
     _HOMES = {
         "AsyncEngine": "engine",
-        "BackgroundQuery": "background",
+        "BackgroundQuery": "handle",
         "Collector": "collector",
         "CollectorClosedError": "errors",
         "EngineDowngradeWarning": "errors",

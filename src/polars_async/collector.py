@@ -15,7 +15,6 @@ from polars_async import _fork, bridges, operations
 from polars_async._native import holding
 from polars_async._nesting import in_query
 from polars_async.admission import stats_of
-from polars_async.background import BackgroundQuery
 from polars_async.bridges import Suspension
 from polars_async.bridges.buffer import Buffer
 from polars_async.bridges.threads import block_or_let_run
@@ -25,7 +24,7 @@ from polars_async.expectations import Expectation, Expectations
 from polars_async.frames import check_frame, checked_frames
 from polars_async.gpu.breaker import key_of
 from polars_async.gpu.devices import named_device
-from polars_async.handle import GeventHandle, QueryHandle
+from polars_async.handle import BackgroundQuery, GeventHandle, QueryHandle
 from polars_async.lane import Lane
 from polars_async.open_streams import MAX_STREAMS
 from polars_async.operations import Collect, CollectAll, Schema, Sink
@@ -39,7 +38,7 @@ from polars_async.resolution import (
     request_of,
     warn_of,
 )
-from polars_async.scheduling import PRIORITIES
+from polars_async.scheduling import PRIORITIES, long_at_once
 from polars_async.streams import Batches, Completions
 
 if TYPE_CHECKING:
@@ -153,7 +152,8 @@ class Collector:
         self._reporter: Final = Reporter(on_event)
         known = Expectations(far=executor == "auto")
         max_running = max_running or default_running(executor)
-        place = place_of(executor, max_running, max_memory)
+        at_once = long_at_once(max_running)
+        place = place_of(executor, max_running, at_once, max_memory)
         self._cpu: Final = Lane(
             max_running,
             max_waiting,
@@ -167,7 +167,7 @@ class Collector:
             Lane,
             max_waiting=max_waiting,
             expectations=known,
-            place=gpu_place_of(executor, place, max_running),
+            place=gpu_place_of(executor, place, at_once),
             exclusive=True,
             fallback=self._cpu,
         )

@@ -28,9 +28,8 @@ if TYPE_CHECKING:
 
     from polars.lazyframe import QueryResult
 
-    from polars_async.background import BackgroundQuery
     from polars_async.collector import Collector
-    from polars_async.handle import QueryHandle
+    from polars_async.handle import BackgroundQuery, QueryHandle
     from polars_async.resolution import EngineRequest, QueryPath, Resolution
 
 

@@ -1,4 +1,4 @@
-"""The handle: what a caller holds while its query is on the way."""
+"""The handles: what a caller holds while its query is on the way."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from concurrent.futures import CancelledError
 from typing import TYPE_CHECKING, Generic, TypeVar
 
 from polars_async import bridges
+from polars_async._upstream import InProcessQuery
 from polars_async.bridges.threads import block
 
 if TYPE_CHECKING:
@@ -153,3 +154,26 @@ class GeventHandle(QueryHandle[T]):
             return query.outcome(CancelledError)
         finally:
             del self, query  # an error's traceback holds this frame, which else held the error
+
+
+class BackgroundQuery(InProcessQuery, Generic[T]):
+    """
+    A query in the background, with the methods of Polars' own.
+
+    Polars' own machinery loses a panic, or aborts the process; this query runs in a collector.
+    """
+
+    def __init__(self, query: Query[T]) -> None:
+        self._handle = QueryHandle(query)
+
+    def cancel(self) -> None:
+        """Let go of the query: what it gives or raises is dropped."""
+        self._handle.cancel()
+
+    def fetch(self) -> T | None:  # type: ignore[override]  # Polars knows of frames alone
+        """Give the result if there is one, else None; raises what the query raised."""
+        return self._handle.result() if self._handle.done() else None
+
+    def fetch_blocking(self) -> T:  # type: ignore[override]  # as above
+        """Block the calling thread until there is a result; raises what the query raised."""
+        return self._handle.result()

@@ -35,6 +35,11 @@ _MOST_WORK: Final = 60.0
 """Seconds; more patience than for these nobody needs to have, whatever was expected."""
 
 
+def long_at_once(slots: int) -> int:
+    """Return how many queries that are not small run at once in so many slots."""
+    return max(1, slots - (KEPT_FROM_LARGE if slots > KEPT_FROM_LARGE else 1))
+
+
 def is_kept(kept: int, slots: int, long_running: int) -> bool:
     """
     Tell whether the next free one of `slots` is among those `kept`, and so for small queries only.

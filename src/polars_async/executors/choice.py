@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Final, Literal
 
 from polars_async.executors.gpu_thread import GPU_HERE
 from polars_async.executors.threads import HERE
-from polars_async.scheduling import KEPT_FROM_LARGE
 
 if TYPE_CHECKING:
     from polars_async.executors import Place
@@ -29,9 +28,14 @@ def default_running(executor: ExecutorRequest) -> int:
     return min(4, max(2, os.cpu_count() or 2)) + 1
 
 
-def place_of(executor: ExecutorRequest, max_running: int, max_memory: int | None) -> Place:
+def place_of(
+    executor: ExecutorRequest, max_running: int, long_at_once: int, max_memory: int | None
+) -> Place:
     """
     Make the place for the queries of a collector.
+
+    Of the `max_running` that run at once, `long_at_once` may be queries that are not small: among
+    these the processors are shared out.
 
     Raises
     ------
@@ -61,16 +65,15 @@ def place_of(executor: ExecutorRequest, max_running: int, max_memory: int | None
         )
     from polars_async.executors.processes import Processes  # noqa: PLC0415  # what few need
 
-    threads = _threads_each(max_running)
     return Processes(
-        threads=threads,
+        threads=_threads_each(long_at_once),
         most_idle=max_running,
         max_memory=max_memory,
         keeps_unsendable=executor == "auto",
     )
 
 
-def gpu_place_of(executor: ExecutorRequest, place: Place, max_running: int) -> Place:
+def gpu_place_of(executor: ExecutorRequest, place: Place, long_at_once: int) -> Place:
     """Make the place for the queries on a GPU of a collector that has `place` for the others."""
     if place is HERE:
         return GPU_HERE
@@ -78,12 +81,11 @@ def gpu_place_of(executor: ExecutorRequest, place: Place, max_running: int) -> P
         return place
     from polars_async.executors.gpus import GpuProcesses  # noqa: PLC0415  # what few need
 
-    return GpuProcesses(threads=_threads_each(max_running), keeps_unsendable=executor == "auto")
+    return GpuProcesses(threads=_threads_each(long_at_once), keeps_unsendable=executor == "auto")
 
 
-def _threads_each(max_running: int) -> int:
-    """Share the processors out among the queries that are not small and run at once."""
-    at_once = max(1, max_running - (KEPT_FROM_LARGE if max_running > KEPT_FROM_LARGE else 1))
+def _threads_each(at_once: int) -> int:
+    """Return the threads of each of so many queries that run at once."""
     wanted = os.environ.get("POLARS_MAX_THREADS", "")
     threads = int(wanted) if wanted.isdecimal() else len(os.sched_getaffinity(0))
     return max(1, ceil(threads / at_once))

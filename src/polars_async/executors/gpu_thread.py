@@ -7,7 +7,7 @@ from time import perf_counter
 from typing import TYPE_CHECKING, Final, TypeVar
 
 from polars_async.executors.threads import Threads
-from polars_async.gpu.offload import turn
+from polars_async.gpu.offload import GpuTurn
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -25,7 +25,7 @@ class GpuThread(Threads):
         waits = perf_counter()
         try:
             # Queries of other collectors may have the GPU until this one is cancelled.
-            with turn(is_wanted=partial(_is_wanted, query)):
+            with GpuTurn(is_wanted=partial(_is_wanted, query)):
                 query.times.paused_seconds += perf_counter() - waits
                 return super().run(work, query)
         finally:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import sys
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final, NoReturn
 
@@ -24,7 +24,7 @@ from polars_async.gpu.support import unsupported_error
 from polars_async.reasons import Reason
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Generator
+    from collections.abc import Callable
 
     from polars_async.gpu.breaker import Breaker
 
@@ -32,15 +32,13 @@ OF_THE_GPU: Final = (Reason.OUT_OF_MEMORY, Reason.CUDA_ERROR)
 """What speaks against the GPU, and not against this one query or the engine."""
 
 
-class _Turn:
-    """
-    Whose turn on the GPU it is.
+_gpu_lock: Final = new_lock()
+"""
+Held by the thread of the query that is on the GPU.
 
-    cudf-polars sets memory resources of the whole process, and puts back what it found, without a
-    lock: of two queries at once one would run, or leave the process, with those of the other.
-    """
-
-    lock = new_lock()
+cudf-polars sets memory resources of the whole process, and puts back what it found, without a lock:
+of two queries at once one would run, or leave the process, with those of the other.
+"""
 
 
 class _Context:
@@ -57,27 +55,38 @@ class _ThisThread(_native.local):
 _this_thread: Final = _ThisThread()
 
 
-@contextmanager
-def turn(is_wanted: Callable[[], bool] | None = None) -> Generator[None]:
+class GpuTurn:
     """
     Wait until no other query of the process is on the GPU, and keep others off it.
 
-    `is_wanted` tells whether somebody still wants what the query gives.
+    `is_wanted` tells whether the result of the query is still wanted. It is a class, since a
+    generator in its place would set the traceback of an error that comes through, which may be
+    frozen.
     """
-    lock = _Turn.lock
-    try:
-        wait_for(lock)
-        _this_thread.is_wanted = is_wanted
-        yield
-    finally:
+
+    def __init__(self, is_wanted: Callable[[], bool] | None = None) -> None:
+        self._is_wanted = is_wanted
+
+    def __enter__(self) -> None:
+        try:
+            wait_for(_gpu_lock)
+            _this_thread.is_wanted = self._is_wanted
+        except BaseException:  # Ctrl-C may come before the lock is this thread's, or after
+            self.__exit__()
+            raise
+
+    def __exit__(self, *_: object) -> None:
         _this_thread.is_wanted = None
-        # Ctrl-C may have come before it was this thread's, or after.
-        if lock._is_owned():  # type: ignore[attr-defined]  # noqa: SLF001  # as threading uses it
-            lock.release()
+        if _has_gpu():
+            _gpu_lock.release()
+
+
+def _has_gpu() -> bool:
+    return _gpu_lock._is_owned()  # type: ignore[attr-defined,no-any-return]  # noqa: SLF001  # as threading uses it
 
 
 def is_wanted() -> bool:
-    """Tell whether somebody still wants the query whose turn it is on this thread."""
+    """Return whether the query that has the GPU on this thread is still wanted."""
     ask = _this_thread.is_wanted
     return ask is None or ask()
 
@@ -104,11 +113,11 @@ def collect_on_gpu(
     """
     if _this_thread.attempt is not None:
         refuse_nested()
-    if _Turn.lock._is_owned():  # type: ignore[attr-defined]  # noqa: SLF001  # as above
+    if _has_gpu():
         return _have_the_turn(lf, engine, optimizations, counts=counts)
     if in_gpu_query():
         refuse_nested()
-    with turn():
+    with GpuTurn():
         return _have_the_turn(lf, engine, optimizations, counts=counts)
 
 
