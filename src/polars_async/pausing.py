@@ -23,7 +23,7 @@ class PausableQuery:
 
     def paused(self) -> AbstractContextManager[None]:
         """Count the time in here as no work."""
-        return self._query.times.paused()
+        return self._query.paused()
 
     def pause(self) -> LockType:
         """Let others use the slot of the query; return the gate where its thread has to wait."""

@@ -23,6 +23,7 @@ from polars_async.times import Times
 if TYPE_CHECKING:
     from _thread import RLock
     from collections.abc import Callable, Iterable, Sequence
+    from contextlib import AbstractContextManager
 
     import polars as pl
 
@@ -190,6 +191,10 @@ class Query(Generic[T]):
             return None
         self.state = State.RUNNING
         return self.times.start()
+
+    def paused(self) -> AbstractContextManager[None]:
+        """Count the time in here as no work."""
+        return self.times.paused()
 
     def refuse(self) -> None:
         """Note that it was not let in, and so never waited."""

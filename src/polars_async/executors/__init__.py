@@ -6,13 +6,13 @@ from typing import TYPE_CHECKING, Protocol, TypeVar
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
+    from contextlib import AbstractContextManager
     from contextvars import Context
 
     import polars as pl
 
     from polars_async.gpu.status import GpuStatus
     from polars_async.resolution import Resolution
-    from polars_async.times import Times
 
 T = TypeVar("T")
 
@@ -22,7 +22,6 @@ class Job(Protocol):
 
     context: Context
     """That of the caller, in which Python functions run here."""
-    times: Times
     resolution: Resolution
     frames: Sequence[pl.LazyFrame]
     """Those that are left to collect; none once nothing more is to be learnt of them."""
@@ -35,6 +34,10 @@ class Job(Protocol):
     @property
     def done(self) -> bool:
         """Whether it was cancelled, or has timed out, while it runs."""
+        ...
+
+    def paused(self) -> AbstractContextManager[None]:
+        """Count the time in here as no work."""
         ...
 
     def on_let_go(self, stop: Callable[[], object] | None, *, for_sure: bool = True) -> bool:

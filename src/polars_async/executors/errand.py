@@ -86,7 +86,7 @@ class Errand:
         try:
             if not query.on_let_go(self.stop):
                 return "value", None
-            with query.times.paused():  # or it would seem to be a slow query
+            with query.paused():  # or it would seem to be a slow query
                 self._worker.await_start()
             if not self._is_to_run():
                 return "value", None

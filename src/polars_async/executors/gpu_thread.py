@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from functools import partial
-from time import perf_counter
 from typing import TYPE_CHECKING, Final, TypeVar
 
 from polars_async.executors.threads import Threads
@@ -22,11 +21,9 @@ class GpuThread(Threads):
 
     def run(self, work: Callable[[], T], query: Job) -> T:
         """Run `work` here, when it has the GPU; nothing stops it."""
-        waits = perf_counter()
         try:
             # Queries of other collectors may have the GPU until this one is cancelled.
-            with GpuTurn(is_wanted=partial(_is_wanted, query)):
-                query.times.paused_seconds += perf_counter() - waits
+            with GpuTurn(partial(_is_wanted, query), query.paused):
                 return super().run(work, query)
         finally:
             del work, query  # an error's traceback holds this frame

@@ -120,7 +120,7 @@ class GpuProcesses:
             self._asks.append(ask)
             self._hand_out()
         query.on_let_go(ask.wake)
-        with query.times.paused():
+        with query.paused():
             while not ask.is_answered and not query.done:
                 when_put(ask.news, ask.seconds_to_rest())
                 with self._lock:

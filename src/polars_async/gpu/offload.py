@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import sys
-from contextlib import suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final, NoReturn
 
@@ -59,17 +59,23 @@ class GpuTurn:
     """
     Wait until no other query of the process is on the GPU, and keep others off it.
 
-    `is_wanted` tells whether the result of the query is still wanted. It is a class, since a
-    generator in its place would set the traceback of an error that comes through, which may be
-    frozen.
+    `is_wanted` tells whether the result of the query is still wanted, and `waiting` is entered for
+    as long as it waits. It is a class, since a generator in its place would set the traceback of an
+    error that comes through, which may be frozen.
     """
 
-    def __init__(self, is_wanted: Callable[[], bool] | None = None) -> None:
+    def __init__(
+        self,
+        is_wanted: Callable[[], bool] | None = None,
+        waiting: Callable[[], AbstractContextManager[object]] = nullcontext,
+    ) -> None:
         self._is_wanted = is_wanted
+        self._waiting = waiting
 
     def __enter__(self) -> None:
         try:
-            wait_for(_gpu_lock)
+            with self._waiting():
+                wait_for(_gpu_lock)
             _this_thread.is_wanted = self._is_wanted
         except BaseException:  # Ctrl-C may come before the lock is this thread's, or after
             self.__exit__()
