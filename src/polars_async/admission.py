@@ -86,6 +86,7 @@ class Admission:
         "lock",
         "max_running",
         "max_waiting",
+        "owner",
         "reserved",
         "streams",
         "waiters",
@@ -106,6 +107,8 @@ class Admission:
         self.exclusive = exclusive
         self.closed = False
         self.counts = Counts()
+        self.owner = Owner(self.lock, self.counts, self._leave)
+        """What its queries are to know of it."""
         self._slots: set[Slot] = set()
         self.streams = OpenStreams() if streams is None else streams
         self._paused: dict[Query[Any], Slot] = {}
@@ -117,11 +120,6 @@ class Admission:
         self.waiters: dict[Waiter, None] = {}
         self.reserved: Slot | None = None
         """The slot that `enter` has made last: its caller may be interrupted before it has it."""
-
-    @property
-    def owner(self) -> Owner:
-        """What its queries are to know of it."""
-        return Owner(self.lock, self.counts, self._leave)
 
     @property
     def running(self) -> int:
