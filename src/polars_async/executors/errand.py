@@ -15,6 +15,7 @@ from polars_async._native import RLock, holding
 from polars_async.deadlines import set_deadline
 from polars_async.errors import QueryMemoryError
 from polars_async.events import complain
+from polars_async.executors.files import Identity, taking_along
 from polars_async.executors.mains import definition
 from polars_async.executors.parcels import Parcel, pack, unpack
 
@@ -164,7 +165,7 @@ class Errand:
             elif kind == "log":
                 _log(content)
             elif kind == "main":
-                channel.send(pack(definition(content), in_files=False))
+                channel.send(_defined(content))
             elif kind == "leaving":
                 self._worker.is_leaving = True
             elif kind == "fault":
@@ -190,6 +191,13 @@ class Errand:
                 limit,
             )
             self.stop()
+
+
+def _defined(name: str) -> Parcel:
+    shared: dict[Identity, int] = {}
+    with taking_along(shared):
+        found = definition(name)
+    return Parcel(pack(found, in_files=False).data, list(shared.values()), len(shared))
 
 
 def _log(content: dict[str, Any]) -> None:

@@ -19,6 +19,7 @@ import polars as pl
 
 from polars_async._nesting import enter_worker
 from polars_async.executors.channel import Channel
+from polars_async.executors.files import bring, put_away
 from polars_async.executors.mains import defined, looked_up
 from polars_async.executors.outcomes import outcome_of, packed_error
 from polars_async.executors.parcels import pack, unpack
@@ -92,6 +93,7 @@ def _serve(channel: Channel, logs: _Logs, follower: Follower) -> None:
     channel.send(pack(("begun", None), in_files=False))
     logs.listens = True
     outcome = outcome_of(partial(_run, task, channel, follower))
+    put_away()
     with suppress(Exception):  # what a Python function has printed would stay here
         sys.stdout.flush()
     logs.listens = False
@@ -107,9 +109,12 @@ def _serve(channel: Channel, logs: _Logs, follower: Follower) -> None:
 def _run(task: Parcel, channel: Channel, follower: Follower) -> object:
     def look_up(name: str) -> object:
         channel.send(pack(("main", name), in_files=False))
-        return defined(name, unpack(channel.receive()))
+        answer = channel.receive()
+        bring(answer.take_shared())
+        return defined(name, unpack(answer))
 
     follower.enter_folder()
+    bring(task.take_shared())
     with looked_up(look_up):
         work = unpack(task, _RemoteBuffer(channel))
     return work()
