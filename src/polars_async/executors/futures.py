@@ -14,6 +14,7 @@ import polars as pl
 from polars_async import _fork
 from polars_async._native import SimpleQueue
 from polars_async.errors import ForkedProcessError, PolarsAsyncError, WorkerDiedError
+from polars_async.executors.large_plans import warn_if_large
 from polars_async.executors.mains import defined, definition, looked_up
 from polars_async.executors.outcomes import error_of, outcome_of, packed_error
 from polars_async.executors.parcels import Parcel, buffer_of, pack, unpack
@@ -55,7 +56,7 @@ class Futures:
         failed: BaseException | None = None
         try:
             _check_unpatched()
-            task = _packed(work)
+            task = _packed(work, query)
             if task is None:
                 return run_here(work, query)  # type: ignore[return-value]  # None is for nobody
             kind, found, batches = self._outcome(task, query)
@@ -153,12 +154,14 @@ def run_task(
         return pack(("error", packed_error(error), ()), in_files=False).data
 
 
-def _packed(work: Callable[[], object]) -> bytes | None:
+def _packed(work: Callable[[], object], query: Query[Any]) -> bytes | None:
     """Pack `work`; None where it has to stay here."""
     try:
-        return pack(work, in_files=False).data
+        parcel = pack(work, in_files=False)
     except StaysHereError:
         return None
+    warn_if_large(query, parcel.plan_bytes, same_machine=False)
+    return parcel.data
 
 
 class _Batches(list[pl.DataFrame]):

@@ -55,6 +55,8 @@ class Parcel(NamedTuple):
     """File descriptors, which belong to whoever has the parcel."""
     shared: int = 0
     """How many of them, the last, are of shared frames."""
+    plan_bytes: int = 0
+    """The size of the plans in it, where it was packed."""
 
     def take_shared(self) -> list[int]:
         """Take out the files of shared frames, which belong to the caller then."""
@@ -134,6 +136,7 @@ class _Packer(pickle.Pickler):
         super().__init__(file, protocol=5)
         self._files = files
         self._halt = halt
+        self.plan_bytes = 0
 
     def persistent_id(self, item: Any) -> tuple[str, Any] | None:
         if isinstance(item, pl.LazyFrame):
@@ -150,9 +153,12 @@ class _Packer(pickle.Pickler):
 
     def _plan(self, lf: pl.LazyFrame) -> bytes | int:
         if not self._has_room():
-            return _plan_in_bytes(lf)
+            plan = _plan_in_bytes(lf)
+            self.plan_bytes += len(plan)
+            return plan
         number, file = self._new_file()
         _write_plan(lf, file)
+        self.plan_bytes += os.fstat(file).st_size
         return number
 
     def _frame(self, frame: pl.DataFrame) -> tuple[bytes | int, _Known]:
@@ -242,9 +248,10 @@ def pack(item: object, *, in_files: bool, halt: Halt | None = None) -> Parcel:
     parcel_files: list[int] = []
     shared: dict[Identity, int] = {}
     target = io.BytesIO()
+    packer = _Packer(target, parcel_files if in_files else None, halt)
     try:
         with taking_along(shared if in_files else None):
-            _Packer(target, parcel_files if in_files else None, halt).dump(item)
+            packer.dump(item)
     except BaseException:
         if halt is not None:
             halt.end()
@@ -252,7 +259,8 @@ def pack(item: object, *, in_files: bool, halt: Halt | None = None) -> Parcel:
         raise
     if halt is not None:
         halt.end()
-    return Parcel(target.getvalue(), [*parcel_files, *shared.values()], len(shared))
+    files = [*parcel_files, *shared.values()]
+    return Parcel(target.getvalue(), files, len(shared), packer.plan_bytes)
 
 
 def unpack(parcel: Parcel, buffer: object | None = None) -> Any:
