@@ -48,7 +48,7 @@ def call_site() -> CallSite:
     """Return the line that asks, in about a microsecond."""
     frame, _ = _caller()
     if frame is None:  # as `warnings.warn` does
-        return CallSite("sys", 1, vars(sys))
+        return CallSite("sys", 1, sys.__dict__)
     return CallSite(frame.f_code.co_filename, frame.f_lineno, frame.f_globals)
 
 
