@@ -133,6 +133,21 @@ def collector(blocked, executor):
 
 
 @pytest.fixture
+def main():
+    """Run code as if it were that of the program, and give the names that it has."""
+    names = vars(sys.modules["__main__"])
+    before = dict(names)
+
+    def run(code):
+        exec(code, names)
+        return names
+
+    yield run
+    names.clear()
+    names.update(before)
+
+
+@pytest.fixture
 def run_script():
     """Run a program of its own, and give what it printed; it must print no error."""
 

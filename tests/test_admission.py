@@ -461,15 +461,17 @@ def test_new_appraisal_wakes_a_slot_that_nobody_looks_after(make, block, monkeyp
 
     def learn(_, expected, __, **___):
         # Nobody waited when the query ended, so its slot was taken back; then somebody comes, finds
-        # the slot free but is not small, as far as is known before this returns.
-        if quick.is_set() and not waiting:
+        # the slot free but is not small, as far as is known before this returns. Those before it
+        # may be learnt from as late as it.
+        if expected.fingerprint == kind and not waiting:
             other = threading.Thread(target=lambda: waiting.append(collector.collect_async(UNSEEN)))
             other.start()
             other.join()
             settle(collector)
         return Expectation(0.0, expected.fingerprint)
 
-    quick = threading.Event()
+    kind = Expectations().of([UNSEEN], "in-memory").fingerprint
+    assert kind is not None
     monkeypatch.setattr(Expectations, "learn", learn)
     monkeypatch.setattr(ThreadExecutor, "shed", lambda *_: None)
     monkeypatch.setattr(query, "_WORTH_APPRAISING", 0.0)  # however quick it was
@@ -477,7 +479,6 @@ def test_new_appraisal_wakes_a_slot_that_nobody_looks_after(make, block, monkeyp
     run_blocked(collector, block)
     # So that there is a thread beside the two that are busy, since none ends.
     collector.collect_async(ask_plan(collector, by_result, 1), priority=1).result(30)
-    quick.set()
     collector.collect_async(UNSEEN, priority=1).result(30)
     until(lambda: waiting)
     assert waiting[0].result(30).item() == 1

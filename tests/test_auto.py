@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import io
+import logging
 import os
 import pickle
 import sys
@@ -12,6 +13,8 @@ from places import until
 from polars.io.plugins import register_io_source
 
 import polars_async as pa
+from polars_async.executors import staying
+from polars_async.testing import simulate_gpu
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="worker processes need Linux")
 
@@ -138,23 +141,87 @@ def test_schema_that_a_python_function_tells_is_found_in_a_process(collector, tm
     assert int(told.read_text()) != os.getpid()
 
 
+@pytest.fixture
+def said(caplog, monkeypatch):
+    """What was said of queries that stay in this process."""
+    monkeypatch.setattr(staying, "_said", set())
+    caplog.set_level(logging.INFO, logger="polars_async")
+    return lambda: [r.getMessage() for r in caplog.records if "in this process" in r.getMessage()]
+
+
 @pytest.mark.parametrize("target", [io.BytesIO, lambda: open(os.devnull, "wb")])  # noqa: SIM115, PTH123
-def test_what_cannot_be_sent_runs_here(collector, sent, target):
-    with target() as file:
-        sink = pl.LazyFrame({"a": [1]}).sink_csv(file, lazy=True)
-        assert collector.sink_async(sink).result(30) is None
+def test_what_cannot_be_sent_runs_here(collector, sent, said, target):
+    for _ in range(3):
+        with target() as file:
+            sink = pl.LazyFrame({"a": [1]}).sink_csv(file, lazy=True)
+            assert collector.sink_async(sink).result(30) is None
     assert sent == []
+    assert len(said()) == 1
 
 
-def test_function_that_cannot_be_sent_runs_here(collector):
-    lock = threading.Lock()
+def test_open_file_is_read_here(collector, said, tmp_path):
+    path = tmp_path / "a.csv"
+    path.write_text("a\n1\n")
+    for _ in range(3):
+        with path.open("rb") as file:
+            assert collector.collect_async(pl.scan_csv(file)).result(30).item() == 1
+    assert len(said()) == 1
 
-    def locked(values):
+
+def _with_lock(lock):
+    def function(values):
         with lock:
             return values * 0 + os.getpid()
 
-    query = pl.LazyFrame({"a": [1]}).select(pl.col("a").map_batches(locked, return_dtype=pl.Int64))
-    assert collector.collect_async(query).result(30).item() == os.getpid()
+    return function
+
+
+def _with_file(file):
+    return lambda values: values * 0 + os.getpid() + len(file.name) - len(os.devnull)
+
+
+def test_functions_that_cannot_be_sent_run_here_each_time_and_it_is_said_once(collector, said):
+    with open(os.devnull, "wb") as file:  # noqa: PTH123  # whose name is a text
+        for function in (_with_lock(threading.Lock()), _with_file(file)):
+            for _ in range(3):
+                for query in (
+                    ONE.select(A.map_batches(function, return_dtype=INT)),
+                    ONE.map_batches(function),
+                ):
+                    assert collector.collect_async(query).result(30).item() == os.getpid()
+    assert ["'lock'" in each for each in said()] == [True, False]
+    assert "the variable 'file' of the function '_with_file.<locals>.<lambda>'" in said()[1]
+
+
+def test_function_of_a_script_that_cannot_be_sent_runs_here(collector, said, main):
+    names = main(
+        """
+import os, threading
+lock = threading.Lock()
+def locked(values):
+    with lock:
+        return values * 0 + os.getpid()
+"""
+    )
+    for _ in range(3):
+        for query in (
+            ONE.map_batches(names["locked"]),
+            ONE.select(A.map_batches(names["locked"], return_dtype=INT)),
+        ):
+            assert collector.collect_async(query).result(30).item() == os.getpid()
+    assert len(said()) == 1
+
+
+def test_function_that_cannot_be_sent_runs_here_though_the_gpu_is_elsewhere(said):
+    options = {"executor": "auto", "engine": "gpu", "gpu": "offload"}
+    with simulate_gpu(), pa.Collector(**options) as collector:
+        query = ONE.select(A.map_batches(_with_lock(threading.Lock()), return_dtype=INT))
+        for _ in range(2):
+            handle = collector.collect_async(query)
+            assert handle.result(30).item() == os.getpid()
+            assert handle.resolution.fell_back
+    assert "the variable 'lock' of the function" in handle.resolution.message
+    assert len(said()) == 1
 
 
 def test_small_join_of_frames_of_some_hundred_kilobytes_runs_here(collector, sent):

@@ -147,3 +147,26 @@ def test_without_glibc_the_name_has_to_do(monkeypatch):
     assert not on_bare_thread(_origin.is_this_of_polars)
     with named_thread("polars-0"):
         assert _origin.is_this_of_polars()
+
+
+ENDED = """
+import threading, time
+from polars_async import _origin
+threading.stack_size(256 << 20)  # so much is not kept for the next thread, but unmapped
+thread = threading.Thread(target=int)
+thread.start()
+ended = thread.ident
+thread.join()
+threading.stack_size(0)
+print(_origin.is_of_polars(threading.get_ident()))
+while any(
+    int(line.split("-")[0], 16) <= ended < int(line.split("-")[1].split()[0], 16)
+    for line in open("/proc/self/maps")
+):
+    time.sleep(0.001)
+print(_origin.is_of_polars(ended))
+"""
+
+
+def test_thread_that_has_ended_is_not_read(run_script):
+    assert run_script(ENDED) == ["False", "False"]

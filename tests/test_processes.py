@@ -242,8 +242,8 @@ def test_large_result_is_mapped_and_its_memory_is_freed_with_it(collector):
     files = len(list(Path("/proc/self/fd").iterdir()))
     found = collector.collect_async(lf).result(30)
     assert mapped()
-    # The worker's channel and lifeline, and one of its own.
-    assert len(list(Path("/proc/self/fd").iterdir())) <= files + 3
+    # The worker's channel, lifeline and pidfd, and one of its own.
+    assert len(list(Path("/proc/self/fd").iterdir())) <= files + 4
     assert found["k"].sum() == 499_999_500_000
     del found
     gc.collect()
@@ -494,6 +494,7 @@ def test_worker_that_may_not_be_sent_a_signal_is_killed_all_the_same(collector, 
 
     old = worker_of(collector)
     monkeypatch.setattr(os, "kill", refuse)
+    monkeypatch.setattr(signal, "pidfd_send_signal", refuse)
     handle = collector.collect_async(gate.lf, timeout=0.3)
     with pytest.raises(pa.QueryTimeoutError, match="It is stopped now"):
         handle.result(30)
@@ -613,21 +614,6 @@ def test_worker_that_dies_idle_is_replaced_unseen(collector):
         eventually(lambda gone=pid: gone not in children())
         assert worker_of(collector) != pid
     assert collector.stats()["workers_died"] == 0
-
-
-def test_status_that_somebody_else_has_taken_is_not_known(collector, gate, monkeypatch):
-    def take(pid, options):
-        if os.waitpid(pid, options)[0]:
-            raise ChildProcessError
-        return 0, 0
-
-    monkeypatch.setattr(spawned, "waitpid", take)
-    handle = collector.collect_async(gate.lf)
-    os.kill(gate.pid(), signal.SIGKILL)
-    with pytest.raises(pa.WorkerDiedError, match="taken by other code") as caught:
-        handle.result(30)
-    assert caught.value.exitcode is None
-    monkeypatch.undo()
 
 
 def test_path_that_is_no_string_is_in_no_workers_way(collector, tmp_path, monkeypatch):

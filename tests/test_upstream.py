@@ -24,6 +24,7 @@ from polars.lazyframe import engine, engine_config, in_process
 
 import polars_async as pa
 from polars_async import _upstream
+from polars_async.executors.mains import ADDED_TO
 
 QUERY = pl.LazyFrame({"a": [1, 2]}).sum()
 
@@ -63,8 +64,10 @@ def test_every_name_is_polars_own_or_tested_here():
         "gpu_callback",
         "hands_over_here",
         "is_eager",
+        "last_pickled",
         "map_ipc",
         "memory_held",
+        "namespaces_of",
         "optimization_flags",
         "optimizations_of",
         "plan_text",
@@ -123,6 +126,28 @@ def test_function_that_was_pickled_before_has_the_mark_that_is_looked_for():
     plan = QUERY.select(pl.col("a").map_batches(os.getpid))
     again = pl.LazyFrame.deserialize(io.BytesIO(plan.serialize()))
     assert _upstream.PICKLED in _upstream.plan_text(again, 100_000).text
+
+
+def test_function_that_cannot_be_packed_is_the_last_that_polars_gives_to_cloudpickle():
+    lock = threading.Lock()
+
+    def locked(values):
+        return lock and values
+
+    fine = QUERY.map_batches(lambda frame: frame)
+    assert _upstream.last_pickled(fine.map_batches(locked)) is locked
+    assert _upstream.last_pickled(QUERY) is None
+    assert sys.getprofile() is None
+
+
+def test_namespaces_of_a_class_are_those_that_were_registered():
+    assert all(not _upstream.namespaces_of(kind) for kind in ADDED_TO)
+    try:
+        pl.api.register_series_namespace("of_a_test")(object)
+        assert _upstream.namespaces_of(pl.Series) == ["of_a_test"]
+    finally:
+        del pl.Series.of_a_test
+        pl.Series._accessors.discard("of_a_test")
 
 
 def test_memory_that_polars_holds_is_known():

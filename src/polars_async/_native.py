@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Final, TypeVar
 if TYPE_CHECKING:
     from _thread import LockType, RLock, allocate_lock, get_ident, start_new_thread
     from collections.abc import Callable
-    from os import posix_spawn, waitpid
+    from os import posix_spawn
     from queue import SimpleQueue
     from threading import local
     from time import sleep
@@ -38,7 +38,6 @@ else:
     start_new_thread = _original("_thread", "start_new_thread")
     SimpleQueue = _original("queue", "SimpleQueue")
     sleep = _original("time", "sleep")
-    waitpid = _original("os", "waitpid")
     if sys.platform == "linux":
         posix_spawn = _original("os", "posix_spawn")
 
@@ -100,6 +99,5 @@ __all__ = [
     "sleep",
     "start_new_thread",
     "wait_for",
-    "waitpid",
     "when_put",
 ]

@@ -14,7 +14,9 @@ from __future__ import annotations
 
 import ctypes
 import os
+import sys
 from functools import cache
+from pathlib import Path
 from typing import Final
 
 from polars_async._native import allocate_lock, start_new_thread
@@ -24,6 +26,7 @@ _DESCRIPTOR_WORDS: Final = 256
 """How much is searched: no more than a descriptor has on any processor."""
 
 _NAME_BYTES: Final = 64
+_MEMORY: Final = Path("/proc/self/mem")
 
 _python: Final = ctypes.pythonapi  # which has the C library's functions, too, and keeps the GIL
 
@@ -41,16 +44,35 @@ _python.pthread_self.restype = ctypes.c_void_p
 
 
 def is_this_of_polars() -> bool:
-    """Tell whether Polars has started the calling thread."""
-    return is_of_polars(_this_thread())
-
-
-def is_of_polars(thread: int) -> bool:
-    """Tell whether Polars has started `thread`, an identifier, which must not have ended yet."""
-    place = _place()
+    """Return whether Polars has started the calling thread."""
+    thread, place = _this_thread(), _place()
     if place is None:
         return _is_named_so(thread)
     return _is_in_polars(ctypes.c_void_p.from_address(thread + place).value)
+
+
+def is_of_polars(thread: int) -> bool:
+    """
+    Return whether Polars has started `thread`, an identifier; False if the thread has ended.
+
+    It may end at any time, and its descriptor with it, which the kernel then does not read.
+    """
+    place = _place()
+    word = _read_word(thread + (place or 0))
+    if word is None and sys.platform == "linux":
+        return False
+    return _is_named_so(thread) if place is None else _is_in_polars(word)
+
+
+def _read_word(address: int) -> int | None:
+    """Read a pointer of this process; return None where no memory is."""
+    size = ctypes.sizeof(ctypes.c_void_p)
+    try:
+        with _MEMORY.open("rb", buffering=0) as memory:
+            word = os.pread(memory.fileno(), size, address)
+    except OSError:
+        return None
+    return int.from_bytes(word, sys.byteorder) if len(word) == size else None
 
 
 def _this_thread() -> int:

@@ -8,6 +8,7 @@ import inspect
 import io
 import os
 import re
+import sys
 from contextlib import suppress
 from pathlib import Path
 from types import FunctionType
@@ -20,6 +21,7 @@ from polars_async.executors.files import content_of
 if TYPE_CHECKING:
     import mmap
     from collections.abc import Callable, Mapping
+    from types import FrameType
 
     from polars.lazyframe.in_process import InProcessQuery
 else:
@@ -52,8 +54,10 @@ __all__ = [
     "gpu_callback",
     "hands_over_here",
     "is_eager",
+    "last_pickled",
     "map_ipc",
     "memory_held",
+    "namespaces_of",
     "optimization_flags",
     "optimizations_of",
     "plan_text",
@@ -251,6 +255,36 @@ def hands_over_here(plan: IO[bytes]) -> bool:
             return _HANDS_OVER.search(piece[at:] + plan.read()) is not None
         before = piece[-len(_SINK) :]
     return False
+
+
+def last_pickled(lf: pl.LazyFrame) -> object:
+    """Return the last object that Polars has cloudpickle pickle for the plan of `lf`; None if none.
+
+    Where the plan cannot be packed, that is the one that cannot be pickled, which Polars' error
+    does not have.
+    """
+    cloudpickle: Any = importlib.import_module("cloudpickle")
+    code = cloudpickle.dumps.__code__
+    found: list[object] = [None]
+
+    def note(frame: FrameType, event: str, _: object) -> None:
+        if event == "call" and frame.f_code is code:
+            found[:] = [frame.f_locals[code.co_varnames[0]]]
+
+    before = sys.getprofile()
+    sys.setprofile(note)  # of this thread
+    try:
+        with suppress(Exception):
+            lf.serialize(os.devnull)
+    finally:
+        sys.setprofile(before)
+    return found[0]
+
+
+def namespaces_of(kind: type) -> list[str]:
+    """Return the names of the namespaces that were registered for a class of Polars."""
+    registered: Any = getattr(pl.api, "NameSpace", ())
+    return [name for name, value in list(vars(kind).items()) if isinstance(value, registered)]
 
 
 _EXTENSION: Final = b"\x81\xa9Extension\x83\xa4name"

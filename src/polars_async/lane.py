@@ -15,6 +15,7 @@ from polars_async._nesting import in_query
 from polars_async._upstream import BUILT_IN_ENGINES
 from polars_async.admission import Admission
 from polars_async.events import EventKind
+from polars_async.executors.staying import say_once
 from polars_async.executors.threads import HERE, ThreadExecutor, named_thread
 from polars_async.gpu.offload import check_outside, turn
 from polars_async.open_streams import MAX_STREAMS, OpenStreams
@@ -337,6 +338,7 @@ class Lane:
         known = self._expectations
         plans = [known.plan(frame) for frame in query.frames]
         if not all(plan.is_sendable for plan in plans):
+            say_once(query, "they read or write an open file, or an object of this process")
             return True
         if any(plan.runs_python for plan in plans):
             return False

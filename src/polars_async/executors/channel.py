@@ -5,11 +5,19 @@ from __future__ import annotations
 from array import array
 from contextlib import suppress
 from errno import EMFILE
-from socket import MSG_CMSG_CLOEXEC, MSG_PEEK, SCM_RIGHTS, SHUT_RDWR, SOL_SOCKET
+from socket import (
+    MSG_CMSG_CLOEXEC,
+    MSG_NOSIGNAL,
+    MSG_PEEK,
+    SCM_RIGHTS,
+    SHUT_RDWR,
+    SOL_SOCKET,
+)
 from struct import Struct
 from typing import TYPE_CHECKING, Final
 
 from polars_async._native import RLock
+from polars_async.executors.descriptors import above_standard_files
 from polars_async.executors.parcels import Parcel
 
 if TYPE_CHECKING:
@@ -42,9 +50,9 @@ class Channel:
         rights = [(SOL_SOCKET, SCM_RIGHTS, array("i", parcel.files))] if parcel.files else []
         try:
             with self._lock:
-                sent = self._socket.sendmsg([head, parcel.data], rights)
+                sent = self._socket.sendmsg([head, parcel.data], rights, MSG_NOSIGNAL)
                 if sent < len(head) + len(parcel.data):
-                    self._socket.sendall(memoryview(head + parcel.data)[sent:])
+                    self._socket.sendall(memoryview(head + parcel.data)[sent:], MSG_NOSIGNAL)
         except OSError as error:
             raise EOFError from error
         finally:
@@ -69,7 +77,8 @@ class Channel:
             )
             for level, kind, data in ancillary:
                 if level == SOL_SOCKET and kind == SCM_RIGHTS:
-                    files += array("i", data[: len(data) - len(data) % _FILES.itemsize])
+                    came = array("i", data[: len(data) - len(data) % _FILES.itemsize])
+                    files += map(above_standard_files, came)
             if timeout is not None:
                 self._socket.settimeout(None)
             head += self._exactly(_HEAD.size - len(head))

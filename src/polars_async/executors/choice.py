@@ -75,7 +75,7 @@ def gpu_place_of(executor: ExecutorRequest, place: Place, max_running: int) -> P
         return place
     from polars_async.executors.gpus import GpuProcesses  # noqa: PLC0415  # what few need
 
-    return GpuProcesses(threads=_threads_each(max_running))
+    return GpuProcesses(threads=_threads_each(max_running), keeps_unsendable=executor == "auto")
 
 
 def _threads_each(max_running: int) -> int:

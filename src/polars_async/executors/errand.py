@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import enum
 import logging
-import os
 import signal
 from functools import partial
 from time import monotonic, perf_counter
@@ -15,12 +14,15 @@ from polars_async._native import RLock, holding
 from polars_async.deadlines import set_deadline
 from polars_async.errors import QueryMemoryError
 from polars_async.events import complain
+from polars_async.executors.definitions import definition
 from polars_async.executors.files import Identity, taking_along
-from polars_async.executors.mains import definition
+from polars_async.executors.mains import POLARS
 from polars_async.executors.parcels import Parcel, pack, unpack
+from polars_async.executors.staying import UnsendableError
 
 if TYPE_CHECKING:
     from polars_async.deadlines import Deadline
+    from polars_async.executors.mains import Definition
     from polars_async.executors.spawned import Worker
     from polars_async.query import Query
     from polars_async.streams import Buffer
@@ -68,6 +70,7 @@ class Errand:
         """When to look at the memory of the worker, though it may send one thing after another."""
         self.stopped = False
         self.outgrown: QueryMemoryError | None = None
+        self._unsendable: UnsendableError | None = None
 
     def run(self, parcel: Parcel, buffer: Buffer | None) -> tuple[str, Any]:
         """Give what came of it; EOFError when the worker is gone."""
@@ -94,10 +97,15 @@ class Errand:
             del self, query
         return kind, found
 
-    def has_harmed_none(self, status: int | None) -> bool:
+    def has_harmed_none(self, exitcode: int | None) -> bool:
         """Tell whether the worker died before it began; one that fails to start does so again."""
-        may_start = self._worker.is_ready or (status is not None and os.WIFSIGNALED(status))
+        may_start = self._worker.is_ready or (exitcode is not None and exitcode < 0)
         return may_start and not self._begun and not self.stopped
+
+    def check_sendable(self, kind: str) -> None:
+        """Raise if the query failed since the worker could not be told what it asked for."""
+        if kind == "error" and self._unsendable is not None:
+            raise self._unsendable
 
     def stop(self) -> None:
         """Stop the query, if it runs: nobody wants it. Whoever was interrupted calls it again."""
@@ -165,7 +173,7 @@ class Errand:
             elif kind == "log":
                 _log(content)
             elif kind == "main":
-                channel.send(_defined(content))
+                channel.send(self._defined(*content))
             elif kind == "leaving":
                 self._worker.is_leaving = True
             elif kind == "fault":
@@ -177,6 +185,21 @@ class Errand:
                 channel.send(pack(bool(enough), in_files=False))
             else:
                 return kind, content
+
+    def _defined(self, module: str, name: str) -> Parcel:
+        shared: dict[Identity, int] = {}
+        with taking_along(shared):
+            found = self._definition(module, name)
+        return Parcel(pack(found, in_files=False).data, list(shared.values()), len(shared))
+
+    def _definition(self, module: str, name: str) -> Definition:
+        """Define what the worker asks for, or give it the reason why not as its error."""
+        try:
+            return definition(module, name)
+        except UnsendableError as error:
+            if module != POLARS:  # else a function asks, in the midst of the query
+                self._unsendable = error
+            return str(error)
 
     def _check_memory(self) -> None:
         limit = self._max_memory
@@ -191,13 +214,6 @@ class Errand:
                 limit,
             )
             self.stop()
-
-
-def _defined(name: str) -> Parcel:
-    shared: dict[Identity, int] = {}
-    with taking_along(shared):
-        found = definition(name)
-    return Parcel(pack(found, in_files=False).data, list(shared.values()), len(shared))
 
 
 def _log(content: dict[str, Any]) -> None:

@@ -10,6 +10,7 @@ from io import BufferedReader, BufferedWriter, FileIO
 from typing import TYPE_CHECKING, Final, Literal, TypeAlias, overload
 
 from polars_async._native import local
+from polars_async.executors.descriptors import above_standard_files
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Iterable
@@ -34,7 +35,8 @@ def most_files() -> int:
 
 def new_file() -> int:
     """Make a file in memory that has no name, and that no other user could open."""
-    file = os.memfd_create("polars-async", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    flags = os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING
+    file = above_standard_files(os.memfd_create("polars-async", flags))
     os.fchmod(file, 0o600)
     return file
 
@@ -97,7 +99,7 @@ def goes_along(file: int) -> bool:
     if identity not in along:
         if len(along) >= min(MOST_IN_MESSAGE, most_files()):
             return False
-        along[identity] = os.dup(file)
+        along[identity] = above_standard_files(os.dup(file))
     return True
 
 
@@ -135,7 +137,7 @@ def found(owner: int, file: int, identity: Identity) -> int | None:
     )
     for way in ways:
         with suppress(OSError):
-            own = way()
+            own = above_standard_files(way())
             if identity_of(own) == identity:
                 return own
             os.close(own)

@@ -14,8 +14,9 @@ import polars as pl
 from polars_async import _fork
 from polars_async._native import SimpleQueue
 from polars_async.errors import ForkedProcessError, PolarsAsyncError, WorkerDiedError
+from polars_async.executors.definitions import added_to_polars, definition
 from polars_async.executors.large_plans import warn_if_large
-from polars_async.executors.mains import defined, definition, looked_up
+from polars_async.executors.mains import POLARS, answer_for_polars, looked_up
 from polars_async.executors.outcomes import error_of, outcome_of, packed_error
 from polars_async.executors.parcels import Parcel, buffer_of, pack, unpack
 from polars_async.executors.staying import StaysHereError, run_here
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from concurrent.futures import Executor, Future
 
+    from polars_async.executors.mains import Definition, Key
     from polars_async.gpu import GpuStatus
     from polars_async.query import Query
 
@@ -50,15 +52,15 @@ class Futures:
     def run(self, work: Callable[[], T], query: Query[Any]) -> T:
         """Run `work` there; what it raises has the other traceback as its cause."""
         buffer = buffer_of(work)
-        task: bytes | None = None
+        task: bytes | str | None = None
         found: Any = None
         batches: Any = ()
         failed: BaseException | None = None
         try:
             _check_unpatched()
             task = _packed(work, query)
-            if task is None:
-                return run_here(work, query)  # type: ignore[return-value]  # None is for nobody
+            if isinstance(task, str):
+                return run_here(work, query, task)  # type: ignore[return-value]  # None is for nobody
             kind, found, batches = self._outcome(task, query)
             if (failed := error_of(kind, found)) is not None:
                 raise failed
@@ -72,19 +74,22 @@ class Futures:
             del self, work, query, buffer, task, found, batches, failed
 
     def _outcome(self, task: bytes, query: Query[Any]) -> tuple[str, Any, list[pl.DataFrame]]:
-        mains: dict[str, bytes | None] = {}
+        mains = added_to_polars()
         try:
             while True:
                 answer = self._answer(task, mains, query)
                 found: tuple[str, Any, list[pl.DataFrame]] = unpack(Parcel(answer, []))
                 if found[0] != "missing":
                     return found
-                # It could not even be unpacked, so that nothing of it has run yet.
-                mains[found[1]] = definition(found[1])
+                # It could not be unpacked, or not all of its expressions, before it began.
+                keys, error = found[1]
+                mains |= {key: definition(*key) for key in keys}
+                if all(mains[key] is None for key in keys):
+                    return "error", error, []
         finally:
             del self, task, mains, query  # as above
 
-    def _answer(self, task: bytes, mains: dict[str, bytes | None], query: Query[Any]) -> bytes:
+    def _answer(self, task: bytes, mains: dict[Key, Definition], query: Query[Any]) -> bytes:
         """Send `task`, and wait for what comes back."""
         future: Future[bytes] | None = None
         try:
@@ -107,7 +112,7 @@ class Futures:
 
 
 def run_task(
-    task: bytes, version: str, mains: dict[str, bytes | None], _unique: bytes = b""
+    task: bytes, version: str, mains: dict[Key, Definition], _unique: bytes = b""
 ) -> bytes:
     """
     Run a query, and pack what comes of it.
@@ -119,47 +124,47 @@ def run_task(
     version
         The release of Polars that did so.
     mains
-        What it takes from the ``__main__`` of its own process, as far as that is known.
+        What it takes from the program that it comes from, as far as that is known.
     """
     batches = _Batches()
-    missing: list[str] = []
+    missing: list[Key] = []
+    if mains:
+        answer_for_polars()
 
-    def look_up(name: str) -> object:
-        if name not in mains:
-            missing.append(name)
-            raise AttributeError(name)
-        return defined(name, mains[name])
+    def look_up(module: str, name: str) -> Definition:
+        if module != POLARS and (module, name) not in mains:  # all that Polars was given is there
+            missing.append((module, name))
+        return mains.get((module, name))
 
     def work() -> object:
         _fork.check()
-        try:
-            with looked_up(look_up):
+        with looked_up(look_up):
+            try:
                 query = unpack(Parcel(task, []), batches)
-        except BaseException as error:
-            if version == pl.__version__:
-                raise
-            raise PolarsAsyncError(
-                f"{_here()} has Polars {pl.__version__}, and cannot read a query of Polars "
-                f"{version}: install the same release everywhere"
-            ) from error
-        missing.clear()  # it could do without
-        return query()
+            except BaseException as error:
+                if version == pl.__version__:
+                    raise
+                raise PolarsAsyncError(
+                    f"{_here()} has Polars {pl.__version__}, and cannot read a query of Polars "
+                    f"{version}: install the same release everywhere"
+                ) from error
+            return query()
 
     kind, found = outcome_of(work, noted=_note)
-    if missing:
-        kind, found = "missing", missing[0]
+    if missing and kind == "error":  # else it could do without
+        kind, found = "missing", (missing, found)
     try:
         return pack((kind, found, batches), in_files=False).data
     except BaseException as error:  # noqa: BLE001  # as of a column of Python objects
         return pack(("error", packed_error(error), ()), in_files=False).data
 
 
-def _packed(work: Callable[[], object], query: Query[Any]) -> bytes | None:
-    """Pack `work`; None where it has to stay here."""
+def _packed(work: Callable[[], object], query: Query[Any]) -> bytes | str:
+    """Pack `work`, or give the reason why it stays here."""
     try:
         parcel = pack(work, in_files=False)
-    except StaysHereError:
-        return None
+    except StaysHereError as reason:
+        return str(reason)
     warn_if_large(query, parcel.plan_bytes, same_machine=False)
     return parcel.data
 

@@ -29,8 +29,9 @@ class GpuProcesses:
     in which CUDA has failed makes room for a fresh one, with a context of its own.
     """
 
-    def __init__(self, *, threads: int) -> None:
+    def __init__(self, *, threads: int, keeps_unsendable: bool = False) -> None:
         self._threads: Final = threads
+        self._keeps_unsendable: Final = keeps_unsendable
         self._lock = RLock()
         self._places: list[Processes] = []
         self._free: deque[Processes] = deque()
@@ -51,7 +52,12 @@ class GpuProcesses:
             if not self._places:
                 usable = [each for each in gpu.devices if each.usable or each.taken]
                 self._places += [
-                    Processes(threads=self._threads, env=_env(each)) for each in usable
+                    Processes(
+                        threads=self._threads,
+                        keeps_unsendable=self._keeps_unsendable,
+                        env=_env(each),
+                    )
+                    for each in usable
                 ]
                 self._free.extend(self._places)
             return len(self._places)

@@ -16,10 +16,13 @@ from polars_async._native import RLock, holding
 from polars_async._upstream import (
     extensions_of,
     hands_over_here,
+    last_pickled,
     map_ipc,
     optimization_flags,
     optimizations_of,
 )
+from polars_async.executors.blame import unsendable
+from polars_async.executors.definitions import can_be_pickled
 from polars_async.executors.extensions import (
     LOSES_THEM,
     extension_names,
@@ -289,7 +292,7 @@ def _write_plan(lf: pl.LazyFrame, file: int) -> None:
         if hands_over_here(plan):
             raise StaysHereError
     if refused is not None:
-        raise _unsendable(refused) from refused
+        raise _unsendable(lf, refused) from refused
 
 
 def _plan_in_bytes(lf: pl.LazyFrame) -> bytes:
@@ -313,13 +316,22 @@ def _stop_growth(file: int) -> None:
         fcntl.fcntl(file, fcntl.F_ADD_SEALS, fcntl.F_SEAL_GROW)
 
 
-def _unsendable(error: Exception) -> UnsendableError:
-    if "ModuleNotFoundError" in str(error) and "cloudpickle" in str(error):
+def _unsendable(lf: pl.LazyFrame, error: Exception) -> UnsendableError:
+    text = str(error)
+    _, is_of_python, reason = text.rpartition("python: ")
+    if "ModuleNotFoundError" in text and "cloudpickle" in text:
         return UnsendableError(
             "the query cannot be sent to another process, since a Python function in it cannot be "
             "pickled by its name: install cloudpickle, or polars-async[processes]"
         )
+    if is_of_python:
+        return unsendable(last_pickled(lf), reason.strip(), can_be_pickled)
+    if "ScanSources::Files" in text:
+        return UnsendableError(
+            "the query cannot be sent to another process, since it reads an open file: give it the "
+            "path of the file, or what it holds, in an io.BytesIO"
+        )
     return UnsendableError(
-        "the query cannot be sent to another process: a Python function in it, or what that holds, "
-        f"cannot be pickled, or a frame in it has a column of Python objects ({error})"
+        "the query cannot be sent to another process: a frame or a value in it may be one of "
+        f"a column of Python objects ({error})"
     )

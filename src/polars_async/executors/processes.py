@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
-import os
+import logging
 import signal
 from contextlib import suppress
-from functools import partial
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
-from polars_async._green import tell
 from polars_async._native import RLock, holding
-from polars_async.errors import WorkerDiedError, signal_of
-from polars_async.events import log
+from polars_async.errors import PolarsAsyncError, WorkerDiedError, signal_of
 from polars_async.executors.errand import Errand
 from polars_async.executors.large_plans import warn_if_large
 from polars_async.executors.outcomes import error_of
 from polars_async.executors.parcels import Halt, buffer_of, pack
-from polars_async.executors.spawned import Worker, dismiss, executable
-from polars_async.executors.staying import StaysHereError, UnsendableError, run_here
+from polars_async.executors.spawned import Worker, dismiss
+from polars_async.executors.staying import (
+    StaysHereError,
+    UnsendableError,
+    run_here,
+    say_once,
+)
 from polars_async.gpu.simulation import current
 from polars_async.plans import look_at
 
@@ -79,8 +81,8 @@ class Processes:
         error: BaseException | None = None
         try:
             outcome = self._outcome(work, query)
-            if outcome is None:
-                return run_here(work, query)  # type: ignore[return-value]  # None is for nobody
+            if isinstance(outcome, str):
+                return run_here(work, query, outcome)  # type: ignore[return-value]  # None is for nobody
             kind, found, outgrown = outcome
             error = error_of(kind, found)
             if error is None:
@@ -93,8 +95,8 @@ class Processes:
 
     def _outcome(
         self, work: Callable[[], object], query: Query[Any]
-    ) -> tuple[str, Any, QueryMemoryError | None] | None:
-        """Give what came of it in a worker; None where it has to stay here."""
+    ) -> tuple[str, Any, QueryMemoryError | None] | str:
+        """Give what came of it in a worker, or the reason why it stays here."""
         errand: Errand | None = None
         try:
             for _ in range(_TRIES):
@@ -112,25 +114,23 @@ class Processes:
                 try:
                     kind, found = errand.run(parcel, buffer_of(work))
                 except EOFError:
-                    status = self._lose(worker)
-                    if errand.has_harmed_none(status):
+                    exitcode = self._lose(worker)
+                    if errand.has_harmed_none(exitcode):
                         continue
-                    raise self._death(worker, status, errand, query) from None
+                    raise self._death(worker, exitcode, errand, query) from None
                 except BaseException:  # as when the program ends
                     self._lose(worker)
                     raise
-                if worker.is_leaving or self._is_bloated(worker):
-                    self._replace(worker)
-                else:
-                    self._give(worker)
+                self._take_back(worker)
+                errand.check_sendable(kind)
                 return kind, found, errand.outgrown
             raise WorkerDiedError(
                 f"{_TRIES} worker processes in a row died before they began a query"
             )
         except self._stay_here as reason:
             if isinstance(reason, UnsendableError):
-                tell(partial(log.info, "%s runs in this process: %s", query.named, reason))
-            return None
+                say_once(query, str(reason), logging.WARNING)
+            return str(reason)
         finally:
             query.on_let_go(None)
             del self, work, query, errand  # as above
@@ -174,6 +174,12 @@ class Processes:
             self._workers.add(worker)
         return worker
 
+    def _take_back(self, worker: Worker) -> None:
+        if worker.is_leaving or self._is_bloated(worker):
+            self._replace(worker)
+        else:
+            self._give(worker)
+
     def _give(self, worker: Worker) -> None:
         with self._lock:
             if not self._closed and len(self._idle) < self._most_idle:
@@ -183,7 +189,7 @@ class Processes:
         dismiss([worker])
 
     def _lose(self, worker: Worker) -> int | None:
-        """Have `worker` gone for good; gives its wait status, if there is one."""
+        """Have `worker` gone for good; gives its exit code, if that is known."""
         with self._lock:
             self._workers.discard(worker)
         return worker.end()
@@ -200,14 +206,14 @@ class Processes:
         self._refill()
 
     def _refill(self) -> None:
-        with suppress(OSError):  # then the next query tries it again
+        with suppress(OSError, PolarsAsyncError):  # then the next query tries it again
             is_enough = self._closed or len(self._idle) >= self._most_idle
             fresh = None if is_enough else self._start()
             if fresh is not None:
                 self._give(fresh)
 
     def _death(
-        self, worker: Worker, status: int | None, errand: Errand, query: Query[Any]
+        self, worker: Worker, exitcode: int | None, errand: Errand, query: Query[Any]
     ) -> BaseException:
         """Put a fresh worker in the place of one that is gone; gives the error of its query."""
         if worker.is_ready:  # else the next one might not start, either
@@ -217,15 +223,14 @@ class Processes:
         if not errand.stopped:
             with self._lock:
                 self.died += 1
-        return _death(worker, status, query)
+        return _death(worker, exitcode, query)
 
 
-def _death(worker: Worker, status: int | None, query: Query[Any]) -> WorkerDiedError:
-    exitcode = None if status is None else os.waitstatus_to_exitcode(status)
+def _death(worker: Worker, exitcode: int | None, query: Query[Any]) -> WorkerDiedError:
     if not worker.is_ready:
         return WorkerDiedError(
             f"the worker process {worker.pid} ended before it was ready, {_told(exitcode)}: what "
-            f"it wrote to stderr may tell why, or whether {executable()!r} runs by itself",
+            f"it wrote to stderr may tell why, or whether {worker.executable!r} runs by itself",
             exitcode,
             None,
         )
@@ -252,7 +257,10 @@ def _death(worker: Worker, status: int | None, query: Query[Any]) -> WorkerDiedE
 
 def _told(exitcode: int | None) -> str:
     if exitcode is None:
-        return "and its exit status was taken by other code that waits for all children"
+        return (
+            "and its exit status was taken, by other code that waits for all children or since "
+            "SIGCHLD is ignored"
+        )
     if exitcode < 0:
         known = signal_of(exitcode)
         return f"by {known.name}" if known is not None else f"by signal {-exitcode}"

@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
-import fcntl
 import logging
+import marshal
 import os
 import signal
 import sys
 from _socket import AF_UNIX, SOCK_STREAM, socketpair
 from _socket import socket as Socket  # noqa: N812  # as in the channel
 from contextlib import suppress
-from multiprocessing.spawn import get_executable
 from time import monotonic
 from typing import TYPE_CHECKING, Final
 from weakref import WeakSet
 
 from polars_async._green import leaving_no_hub
-from polars_async._native import RLock, holding, posix_spawn, sleep, start_new_thread, waitpid
+from polars_async._native import RLock, holding, posix_spawn, sleep, start_new_thread
 from polars_async.executors.channel import Channel
+from polars_async.executors.children import Child
+from polars_async.executors.descriptors import STANDARD_FILES, above_standard_files
+from polars_async.executors.files import new_file
+from polars_async.executors.interpreter import executable
 from polars_async.executors.parcels import pack, unpack
 from polars_async.executors.surroundings import changes, surroundings
 from polars_async.gpu.simulation import current
@@ -28,12 +31,12 @@ if TYPE_CHECKING:
 _FAREWELL: Final = 2.0
 """Seconds that an idle worker has to end by itself."""
 _START: Final = (
-    "import signal, sys; signal.signal(signal.SIGINT, lambda *_: None); sys.path[:] = {path}; "
-    "from polars_async.executors.worker import main as serve; del signal, sys; "
-    "globals().pop('serve')({socket}, {lifeline})"
+    "import marshal, os, signal, sys; signal.signal(signal.SIGINT, lambda *_: None); "
+    "path = marshal.loads(os.pread({path}, {size}, 0)); sys.path[:{replaced}] = path; "
+    "from polars_async.executors.worker import main as serve; del marshal, os, signal, sys; "
+    "globals().pop('serve')({socket}, {lifeline}, globals().pop('path'))"
 )
 """It leaves no name in ``__main__``, where those of this program's ``__main__`` are looked up."""
-_STANDARD_FILES: Final = 3
 _PAGE: Final = os.sysconf("SC_PAGE_SIZE")
 
 
@@ -41,15 +44,14 @@ class Worker:
     """One worker process, and this end of the channel to it."""
 
     def __init__(self, env: Mapping[str, str]) -> None:
+        self.executable = executable()
         with _no_fork:
             self._spawn(env)
 
     def _spawn(self, env: Mapping[str, str]) -> None:
-        ours, theirs = socketpair(AF_UNIX, SOCK_STREAM)
-        lifeline, ours_of_it = os.pipe()
+        ours, theirs = map(_above_standard_files, socketpair(AF_UNIX, SOCK_STREAM))
+        lifeline, ours_of_it = map(above_standard_files, os.pipe())
         self._lifeline: int | None = ours_of_it
-        if min(theirs.fileno(), lifeline) < _STANDARD_FILES:
-            theirs, lifeline = _above_standard_files(theirs, lifeline)
         self.channel = Channel(ours)
         _alive.add(self)
         self._lock = RLock()
@@ -62,23 +64,8 @@ class Worker:
             self._own = {os.fsencode(name): os.fsencode(value) for name, value in env.items()}
             # But for the folder, which may be another one until the process is there.
             self._surroundings = surroundings()._replace(folder=None)
-            path, variables = self._surroundings.path, self._surroundings.variables
-            code = _START.format(path=path, socket=theirs.fileno(), lifeline=lifeline)
-            python = executable()
-            warnings = [f"-W{option}" for option in sys.warnoptions]
-            self.pid = posix_spawn(
-                python,
-                [python, "-P", *warnings, "-c", code],
-                variables | self._own,
-                file_actions=[
-                    (os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0),
-                    # In the child alone, so that no other one gets hold of them.
-                    (os.POSIX_SPAWN_DUP2, theirs.fileno(), theirs.fileno()),
-                    (os.POSIX_SPAWN_DUP2, lifeline, lifeline),
-                ],
-                setpgroup=0,  # Ctrl-C in a terminal is for this process, not for them
-                setsigmask=[signal.SIGINT],  # until it has a handler
-            )
+            self._child = self._start(theirs.fileno(), lifeline)
+            self.pid = self._child.pid
         except BaseException:
             self.channel.close()
             self._drop_lifeline()
@@ -87,6 +74,38 @@ class Worker:
         finally:
             theirs.close()
             os.close(lifeline)
+
+    def _start(self, socket: int, lifeline: int) -> Child:
+        path = marshal.dumps(self._surroundings.path)
+        file = new_file()  # for a path that is longer than an argument may be
+        try:
+            os.pwrite(file, path, 0)
+            code = _START.format(
+                path=file,
+                size=len(path),
+                # One that the program has set finds its modules where its own path says.
+                replaced="" if self.executable == sys.executable else 0,
+                socket=socket,
+                lifeline=lifeline,
+            )
+            return Child(self._run(code, [socket, lifeline, file]))
+        finally:
+            os.close(file)
+
+    def _run(self, code: str, files: list[int]) -> int:
+        warnings = [f"-W{option}" for option in sys.warnoptions]
+        return posix_spawn(
+            self.executable,
+            [self.executable, "-P", *warnings, "-c", code],
+            self._surroundings.variables | self._own,
+            file_actions=[
+                *_standard_files(),
+                # In the child alone, so that no other one gets hold of them.
+                *((os.POSIX_SPAWN_DUP2, file, file) for file in files),
+            ],
+            setpgroup=0,  # Ctrl-C in a terminal is for this process, not for them
+            setsigmask=[signal.SIGINT],  # until it has a handler
+        )
 
     def await_start(self) -> None:
         """Wait until it is there; EOFError where it fails to start."""
@@ -116,10 +135,8 @@ class Worker:
         if self._reaped:
             return
         try:
-            os.kill(self.pid, number)
-        except ProcessLookupError:
-            pass  # somebody else has taken its status
-        except PermissionError:  # this process has become that of another user
+            self._child.signal(number)
+        except PermissionError:
             if number == signal.SIGKILL:
                 self._drop_lifeline()
 
@@ -133,10 +150,9 @@ class Worker:
         return (int(resident) - int(shared)) * _PAGE
 
     def end(self) -> int | None:
-        """Kill it if it lives, and wait for its end; gives its wait status, if there is one."""
+        """Kill it if it lives, and wait for its end; gives its exit code, if that is known."""
         self.signal(signal.SIGKILL)
-        with suppress(ChildProcessError):
-            os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOWAIT)
+        self._child.await_end()
         return self._reap()
 
     def leave(self) -> None:
@@ -153,24 +169,26 @@ class Worker:
 
     def abandon(self) -> None:
         """Close what a forked child has of it, so that the worker sees its parent's end."""
+        self._reaped = True  # by the parent, as far as the child is concerned
+        self._child.close()
         self.channel.abandon()
         self._drop_lifeline()
 
     def _reap(self) -> int | None:
-        # Nobody sends it a signal meanwhile, since its number may then be that of another process.
-        with self._lock:
+        with self._lock:  # or it might be sent a signal by what is closed
             if self._reaped:
                 return None
-            status: int | None = None
-            with suppress(ChildProcessError):  # somebody else has taken it
-                pid, status = waitpid(self.pid, os.WNOHANG)
-                if pid == 0:
+            exitcode: int | None = None
+            with suppress(ChildProcessError):  # other code has taken it
+                exitcode = self._child.take_exitcode()
+                if exitcode is None:
                     return None
             self._reaped = True
             _alive.discard(self)
+            self._child.close()
             self.channel.close()
             self._drop_lifeline()
-            return status
+            return exitcode
 
     def _drop_lifeline(self) -> None:
         """Have the kernel kill it, which takes no permission."""
@@ -198,21 +216,29 @@ def _see_off(workers: list[Worker], farewell: float = _FAREWELL) -> None:
         worker.see_off(until)
 
 
-def executable() -> str:
-    """Give the interpreter that runs workers."""
-    # Which `multiprocessing.set_executable` sets where sys.executable is no Python.
-    return os.fsdecode(get_executable() or sys.executable)
+def _above_standard_files(socket: Socket) -> Socket:
+    return Socket(fileno=above_standard_files(socket.detach()))
 
 
-def _above_standard_files(theirs: Socket, lifeline: int) -> tuple[Socket, int]:
-    """Move what a worker gets where it is not taken for stdin, stdout and stderr, if those are."""
-    moved = [
-        fcntl.fcntl(file, fcntl.F_DUPFD_CLOEXEC, _STANDARD_FILES)
-        for file in (theirs.fileno(), lifeline)
+def _standard_files() -> list[tuple[int, int, str, int, int]]:
+    """
+    Give a worker an empty stdin, and the stdout and stderr that a Python started here would have.
+
+    Where there is none the worker has one that swallows all: else the first files that it opens, or
+    gets from here, would be taken for them.
+    """
+    closed = [file for file in range(1, STANDARD_FILES) if not _is_inherited(file)]
+    return [
+        (os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0),
+        *((os.POSIX_SPAWN_OPEN, file, os.devnull, os.O_WRONLY, 0) for file in closed),
     ]
-    theirs.close()
-    os.close(lifeline)
-    return Socket(fileno=moved[0]), moved[1]
+
+
+def _is_inherited(file: int) -> bool:
+    try:
+        return os.get_inheritable(file)
+    except OSError:
+        return False
 
 
 def _levels() -> dict[str, int]:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, TypeVar
+import logging
+from functools import partial
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 import polars as pl
 
+from polars_async._green import tell
 from polars_async.errors import PolarsAsyncError
+from polars_async.events import log
 from polars_async.executors.threads import HERE
 from polars_async.gpu.failure import GpuFailure
 from polars_async.reasons import Reason
@@ -19,23 +23,38 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-_WHY = (
-    "its sink hands over to an object or a function of this process, so that the query cannot "
-    "leave this process"
-)
+_MOST_SAID: Final = 1000
+_said: Final[set[str]] = set()
 
 
 class StaysHereError(Exception):
     """A query cannot be sent, since what it hands over would be lost in another process."""
+
+    def __str__(self) -> str:
+        return (
+            "its sink hands over to an object or a function of this process, so that the query "
+            "cannot leave this process"
+        )
 
 
 class UnsendableError(PolarsAsyncError):
     """A query cannot be sent, since what it holds cannot be pickled."""
 
 
-def run_here(work: Callable[[], T], query: Query[Any]) -> T | None:
+def say_once(query: Query[Any], why: str, level: int = logging.INFO) -> None:
+    """Say that `query` runs in this process, unless it was said of another for the same reason."""
+    if why in _said:
+        return
+    if len(_said) >= _MOST_SAID:  # there may be addresses in what an object says of itself
+        _said.clear()
+    _said.add(why)
+    message = "%s runs in this process, as others will for the same reason: %s"
+    tell(partial(log.log, level, message, query.named, why))
+
+
+def run_here(work: Callable[[], T], query: Query[Any], why: str) -> T | None:
     """
-    Run on this thread what stays here, if it is still wanted.
+    Run on this thread what stays here, for the reason `why`, if it is still wanted.
 
     The GPUs are those of other processes: what is for them is left to the CPU.
     """
@@ -46,7 +65,7 @@ def run_here(work: Callable[[], T], query: Query[Any]) -> T | None:
         if not isinstance(engine, pl.GPUEngine):
             return HERE.run(work, query)
         if forbids_cpu(engine):
-            raise PolarsAsyncError(f"{query.named} cannot run on a GPU elsewhere: {_WHY}")
-        raise GpuFailure(Reason.UNSUPPORTED_QUERY, NotImplementedError(_WHY))
+            raise PolarsAsyncError(f"{query.named} cannot run on a GPU elsewhere: {why}")
+        raise GpuFailure(Reason.UNSUPPORTED_QUERY, NotImplementedError(why))
     finally:
         del work, query  # an error's traceback holds this frame

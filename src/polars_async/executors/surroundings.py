@@ -31,7 +31,7 @@ class Surroundings(NamedTuple):
 def surroundings() -> Surroundings:
     """Look at those of this process, which takes 3 us: it is done for each query."""
     entries: list[Any] = sys.path  # some are no strings, and imports ignore those
-    path = [each for each in entries if isinstance(each, str)]
+    path = [str(each) for each in entries if isinstance(each, str)]
     try:
         status = os.stat(".")  # noqa: PTH116  # a third of the time
     except OSError:
@@ -56,8 +56,8 @@ def changes(before: Surroundings, now: Surroundings, apart_from: Container[bytes
 class Follower:
     """In a worker process: puts in force what has changed for its parent."""
 
-    def __init__(self) -> None:
-        self._path = list(sys.path)
+    def __init__(self, path: list[str]) -> None:
+        self._path = path
         self._folder: int | None = None
 
     def take(self, parcel: Parcel) -> bool:

@@ -17,10 +17,12 @@ from typing import TYPE_CHECKING, Any
 
 import polars as pl
 
+from polars_async._native import RLock
 from polars_async._nesting import enter_worker
+from polars_async.errors import PolarsAsyncError
 from polars_async.executors.channel import Channel
 from polars_async.executors.files import bring, put_away
-from polars_async.executors.mains import defined, looked_up
+from polars_async.executors.mains import answer_for_polars, looked_up
 from polars_async.executors.outcomes import outcome_of, packed_error
 from polars_async.executors.parcels import pack, unpack
 from polars_async.executors.surroundings import Follower
@@ -29,6 +31,7 @@ from polars_async.gpu.offload import context_is_poisoned
 if TYPE_CHECKING:
     from collections.abc import Generator, Mapping
 
+    from polars_async.executors.mains import Definition
     from polars_async.executors.parcels import Parcel
     from polars_async.testing import Fault
 
@@ -39,7 +42,7 @@ _NICENESS = 10
 """A tenth of the share that the parent's threads get where both want a processor."""
 
 
-def main(socket_file: int, lifeline: int) -> None:
+def main(socket_file: int, lifeline: int, path: list[str]) -> None:
     """
     Serve the parent, at the other end of a socket, until that is closed.
 
@@ -74,7 +77,8 @@ def main(socket_file: int, lifeline: int) -> None:
         _set_up_logging(logs, levels)
         with nullcontext() if simulated is None else _simulated_gpu(simulated, channel):
             channel.send(pack(("ready", None), in_files=False))
-            follower = Follower()
+            follower = Follower(path)
+            answer_for_polars()
             while not context_is_poisoned():
                 _serve(channel, logs, follower)
 
@@ -93,7 +97,6 @@ def _serve(channel: Channel, logs: _Logs, follower: Follower) -> None:
     channel.send(pack(("begun", None), in_files=False))
     logs.listens = True
     outcome = outcome_of(partial(_run, task, channel, follower))
-    put_away()
     with suppress(Exception):  # what a Python function has printed would stay here
         sys.stdout.flush()
     logs.listens = False
@@ -107,17 +110,16 @@ def _serve(channel: Channel, logs: _Logs, follower: Follower) -> None:
 
 
 def _run(task: Parcel, channel: Channel, follower: Follower) -> object:
-    def look_up(name: str) -> object:
-        channel.send(pack(("main", name), in_files=False))
-        answer = channel.receive()
-        bring(answer.take_shared())
-        return defined(name, unpack(answer))
-
+    parent = _Parent(channel)
     follower.enter_folder()
     bring(task.take_shared())
-    with looked_up(look_up):
-        work = unpack(task, _RemoteBuffer(channel))
-    return work()
+    try:
+        with looked_up(parent.look_up):
+            work = unpack(task, _RemoteBuffer(parent))
+            return work()
+    finally:
+        parent.end()
+        put_away()
 
 
 def _come_to_rest() -> None:
@@ -154,11 +156,43 @@ def _simulated_gpu(arguments: dict[str, Any], channel: Channel) -> Generator[Non
         yield
 
 
-class _RemoteBuffer:
-    """The buffer of a stream, whose consumer is in the parent."""
+class _Parent:
+    """
+    Answers the questions of one query, one after the other, whichever threads ask.
+
+    Once the query has ended, the channel is for the next: what Polars' threads that are left of it
+    still ask has no answer.
+    """
 
     def __init__(self, channel: Channel) -> None:
         self._channel = channel
+        self._lock = RLock()
+        self._listens = True
+
+    def ask(self, question: Parcel) -> Any:
+        with self._lock:
+            if not self._listens:
+                question.close()
+                raise PolarsAsyncError("the query has ended: what is left of it has no answer")
+            self._channel.send(question)
+            answer = self._channel.receive()
+            bring(answer.take_shared())
+            return unpack(answer)
+
+    def look_up(self, module: str, name: str) -> Definition:
+        answer: Definition = self.ask(pack(("main", (module, name)), in_files=False))
+        return answer
+
+    def end(self) -> None:
+        with self._lock:
+            self._listens = False
+
+
+class _RemoteBuffer:
+    """The buffer of a stream, whose consumer is in the parent."""
+
+    def __init__(self, parent: _Parent) -> None:
+        self._parent = parent
 
     def add(self, batch: pl.DataFrame) -> None:
         """Send a batch that is there anyway."""
@@ -169,8 +203,7 @@ class _RemoteBuffer:
         return self._send("put", batch)
 
     def _send(self, kind: str, batch: pl.DataFrame) -> bool:
-        self._channel.send(pack((kind, batch), in_files=True))
-        enough: bool = unpack(self._channel.receive())
+        enough: bool = self._parent.ask(pack((kind, batch), in_files=True))
         return enough
 
 
