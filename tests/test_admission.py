@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import threading
 from decimal import Decimal
 from math import inf, nan
@@ -114,10 +115,11 @@ def test_call_is_refused_with_the_numbers_and_the_remedy_when_the_line_is_full(m
     run_blocked(collector, block)
     waiting = [collector.collect_async(TINY) for _ in range(2)]
     message = (
-        "^the collector is full: 1 running and 2 waiting, of at most max_running=1 and "
-        "max_waiting=2. Try again later, or make a Collector with a larger max_waiting$"
+        "the collector is full: 1 running and 2 waiting make 3 queries, and it has room for 3 in "
+        "all (max_running=1 and max_waiting=2). Try again later, or make a Collector with a larger "
+        "max_waiting"
     )
-    with pytest.raises(QueueFullError, match=message) as refusal:
+    with pytest.raises(QueueFullError, match=f"^{re.escape(message)}$") as refusal:
         collector.collect_async(TINY)
     assert isinstance(refusal.value, PolarsAsyncError)
     assert not any(handle.done() for handle in waiting)
@@ -189,8 +191,23 @@ def test_bound_is_on_running_and_waiting_together(make, block):
     for _ in range(3):
         collector.collect_async(UNSEEN)
         settle(collector)
-    with pytest.raises(QueueFullError, match="1 running and 3 waiting"):
+    with pytest.raises(QueueFullError, match=r"1 running and 3 waiting make 4 .* room for 4"):
         collector.collect_async(UNSEEN)
+
+
+def test_refusal_tells_that_nested_queries_are_beyond_the_slots(make, block):
+    collector = make(max_running=1, max_waiting=1)
+    inner = block()
+
+    def udf(df):
+        collector.collect_async(inner.lf).result()
+        return df
+
+    collector.collect_async(TINY.map_batches(udf))
+    assert inner.started.wait(30)
+    collector.collect_async(TINY)
+    with pytest.raises(QueueFullError, match=r"2 running and 1 waiting make 3 .* room for 2"):
+        collector.collect_async(TINY)
 
 
 @pytest.mark.everywhere
@@ -273,7 +290,11 @@ def test_gpu_has_a_line_of_its_own(gpu, make, block):  # noqa: ARG001  # there u
     collector = make(gpu="offload", max_running=1, max_waiting=1)
     run_blocked(collector, block, engine="gpu")
     on_gpu = collector.collect_async(TINY, engine="gpu")
-    with pytest.raises(QueueFullError, match="1 running and 1 waiting"):
+    message = (
+        "the collector is full for the GPU: 1 running and 1 waiting make 2 queries, and it has "
+        "room for 2 in all (1 at once and max_waiting=1)"
+    )
+    with pytest.raises(QueueFullError, match=f"^{re.escape(message)}"):
         collector.collect_async(TINY, engine="gpu")
     run_blocked(collector, block)
     on_cpu = collector.collect_async(TINY)

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import sys
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 
+from polars_async.gpu import breaker as breaker_module
 from polars_async.gpu.breaker import FAILURES, LONGEST_REST, REST, Breaker, Health
 
 OOM = "out of memory", MemoryError("full")
@@ -77,3 +81,16 @@ def test_rests_grow_to_a_limit(breaker):
     for _ in range(10_000):
         breaker.failed(*OOM, breaker.era)
     assert breaker.seconds_left() == LONGEST_REST
+
+
+def test_failures_told_by_many_threads_are_all_counted(breaker, monkeypatch):
+    interval = sys.getswitchinterval()
+    monkeypatch.setattr(breaker_module, "FAILURES", 10**9)
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(8) as pool:
+            for _ in range(8):
+                pool.submit(lambda: [breaker.failed(*OOM, breaker.era) for _ in range(10_000)])
+    finally:
+        sys.setswitchinterval(interval)
+    assert breaker.health.failures == 8 * 10_000

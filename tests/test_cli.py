@@ -369,8 +369,8 @@ KEYS = {
     "path": "engine downgraded reason message",
     "gpu": "usable reason message devices driver_version cuda_version cudf_polars_version "
     "environment breaker",
-    "device": "index uuid name compute_capability memory_total memory_free taken usable reason "
-    "message",
+    "device": "index uuid name compute_capability memory_total memory_free number taken usable "
+    "reason message breaker",
 }
 
 
@@ -513,9 +513,9 @@ def process(tmp_path, stub_library):
     install_cudf(tmp_path)
     path = os.pathsep.join(filter(None, [str(tmp_path), os.environ.get("PYTHONPATH")]))
 
-    def run(*arguments, host, **environment):
+    def run(*arguments, host, before=(), stdout=subprocess.PIPE, **environment):
         return subprocess.run(
-            [sys.executable, "-W", "error", "-m", "polars_async", *arguments],
+            [*before, sys.executable, "-W", "error", "-m", "polars_async", *arguments],
             env={
                 **os.environ,
                 "PYTHONPATH": path,
@@ -523,8 +523,9 @@ def process(tmp_path, stub_library):
                 "NVML_STUB": host,
                 **environment,
             },
-            capture_output=True,
-            text=True,
+            stdout=stdout,
+            stderr=subprocess.PIPE,
+            encoding="utf-8",
             check=False,
             timeout=50,
         )
@@ -585,3 +586,42 @@ def test_process_answers_without_asking_the_driver(process, arguments):
     done = process(*arguments, host="")
     assert (done.returncode, done.stderr) == (0, "")
     assert "polars-async" in done.stdout
+
+
+WITHOUT_UTF_8 = {
+    "ascii": {"PYTHONIOENCODING": "ascii"},
+    "latin-1": {"PYTHONIOENCODING": "latin-1"},
+    "C": {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"},
+}
+
+
+@pytest.mark.parametrize("terminal", WITHOUT_UTF_8)
+def test_process_escapes_what_the_terminal_cannot_show(process, terminal):
+    environment = {POLICY: "\u2192", **WITHOUT_UTF_8[terminal]}
+    done = process("doctor", host=NO_GPU_HERE, **environment)
+    assert (done.returncode, done.stderr) == (2, "")
+    escaped = r"\udce2\udc86\udc92" if terminal == "C" else r"\u2192"  # the bytes, or the letter
+    assert f"{POLICY}='{escaped}' is not valid" in unwrapped(done.stdout)
+    done = process("doctor", "--json", host=NO_GPU_HERE, **environment)
+    assert f'"{escaped}"' in done.stdout
+    assert (done.returncode, done.stderr) == (2, "")
+    assert json.loads(done.stdout)["exit_status"] == 2
+
+
+WAYS_TO_PRINT = [["doctor"], ["doctor", "--json"], ["doctor", "--help"], ["--version"]]
+
+
+@pytest.mark.parametrize("arguments", WAYS_TO_PRINT)
+def test_process_whose_output_nobody_reads_ends_in_silence(process, arguments):
+    reader, writer = os.pipe()
+    os.close(reader)
+    # Empty as if unset, so that what is written is still in the buffer at the end.
+    done = process(*arguments, host=GPU_HERE, stdout=writer, PYTHONUNBUFFERED="")
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.parametrize("arguments", WAYS_TO_PRINT[:2])
+def test_process_without_stdout_ends_with_its_status(process, arguments):
+    done = process(*arguments, host=GPU_HERE, before=["sh", "-c", 'exec "$@" >&-', "sh"])
+    assert (done.returncode, done.stderr) == (0, "")

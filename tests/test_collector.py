@@ -3,6 +3,8 @@ from __future__ import annotations
 import asyncio
 import contextvars
 import gc
+import inspect
+import re
 import threading
 import weakref
 from concurrent.futures import CancelledError, ThreadPoolExecutor
@@ -13,6 +15,7 @@ import pytest
 from places import A_COLLECTOR_STAYS, PLANS_SENT_ONE_BY_ONE, TINY, Blocked, Notes, until
 from polars.io.plugins import register_io_source
 
+import polars_async
 from polars_async import Collector, CollectorClosedError
 from polars_async.executors import threads
 
@@ -249,6 +252,26 @@ def test_engine_that_can_only_collect_runs_async_queries(collector):
 def test_bad_arguments_are_refused(arguments, error, message):
     with pytest.raises(error, match=message):
         Collector(**arguments)
+
+
+HANDS_ON = re.compile(r"dask_executor|AsyncEngine\.(collect_batches|sink_\w+)")
+"""What takes the keywords of dask, or of an engine of Polars, and leaves it to that to judge."""
+
+
+def public_functions():
+    for name in polars_async.__all__:
+        found = getattr(polars_async, name)
+        members = vars(found).values() if isinstance(found, type) else [found]
+        for function in filter(inspect.isfunction, members):
+            if not function.__name__.startswith("_") and not HANDS_ON.match(function.__qualname__):
+                yield pytest.param(function, id=function.__qualname__)
+
+
+@pytest.mark.parametrize("function", list(public_functions()))
+def test_unknown_keyword_is_told_by_the_function_that_was_called(function):
+    message = f"{function.__qualname__}() got an unexpected keyword argument 'no_such'"
+    with pytest.raises(TypeError, match=f"^{re.escape(message)}"):
+        function(no_such=True)
 
 
 def test_query_on_an_engine_that_is_none_is_refused(collector):

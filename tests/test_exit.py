@@ -417,3 +417,29 @@ for _ in range(2):
 
 def test_import_registers_nothing(run_script):
     assert run_script(REGISTERED) == ["0", "1", "1"]
+
+
+@pytest.mark.parametrize("executor", ["threads", "processes"])
+def test_what_outlives_its_modules_ends_in_silence(run_script, executor):
+    assert run_script(CLEARED_LATE, executor) == ["100000"]
+
+
+# What the starter of a frozen program does not let go of, it does not lose before all modules
+# imported since have been cleared.
+CLEARED_LATE = """
+import ctypes, sys
+import polars as pl
+import polars_async as pa
+ctypes.pythonapi.Py_IncRef(ctypes.py_object(sys.modules["__main__"]))
+lf = pl.LazyFrame({"a": range(100_000)})
+collector = pa.Collector(executor=sys.argv[1])
+handle = collector.collect_async(lf)
+print(handle.result().height)
+completions = collector.as_completed([lf, lf])
+batches = collector.collect_batches_async(lf, chunk_size=1)
+background = collector.collect_background(lf)
+shared = pa.share(pl.DataFrame({"a": range(100)}))
+held = handle.result()
+of_the_process = pa.collect_async(lf)
+engine = pa.AsyncEngine(collector)
+"""

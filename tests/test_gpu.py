@@ -32,10 +32,12 @@ from nvml_stub import (
     describe,
 )
 
+from polars_async.errors import EngineUnavailableError
 from polars_async.gpu import GpuDevice, _cudf, _probe, gpu_status
 from polars_async.gpu._cudf import note_import_failure
 from polars_async.gpu._nvml import Host, HostDevice
 from polars_async.reasons import Reason
+from polars_async.resolution import decide
 
 UUIDS = [f"GPU-{digit * 8}-d72c-4106-c12f-20bd9faed9f6" for digit in "abcd"]
 INSTANCE = "MIG-11111111-d72c-4106-c12f-20bd9faed9f6"
@@ -136,6 +138,7 @@ def test_usable_host_says_what_runs_where(nvml):
         compute_capability=(9, 0),
         memory_total=85899345920,
         memory_free=85000000000,
+        number=0,
         taken=True,
         usable=True,
         reason=None,
@@ -634,6 +637,77 @@ def test_device_order_of_cuda(nvml, monkeypatch, gpus, variables, reason):
     for name, value in variables.items():
         monkeypatch.setenv(f"CUDA_{name}", value)
     assert gpu_status().reason is reason
+
+
+UNLIKE = (H100, A100)
+ALIKE = (H100, variant(H100, uuid=UUIDS[1]), variant(H100, uuid=UUIDS[2]))
+BY_BUS = {"CUDA_DEVICE_ORDER": "PCI_BUS_ID"}
+
+
+@pytest.mark.usefixtures("installed")
+@pytest.mark.parametrize(
+    ("gpus", "variables", "numbers"),
+    [
+        (ALIKE, {}, [0, 1, 2]),
+        (ALIKE, {"CUDA_VISIBLE_DEVICES": "2,0"}, [1, None, 0]),
+        (ALIKE, {"CUDA_VISIBLE_DEVICES": f"{UUIDS[1]}, 0 ,no,2"}, [1, 0, None]),
+        (ALIKE, {"CUDA_VISIBLE_DEVICES": "2,2"}, [None] * 3),
+        (UNLIKE, {}, [None, None]),
+        (UNLIKE, BY_BUS, [0, 1]),
+        (UNLIKE, {"CUDA_VISIBLE_DEVICES": f"{UUIDS[1]},0"}, [None, 0]),
+        (UNLIKE, {"CUDA_VISIBLE_DEVICES": f"{UUIDS[1]},0"} | BY_BUS, [1, 0]),
+    ],
+)
+def test_number_of_a_gpu_is_that_by_which_cuda_counts_it(
+    nvml, monkeypatch, gpus, variables, numbers
+):
+    nvml.host(*gpus)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert [device.number for device in gpu_status().devices] == numbers
+
+
+@pytest.mark.usefixtures("installed")
+def test_instances_of_one_gpu_have_one_number_as_cuda_takes_one_alone(nvml, monkeypatch):
+    nvml.host(
+        variant(H100, mig=1, instances={0: INSTANCE, 1: "MIG-2"}), variant(H100, uuid=UUIDS[1])
+    )
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", f"{INSTANCE},MIG-2,{UUIDS[1]}")
+    assert [device.number for device in gpu_status().devices] == [0, 2]
+
+
+@pytest.mark.usefixtures("installed")
+@pytest.mark.parametrize(
+    ("gpus", "variables", "number", "reason"),
+    [
+        (UNLIKE, {}, 1, Reason.AMBIGUOUS_DEVICE_ORDER),
+        (UNLIKE, BY_BUS, 1, None),
+        (UNLIKE, BY_BUS, 2, Reason.UNKNOWN_DEVICE),
+        ((H100, K620), BY_BUS, 1, Reason.COMPUTE_CAPABILITY),
+        ((H100, K620), BY_BUS, 0, None),
+        ((H100, variant(H100, compute_mode=2)), {}, 1, Reason.COMPUTE_PROHIBITED),
+        # CUDA may count it, or not.
+        ((H100, variant(H100, handle=GPU_IS_LOST)), {}, 0, Reason.AMBIGUOUS_DEVICE_ORDER),
+    ],
+)
+def test_gpu_that_is_named_and_cannot_be_used_is_told(
+    nvml, monkeypatch, gpus, variables, number, reason
+):
+    nvml.host(*gpus)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    engine = pl.GPUEngine(device=number)
+    found = decide(engine, "async", "offload", "in-memory", gpu_in_workers=True)
+    assert found.reason is reason
+    on_threads = decide(engine, "async", "offload", "in-memory")
+    if reason is Reason.AMBIGUOUS_DEVICE_ORDER:  # there CUDA itself counts
+        assert on_threads.name == "gpu"
+    else:
+        assert on_threads.reason is reason
+    if reason is not None:
+        strict = pl.GPUEngine(device=number, raise_on_fail=True)
+        with pytest.raises(EngineUnavailableError, match=f"device={number} "):
+            decide(strict, "async", "offload", "in-memory", gpu_in_workers=True)
 
 
 @pytest.mark.usefixtures("installed")

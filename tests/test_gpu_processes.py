@@ -143,19 +143,6 @@ def test_poisoned_context_is_cured_where_the_cpu_is_forbidden_too(offloading):
         assert after["pid"].item() != before
 
 
-def test_gpu_that_fails_three_times_rests_whichever_worker_it_was(offloading):
-    with simulate_gpu(2, fail="cuda"):
-        collector = offloading()
-        for _ in range(3):
-            collector.collect_async(WHERE).result(30)
-        assert collector.stats()["gpu_failures"] == 3
-        assert collector.stats()["gpu_rest_seconds"] > 0
-        with pytest.warns(pa.EngineDowngradeWarning, match="rests for a while"):
-            handle = collector.collect_async(WHERE)
-        assert handle.resolution.reason is pa.Reason.GPU_RESTS
-        handle.result(30)
-
-
 def test_success_ends_the_count_of_failures(offloading):
     with simulate_gpu(1, fail={1: "oom", 2: "oom"}):
         collector = offloading()

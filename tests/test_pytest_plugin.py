@@ -689,8 +689,8 @@ import sys
 def test_nothing_is_imported_that_nobody_needs():
     heavy = {"polars", "numpy", "gevent", "pynvml", "cudf_polars"}
     assert not heavy & set(sys.modules)
-    own = sorted(each[13:] for each in sys.modules if each.startswith("polars_async."))
-    assert own == ["_fork", "errors", "pytest_plugin", "reasons"]
+    own = {each[13:] for each in sys.modules if each.startswith("polars_async.")}
+    assert own - {"_pytest_entry"} == {"_fork", "errors", "pytest_plugin", "reasons"}
 """
 
 
@@ -727,6 +727,30 @@ def test_pytest_finds_the_plugin_of_an_installed_package(pytester, again):
     result = pytester.runpytest_subprocess("-W", "error", "--strict-markers", *options)
     result.assert_outcomes(passed=1)
     assert any(line.startswith("plugins: ") and "polars-async" in line for line in result.outlines)
+
+
+# ci/test starts the real ones.
+OLD = """
+import sys, types
+version, entry = sys.argv[1:]
+pytest = sys.modules["pytest"] = types.ModuleType("pytest")
+pytest.__version__ = version
+if version > "7":
+    pytest.version_tuple = tuple(map(int, version.split(".")))
+    pytest.StashKey = list
+pytest.fixture = lambda function: function
+pytest.hookimpl = lambda tryfirst=False, trylast=False, hookwrapper=False: lambda function: function
+from importlib.metadata import EntryPoint
+plugin = EntryPoint("polars_async.pytest_plugin", entry, "pytest11").load()
+print(*(name for name in dir(plugin) if name.startswith("pytest_") or hasattr(plugin, "gpu_host")))
+"""
+
+
+@pytest.mark.parametrize("version", ["6.2.5", "7.0.1"])
+def test_pytest_that_is_too_old_for_the_plugin_starts_without(run_script, version):
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    (entry,) = project["entry-points"]["pytest11"].values()
+    assert run_script(OLD, version, entry) == []
 
 
 def test_suite_of_a_service_needs_nothing_but_the_plugin(pytester):

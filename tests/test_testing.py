@@ -319,6 +319,32 @@ def test_fault_that_is_none_is_named_with_those_that_are(fail):
         gpu.fail = fail
 
 
+@pytest.mark.parametrize("fail_on", ["oom", {1: "ooom"}, {1: "import"}, {"1": "oom"}, [1]])
+def test_fault_of_a_gpu_that_is_none_is_named(fail_on):
+    with pytest.raises(ValueError, match="fail_on must map indices") as caught:
+        simulate_gpu(2, fail_on=fail_on).__enter__()
+    assert repr(fail_on) in str(caught.value)
+
+
+def test_one_of_several_gpus_fails():
+    with simulate_gpu(2, fail_on={1: "oom"}) as gpu:
+        assert TINY.collect(engine=STRICT).item() == 1
+        with pytest.raises(MemoryError):
+            TINY.collect(engine=pl.GPUEngine(device=1, raise_on_fail=True))
+        gpu.fail_on = {0: "cuda"}
+        with pytest.raises(RuntimeError, match="cudaErrorIllegalAddress"):
+            TINY.collect(engine=STRICT)
+        assert TINY.collect(engine=pl.GPUEngine(device=1, raise_on_fail=True)).item() == 1
+
+
+def test_simulated_cuda_knows_no_more_gpus_than_are_visible(monkeypatch):
+    with simulate_gpu(2):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1")
+        for number in (1, -1):
+            with pytest.raises(RuntimeError, match="cudaErrorInvalidDevice"):
+                TINY.collect(engine=pl.GPUEngine(device=number, raise_on_fail=True))
+
+
 def test_fault_that_comes_too_late_is_refused():
     with simulate_gpu() as gpu:
         with pytest.raises(ValueError, match="is how a host begins"):

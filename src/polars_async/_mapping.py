@@ -6,9 +6,12 @@ import ctypes
 import mmap
 import os
 from functools import partial
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from polars_async._native import start_new_thread
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 _libc: Final = ctypes.CDLL(None, use_errno=True)
 _libc.mmap.restype = ctypes.c_void_p
@@ -33,20 +36,23 @@ class Mapping:
         Where it is, and how many bytes it has.
     """
 
+    _undo: Callable[[], object] | None = None
+
     def __init__(self, file: int) -> None:
         self.size: Final = os.fstat(file).st_size
-        self.address: int | None = None
         address = _libc.mmap(None, self.size, mmap.PROT_READ, mmap.MAP_SHARED, file, 0)
         if address == _FAILED:
             number = ctypes.get_errno()
             raise OSError(number, f"a file could not be mapped: {os.strerror(number)}")
-        self.address = address
+        self.address: Final[int] = address
+        self._undo = partial(_libc.munmap, address, self.size)
 
-    def __del__(self) -> None:
-        if self.address is None:
+    # As a default, since a frozen program clears this module before it lets go of its own.
+    def __del__(self, start: Callable[..., int] = start_new_thread) -> None:
+        undo = self._undo
+        if undo is None:
             return
-        undo = partial(_libc.munmap, self.address, self.size)
         try:
-            start_new_thread(undo, ())
+            start(undo, ())
         except RuntimeError:  # no thread to be had, or the program ends
             undo()

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from polars_async._native import RLock, allocate_lock, holding
 from polars_async._nesting import in_query, on_thread_of_polars
 from polars_async.errors import CollectorClosedError, QueueFullError
-from polars_async.gpu.breaker import breaker
+from polars_async.gpu.breaker import stats as health_of_gpus
 from polars_async.open_streams import OpenStreams
 from polars_async.query import wake
 from polars_async.scheduling import (
@@ -25,6 +25,7 @@ from polars_async.scheduling import (
 
 if TYPE_CHECKING:
     from _thread import LockType
+    from collections.abc import Sequence
 
     from polars_async.expectations import Expectation
     from polars_async.query import Query, Waiter
@@ -516,11 +517,16 @@ class Admission:
         # Not those that pause, whose slots are for others.
         running = sum(slot.query is not None for slot in self._slots)
         waiting = self.waiting
-        if min(running, self.max_running) + waiting >= self.max_running + max_waiting:
+        room = self.max_running + max_waiting
+        if min(running, self.max_running) + waiting >= room:
+            for_gpu, slots = "", f"max_running={self.max_running}"
+            if self._exclusive:
+                for_gpu, slots = " for the GPU", f"{self.max_running} at once"
             raise QueueFullError(
-                f"the collector is full: {running} running and {waiting} waiting, of at most "
-                f"max_running={self.max_running} and max_waiting={max_waiting}. Try again later, "
-                "or make a Collector with a larger max_waiting"
+                f"the collector is full{for_gpu}: {running} running and {waiting} waiting make "
+                f"{running + waiting} queries, and it has room for {room} in all ({slots} and "
+                f"max_waiting={max_waiting}). Try again later, or make a Collector with a larger "
+                "max_waiting"
             )
 
 
@@ -529,18 +535,18 @@ def _open(slot: Slot) -> None:
         slot.gate.release()
 
 
-def stats_of(cpu: Admission, gpu: Admission) -> dict[str, float]:
+def stats_of(cpu: Admission, gpus: Sequence[Admission]) -> dict[str, float]:
     """Add up what `Collector.stats` explains."""
-    found = holding(cpu.lock, _counted, cpu, gpu)  # the lock is that of both
-    found |= {"gpu_failures": breaker.health.failures, "gpu_rest_seconds": breaker.seconds_left()}
+    found = holding(cpu.lock, _counted, cpu, gpus)  # the lock is that of all
+    found |= health_of_gpus()
     found |= {"streams": len(cpu.streams), "max_streams": cpu.streams.most}
     limit = inf if cpu.max_waiting is None else cpu.max_waiting
     return {**found, "max_running": cpu.max_running, "max_waiting": limit}
 
 
-def _counted(cpu: Admission, gpu: Admission) -> dict[str, float]:
-    found: dict[str, float] = {"submitted": 0}
-    for admission in (cpu, gpu):
+def _counted(cpu: Admission, gpus: Sequence[Admission]) -> dict[str, float]:
+    found: dict[str, float] = {"submitted": 0, "gpu_running": 0, "gpu_waiting": 0}
+    for admission in (cpu, *gpus):
         running = admission.in_slots()
         abandoned = sum(query.done for query in running)
         now: dict[str, float] = {
@@ -554,6 +560,7 @@ def _counted(cpu: Admission, gpu: Admission) -> dict[str, float]:
             found[key] = found.get(key, 0) + value
         # Not counted by itself: who is interrupted would have to count it, and take that back.
         found["submitted"] += admission.counts.ended + len(running) - abandoned + now["waiting"]
-        if admission is gpu:
-            found |= {"gpu_running": now["running"], "gpu_waiting": now["waiting"]}
+        if admission is not cpu:
+            found["gpu_running"] += now["running"]
+            found["gpu_waiting"] += now["waiting"]
     return found

@@ -21,11 +21,13 @@ from polars_async import resolution
 from polars_async.gpu import GpuStatus, gpu_status
 from polars_async.gpu._cudf import find_cudf_polars
 from polars_async.gpu._visible import DEVICE_ORDER, VISIBLE_DEVICES
-from polars_async.gpu.breaker import FAILURES, REST, breaker
+from polars_async.gpu.breaker import FAILURES, REST, breaker, breaker_of
 from polars_async.resolution import AFFINITY_VARIABLE, GPU_POLICY_VARIABLE
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
+
+    from polars_async.gpu.breaker import Breaker
 
     Report: TypeAlias = dict[str, Any]
 
@@ -67,9 +69,10 @@ exit status:
   gpu          usable, reason, message, driver_version, cuda_version ([13, 0]),
                cudf_polars_version, environment (CUDA's variables), devices:
                each index, uuid, name, compute_capability ([9, 0]), memory_total
-               and memory_free (bytes), taken, usable, reason, message;
-               breaker: failures (in a row), rest_seconds (left), message. It is
-               that of this process alone, as each has its own; see stats()
+               and memory_free (bytes), number (as in GPUEngine(device=0)),
+               taken, usable, reason, message, breaker (in worker processes);
+               breaker: failures (in a row), rest_seconds (left), message. All
+               are those of this process, as each has its own; see stats()
   problems     sentences, each with its remedy
   exit_status  0 or 2
 """
@@ -88,15 +91,32 @@ def main(arguments: Sequence[str] | None = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     doctor.add_argument("--json", action="store_true", help="write one JSON object")
-    given = parser.parse_args(arguments)
+    try:
+        given = parser.parse_args(arguments)
+    except SystemExit:
+        _write("")  # what argparse has written may still be on its way
+        raise
     if given.command is None:  # with the status of argparse where an argument is missing
         parser.print_help(sys.stderr)
         return 2
     report = _diagnose()
     width = max(60, min(shutil.get_terminal_size().columns, 100))
     text = json.dumps(report, indent=2) if given.json else "\n".join(_told(report, width))
-    sys.stdout.write(f"{text}\n")
+    _write(f"{text}\n")
     return int(report["exit_status"])
+
+
+def _write(text: str) -> None:
+    """Write to stdout, in its encoding, or nowhere if it is closed at either end."""
+    if sys.stdout is None:
+        return
+    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
+    try:
+        sys.stdout.write(text.encode(encoding, "backslashreplace").decode(encoding))
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # Or the interpreter would try again when it ends, and complain.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _diagnose() -> Report:
@@ -191,18 +211,20 @@ def _gpu() -> Report:
     if isinstance(status, str):
         status = GpuStatus(usable=False, message=f"asking about it failed ({status})")
     variables = {name: os.environ.get(name) for name in (VISIBLE_DEVICES, DEVICE_ORDER)}
-    return {**asdict(status), "environment": variables, "breaker": _breaker()}
+    devices = [{**asdict(each), "breaker": _breaker(breaker_of(each))} for each in status.devices]
+    found = {**asdict(status), "devices": devices, "environment": variables}
+    return {**found, "breaker": _breaker(breaker)}
 
 
-def _breaker() -> Report:
-    health, seconds = breaker.health, breaker.seconds_left()
+def _breaker(of: Breaker) -> Report:
+    seconds = of.seconds_left()
     message = (
         f"closed: after {FAILURES} failures in a row, a process leaves the GPU alone for a while, "
         f"{REST:g} s at first"
     )
-    if (rest := breaker.rest()) is not None:
+    if (rest := of.rest()) is not None:
         message = f"open: the GPU rests for {seconds:.0f} s more. Last time, {rest.failure}"
-    return {"failures": health.failures, "rest_seconds": seconds, "message": message}
+    return {"failures": of.health.failures, "rest_seconds": seconds, "message": message}
 
 
 def _told(report: Report, width: int) -> Iterator[str]:
@@ -268,6 +290,10 @@ def _about(device: Report) -> Iterator[str]:
     known = [f"{size / 2**30:.1f} GiB {kind}" for kind, size in sizes if size is not None]
     yield f"memory {', '.join(known) or 'unknown'}"
     yield device["message"]
+    if device["number"] is not None:
+        yield f"GPUEngine(device={device['number']}) asks for it"
+    if device["breaker"]["failures"]:
+        yield f"breaker in worker processes {device['breaker']['message']}"
 
 
 def _dotted(version: tuple[int, int] | None) -> str:

@@ -11,16 +11,19 @@ from typing import TYPE_CHECKING, Any, Final, Literal, TypedDict, TypeVar, overl
 import polars as pl
 
 from polars_async import _fork, bridges
+from polars_async._native import holding
 from polars_async._nesting import in_query
 from polars_async.admission import stats_of
 from polars_async.background import BackgroundQuery
 from polars_async.bridges.threads import block_or_let_run
 from polars_async.callers import call_site
 from polars_async.events import Reporter
-from polars_async.executors.choice import default_running, gpu_place_of, place_of
+from polars_async.executors.choice import IN_PROCESSES, default_running, gpu_place_of, place_of
 from polars_async.executors.threads import HERE
 from polars_async.expectations import Expectation, Expectations
 from polars_async.frames import check_frame, checked_frames
+from polars_async.gpu.breaker import key_of
+from polars_async.gpu.devices import named_device
 from polars_async.handle import QueryHandle
 from polars_async.lane import Lane
 from polars_async.open_streams import MAX_STREAMS
@@ -39,7 +42,7 @@ from polars_async.work import collect, collect_each, feed, schema
 from polars_async.work import sink as run_sink
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Sequence
     from types import TracebackType
     from typing import Self, Unpack
 
@@ -97,8 +100,9 @@ class Collector:
         for it: before the queries of the queue, but for one turn in eight. Queries
         on the GPU have a lane of their own, and run one at a time, in processes one for each GPU.
     max_waiting
-        How many queries wait at most, for the GPU and for the CPU each; the next one is refused at
-        once with a `QueueFullError`. None sets no limit.
+        How many queries wait at most, for the GPU and for the CPU each, and in processes for each
+        GPU that they name; the next one is refused at once with a `QueueFullError`. None sets no
+        limit.
     max_streams
         How many streams of batches are open at most: those that wait, that run, and that are held
         up by their consumers, each of which keeps a thread, and in worker processes a worker. The
@@ -159,16 +163,18 @@ class Collector:
             max_streams=max_streams or MAX_STREAMS,
         )
         self._elsewhere: Final = isinstance(executor, Executor)
-        self._gpu: Final = Lane(
-            max_running if self._elsewhere else 1,
-            max_waiting,
-            known,
-            self._report,
+        self._make_gpu_lane: Final = partial(
+            Lane,
+            max_waiting=max_waiting,
+            expectations=known,
+            report=self._report,
             place=gpu_place_of(executor, place, max_running),
             fallback=self._cpu,
         )
-        # The GPU's first, whose queries may go over to the other, and never back.
-        self._lanes: Final = (self._gpu, self._cpu)
+        self._gpu: Final = self._make_gpu_lane(max_running if self._elsewhere else 1)
+        self._gpus_in_workers: Final = executor in IN_PROCESSES
+        self._of_one_gpu: Final[dict[str | int, Lane]] = {}
+        """The lanes of queries that name a GPU, where several work side by side."""
 
     @overload
     def collect_async(
@@ -312,7 +318,14 @@ class Collector:
         return handle(query)
 
     def as_completed(
-        self, lazy_frames: Iterable[pl.LazyFrame], **options: Unpack[QueryOptions]
+        self,
+        lazy_frames: Iterable[pl.LazyFrame],
+        *,
+        engine: EngineRequest | None = None,
+        optimizations: pl.QueryOptFlags = DEFAULT_OPTIMIZATIONS,
+        timeout: float | None = None,
+        priority: int = 0,
+        label: str | None = None,
     ) -> ResultStream[tuple[int, pl.DataFrame]]:
         """
         Schedule each frame as a query of its own, and give the results as they come.
@@ -340,7 +353,15 @@ class Collector:
         queries: list[Query[pl.DataFrame]] = []
         try:
             for frame in checked_frames(lazy_frames):
-                query = self._collect(frame, "async", **options)
+                query = self._collect(
+                    frame,
+                    "async",
+                    engine=engine,
+                    optimizations=optimizations,
+                    timeout=timeout,
+                    priority=priority,
+                    label=label,
+                )
                 queries.append(query)
         except BaseException:
             for query in queries:
@@ -528,7 +549,14 @@ class Collector:
         return handle(query)
 
     def collect_background(
-        self, lf: pl.LazyFrame, **options: Unpack[QueryOptions]
+        self,
+        lf: pl.LazyFrame,
+        *,
+        engine: EngineRequest | None = None,
+        optimizations: pl.QueryOptFlags = DEFAULT_OPTIMIZATIONS,
+        timeout: float | None = None,
+        priority: int = 0,
+        label: str | None = None,
     ) -> BackgroundQuery[pl.DataFrame]:
         """
         Schedule a query to be fetched from threads, as ``LazyFrame.collect(background=True)``.
@@ -540,10 +568,26 @@ class Collector:
         BackgroundQuery
             With ``fetch()``, ``fetch_blocking()`` and ``cancel()``.
         """
-        return BackgroundQuery(self._collect(lf, "background", **options))
+        query = self._collect(
+            lf,
+            "background",
+            engine=engine,
+            optimizations=optimizations,
+            timeout=timeout,
+            priority=priority,
+            label=label,
+        )
+        return BackgroundQuery(query)
 
     def collect_all_background(
-        self, lazy_frames: Iterable[pl.LazyFrame], **options: Unpack[QueryOptions]
+        self,
+        lazy_frames: Iterable[pl.LazyFrame],
+        *,
+        engine: EngineRequest | None = None,
+        optimizations: pl.QueryOptFlags = DEFAULT_OPTIMIZATIONS,
+        timeout: float | None = None,
+        priority: int = 0,
+        label: str | None = None,
     ) -> BackgroundQuery[list[pl.DataFrame]]:
         """
         Schedule several frames as one query to be fetched from threads.
@@ -555,7 +599,16 @@ class Collector:
         BackgroundQuery
             As for `collect_background`; gives a list with a DataFrame for each frame.
         """
-        return BackgroundQuery(self._collect_all(lazy_frames, "background", **options))
+        query = self._collect_all(
+            lazy_frames,
+            "background",
+            engine=engine,
+            optimizations=optimizations,
+            timeout=timeout,
+            priority=priority,
+            label=label,
+        )
+        return BackgroundQuery(query)
 
     def resolve_engine(
         self,
@@ -573,6 +626,7 @@ class Collector:
             self._gpu_policy,
             self._default_engine,
             gpu_elsewhere=self._elsewhere,
+            gpu_in_workers=self._gpus_in_workers,
             optimizations=optimizations,
         )
 
@@ -598,12 +652,17 @@ class Collector:
             ``max_waiting`` (infinite without one) and ``max_streams``. All that counts the GPU's
             queries too; ``gpu_running`` and ``gpu_waiting`` do so alone. Of the whole process,
             ``gpu_failures`` tells how many times in a row the GPU has failed, and
-            ``gpu_rest_seconds`` how long it still rests for that, and is not tried. ``workers``
+            ``gpu_rest_seconds`` how long it still rests for that, and is not tried; of several,
+            that of the most failures, and of the longest rest. In worker processes each GPU is
+            counted by itself, and ``gpu_0_failures`` and ``gpu_0_rest_seconds`` tell of that with
+            NVML's index 0, once it has run a query. ``workers``
             counts the worker processes, and ``workers_died`` those that died with a query.
         """
-        found = stats_of(self._cpu.admission, self._gpu.admission)
-        found["workers"] = sum(lane.place.workers for lane in self._lanes)
-        found["workers_died"] = sum(lane.place.died for lane in self._lanes)
+        *on_gpus, cpu = (lane.admission for lane in self._lanes)
+        found = stats_of(cpu, on_gpus)
+        places = (self._gpu.place, self._cpu.place)  # those of all
+        found["workers"] = sum(place.workers for place in places)
+        found["workers_died"] = sum(place.died for place in places)
         return found
 
     def close(
@@ -656,11 +715,11 @@ class Collector:
         for lane in self._lanes:
             await Suspension(bridge, lane.admission)
 
-    def __del__(self) -> None:
+    # As a default, since a frozen program has cleared this module before it lets go of its own.
+    def __del__(self, is_finalizing: Callable[[], bool] = sys.is_finalizing) -> None:
         # No weakref.finalize, which would hold the lanes, whose hook may hold the collector.
-        lanes = getattr(self, "_lanes", ())  # a bad argument may have ended __init__
-        if not sys.is_finalizing():
-            _close_lanes(lanes)
+        if not is_finalizing() and hasattr(self, "_of_one_gpu"):  # else __init__ has refused
+            _close_lanes(self._lanes)
 
     def __enter__(self) -> Self:
         return self
@@ -724,12 +783,32 @@ class Collector:
         warn_of(resolution)
         return resolution
 
+    @property
+    def _lanes(self) -> Iterator[Lane]:
+        """Those of the GPU first, whose queries may go over to that of the CPU, and never back."""
+        yield self._gpu
+        # Not before whoever closes them has closed that: there are no more of these from then on.
+        yield from list(self._of_one_gpu.values())
+        yield self._cpu
+
     def _lane(self, resolution: Resolution) -> Lane:
         if not is_on_gpu(resolution):
             return self._cpu
-        if resolution.gpu is not None:
-            self._gpu.use(resolution.gpu)
-        return self._gpu
+        if resolution.gpu is None:
+            return self._gpu
+        self._gpu.use(resolution.gpu)
+        named = named_device(resolution.engine, resolution.gpu)
+        if named is None or not self._gpus_in_workers:
+            return self._gpu
+        return holding(self._gpu.admission.lock, self._lane_of, key_of(named))
+
+    def _lane_of(self, key: str | int) -> Lane:
+        lane = self._of_one_gpu.get(key)
+        if lane is None:
+            lane = self._of_one_gpu[key] = self._make_gpu_lane(1)
+            # After that: a signal handler may close all that there are in between.
+            lane.admission.closed = self._gpu.admission.closed
+        return lane
 
     def _submit(
         self,
@@ -815,7 +894,7 @@ def _gevent_handle() -> type[QueryHandle[Any]]:
 
 
 def _close_lanes(
-    lanes: tuple[Lane, ...], *, cancel_waiting: bool = False, cancel_running: bool = False
+    lanes: Iterable[Lane], *, cancel_waiting: bool = False, cancel_running: bool = False
 ) -> None:
     for lane in lanes:
         lane.close(cancel_waiting=cancel_waiting, cancel_running=cancel_running)

@@ -2,7 +2,8 @@
 The plug-in for pytest: what a program does with a GPU, and without, tested on any machine.
 
 pytest 8 or newer finds it where polars-async is installed; where plug-ins are not looked for,
-``-p polars_async.pytest_plugin`` brings it. It imports Polars when that is first needed.
+``-p polars_async.pytest_plugin`` brings it. For an older pytest there is none. It imports Polars
+when that is first needed.
 
 Fixtures
 --------

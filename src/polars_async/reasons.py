@@ -38,7 +38,10 @@ class Reason(enum.StrEnum):
     INVALID_VISIBLE_DEVICES = "invalid-visible-devices"
     """The first entry of CUDA_VISIBLE_DEVICES names no GPU in a way that cudf-polars can take."""
     AMBIGUOUS_DEVICE_ORDER = "ambiguous-device-order"
-    """CUDA and NVML number the GPUs differently, and CUDA would take one that is ruled out."""
+    """CUDA and NVML number the GPUs differently: CUDA would take one that is ruled out, or it is
+    not known which one a number means."""
+    UNKNOWN_DEVICE = "unknown-device"
+    """The number that ``pl.GPUEngine(device=...)`` asks for is that of no visible GPU."""
     COMPUTE_CAPABILITY = "compute-capability"
     """The GPU's compute capability is too low for the installed cudf-polars."""
     COMPUTE_PROHIBITED = "compute-prohibited"

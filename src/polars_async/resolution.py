@@ -16,7 +16,8 @@ from polars_async import _upstream
 from polars_async.callers import level_of_caller
 from polars_async.errors import EngineDowngradeWarning, EngineUnavailableError
 from polars_async.gpu import GpuStatus, gpu_status
-from polars_async.gpu.breaker import breaker
+from polars_async.gpu.breaker import breaker, rest_of
+from polars_async.gpu.devices import candidates, device_fault
 from polars_async.reasons import Reason
 
 if TYPE_CHECKING:
@@ -192,9 +193,15 @@ def decide(
     default_engine: EngineRequest,
     *,
     gpu_elsewhere: bool = False,
+    gpu_in_workers: bool = False,
     optimizations: pl.QueryOptFlags | None = None,
 ) -> Resolution:
-    """Do what `resolve_engine` does; with `gpu_elsewhere`, whatever the GPU of this host is."""
+    """
+    Do what `resolve_engine` does.
+
+    With `gpu_elsewhere`, whatever the GPU of this host is; with `gpu_in_workers`, for queries that
+    run in worker processes, of which each GPU has its own.
+    """
     if path not in _PATHS:
         raise ValueError(f"path must be one of {_listed(_PATHS)}, got {path!r}")
     if gpu is not None:
@@ -209,7 +216,10 @@ def decide(
         return _left_to_cpu(asked)
     if gpu_elsewhere and path != "sync" and gpu_policy(gpu) != "downgrade":
         return asked
-    return _gpu_rule(asked, path, gpu)
+    in_workers = (
+        gpu_in_workers and path != "sync" and type(asked.engine) in _upstream.BUILT_IN_ENGINES
+    )
+    return _gpu_rule(asked, path, gpu, in_workers=in_workers)
 
 
 def _who_asks(engine: EngineRequest, path: QueryPath, default: EngineRequest) -> Resolution:
@@ -245,10 +255,13 @@ def _left_to_cpu(asked: Resolution) -> Resolution:
     )
 
 
-def _gpu_rule(asked: Resolution, path: QueryPath, gpu: GpuPolicy | None) -> Resolution:
+def _gpu_rule(
+    asked: Resolution, path: QueryPath, gpu: GpuPolicy | None, *, in_workers: bool
+) -> Resolution:
     """Let the GPU engine through, or say what rules it out and what runs instead."""
     policy = gpu_policy(gpu)
     status = gpu_status()
+    engine = asked.engine
     reason: Reason | None
     if path != "sync" and policy == "downgrade":
         reason, why = _SWITCHED_OFF[path], f"GPU execution is switched off on the {path} path"
@@ -257,14 +270,18 @@ def _gpu_rule(asked: Resolution, path: QueryPath, gpu: GpuPolicy | None) -> Reso
         )
         if not status.usable:
             remedy = f"{remedy}, and mind that {status.message}"
-    elif status.usable:
-        rest = None if forbids_cpu(asked.engine) else breaker.rest()
+    elif not status.usable:
+        reason, why, remedy = status.reason, "no GPU is usable here", status.message
+    elif (fault := device_fault(engine, status, in_workers=in_workers)) is not None:
+        reason, why, remedy = fault
+    else:
+        rest = None
+        if not forbids_cpu(engine):
+            rest = rest_of(candidates(engine, status)) if in_workers else breaker.rest()
         if rest is None:
             return replace(asked, gpu=status)
         reason, why = Reason.GPU_RESTS, "it keeps failing, and rests for a while"
         remedy = f"it is tried again after a rest of {rest.seconds:g} s. Last time, {rest.failure}"
-    else:
-        reason, why, remedy = status.reason, "no GPU is usable here", status.message
     asks = f"{_ASKERS[asked.source]} asks for the GPU engine"
     if asked.reason is not None:
         asks = f"{asked.message}; {asks}"

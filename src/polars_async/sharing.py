@@ -27,7 +27,7 @@ from polars_async.executors.files import (
 from polars_async.executors.parcels import mark_sorted, sorted_columns
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Callable, Iterator, Mapping
 
 
 def share(frame: pl.DataFrame) -> pl.LazyFrame:
@@ -132,10 +132,11 @@ class _Source:
             if not isinstance(held, int):
                 os.close(file)
 
-    def __del__(self) -> None:
+    # As a default, since a frozen program clears this module before it lets go of its own.
+    def __del__(self, close: Callable[[int], None] = os.close) -> None:
         held = getattr(self, "_held", None)  # to map it may have ended __init__
         if isinstance(held, int):
-            os.close(held)
+            close(held)
 
 
 _with_descriptor: Final[WeakSet[_Source]] = WeakSet()

@@ -16,7 +16,7 @@ import polars as pl
 from polars_async._native import allocate_lock, sleep
 from polars_async.gpu import _cudf, _nvml, _probe, simulation
 from polars_async.gpu._visible import DEVICE_ORDER, VISIBLE_DEVICES
-from polars_async.gpu.breaker import Health, breaker
+from polars_async.gpu.breaker import Health, breaker, stand_in
 from polars_async.gpu.offload import note_error_of_query
 
 if TYPE_CHECKING:
@@ -49,12 +49,15 @@ class SimulatedGpu:
     ----------
     queries
         How many queries have reached it; those that it failed are among them.
+    fail_on
+        The faults of single GPUs, as `simulate_gpu` takes them; they may be set anew.
     """
 
-    def __init__(self, fail: Failing) -> None:
+    def __init__(self, fail: Failing, fail_on: Mapping[int, Fault] | None = None) -> None:
         self._lock = allocate_lock()
         self.queries = 0
         self.fail = fail
+        self.fail_on = fail_on or {}
 
     @property
     def fail(self) -> Failing:
@@ -82,8 +85,26 @@ class SimulatedGpu:
             raise ValueError("fail='import' comes too late: cudf_polars was imported before")
         self._fail: Failing = fail
 
+    @property
+    def fail_on(self) -> Mapping[int, Fault]:
+        """The faults of single GPUs, by their indices, which go before `fail`."""
+        return self._fail_on
+
+    @fail_on.setter
+    def fail_on(self, fail_on: Mapping[int, Fault]) -> None:
+        given: Any = fail_on
+        known = isinstance(given, Mapping) and all(
+            isinstance(index, int) and fault in _FAULTS[:-2] for index, fault in given.items()
+        )
+        if not known:
+            raise ValueError(
+                f"fail_on must map indices of GPUs to any of {', '.join(map(repr, _FAULTS[:-2]))}, "
+                f"got {fail_on!r}"
+            )
+        self._fail_on = fail_on
+
     def next_fault(self) -> Fault | None:
-        """Count one more query, and give what it is to suffer."""
+        """Count one more query, and give what it is to suffer, unless `fail_on` tells."""
         with self._lock:
             self.queries += 1
             return self.fault
@@ -112,6 +133,7 @@ def simulate_gpu(
     driver: tuple[int, int] | None = (13, 0),
     cudf_polars: str | None = "26.10.2",
     fail: Failing = None,
+    fail_on: Mapping[int, Fault] | None = None,
 ) -> Generator[SimulatedGpu]:
     """
     Have this process believe, for the time being, that its host has GPUs, or has none.
@@ -146,16 +168,19 @@ def simulate_gpu(
         - ``"slow"``: it takes half a second more
         - ``"import"``: cudf-polars is installed, and its import fails
         - ``"incompatible"``: the installed cudf-polars does not support the installed Polars
+    fail_on
+        What fails on one of several GPUs, whatever `fail` says: a mapping from the index of a GPU
+        to one of the first five.
 
     Yields
     ------
     SimulatedGpu
-        With the number of ``queries`` so far, and ``fail`` to be set anew.
+        With the number of ``queries`` so far, and ``fail`` and ``fail_on`` to be set anew.
 
     Raises
     ------
     ValueError
-        `count` is negative, or `fail` is none of these.
+        `count` is negative, or what is to fail is none of these.
 
     Examples
     --------
@@ -166,7 +191,7 @@ def simulate_gpu(
     True
     """
     _check_count(count)
-    gpu = SimulatedGpu(fail)
+    gpu = SimulatedGpu(fail, fail_on)
 
     def arguments() -> dict[str, Any]:
         """Give those for a worker process, which asks here for the fault of each query."""
@@ -179,6 +204,7 @@ def simulate_gpu(
         for variable in (VISIBLE_DEVICES, DEVICE_ORDER):
             stack.callback(_set_variable, variable, os.environ.pop(variable, None))
         stack.callback(_cudf.stand_in, _cudf.stand_in(_cudf.Known(_installed(cudf_polars, fail))))
+        stack.callback(stand_in, stand_in({}))
         stack.callback(_begin_era, breaker.health)
         _begin_era(Health())
         stack.callback(_set_module, sys.modules.pop(_cudf.MODULE, _cudf.MODULE))
@@ -189,7 +215,11 @@ def simulate_gpu(
         stack.callback(sys.meta_path.remove, finder)
         stack.enter_context(_noting_queries())
         stack.callback(_probe.probe.stand_in, _probe.probe.stand_in(host))
-        here = simulation.Simulation(arguments, gpu.next_fault)
+
+        def next_faults() -> tuple[str | None, dict[int, str]]:
+            return gpu.next_fault(), dict(gpu.fail_on)
+
+        here = simulation.Simulation(arguments, next_faults)
         stack.callback(simulation.begin, simulation.begin(here))
         yield gpu
 
@@ -321,21 +351,31 @@ class _Translator:
 def _take(gpu: SimulatedGpu, plan: Any, engine: pl.GPUEngine) -> None:
     """Do with Polars' plan what cudf-polars does, and raise what that raises."""
     query, fault = _query.get(), gpu.next_fault()
+    index = _index_of(engine.device)
+    fault = gpu.fail_on.get(index, fault)
     if fault == "translation":
         raise _translation_error()
     if query is None or fault == "unsupported":
         if engine.config.get("raise_on_fail"):
             raise NotImplementedError(_UNSUPPORTED)
         return
-    plan.set_udf(partial(_run, fault, *query))
+    plan.set_udf(partial(_run, "no device" if index < 0 else fault, *query))
+
+
+def _index_of(number: int | None) -> int:
+    """Return the index of the GPU that CUDA counts by `number`; -1 where it counts none by that."""
+    devices = _probe.probe.status(refresh=False).devices
+    return next((each.index for each in devices if each.number == (number or 0)), -1)
 
 
 def _run(
-    fault: Fault | None,
+    fault: Fault | Literal["no device"] | None,
     lf: pl.LazyFrame,
     optimizations: pl.QueryOptFlags,
     *_arguments: object,
 ) -> pl.DataFrame:
+    if fault == "no device":
+        raise RuntimeError("cudaErrorInvalidDevice: invalid device ordinal (simulated)")
     if fault == "oom":
         raise MemoryError("std::bad_alloc: out_of_memory: CUDA error (simulated)")
     if fault == "cuda":

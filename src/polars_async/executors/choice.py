@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 ExecutorRequest = Literal["threads", "processes", "auto"] | Executor
 
-_IN_PROCESSES: Final = ("processes", "auto")
+IN_PROCESSES: Final = ("processes", "auto")
 _ELSEWHERE: Final = 32
 """Queries at once in an executor of the caller's, which has bounds of its own."""
 
@@ -37,7 +37,7 @@ def place_of(executor: ExecutorRequest, max_running: int, max_memory: int | None
     ValueError
         `executor` is none, or not to be had on this system; or `max_memory` is not for it.
     """
-    if max_memory is not None and executor not in _IN_PROCESSES:
+    if max_memory is not None and executor not in IN_PROCESSES:
         raise ValueError(
             f"max_memory={max_memory!r} is for worker processes: it needs executor='processes' or "
             f"executor='auto', and executor is {executor!r}"
@@ -48,7 +48,7 @@ def place_of(executor: ExecutorRequest, max_running: int, max_memory: int | None
         from polars_async.executors.futures import Futures  # noqa: PLC0415  # as below
 
         return Futures(executor)
-    if executor not in _IN_PROCESSES:
+    if executor not in IN_PROCESSES:
         raise ValueError(
             "executor must be 'threads', 'processes', 'auto' or a concurrent.futures.Executor, got "
             f"{executor!r}"
@@ -71,7 +71,7 @@ def place_of(executor: ExecutorRequest, max_running: int, max_memory: int | None
 
 def gpu_place_of(executor: ExecutorRequest, place: Place, max_running: int) -> Place:
     """Make the place for the queries on a GPU of a collector that has `place` for the others."""
-    if executor not in _IN_PROCESSES:
+    if executor not in IN_PROCESSES:
         return place
     from polars_async.executors.gpus import GpuProcesses  # noqa: PLC0415  # what few need
 

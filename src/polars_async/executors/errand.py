@@ -21,6 +21,8 @@ from polars_async.executors.parcels import Parcel, pack, unpack
 from polars_async.executors.staying import UnsendableError
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from polars_async.deadlines import Deadline
     from polars_async.executors.mains import Definition
     from polars_async.executors.spawned import Worker
@@ -57,10 +59,17 @@ class Errand:
     next query.
     """
 
-    def __init__(self, worker: Worker, query: Query[Any], max_memory: int | None) -> None:
+    def __init__(
+        self,
+        worker: Worker,
+        query: Query[Any],
+        max_memory: int | None,
+        on_gpu: Callable[[Any], None] | None,
+    ) -> None:
         self._worker = worker
         self._query = query
         self._max_memory = max_memory
+        self._on_gpu = on_gpu or _ignore
         self._lock = RLock()
         self._phase = _Phase.STARTS
         self._nudges = 0
@@ -176,15 +185,19 @@ class Errand:
                 channel.send(self._defined(*content))
             elif kind == "leaving":
                 self._worker.is_leaving = True
+            elif kind == "gpu":
+                self._on_gpu(content)
             elif kind == "fault":
-                simulation = self._worker.simulation
-                fault = None if simulation is None else simulation.next_fault()
-                channel.send(pack(fault, in_files=False))
+                channel.send(pack(self._next_faults(), in_files=False))
             elif kind in _OF_STREAMS and buffer is not None:
                 enough = getattr(buffer, kind)(content)
                 channel.send(pack(bool(enough), in_files=False))
             else:
                 return kind, content
+
+    def _next_faults(self) -> tuple[str | None, dict[int, str]]:
+        simulation = self._worker.simulation
+        return (None, {}) if simulation is None else simulation.next_faults()
 
     def _defined(self, module: str, name: str) -> Parcel:
         shared: dict[Identity, int] = {}
@@ -214,6 +227,10 @@ class Errand:
                 limit,
             )
             self.stop()
+
+
+def _ignore(_health: object) -> None:
+    """Let it be: this worker belongs to no GPU, and a Python function has used one."""
 
 
 def _log(content: dict[str, Any]) -> None:

@@ -2,20 +2,31 @@
 
 from __future__ import annotations
 
-from collections import deque
+import signal
+from copy import copy
+from functools import partial
+from math import inf
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
-from polars_async._native import RLock
+import polars as pl
+
+from polars_async._native import RLock, SimpleQueue, when_put
+from polars_async.errors import EngineUnavailableError, WorkerDiedError
+from polars_async.executors.outcomes import unpacked_error
 from polars_async.executors.processes import Processes
 from polars_async.gpu._visible import DEVICE_ORDER, VISIBLE_DEVICES, Visibility
-from polars_async.gpu.breaker import breaker
+from polars_async.gpu.breaker import breaker_of, key_of, rest_of
+from polars_async.gpu.devices import candidates, usable_devices
 from polars_async.gpu.failure import GpuFailure
-from polars_async.gpu.offload import OF_THE_GPU, count_failure
+from polars_async.gpu.offload import count_failure
+from polars_async.reasons import Reason
+from polars_async.resolution import forbids_cpu
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from polars_async.gpu import GpuDevice, GpuStatus
+    from polars_async.gpu.breaker import Breaker, Rest
     from polars_async.query import Query
 
 T = TypeVar("T")
@@ -25,83 +36,190 @@ class GpuProcesses:
     """
     A worker process for each GPU, so that all work side by side, and this process loads no CUDA.
 
-    The lane has as many slots as there are GPUs: a query that has one finds a GPU free. A worker
-    in which CUDA has failed makes room for a fresh one, with a context of its own.
+    A query runs on the GPU that its engine names, or on any that does not rest. The lane of those
+    for any GPU has as many slots as there are GPUs; those for one and the same have a lane of their
+    own, so that they keep no other GPU waiting. A worker in which CUDA has failed makes room for a
+    fresh one, with a context of its own.
     """
 
     def __init__(self, *, threads: int, keeps_unsendable: bool = False) -> None:
         self._threads: Final = threads
         self._keeps_unsendable: Final = keeps_unsendable
         self._lock = RLock()
-        self._places: list[Processes] = []
-        self._free: deque[Processes] = deque()
+        self._places: dict[str | int, Processes] = {}
+        self._idle: list[str | int] = []
+        self._asks: list[_Ask] = []
 
     @property
     def workers(self) -> int:
         """How many worker processes there are."""
-        return sum(place.workers for place in self._places)
+        return sum(place.workers for place in list(self._places.values()))
 
     @property
     def died(self) -> int:
         """How many of them have died."""
-        return sum(place.died for place in self._places)
+        return sum(place.died for place in list(self._places.values()))
 
     def prepare(self, gpu: GpuStatus) -> int:
-        """Have a place for each usable GPU, once and for all; gives how many there are."""
+        """Have a place for each usable GPU; gives how many those are."""
+        usable = usable_devices(gpu)
         with self._lock:
-            if not self._places:
-                usable = [each for each in gpu.devices if each.usable or each.taken]
-                self._places += [
-                    Processes(
+            for each in usable:
+                if (key := key_of(each)) not in self._places:
+                    self._places[key] = Processes(
                         threads=self._threads,
                         keeps_unsendable=self._keeps_unsendable,
                         env=_env(each),
                     )
-                    for each in usable
-                ]
-                self._free.extend(self._places)
-            return len(self._places)
+                    self._idle.append(key)
+        return len(usable)
 
     def run(self, work: Callable[[], T], query: Query[Any]) -> T:
-        """Run `work` on a GPU that is free."""
-        era = breaker.era
-        with self._lock:
-            place = self._free.popleft()
+        """Run `work` on the GPU that it is for, or on any, as soon as that is free."""
+        ask = _Ask(query)
         try:
-            found = place.run(work, query)
-        except GpuFailure as failure:
-            if failure.reason in OF_THE_GPU:
-                with self._lock:
-                    count_failure(str(failure), failure.cause, era)
-            raise
-        else:
-            if not query.done:
-                with self._lock:
-                    breaker.succeeded(era)
-            return found
+            self._wait(ask, query)
+            if ask.rest is not None:
+                raise GpuFailure(Reason.GPU_RESTS, ask.rest.cause)
+            if ask.found is None:
+                return None  # type: ignore[return-value]  # which nobody wants
+            return self._run_on(ask.found, _for_only_gpu(work, query), query)
         finally:
-            with self._lock:
-                self._free.append(place)
-            del self, work, query  # an error's traceback holds this frame
+            self._leave(ask)
+            del self, work, query, ask  # an error's traceback holds this frame
 
     def close(self) -> None:
         """Let idle workers end, and the others after their query."""
-        for place in self._places:
+        for place in list(self._places.values()):
             place.close()
 
     def abandon(self) -> None:
         """Forget the workers, which are the children of another process."""
         self._lock = RLock()
-        for place in self._places:
+        for place in self._places.values():
             place.abandon()
-        self._free = deque(self._places)
+        self._idle = list(self._places)
+        self._asks = []
+
+    def _run_on(self, gpu: GpuDevice, work: Callable[[], T], query: Query[Any]) -> T:
+        health = breaker_of(gpu)
+        era = health.era
+        try:
+            return self._places[key_of(gpu)].run(work, query, partial(_count, health, era))
+        except WorkerDiedError as error:
+            if (crash := _crash(error)) is not None:
+                count_failure(health, crash, EngineUnavailableError(crash), era)
+            raise
+        finally:
+            del self, work, query  # as above
+
+    def _wait(self, ask: _Ask, query: Query[Any]) -> None:
+        """Wait until `ask` has what it asks for, or nobody wants it any more."""
+        with self._lock:
+            self._asks.append(ask)
+            self._hand_out()
+        query.on_let_go(ask.wake)
+        with query.paused():
+            while not ask.is_answered and not query.done:
+                when_put(ask.news, ask.seconds_to_rest())
+                with self._lock:
+                    self._hand_out()
+        query.on_let_go(None)
+
+    def _leave(self, ask: _Ask) -> None:
+        with self._lock:
+            if ask in self._asks:
+                self._asks.remove(ask)
+            if ask.found is not None:
+                self._idle.append(key_of(ask.found))
+            self._hand_out()
+
+    def _hand_out(self) -> None:
+        """Answer those who wait, first come first served; with the lock held."""
+        for ask in self._asks[:]:
+            if ask.answer(self._idle):
+                self._asks.remove(ask)
+                ask.wake()
+
+
+class _Ask:
+    """A query that asks for one of some GPUs."""
+
+    def __init__(self, query: Query[Any]) -> None:
+        engine, status = query.resolution.engine, query.resolution.gpu
+        assert status is not None  # since it is for a GPU of this host
+        self._gpus = candidates(engine, status)
+        self._insists = forbids_cpu(engine)
+        self.news: SimpleQueue[None] = SimpleQueue()
+        self.found: GpuDevice | None = None
+        self.rest: Rest | None = None
+        """The rest that keeps it off all of them."""
+
+    @property
+    def is_answered(self) -> bool:
+        """Whether it waits no longer."""
+        return self.found is not None or self.rest is not None
+
+    def wake(self) -> None:
+        """Have it look whether it has an answer, or is let go. Any thread may."""
+        self.news.put(None)
+
+    def answer(self, idle: list[str | int]) -> bool:
+        """Take a GPU out of those that are `idle`, or a rest that all take; False for neither."""
+        if not self._insists and (rest := rest_of(self._gpus)) is not None:
+            self.rest = rest
+            return True
+        may_run = {key_of(each): each for each in self._gpus if self._may_try(each)}
+        key = next((each for each in idle if each in may_run), None)
+        if key is None:
+            return False
+        idle.remove(key)
+        self.found = may_run[key]
+        return True
+
+    def seconds_to_rest(self) -> float:
+        """Tell after how long one more GPU may be tried."""
+        rests = (breaker_of(each).seconds_left() for each in self._gpus)
+        return min((seconds for seconds in rests if seconds > 0), default=inf)
+
+    def _may_try(self, gpu: GpuDevice) -> bool:
+        return self._insists or breaker_of(gpu).rest() is None
 
 
 def _env(device: GpuDevice) -> dict[str, str]:
     """Give the variables with which CUDA shows, and cudf-polars takes, just this GPU."""
-    first = Visibility.now().first
-    if device.taken and first.startswith("MIG-"):
-        return {VISIBLE_DEVICES: first}
+    entry = "" if device.number is None else Visibility.now().entry(device.number)
+    if entry.startswith("MIG-"):
+        return {VISIBLE_DEVICES: entry}
     if device.uuid is not None:
         return {VISIBLE_DEVICES: device.uuid}
     return {VISIBLE_DEVICES: str(device.index), DEVICE_ORDER: "PCI_BUS_ID"}
+
+
+def _for_only_gpu(work: Callable[[], T], query: Query[Any]) -> Callable[[], T]:
+    """Give the work for a worker of the GPU that its engine names, which is number 0 there."""
+    engine = query.resolution.engine
+    if not isinstance(engine, pl.GPUEngine) or engine.device is None:
+        return work
+    assert isinstance(work, partial)  # of a function of `polars_async.work`
+    frames, _, *rest = work.args
+    engine = copy(engine)
+    engine.device = 0
+    return partial(work.func, frames, engine, *rest)
+
+
+def _count(health: Breaker, era: object, told: tuple[str, Any] | None) -> None:
+    """Count what a worker process tells of its GPU: a failure, or None where a query is done."""
+    if told is None:
+        health.succeeded(era)
+    else:
+        text, cause = told
+        count_failure(health, text, unpacked_error(cause), era)  # type: ignore[arg-type]  # as sent
+
+
+def _crash(error: WorkerDiedError) -> str | None:
+    """Tell in words of a crash; one that is killed, or ends by itself, says nothing of its GPU."""
+    number = error.signal
+    if number is None or number == signal.SIGKILL:
+        return None
+    return f"a worker process of it has died by {number.name}"

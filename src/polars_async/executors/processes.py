@@ -76,11 +76,20 @@ class Processes:
         """Do nothing: a GPU is no other place here."""
         return None
 
-    def run(self, work: Callable[[], T], query: Query[Any]) -> T:
-        """Run `work` in a worker; what it raises has the other traceback as its cause."""
+    def run(
+        self,
+        work: Callable[[], T],
+        query: Query[Any],
+        on_gpu: Callable[[Any], None] | None = None,
+    ) -> T:
+        """
+        Run `work` in a worker; what it raises has the other traceback as its cause.
+
+        `on_gpu` is given what the worker reports of the health of its GPU.
+        """
         error: BaseException | None = None
         try:
-            outcome = self._outcome(work, query)
+            outcome = self._outcome(work, query, on_gpu)
             if isinstance(outcome, str):
                 return run_here(work, query, outcome)  # type: ignore[return-value]  # None is for nobody
             kind, found, outgrown = outcome
@@ -94,7 +103,10 @@ class Processes:
             del self, work, query, error  # an error's traceback holds this frame
 
     def _outcome(
-        self, work: Callable[[], object], query: Query[Any]
+        self,
+        work: Callable[[], object],
+        query: Query[Any],
+        on_gpu: Callable[[Any], None] | None,
     ) -> tuple[str, Any, QueryMemoryError | None] | str:
         """Give what came of it in a worker, or the reason why it stays here."""
         errand: Errand | None = None
@@ -110,7 +122,7 @@ class Processes:
                 except BaseException:
                     parcel.close()
                     raise
-                errand = Errand(worker, query, self._max_memory)
+                errand = Errand(worker, query, self._max_memory, on_gpu)
                 try:
                     kind, found = errand.run(parcel, buffer_of(work))
                 except EOFError:

@@ -26,7 +26,7 @@ from polars_async.executors.mains import answer_for_polars, looked_up
 from polars_async.executors.outcomes import outcome_of, packed_error
 from polars_async.executors.parcels import pack, unpack
 from polars_async.executors.surroundings import Follower
-from polars_async.gpu.offload import context_is_poisoned
+from polars_async.gpu.offload import context_is_poisoned, report_health_to
 
 if TYPE_CHECKING:
     from collections.abc import Generator, Mapping
@@ -75,6 +75,7 @@ def main(socket_file: int, lifeline: int, path: list[str]) -> None:
         levels, simulated = unpack(channel.receive())
         logs = _Logs(channel)
         _set_up_logging(logs, levels)
+        report_health_to(partial(_report_health, channel))
         with nullcontext() if simulated is None else _simulated_gpu(simulated, channel):
             channel.send(pack(("ready", None), in_files=False))
             follower = Follower(path)
@@ -122,6 +123,12 @@ def _run(task: Parcel, channel: Channel, follower: Follower) -> object:
         put_away()
 
 
+def _report_health(channel: Channel, failure: tuple[str, Exception] | None) -> None:
+    """Tell the parent, which has the breaker of the GPU, since workers come and go."""
+    told = None if failure is None else (failure[0], packed_error(failure[1]))
+    channel.send(pack(("gpu", told), in_files=False))
+
+
 def _come_to_rest() -> None:
     """
     Wait until the signal that has stopped a query stops no more.
@@ -144,7 +151,8 @@ def _simulated_gpu(arguments: dict[str, Any], channel: Channel) -> Generator[Non
 
     def next_fault() -> Fault | None:
         channel.send(pack(("fault", None), in_files=False))
-        fault: Fault | None = unpack(channel.receive())
+        fault: Fault | None
+        fault, gpu.fail_on = unpack(channel.receive())
         gpu.queries += 1
         gpu.fail = fault
         return fault

@@ -25,6 +25,10 @@ class GpuDevice:
     memory_total, memory_free
         In bytes, of the whole GPU, when NVML was last asked; None when unknown. Some integrated
         GPUs have no memory of their own to tell of, and are usable.
+    number
+        By which number CUDA counts it in this process, as ``pl.GPUEngine(device=...)`` takes it;
+        None where it is hidden, or where the GPUs are not all alike and ``CUDA_DEVICE_ORDER`` does
+        not say in which order CUDA counts them.
     taken
         Whether this is the GPU that cudf-polars takes: the first in ``CUDA_VISIBLE_DEVICES``.
     usable
@@ -42,6 +46,7 @@ class GpuDevice:
     compute_capability: tuple[int, int] | None = None
     memory_total: int | None = None
     memory_free: int | None = None
+    number: int | None = None
     taken: bool = False
     usable: bool
     reason: Reason | None = None

@@ -16,7 +16,7 @@ from polars_async.gpu._cudf import (
     stood_in,
 )
 from polars_async.gpu._nvml import Host, HostDevice, read_host
-from polars_async.gpu._visible import Visibility, shown, taken
+from polars_async.gpu._visible import Visibility, numbers, shown, taken
 from polars_async.reasons import Fault
 
 if TYPE_CHECKING:
@@ -90,6 +90,7 @@ def _status(host: Host, visibility: Visibility, cudf: CudfPolars) -> GpuStatus:
     pick = choice if isinstance(choice, HostDevice) else None
     fault = _fault(host, choice, faults, visibility, cudf)
     visible = shown(host.devices, visibility)
+    counted = numbers(host.devices, visibility)
     devices = zip(host.devices, faults, strict=True)
     return GpuStatus(
         usable=fault is None,
@@ -102,6 +103,7 @@ def _status(host: Host, visibility: Visibility, cudf: CudfPolars) -> GpuStatus:
                 each,
                 own or (None if each in visible else requirements.hidden_fault(each, visibility)),
                 pick,
+                counted.get(each.index),
             )
             for each, own in devices
         ),
@@ -136,7 +138,9 @@ def _fault(
     )
 
 
-def _device(device: HostDevice, fault: Fault | None, pick: HostDevice | None) -> GpuDevice:
+def _device(
+    device: HostDevice, fault: Fault | None, pick: HostDevice | None, number: int | None
+) -> GpuDevice:
     if fault is not None:
         message = fault.message
     elif device is pick:
@@ -151,6 +155,7 @@ def _device(device: HostDevice, fault: Fault | None, pick: HostDevice | None) ->
         compute_capability=device.compute_capability,
         memory_total=device.memory_total,
         memory_free=device.memory_free,
+        number=number,
         taken=device is pick,
         usable=fault is None,
         reason=None if fault is None else fault.reason,

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING
 
 from polars_async.gpu._cudf import CU12, CU13
-from polars_async.gpu._visible import DEVICE_ORDER, VISIBLE_DEVICES
+from polars_async.gpu._visible import BUS_ORDER, DEVICE_ORDER, VISIBLE_DEVICES, counts_by_bus
 from polars_async.reasons import Fault, Reason
 
 if TYPE_CHECKING:
@@ -14,8 +14,6 @@ if TYPE_CHECKING:
     from polars_async.gpu._cudf import CudfPolars
     from polars_async.gpu._nvml import Host, HostDevice
     from polars_async.gpu._visible import Visibility
-
-_BUS_ORDER: Final = "PCI_BUS_ID"
 
 
 def device_fault(device: HostDevice, cudf: CudfPolars) -> Fault | None:
@@ -57,14 +55,13 @@ def hidden_fault(device: HostDevice, visibility: Visibility) -> Fault:
 def take(device: HostDevice) -> str:
     """Tell how to make a GPU the one that cudf-polars takes, in any order of numbering."""
     if device.uuid is None:
-        return f"set {DEVICE_ORDER}={_BUS_ORDER} and {VISIBLE_DEVICES}={device.index} to use it"
+        return f"set {DEVICE_ORDER}={BUS_ORDER} and {VISIBLE_DEVICES}={device.index} to use it"
     return f"set {VISIBLE_DEVICES}={device.uuid} to use {device}"
 
 
 def same_order(devices: Sequence[HostDevice], visibility: Visibility) -> bool:
     """Tell whether CUDA and cudf-polars mean the same GPU by what CUDA_VISIBLE_DEVICES says."""
-    alike = len({each.name for each in devices}) == 1
-    return alike or visibility.order == _BUS_ORDER or not visibility.first.isdecimal()
+    return counts_by_bus(devices, visibility) or not visibility.first.isdecimal()
 
 
 def order_fault(
@@ -88,7 +85,7 @@ def order_fault(
     return Fault(
         Reason.AMBIGUOUS_DEVICE_ORDER,
         f"CUDA counts the fastest GPU first and cudf-polars counts by PCI bus, and {fault.cause}",
-        f"set {DEVICE_ORDER}={_BUS_ORDER} to use {taken}",
+        f"set {DEVICE_ORDER}={BUS_ORDER} to use {taken}",
     )
 
 
@@ -103,7 +100,7 @@ def usable(
         return f"queries run on {taken}, through {cudf}"
     return (
         f"queries run through {cudf} on what CUDA counts as GPU {visibility.first}, the fastest "
-        f"first: set {DEVICE_ORDER}={_BUS_ORDER} to use {taken}"
+        f"first: set {DEVICE_ORDER}={BUS_ORDER} to use {taken}"
     )
 
 

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 VISIBLE_DEVICES: Final = "CUDA_VISIBLE_DEVICES"
 DEVICE_ORDER: Final = "CUDA_DEVICE_ORDER"
 
+BUS_ORDER: Final = "PCI_BUS_ID"
+
 _HIDE_ALL: Final = ("", "-1", "NoDevFiles")
 
 
@@ -34,6 +36,12 @@ class Visibility(NamedTuple):
     def first(self) -> str:
         """The first entry, the one that cudf-polars takes."""
         return "0" if self.devices is None else self.devices.split(",", 1)[0]
+
+    def entry(self, number: int) -> str:
+        """Return the entry of the GPU that CUDA counts by `number`; empty if there is none."""
+        if self.devices is None:
+            return str(number)
+        return "".join(self.devices.split(",")[number : number + 1]).strip()
 
 
 def taken(devices: Sequence[HostDevice], visibility: Visibility) -> HostDevice | Fault:
@@ -78,6 +86,21 @@ def shown(devices: Sequence[HostDevice], visibility: Visibility) -> Sequence[Hos
             return []
         found[key] = device
     return list(found.values())
+
+
+def counts_by_bus(devices: Sequence[HostDevice], visibility: Visibility) -> bool:
+    """Tell whether CUDA counts the GPUs as NVML does, so that an index means the same to both."""
+    return visibility.order == BUS_ORDER or len({each.name for each in devices}) == 1
+
+
+def numbers(devices: Sequence[HostDevice], visibility: Visibility) -> dict[int, int]:
+    """Return by which number CUDA counts each GPU, by its index, where that can be told."""
+    found: dict[int, int] = {}
+    by_bus = counts_by_bus(devices, visibility)
+    for number, device in enumerate(shown(devices, visibility)):
+        if by_bus or not visibility.entry(number).isdecimal():
+            found.setdefault(device.index, number)  # CUDA takes no second instance of a GPU
+    return found
 
 
 def _named(devices: Sequence[HostDevice], entry: str) -> HostDevice | None:

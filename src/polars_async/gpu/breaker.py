@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from time import monotonic
-from typing import TYPE_CHECKING, Final, NamedTuple
+from typing import TYPE_CHECKING, ClassVar, Final, NamedTuple
+
+from polars_async._native import allocate_lock
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable
+
+    from polars_async.gpu import GpuDevice
 
 FAILURES: Final = 3
 """So many failures one after the other open the breaker."""
@@ -43,12 +47,14 @@ class Breaker:
     """
     A circuit breaker: after `FAILURES` in a row the GPU rests, then one query tries it again.
 
-    `failed` and `succeeded` come from whoever has the GPU to himself, so one at a time; anybody may
-    read.
+    Any thread may tell of failures and successes, and read.
     """
 
-    def __init__(self, clock: Callable[[], float] = monotonic) -> None:
+    def __init__(self, clock: Callable[[], float] = monotonic, *, index: int | None = None) -> None:
         self._clock = clock
+        self._lock = allocate_lock()
+        self.index = index
+        """NVML's index of the GPU; None for that of this process, whichever it is."""
         self.health = Health()
         self.era = object()
         """What is told of another one counts for nothing; `polars_async.testing` begins eras."""
@@ -65,20 +71,62 @@ class Breaker:
 
     def failed(self, failure: str, cause: Exception, era: object) -> Rest | None:
         """Count a failure; gives the rest that begins with it, if one does."""
-        if era is not self.era:
-            return None
-        failures, rest = self.health.failures + 1, None
-        if failures >= FAILURES:
-            seconds = min(REST * 2.0 ** min(failures - FAILURES, 10), LONGEST_REST)
-            rest = Rest(self._clock() + seconds, seconds, failure, cause)
-        self.health = Health(failures, rest)
+        with self._lock:
+            if era is not self.era:
+                return None
+            failures, rest = self.health.failures + 1, None
+            if failures >= FAILURES:
+                seconds = min(REST * 2.0 ** min(failures - FAILURES, 10), LONGEST_REST)
+                rest = Rest(self._clock() + seconds, seconds, failure, cause)
+            self.health = Health(failures, rest)
         return rest
 
     def succeeded(self, era: object) -> None:
         """Forget the failures so far."""
-        if self.health.failures and era is self.era:
-            self.health = Health()
+        with self._lock:
+            if self.health.failures and era is self.era:
+                self.health = Health()
 
 
 breaker: Final = Breaker()
-"""That of the process, which has one GPU for life."""
+"""That of the one GPU which this process itself has for life."""
+
+
+class _Process:
+    breakers: ClassVar[dict[str | int, Breaker]] = {}
+
+
+def breaker_of(gpu: GpuDevice) -> Breaker:
+    """Return the breaker of a GPU of worker processes, which all collectors here share."""
+    return _Process.breakers.setdefault(key_of(gpu), Breaker(index=gpu.index))
+
+
+def key_of(gpu: GpuDevice) -> str | int:
+    """Return what a GPU is known by, whatever else is found out about it."""
+    return gpu.index if gpu.uuid is None else gpu.uuid
+
+
+def rest_of(gpus: Iterable[GpuDevice]) -> Rest | None:
+    """Return the rest that is over first; None if a query may try one of the `gpus`."""
+    rests = [breaker_of(each).rest() for each in gpus]
+    resting = [rest for rest in rests if rest is not None]
+    return min(resting, key=lambda rest: rest.until) if len(resting) == len(rests) > 0 else None
+
+
+def stand_in(breakers: dict[str | int, Breaker]) -> dict[str | int, Breaker]:
+    """Have other breakers of GPUs, for `polars_async.testing`; return those before."""
+    before, _Process.breakers = _Process.breakers, breakers
+    return before
+
+
+def stats() -> dict[str, float]:
+    """Tell of all breakers of this process together, and of that of each GPU of workers."""
+    of_gpus = list(_Process.breakers.values())
+    found: dict[str, float] = {
+        "gpu_failures": max(each.health.failures for each in (breaker, *of_gpus)),
+        "gpu_rest_seconds": max(each.seconds_left() for each in (breaker, *of_gpus)),
+    }
+    for each in of_gpus:
+        found[f"gpu_{each.index}_failures"] = each.health.failures
+        found[f"gpu_{each.index}_rest_seconds"] = each.seconds_left()
+    return found

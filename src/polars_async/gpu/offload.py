@@ -27,6 +27,8 @@ from polars_async.resolution import forbids_cpu
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator
 
+    from polars_async.gpu.breaker import Breaker
+
 OF_THE_GPU: Final = (Reason.OUT_OF_MEMORY, Reason.CUDA_ERROR)
 """What speaks against the GPU, and not against this one query or the engine."""
 
@@ -54,6 +56,7 @@ class _ThisThread(_native.local):
     has_context = False
     attempt: _Attempt | None = None
     is_wanted: Callable[[], bool] | None = None
+    report: Callable[[tuple[str, Exception] | None], object] | None = None
 
 
 _this_thread: Final = _ThisThread()
@@ -132,10 +135,20 @@ def refuse_nested() -> NoReturn:
     )
 
 
-def count_failure(text: str, cause: Exception, era: object) -> None:
-    """Count a failure that speaks against the GPU."""
-    if (rest := breaker.failed(text, cause, era)) is not None:
-        tell(partial(log.warning, "the GPU rests for %g s: %s", rest.seconds, text))
+def report_health_to(report: Callable[[tuple[str, Exception] | None], object]) -> None:
+    """
+    Have `report` called, and nothing counted, for each query that this thread has on the GPU.
+
+    It is given what speaks against the GPU, in words and as an error; None where the query is done.
+    """
+    _this_thread.report = report
+
+
+def count_failure(health: Breaker, text: str, cause: Exception, era: object) -> None:
+    """Count a failure that speaks against a GPU."""
+    if (rest := health.failed(text, cause, era)) is not None:
+        gpu = "the GPU" if health.index is None else f"GPU {health.index}"
+        tell(partial(log.warning, "%s rests for %g s: %s", gpu, rest.seconds, text))
 
 
 def context_is_poisoned() -> bool:
@@ -153,7 +166,8 @@ def _have_the_turn(
     lf: pl.LazyFrame, engine: pl.GPUEngine, optimizations: pl.QueryOptFlags, *, counts: bool
 ) -> pl.DataFrame:
     may_fall_back = not forbids_cpu(engine)
-    if may_fall_back and (rest := breaker.rest()) is not None:
+    reports = _this_thread.report is not None
+    if may_fall_back and not reports and (rest := breaker.rest()) is not None:
         raise GpuFailure(Reason.GPU_RESTS, rest.cause)
     failure: GpuFailure | None = None
     era, outer = breaker.era, sys.exception()
@@ -164,7 +178,7 @@ def _have_the_turn(
         except GpuFailure as caught:
             failure = caught
         else:
-            breaker.succeeded(era)
+            _count_success(era)
             return frame
         if isinstance(failure.cause, _LeftToCpuError):
             failure = _why_unsupported(lf, engine, optimizations)
@@ -176,10 +190,24 @@ def _have_the_turn(
             # What the caller gets to see keeps its traceback, and with it what the query held.
             text = str(failure)
             cause = failure.cause if may_fall_back else EngineUnavailableError(text)
-            count_failure(text, cause, era)
+            _count_failure(text, cause, era)
         raise failure if may_fall_back else failure.raised
     finally:
         del failure  # which its own traceback would hold, and all of the query with it
+
+
+def _count_success(era: object) -> None:
+    if _this_thread.report is None:
+        breaker.succeeded(era)
+    else:
+        _this_thread.report(None)
+
+
+def _count_failure(text: str, cause: Exception, era: object) -> None:
+    if _this_thread.report is None:
+        count_failure(breaker, text, cause, era)
+    else:
+        _this_thread.report((text, cause))
 
 
 def _prepare_thread() -> None:

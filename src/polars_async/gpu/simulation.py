@@ -15,8 +15,8 @@ class Simulation:
 
     arguments: Callable[[], dict[str, Any]]
     """Gives those of `simulate_gpu` that have the same in another process."""
-    next_fault: Callable[[], str | None]
-    """Counts one more query on it, and gives what it is to suffer."""
+    next_faults: Callable[[], tuple[str | None, dict[int, str]]]
+    """Counts one more query on it, and gives what it is to suffer: anywhere, and on single GPUs."""
 
 
 class _Process:

@@ -1,0 +1,60 @@
+"""On which GPUs a query may run: on the one that it names, or on all that are usable."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from polars_async.reasons import Fault, Reason
+
+if TYPE_CHECKING:
+    import polars as pl
+
+    from polars_async.gpu import GpuDevice, GpuStatus
+
+
+def named_device(engine: pl.Engine, status: GpuStatus) -> GpuDevice | None:
+    """Return the GPU that ``device=`` of `engine` names, if it names one that there is."""
+    number = getattr(engine, "device", None)  # which other engines have not
+    if number is None:
+        return None
+    return next((each for each in status.devices if each.number == number), None)
+
+
+def usable_devices(status: GpuStatus) -> list[GpuDevice]:
+    """List the GPUs on which queries could run."""
+    return [each for each in status.devices if each.usable or each.taken]
+
+
+def candidates(engine: pl.Engine, status: GpuStatus) -> list[GpuDevice]:
+    """List the GPUs that may run what is for `engine`, in which `device_fault` finds none."""
+    named = named_device(engine, status)
+    return usable_devices(status) if named is None else [named]
+
+
+def device_fault(engine: pl.Engine, status: GpuStatus, *, in_workers: bool) -> Fault | None:
+    """Tell what rules out the GPU that ``device=`` of `engine` names, if it names one."""
+    number = getattr(engine, "device", None)
+    if number is None:
+        return None
+    asked = f"device={number!r}"
+    usable = usable_devices(status)
+    named = named_device(engine, status)
+    if named is not None:
+        if named in usable or named.reason is None:
+            return None
+        return Fault(named.reason, f"{asked} names a GPU that cannot be used", named.message)
+    if any(each.number is None for each in usable):
+        if not in_workers:  # CUDA itself knows
+            return None
+        return Fault(
+            Reason.AMBIGUOUS_DEVICE_ORDER,
+            f"{asked} may be one or another, since the GPUs are not alike and CUDA counts the "
+            "fastest first",
+            "set CUDA_DEVICE_ORDER=PCI_BUS_ID to have them counted as polars-async doctor does",
+        )
+    numbers = ", ".join(str(each) for each in sorted(each.number or 0 for each in usable))
+    return Fault(
+        Reason.UNKNOWN_DEVICE,
+        f"{asked} names no GPU that is visible to CUDA",
+        f"name one of these that are: {numbers}",
+    )
