@@ -18,7 +18,7 @@ from places import Gate, Notes
 
 import polars_async as pa
 from polars_async.executors import definitions
-from polars_async.executors.mains import looked_up
+from polars_async.executors.mains import LookingUp
 
 pytestmark = [
     pytest.mark.skipif(sys.platform != "linux", reason="worker processes need Linux"),
@@ -234,7 +234,7 @@ def test_threads_that_know_of_no_query_look_up_in_those_that_run():
         found.append(sys.modules["__main__"].of_a_test)
         found.append(hasattr(sys.modules["__main__"], "of_no_test"))
 
-    with looked_up(look_up):
+    with LookingUp(look_up):
         thread = threading.Thread(target=ask)
         thread.start()
         thread.join()

@@ -330,6 +330,27 @@ def test_earlier_deadline_that_comes_later_is_kept(collector, blocked, monkeypat
     clock.bell.put(None)
 
 
+def test_deadline_is_kept_though_the_one_before_was_set_in_vain(collector, blocked, time):
+    class Bell:
+        def __init__(self, bell):
+            self.get, self.put = bell.get, self.fail
+            self.bell = bell
+
+        def fail(self, _):
+            self.put = self.bell.put
+            raise KeyboardInterrupt
+
+    collector.collect_async(blocked.lf, timeout=3600)
+    until(lambda: time.clock.wakes_at == 3600)
+    time.clock.bell = Bell(time.clock.bell)
+    with pytest.raises(KeyboardInterrupt):
+        collector.collect_async(TINY, timeout=1)
+    time.now = 2.5
+    handle = collector.collect_async(TINY, timeout=1e-9)
+    time.now = 3
+    timed_out(handle)
+
+
 def test_deadlines_come_in_their_order(collector, blocked, time):
     collector.collect_async(blocked.lf)
     handles = {seconds: collector.collect_async(TINY, timeout=seconds) for seconds in (3, 1, 4, 2)}

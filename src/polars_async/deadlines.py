@@ -46,6 +46,8 @@ class _Clock:
         self.bell: SimpleQueue[None] = SimpleQueue()
         self.deadlines: list[tuple[float, int, Deadline]] = []
         self.number = 0
+        self.wakes_at = 0.0
+        """Until when the thread sleeps; what is past, while it is about to look again."""
         self.thread: list[int] = []
         self.swept_at = _SWEPT_FROM
 
@@ -76,7 +78,9 @@ class _Clock:
         if not self.thread:
             # In one call of C, so that no signal handler comes in before it is noted.
             self.thread.extend(map(start_new_thread, [self.run], [()]))
-        elif self.deadlines[0] is entry:
+        elif time < self.wakes_at:
+            # Not just where it is the first: the one before may have been added, but Ctrl-C have
+            # come before the bell.
             self.bell.put(None)
 
     @leaving_no_hub
@@ -98,6 +102,7 @@ class _Clock:
                     return None
                 wait = self.deadlines[0][0] - monotonic()
                 if wait > 0:
+                    self.wakes_at = self.deadlines[0][0]
                     return wait
                 query = heappop(self.deadlines)[2].query
             if query is not None:

@@ -201,8 +201,7 @@ class Errand:
 
     def _defined(self, module: str, name: str) -> Parcel:
         shared: dict[Identity, int] = {}
-        with taking_along(shared):
-            found = self._definition(module, name)
+        found = taking_along(shared, partial(self._definition, module, name))
         return Parcel(pack(found, in_files=False).data, list(shared.values()), len(shared))
 
     def _definition(self, module: str, name: str) -> Definition:

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import os
 import sys
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from functools import partial
 from io import BufferedReader, BufferedWriter, FileIO
-from typing import TYPE_CHECKING, Final, Literal, TypeAlias, overload
+from typing import TYPE_CHECKING, Final, Literal, TypeAlias, TypeVar, overload
 
 from polars_async._native import local
 from polars_async.executors.descriptors import above_standard_files
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Generator, Iterable
+    from collections.abc import Callable, Iterable
+
+T = TypeVar("T")
 
 Identity: TypeAlias = tuple[int, int]
 """What tells a file from all others of this machine, while a process has it open or mapped."""
@@ -80,12 +82,11 @@ _brought: Final[dict[Identity, int]] = {}
 expressions when it comes to them, on any thread, so they are at hand until the query ends."""
 
 
-@contextmanager
-def taking_along(files: dict[Identity, int] | None) -> Generator[None]:
-    """Have `files` take what `goes_along` is told meanwhile on this thread; None refuses it."""
+def taking_along(files: dict[Identity, int] | None, do: Callable[[], T]) -> T:
+    """Give what `do` gives; `files` take what `goes_along` is told meanwhile on this thread."""
     before, _this_thread.along = _this_thread.along, files
     try:
-        yield
+        return do()
     finally:
         _this_thread.along = before
 

@@ -16,7 +16,7 @@ from polars_async._native import SimpleQueue
 from polars_async.errors import ForkedProcessError, PolarsAsyncError, WorkerDiedError
 from polars_async.executors.definitions import added_to_polars, definition
 from polars_async.executors.large_plans import warn_if_large
-from polars_async.executors.mains import POLARS, answer_for_polars, looked_up
+from polars_async.executors.mains import POLARS, LookingUp, answer_for_polars
 from polars_async.executors.outcomes import error_of, outcome_of, packed_error
 from polars_async.executors.parcels import Parcel, buffer_of, pack, unpack
 from polars_async.executors.staying import StaysHereError, run_here
@@ -138,7 +138,7 @@ def run_task(
 
     def work() -> object:
         _fork.check()
-        with looked_up(look_up):
+        with LookingUp(look_up):
             try:
                 query = unpack(Parcel(task, []), batches)
             except BaseException as error:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import pickle
 import sys
-from contextlib import contextmanager
 from functools import partial
 from importlib.machinery import ModuleSpec
 from types import ModuleType
@@ -21,7 +20,7 @@ import polars as pl
 from polars_async._native import RLock, local
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Generator
+    from collections.abc import Callable
 
 Key: TypeAlias = tuple[str, str]
 """A module, and a name in it; without a name, the module itself."""
@@ -73,19 +72,26 @@ _stand_ins: Final[list[str]] = []
 _lock: Final = RLock()
 
 
-@contextmanager
-def looked_up(look_up: Callable[[str, str], Definition]) -> Generator[None]:
-    """Ask `look_up` for what is not to be had here, until the query has run."""
-    _answer_for_modules()
-    run = _Run(look_up)
-    before, _this_thread.run = _this_thread.run, run
-    _runs.append(run)
-    try:
-        yield
-    finally:
-        _this_thread.run = before
+class LookingUp:
+    """
+    Ask `look_up` for what is not to be had here, until the query has run.
+
+    A class, since a generator in its place would set the traceback of an error that comes through,
+    which may be frozen.
+    """
+
+    def __init__(self, look_up: Callable[[str, str], Definition]) -> None:
+        self._run = _Run(look_up)
+
+    def __enter__(self) -> None:
+        _answer_for_modules()
+        self._before, _this_thread.run = _this_thread.run, self._run
+        _runs.append(self._run)
+
+    def __exit__(self, *_: object) -> None:
+        _this_thread.run = self._before
         with _lock:
-            _runs.remove(run)
+            _runs.remove(self._run)
             while _stand_ins and not _runs:
                 sys.modules.pop(_stand_ins.pop(), None)
 

@@ -6,6 +6,7 @@ import io
 import os
 import pickle
 from contextlib import suppress
+from functools import partial
 from mmap import PROT_READ, mmap
 from tempfile import TemporaryFile
 from typing import TYPE_CHECKING, Any, Final, NamedTuple, TypeAlias
@@ -253,8 +254,7 @@ def pack(item: object, *, in_files: bool, halt: Halt | None = None) -> Parcel:
     target = io.BytesIO()
     packer = _Packer(target, parcel_files if in_files else None, halt)
     try:
-        with taking_along(shared if in_files else None):
-            packer.dump(item)
+        taking_along(shared if in_files else None, partial(packer.dump, item))
     except BaseException:
         if halt is not None:
             halt.end()

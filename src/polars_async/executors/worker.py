@@ -22,7 +22,7 @@ from polars_async._nesting import enter_worker
 from polars_async.errors import PolarsAsyncError
 from polars_async.executors.channel import Channel
 from polars_async.executors.files import bring, put_away
-from polars_async.executors.mains import answer_for_polars, looked_up
+from polars_async.executors.mains import LookingUp, answer_for_polars
 from polars_async.executors.outcomes import outcome_of, packed_error
 from polars_async.executors.parcels import pack, unpack
 from polars_async.executors.surroundings import Follower
@@ -115,7 +115,7 @@ def _run(task: Parcel, channel: Channel, follower: Follower) -> object:
     follower.enter_folder()
     bring(task.take_shared())
     try:
-        with looked_up(parent.look_up):
+        with LookingUp(parent.look_up):
             work = unpack(task, _RemoteBuffer(parent))
             return work()
     finally:
