@@ -16,8 +16,10 @@ from polars_async._nesting import in_query
 from polars_async.admission import stats_of
 from polars_async.background import BackgroundQuery
 from polars_async.bridges.threads import block_or_let_run
+from polars_async.callers import call_site
 from polars_async.events import Reporter
 from polars_async.executors.choice import IN_PROCESSES, default_running, gpu_place_of, place_of
+from polars_async.executors.threads import HERE
 from polars_async.expectations import Expectation, Expectations
 from polars_async.frames import check_frame, checked_frames
 from polars_async.gpu.breaker import key_of
@@ -845,6 +847,8 @@ class Collector:
         )
         if buffer is not None:
             buffer.bind(query)
+        if lane.place is not HERE:
+            query.call_site = call_site()
         here = lane.submit(query)
         try:
             if timeout is not None:

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 _FRAME_RATE: Final = 200e6
 """Bytes per second that a query makes of a frame in memory: just the order of magnitude."""
-_SENT_RATE: Final = 50e6
+SENT_RATE: Final = 50e6
 """Bytes per second of frames in memory that Polars packs, and unpacks elsewhere."""
 _FILE_RATE: Final = 50e6
 """Bytes per second that a query makes of a file."""
@@ -102,7 +102,7 @@ class Expectations:
 
     def seconds_to_send(self, frames: Sequence[pl.LazyFrame]) -> float:
         """Return how long it takes to send a query for `frames` to another process."""
-        return sum(self.plan(frame).frame_bytes for frame in frames) / _SENT_RATE
+        return sum(self.plan(frame).frame_bytes for frame in frames) / SENT_RATE
 
     def _known(self, frame: pl.LazyFrame, *, at_any_cost: bool = False) -> _Known:
         # A frame that is collected again and again is looked at once.

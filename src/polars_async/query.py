@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     import polars as pl
 
     from polars_async.admission import Admission
+    from polars_async.callers import CallSite
     from polars_async.deadlines import Deadline
     from polars_async.events import Reporter
     from polars_async.executors import Place
@@ -114,6 +115,7 @@ class Query(Generic[T]):
         "_value",
         "_waiters",
         "_work",
+        "call_site",
         "context",
         "expectation",
         "frames",
@@ -154,6 +156,8 @@ class Query(Generic[T]):
         self.runs_engine = runs_engine
         """Whether it is more than a search for a schema."""
         self.is_nested = False
+        self.call_site: CallSite | None = None
+        """Where it was asked for, if it may go to another process."""
         self.paused_seconds = 0.0
         self._paused_since: float | None = None
         self.reports = report.listens
