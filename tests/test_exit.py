@@ -439,6 +439,7 @@ completions = collector.as_completed([lf, lf])
 batches = collector.collect_batches_async(lf, chunk_size=1)
 background = collector.collect_background(lf)
 shared = pa.share(pl.DataFrame({"a": range(100)}))
+held = handle.result()
 of_the_process = pa.collect_async(lf)
 engine = pa.AsyncEngine(collector)
 """

@@ -57,3 +57,14 @@ def test_rows_without_columns_come_in_batches(collector):
         return [row async for batch in batches for row in batch["index"]]
 
     assert asyncio.run(main()) == [0, 1, 2]
+
+
+def test_frame_whose_file_other_processes_cannot_open_is_shared_all_the_same(
+    collector, monkeypatch
+):
+    monkeypatch.setattr("polars_async.sharing.is_open_to_others", lambda _: False)
+    shared = pa.share(FRAME)
+    assert collector.collect_async(shared).result(30).equals(FRAME)
+    frames = [shared, *(pa.share(pl.DataFrame({"a": [n]})) for n in range(70))]
+    found = collector.collect_all_async(frames).result(30)
+    assert [frame["a"][-1] for frame in found] == [3, *range(70)]

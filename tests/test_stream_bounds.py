@@ -692,6 +692,21 @@ def test_workers_of_a_burst_of_streams_end():
         assert collector.collect_async(TINY).result(30).item() == 1
 
 
+def test_workers_of_a_burst_of_nested_queries_end(blocked):
+    with Collector(executor="auto", max_running=2) as collector:
+
+        def ask(frame):  # which cannot be sent, since a collector cannot, and so runs here
+            handles = [collector.collect_async(blocked.lf) for _ in range(8)]
+            until(lambda: collector.stats()["workers"] == 8)
+            blocked.gate.set()
+            assert {handle.result(30).item() for handle in handles} == {1}
+            return frame
+
+        assert collector.collect_async(TINY.map_batches(ask)).result(30).item() == 1
+        until(lambda: collector.stats()["workers"] <= 2)
+        assert collector.collect_async(TINY.map_batches(lambda df: df)).result(30).item() == 1
+
+
 # Races
 
 

@@ -535,33 +535,39 @@ def test_built_in_engines_are_settings_and_no_more():
         assert (type(made), made.name) == (kind, kind().name)
 
 
-@pytest.mark.parametrize("ways", ["its own", "none"])
-def test_ipc_file_is_mapped_or_else_read(tmp_path, monkeypatch, ways):
+@pytest.fixture
+def ipc_file(tmp_path):
+    """A file of a frame in two chunks, its path, and the frame."""
     frame = pl.concat([pl.DataFrame({"a": [1, None], "b": ["x", "y"]})] * 3, rechunk=False)
     path = str(tmp_path / "frame.arrow")
     frame.write_ipc(path)
-    if ways == "none":
-        monkeypatch.setattr(_upstream, "_map_ipc", lambda _: None)
-    found = _upstream.map_ipc(path, dict(frame.schema))
+    with open(path, "rb") as file:  # noqa: PTH123
+        yield file.fileno(), path, frame
+
+
+@pytest.mark.parametrize(
+    "way", [*_upstream._ways_to_map, None], ids=lambda way: str(way and way.__name__)
+)
+def test_ipc_file_is_mapped_or_else_read(ipc_file, monkeypatch, way):
+    file, path, frame = ipc_file
+    monkeypatch.setattr(_upstream, "_ways_to_map", () if way is None else (way,))
+    found = _upstream.map_ipc(file, dict(frame.schema))
     assert found.equals(frame)
-    assert (path in Path("/proc/self/maps").read_text()) is (ways == "its own")
+    assert (path in Path("/proc/self/maps").read_text()) is (way is not None)
 
 
-def test_ipc_file_that_maps_to_another_schema_is_read(tmp_path, monkeypatch):
-    frame = pl.DataFrame({"a": [1]})
-    path = str(tmp_path / "frame.arrow")
-    frame.write_ipc(path)
-    monkeypatch.setattr(_upstream, "_map_ipc", lambda _: pl.DataFrame({"a": ["1"]}))
-    assert _upstream.map_ipc(path, dict(frame.schema)).equals(frame)
+def test_ipc_file_that_maps_to_another_schema_is_read(ipc_file, monkeypatch):
+    file, _, frame = ipc_file
+    monkeypatch.setattr(_upstream, "_ways_to_map", (lambda _: pl.DataFrame({"a": ["1"]}),))
+    assert _upstream.map_ipc(file, dict(frame.schema)).equals(frame)
 
 
-def test_ipc_file_is_read_without_pyarrow(tmp_path, monkeypatch):
-    frame = pl.DataFrame({"a": [1]})
-    path = str(tmp_path / "frame.arrow")
-    frame.write_ipc(path)
+def test_ipc_file_is_had_without_pyarrow(ipc_file, monkeypatch):
+    file, _, frame = ipc_file
     monkeypatch.setitem(sys.modules, "pyarrow", None)
-    assert _upstream._map_with_pyarrow(path) is None
-    assert _upstream.map_ipc(path, dict(frame.schema)).equals(frame)
+    with pytest.raises(ImportError):
+        _upstream._map_with_pyarrow(file)
+    assert _upstream.map_ipc(file, dict(frame.schema)).equals(frame)
 
 
 def packed(lf, path):

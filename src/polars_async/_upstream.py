@@ -6,7 +6,6 @@ import enum
 import importlib
 import inspect
 import io
-import mmap
 import os
 import re
 import sys
@@ -18,9 +17,10 @@ from typing import IO, TYPE_CHECKING, Any, Final, NamedTuple, ParamSpec, TypeVar
 
 import polars as pl
 
-from polars_async._native import start_new_thread
+from polars_async.executors.files import content_of
 
 if TYPE_CHECKING:
+    import mmap
     from collections.abc import Callable
     from types import FrameType
 
@@ -184,63 +184,45 @@ def optimizations_of(flags: Mapping[str, bool]) -> pl.QueryOptFlags:
     return optimizations
 
 
-def map_ipc(path: str, schema: Mapping[str, pl.DataType]) -> pl.DataFrame:
+def map_ipc(file: int, schema: Mapping[str, pl.DataType]) -> pl.DataFrame:
     """
-    Map an uncompressed IPC file of a frame with `schema`, which has to stay as it is.
+    Map the uncompressed IPC `file` of a frame with `schema`, which has to stay as it is.
 
-    Polars 2 has no way of its own. pyarrow has one, but for a few types; else it is read.
+    The descriptor may be closed then. Polars 2 has no way of its own. pyarrow has one, but for a
+    few types; else the file is read.
     """
-    try:
-        frame = _map_ipc(path)
-    except Exception:  # noqa: BLE001  # what pyarrow does not know, in one way or another
-        frame = None
-    if frame is None or dict(frame.schema) != dict(schema):
-        frame = pl.read_ipc(path)
-    return frame
+    for way in _ways_to_map:
+        with suppress(Exception):  # at what pyarrow does not know, whatever that raises
+            frame = way(file)
+            if dict(frame.schema) == dict(schema):
+                return frame
+    return pl.read_ipc(io.BytesIO(content_of(file)))
 
 
-# Else, before Python 3.13, it keeps a descriptor of its own open.
-_WITHOUT_FILE: Final[dict[str, Any]] = {"trackfd": False} if sys.version_info >= (3, 13) else {}
-
-
-class _Mapping(mmap.mmap):
-    """
-    A mapping that is undone on a thread of its own, and without the GIL, once nobody uses it.
-
-    To free its pages takes the kernel 20 ms for 144 MB, which would hold up every loop.
-    """
-
-    # As a default, since a frozen program clears this module before it lets go of its own.
-    def __del__(self, start: Callable[..., int] = start_new_thread) -> None:
-        try:
-            start(self.close, ())
-        except RuntimeError:  # no thread to be had, or the program ends
-            self.close()
-
-
-def _map_with_polars(path: str) -> pl.DataFrame | None:
+def _map_with_polars(file: int) -> pl.DataFrame:
     read: Any = pl.read_ipc  # which has the parameter in Polars 1 alone
-    frame: pl.DataFrame = read(path, memory_map=True)
+    frame: pl.DataFrame = read(f"/proc/self/fd/{file}", memory_map=True)  # and maps no object
     return frame
 
 
-def _map_with_pyarrow(path: str) -> pl.DataFrame | None:
-    try:
-        arrow: Any = importlib.import_module("pyarrow")
-    except ImportError:
-        return None
-    with open(path, "rb") as file:  # noqa: PTH123  # of this process
-        mapping = _Mapping(file.fileno(), 0, prot=mmap.PROT_READ, **_WITHOUT_FILE)
-    table = arrow.ipc.open_file(arrow.py_buffer(mapping)).read_all()
+def _map_with_pyarrow(file: int) -> pl.DataFrame:
+    from polars_async._mapping import Mapping  # noqa: PLC0415  # not to be had on every system
+
+    arrow: Any = importlib.import_module("pyarrow")
+    mapping = Mapping(file)
+    content = arrow.foreign_buffer(mapping.address, mapping.size, base=mapping)
+    table = arrow.ipc.open_file(content).read_all()
     frame = pl.from_arrow(table, rechunk=False)  # which would copy it
-    return frame if isinstance(frame, pl.DataFrame) else None
+    assert isinstance(frame, pl.DataFrame)  # as of any table
+    return frame
 
 
-_map_ipc: Final = (
-    _map_with_polars
-    if "memory_map" in inspect.signature(pl.read_ipc).parameters
-    else _map_with_pyarrow
+_ways_to_map: Final[tuple[Callable[[int], pl.DataFrame], ...]] = (
+    *((_map_with_polars,) if "memory_map" in inspect.signature(pl.read_ipc).parameters else ()),
+    _map_with_pyarrow,
 )
+"""The best first. That of Polars is refused where there is no /proc, and once this process has
+become that of another user."""
 
 
 def forbids_cpu(engine: pl.Engine) -> bool:

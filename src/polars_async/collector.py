@@ -18,8 +18,10 @@ from polars_async.admission import stats_of
 from polars_async.bridges import Suspension
 from polars_async.bridges.buffer import Buffer
 from polars_async.bridges.threads import block_or_let_run
+from polars_async.callers import call_site
 from polars_async.events import Reporter
 from polars_async.executors.choice import IN_PROCESSES, default_running, gpu_place_of, place_of
+from polars_async.executors.threads import Threads
 from polars_async.expectations import Expectation, Expectations
 from polars_async.frames import check_frame, checked_frames
 from polars_async.gpu.breaker import key_of
@@ -830,6 +832,8 @@ class Collector:
         )
         if isinstance(operation, operations.Batches):
             operation.buffer.bind(PausableQuery(lane, query))
+        if not isinstance(lane.place, Threads):
+            query.call_site = call_site()
         here = lane.submit(query)
         try:
             if timeout is not None:

@@ -11,7 +11,7 @@ from weakref import ref
 
 from polars_async._fork import new_lock
 from polars_async._upstream import memory_held
-from polars_async.plans import FAR, NEAR, NOTHING, look_at
+from polars_async.plans import FAR, NEAR, NOTHING, SENT_RATE, look_at
 from polars_async.scheduling import UNKNOWN
 
 if TYPE_CHECKING:
@@ -23,8 +23,6 @@ if TYPE_CHECKING:
 
 _FRAME_RATE: Final = 200e6
 """Bytes per second that a query makes of a frame in memory: just the order of magnitude."""
-_SENT_RATE: Final = 50e6
-"""Bytes per second of frames in memory that Polars packs, and unpacks elsewhere."""
 _FILE_RATE: Final = 50e6
 """Bytes per second that a query makes of a file."""
 _SLOWDOWN: Final = 1000
@@ -102,7 +100,7 @@ class Expectations:
 
     def seconds_to_send(self, frames: Sequence[pl.LazyFrame]) -> float:
         """Return how long it takes to send a query for `frames` to another process."""
-        return sum(self.plan(frame).frame_bytes for frame in frames) / _SENT_RATE
+        return sum(self.plan(frame).frame_bytes for frame in frames) / SENT_RATE
 
     def _known(self, frame: pl.LazyFrame, *, at_any_cost: bool = False) -> _Known:
         # A frame that is collected again and again is looked at once.

@@ -15,6 +15,8 @@ NEAR: Final = 1 << 20
 """Characters of a plan's text that are looked at, in up to 3 ms: some 300 kB of frames."""
 FAR: Final = 1 << 23
 """The same where it is worth up to 30 ms: some 2.3 MB of frames."""
+SENT_RATE: Final = 50e6
+"""Bytes per second of frames in memory that Polars packs, and unpacks elsewhere."""
 _PYTHON_NODE: Final = b'"PipeWithSchema":{"input":['
 """The node whose function comes after what it reads, and so may be unseen."""
 _PLUGIN: Final = b'"FfiPlugin":{'

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     import polars as pl
 
     from polars_async.bridges.waiting import Waiter
+    from polars_async.callers import CallSite
     from polars_async.counts import Counts
     from polars_async.deadlines import Deadline
     from polars_async.events import Reporter
@@ -92,6 +93,7 @@ class Query(Generic[T]):
         "_timeout",
         "_untold",
         "_waiters",
+        "call_site",
         "context",
         "expectation",
         "frames",
@@ -129,6 +131,8 @@ class Query(Generic[T]):
         self.is_stream = isinstance(operation, Batches)
         self.runs_engine = operation.runs_engine
         self.is_nested = False
+        self.call_site: CallSite | None = None
+        """Where it was asked for, if it may go to another process."""
         self.times = Times()
         self.reports = reporter.listens
         self.telling = telling() if self.reports else None

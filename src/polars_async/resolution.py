@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import inspect
 import os
 import warnings
 from abc import abstractmethod
 from dataclasses import dataclass, replace
 from functools import cache
-from pathlib import Path
 from typing import TYPE_CHECKING, Final, Literal, TypeAlias, get_args
 
 import polars as pl
 
 from polars_async import _upstream
+from polars_async.callers import level_of_caller
 from polars_async.errors import EngineDowngradeWarning, EngineUnavailableError
 from polars_async.gpu import gpu_status
 from polars_async.gpu.breaker import breaker, rest_of
@@ -22,7 +21,6 @@ from polars_async.reasons import Reason
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
-    from types import FrameType
 
     from polars_async.gpu.status import GpuStatus
 
@@ -46,7 +44,6 @@ _variables: Final[Mapping[bytes, bytes] | None] = (
 _LONGEST_CHAIN: Final = 100
 """So many engines may ask for each other; more are a circle, which would have no end."""
 
-_OWN_FOLDER: Final = f"{Path(__file__).parent}{os.sep}"
 IN_MEMORY: Final = pl.InMemoryEngine()
 _ENGINES: Final[dict[str, pl.Engine]] = {
     "auto": _upstream.AUTO_ENGINE,
@@ -341,7 +338,7 @@ def engine_object(engine: EngineRequest | None, parameter: str = "engine") -> pl
 def warn_of(resolution: Resolution) -> None:
     """Say aloud, at the caller's line outside of Polars, that what was asked for does not run."""
     if resolution.reason is not None:
-        warnings.warn(resolution.message, EngineDowngradeWarning, stacklevel=_level_of_caller())
+        warnings.warn(resolution.message, EngineDowngradeWarning, stacklevel=level_of_caller())
 
 
 def warns_of_unstable() -> bool:
@@ -356,19 +353,8 @@ def warn_of_unstable(mode: str) -> None:
             f"{mode} mode is considered unstable. It may be changed at any point without it being "
             "considered a breaking change.",
             pl.exceptions.UnstableWarning,
-            stacklevel=_level_of_caller(),
+            stacklevel=level_of_caller(),
         )
-
-
-def _level_of_caller() -> int:
-    """Count the frames from who warns, 1, up to the first that is neither ours nor Polars'."""
-    libraries = (_OWN_FOLDER, _upstream.PACKAGE_FOLDER)
-    frame: FrameType | None = inspect.currentframe()
-    level = 0
-    while frame is not None and frame.f_code.co_filename.startswith(libraries):
-        frame = frame.f_back
-        level += 1
-    return level
 
 
 def _affinity_name(configured: pl.Engine | None) -> str | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from functools import partial
 from typing import TYPE_CHECKING, Final
+from weakref import WeakSet
 
 import polars as pl
 from polars.io.plugins import register_io_source
@@ -12,7 +13,18 @@ from polars.io.plugins import register_io_source
 from polars_async._upstream import map_ipc, without_warning
 from polars_async.errors import PolarsAsyncError
 from polars_async.executors.extensions import extension_names, read_extended
-from polars_async.executors.parcels import mark_sorted, new_file, path_of, sorted_columns
+from polars_async.executors.files import (
+    Identity,
+    content_of,
+    found,
+    goes_along,
+    identity_of,
+    is_open_to_others,
+    most_files,
+    new_file,
+    opened,
+)
+from polars_async.executors.parcels import mark_sorted, sorted_columns
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
@@ -26,6 +38,10 @@ def share(frame: pl.DataFrame) -> pl.LazyFrame:
     Polars packs some 100 MB in a second. What is shared is mapped there, by any number of queries
     and workers at once. The memory is free when nothing holds the query, or one that was made of
     it, any more. Needs Linux, and cloudpickle where it is sent to a worker.
+
+    Each shared frame holds a file open, up to a quarter of those that the process may have
+    (``RLIMIT_NOFILE``). Those beyond are copied for each query that is sent; and so are all, to the
+    workers of an executor of the caller's, once this process has become that of another user.
 
     Parameters
     ----------
@@ -52,25 +68,33 @@ def share(frame: pl.DataFrame) -> pl.LazyFrame:
     """
     if not isinstance(frame, pl.DataFrame):
         raise TypeError(f"frame must be a DataFrame, got {type(frame).__name__}")
-    file = new_file()
-    try:
-        frame.write_ipc(path_of(file))
-    except BaseException:
-        os.close(file)
-        raise
-    source = _Source(file, dict(frame.schema), sorted_columns(frame))
+    source = _Source(_in_file(frame), dict(frame.schema), sorted_columns(frame))
     return without_warning(register_io_source)(source, schema=frame.schema, is_pure=True)
 
 
 class _Source:
-    """What Polars asks for the rows; it holds the shared memory, and goes to a worker as a name."""
+    """
+    What Polars asks for the rows; it holds the shared memory, and goes to a worker as a descriptor.
+
+    Where many hold a descriptor already, since the program needs some for itself, it holds a
+    mapping instead, and the frame is copied for each query that is sent.
+    """
+
+    _held: int | pl.DataFrame
 
     def __init__(
         self, file: int, schema: Mapping[str, pl.DataType], in_order: Mapping[int, bool]
     ) -> None:
-        self._file: Final = file
         self._schema: Final = schema
         self._in_order: Final = in_order
+        if len(_with_descriptor) < most_files():
+            self._held = file
+            _with_descriptor.add(self)
+            return
+        try:
+            self._held = self._map(file)
+        finally:
+            os.close(file)
 
     def __call__(
         self,
@@ -79,9 +103,8 @@ class _Source:
         n_rows: int | None,
         batch_size: int | None,  # noqa: ARG002  # as Polars calls it
     ) -> Iterator[pl.DataFrame]:
-        read = partial(map_ipc, path_of(self._file), self._schema)
-        frame = read_extended(read, extension_names(self._schema.values()))
-        mark_sorted(frame, self._in_order)
+        held = self._held
+        frame = self._map(held) if isinstance(held, int) else held
         if n_rows is not None:
             frame = frame.head(n_rows)
         if predicate is not None:
@@ -92,36 +115,65 @@ class _Source:
             frame = frame.select(with_columns) if with_columns else pl.DataFrame(height=rows)
         yield frame
 
+    def _map(self, file: int) -> pl.DataFrame:
+        read = partial(map_ipc, file, self._schema)
+        frame = read_extended(read, extension_names(self._schema.values()))
+        return mark_sorted(frame, self._in_order)
+
     def __reduce__(self) -> tuple[object, ...]:
-        status = os.fstat(self._file)
-        identity = status.st_dev, status.st_ino
-        return _attach, (os.getpid(), self._file, identity, self._schema, self._in_order)
+        held = self._held
+        file = held if isinstance(held, int) else _in_file(held)
+        about = self._schema, self._in_order
+        try:
+            if goes_along(file) or (isinstance(held, int) and is_open_to_others(file)):
+                return _attach, (os.getpid(), file, identity_of(file), *about)
+            return _copied, (content_of(file), *about)
+        finally:
+            if not isinstance(held, int):
+                os.close(file)
 
     # As a default, since a frozen program clears this module before it lets go of its own.
     def __del__(self, close: Callable[[int], None] = os.close) -> None:
-        close(self._file)
+        held = getattr(self, "_held", None)  # to map it may have ended __init__
+        if isinstance(held, int):
+            close(held)
+
+
+_with_descriptor: Final[WeakSet[_Source]] = WeakSet()
+
+
+def _in_file(frame: pl.DataFrame) -> int:
+    file = new_file()
+    try:
+        with opened(file, "wb") as target:
+            frame.write_ipc(target)
+    except BaseException:
+        os.close(file)
+        raise
+    return file
 
 
 def _attach(
     owner: int,
     file: int,
-    identity: tuple[int, int],
+    identity: Identity,
     schema: Mapping[str, pl.DataType],
     in_order: Mapping[int, bool],
 ) -> _Source:
-    try:
-        own = os.open(f"/proc/{owner}/fd/{file}", os.O_RDONLY | os.O_CLOEXEC)
-    except OSError:
-        raise _lost(owner) from None
-    status = os.fstat(own)
-    if (status.st_dev, status.st_ino) != identity:
-        os.close(own)
-        raise _lost(owner)
+    own = found(owner, file, identity)
+    if own is None:
+        raise PolarsAsyncError(
+            f"the frame that process {owner} has shared is not to be had here: share() is for "
+            "worker processes on the same machine, of the same user, while that process lives and "
+            "stays that user's. Use a file that both can see"
+        )
     return _Source(own, schema, in_order)
 
 
-def _lost(owner: int) -> PolarsAsyncError:
-    return PolarsAsyncError(
-        f"the frame that process {owner} has shared is not to be had here: share() is for worker "
-        "processes on the same machine, while that process lives. Use a file that both can see"
-    )
+def _copied(
+    content: bytes, schema: Mapping[str, pl.DataType], in_order: Mapping[int, bool]
+) -> _Source:
+    file = new_file()
+    with opened(file, "wb") as target:
+        target.write(content)
+    return _Source(file, schema, in_order)

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
 
     import polars as pl
 
+    from polars_async.callers import CallSite
     from polars_async.gpu.status import GpuStatus
     from polars_async.resolution import Resolution
 
@@ -23,6 +24,8 @@ class Job(Protocol):
     context: Context
     """That of the caller, in which Python functions run here."""
     resolution: Resolution
+    call_site: CallSite | None
+    """Where it was asked for, if it may go to another process."""
     frames: Sequence[pl.LazyFrame]
     """Those that are left to collect; none once nothing more is to be learnt of them."""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from array import array
 from contextlib import suppress
+from errno import EMFILE
 from socket import (
     MSG_CMSG_CLOEXEC,
     MSG_NOSIGNAL,
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
     # The class of the interpreter's own: that of the module `socket` is green under gevent.
     from _socket import socket as Socket  # noqa: N812
 
-_HEAD: Final = Struct("!QB")
+_HEAD: Final = Struct("!QBB")
 _FILES: Final = array("i")
 _MOST_ANCILLARY: Final = 4096
 _PIECE: Final = 1 << 20
@@ -45,7 +46,7 @@ class Channel:
         EOFError
             The other end is gone.
         """
-        head = _HEAD.pack(len(parcel.data), len(parcel.files))
+        head = _HEAD.pack(len(parcel.data), len(parcel.files), parcel.shared)
         rights = [(SOL_SOCKET, SCM_RIGHTS, array("i", parcel.files))] if parcel.files else []
         try:
             with self._lock:
@@ -81,8 +82,11 @@ class Channel:
             if timeout is not None:
                 self._socket.settimeout(None)
             head += self._exactly(_HEAD.size - len(head))
-            size, _ = _HEAD.unpack(head)
-            return Parcel(self._exactly(size), files)
+            size, number, shared = _HEAD.unpack(head)
+            if len(files) < number:
+                message = f"{number} files came, and this process may not open as many"
+                raise OSError(EMFILE, message)  # noqa: TRY301  # as for any other error
+            return Parcel(self._exactly(size), files, shared)
         except ConnectionError as error:
             Parcel(b"", files).close()
             raise EOFError from error

@@ -15,6 +15,7 @@ from polars_async._native import RLock, holding
 from polars_async.deadlines import set_deadline
 from polars_async.errors import QueryMemoryError
 from polars_async.executors.definitions import definition
+from polars_async.executors.files import Identity, taking_along
 from polars_async.executors.mains import POLARS
 from polars_async.executors.parcels import Parcel, pack, unpack
 from polars_async.executors.staying import UnsendableError
@@ -180,7 +181,7 @@ class Errand:
             elif kind == "log":
                 _log(content)
             elif kind == "main":
-                channel.send(pack(self._definition(*content), in_files=False))
+                channel.send(self._defined(*content))
             elif kind == "leaving":
                 self._worker.is_leaving = True
             elif kind == "gpu":
@@ -192,6 +193,11 @@ class Errand:
                 channel.send(pack(bool(enough), in_files=False))
             else:
                 return kind, content
+
+    def _defined(self, module: str, name: str) -> Parcel:
+        shared: dict[Identity, int] = {}
+        found = taking_along(shared, partial(self._definition, module, name))
+        return Parcel(pack(found, in_files=False).data, list(shared.values()), len(shared))
 
     def _definition(self, module: str, name: str) -> Definition:
         """Define what the worker asks for, or give it the reason why not as its error."""

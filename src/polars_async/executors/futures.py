@@ -15,6 +15,7 @@ from polars_async import _fork
 from polars_async._native import SimpleQueue
 from polars_async.errors import ForkedProcessError, PolarsAsyncError, WorkerDiedError
 from polars_async.executors.definitions import added_to_polars, definition
+from polars_async.executors.large_plans import warn_if_large
 from polars_async.executors.mains import POLARS, LookingUp, answer_for_polars
 from polars_async.executors.outcomes import error_of, outcome_of, packed_error
 from polars_async.executors.parcels import Parcel, buffer_of, pack, unpack
@@ -57,7 +58,7 @@ class Futures:
         failed: BaseException | None = None
         try:
             _check_unpatched()
-            task = _packed(work)
+            task = _packed(work, query)
             if isinstance(task, str):
                 return run_here(work, query, task)  # type: ignore[return-value]  # None is for nobody
             kind, found, batches = self._outcome(task, query)
@@ -158,12 +159,14 @@ def run_task(
         return pack(("error", packed_error(error), ()), in_files=False).data
 
 
-def _packed(work: Callable[[], object]) -> bytes | str:
+def _packed(work: Callable[[], object], query: Job) -> bytes | str:
     """Pack `work`, or give the reason why it stays here."""
     try:
-        return pack(work, in_files=False).data
+        parcel = pack(work, in_files=False)
     except StaysHereError as reason:
         return str(reason)
+    warn_if_large(query, parcel.plan_bytes, same_machine=False)
+    return parcel.data
 
 
 class _Batches(list[pl.DataFrame]):

@@ -6,8 +6,9 @@ import io
 import os
 import pickle
 from contextlib import suppress
+from functools import partial
 from mmap import PROT_READ, mmap
-from tempfile import NamedTemporaryFile
+from tempfile import TemporaryFile
 from typing import TYPE_CHECKING, Any, Final, NamedTuple, TypeAlias
 
 import polars as pl
@@ -24,12 +25,19 @@ from polars_async._upstream import (
 from polars_async.bridges.buffer import Buffer
 from polars_async.executors.blame import unsendable
 from polars_async.executors.definitions import can_be_pickled
-from polars_async.executors.descriptors import above_standard_files
 from polars_async.executors.extensions import (
     LOSES_THEM,
     extension_names,
     extensions_known,
     read_extended,
+)
+from polars_async.executors.files import (
+    MOST_IN_MESSAGE,
+    Identity,
+    most_files,
+    new_file,
+    opened,
+    taking_along,
 )
 from polars_async.executors.staying import StaysHereError, UnsendableError
 from polars_async.operations import Batches
@@ -42,21 +50,6 @@ _Known: TypeAlias = "tuple[dict[str, pl.DataType] | None, dict[int, bool], set[s
 
 _INLINE: Final = 1 << 18
 """Bytes of a frame up to which it goes along with the rest: to map it would take longer."""
-_MOST_FILES: Final = 64
-"""Files of one parcel. One message carries 253 at most, and many processes may have 1024 open."""
-
-
-def new_file() -> int:
-    """Make a file in memory that has no name, and that nobody but its owner could open."""
-    flags = os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING
-    file = above_standard_files(os.memfd_create("polars-async", flags))
-    os.fchmod(file, 0o600)
-    return file
-
-
-def path_of(file: int) -> str:
-    """Give the path by which this process may open one of its files again."""
-    return f"/proc/self/fd/{file}"
 
 
 class Parcel(NamedTuple):
@@ -65,6 +58,17 @@ class Parcel(NamedTuple):
     data: bytes
     files: list[int]
     """File descriptors, which belong to whoever has the parcel."""
+    shared: int = 0
+    """How many of them, the last, are of shared frames."""
+    plan_bytes: int = 0
+    """The size of the plans in it, where it was packed."""
+
+    def take_shared(self) -> list[int]:
+        """Take out the files of shared frames, which belong to the caller then."""
+        begin = len(self.files) - self.shared
+        taken = self.files[begin:]
+        del self.files[begin:]
+        return taken
 
     def close(self) -> None:
         """Close the files."""
@@ -137,6 +141,7 @@ class _Packer(pickle.Pickler):
         super().__init__(file, protocol=5)
         self._files = files
         self._halt = halt
+        self.plan_bytes = 0
 
     def persistent_id(self, item: Any) -> tuple[str, Any] | None:
         if isinstance(item, pl.LazyFrame):
@@ -152,33 +157,39 @@ class _Packer(pickle.Pickler):
         return None
 
     def _plan(self, lf: pl.LazyFrame) -> bytes | int:
-        if self._files is None or len(self._files) >= _MOST_FILES:
-            return _plan_in_bytes(lf)
-        _write_plan(lf, path_of(self._new_file()))
-        return len(self._files) - 1
+        if not self._has_room():
+            plan = _plan_in_bytes(lf)
+            self.plan_bytes += len(plan)
+            return plan
+        number, file = self._new_file()
+        _write_plan(lf, file)
+        self.plan_bytes += os.fstat(file).st_size
+        return number
 
     def _frame(self, frame: pl.DataFrame) -> tuple[bytes | int, _Known]:
         extensions = extension_names(frame.dtypes)
-        in_file = (
-            self._files is not None
-            and len(self._files) < _MOST_FILES
-            and frame.estimated_size() > _INLINE
-        )
-        if in_file:
-            frame.write_ipc(path_of(self._new_file()))
-            schema = dict(frame.schema)
-            return len(self._files or ()) - 1, (schema, sorted_columns(frame), extensions)
+        if frame.estimated_size() > _INLINE and self._has_room():
+            number, file = self._new_file()
+            with opened(file, "wb") as target:
+                frame.write_ipc(target)
+            return number, (dict(frame.schema), sorted_columns(frame), extensions)
         stream = io.BytesIO()
         frame.write_ipc_stream(stream)
         return stream.getvalue(), (None, sorted_columns(frame), extensions)
 
-    def _new_file(self) -> int:
+    def _has_room(self) -> bool:
+        if self._files is None:
+            return False
+        return len(self._files) < min(MOST_IN_MESSAGE, most_files())
+
+    def _new_file(self) -> tuple[int, int]:
+        """Make a file; gives its number in the parcel, and its descriptor."""
         assert self._files is not None
         file = new_file()
         self._files.append(file)
         if self._halt is not None:
             self._halt.watch(file)
-        return file
+        return len(self._files) - 1, file
 
 
 class _Unpacker(pickle.Unpickler):
@@ -200,16 +211,19 @@ class _Unpacker(pickle.Unpickler):
         return pl.exceptions.PanicException
 
     def _plan(self, packed: bytes | int) -> pl.LazyFrame:
-        source = path_of(self._files[packed]) if isinstance(packed, int) else io.BytesIO(packed)
-        if not LOSES_THEM:
-            return pl.LazyFrame.deserialize(source)
-        if isinstance(packed, bytes):
-            names = extensions_of(packed)
-        else:
-            with mmap(self._files[packed], 0, prot=PROT_READ) as plan:
-                names = extensions_of(plan)
-        with extensions_known(names):
-            return pl.LazyFrame.deserialize(source)
+        source = (
+            opened(self._files[packed], "rb") if isinstance(packed, int) else io.BytesIO(packed)
+        )
+        with source:
+            if not LOSES_THEM:
+                return pl.LazyFrame.deserialize(source)
+            if isinstance(packed, bytes):
+                names = extensions_of(packed)
+            else:
+                with mmap(self._files[packed], 0, prot=PROT_READ) as plan:
+                    names = extensions_of(plan)
+            with extensions_known(names):
+                return pl.LazyFrame.deserialize(source)
 
     def _frame(self, packed: bytes | int, known: _Known) -> pl.DataFrame:
         schema, in_order, extensions = known
@@ -217,7 +231,7 @@ class _Unpacker(pickle.Unpickler):
         def read() -> pl.DataFrame:
             if isinstance(packed, bytes):
                 return pl.read_ipc_stream(io.BytesIO(packed))
-            return map_ipc(path_of(self._files[packed]), schema or {})
+            return map_ipc(self._files[packed], schema or {})
 
         return mark_sorted(read_extended(read, extensions), in_order)
 
@@ -237,17 +251,20 @@ def pack(item: object, *, in_files: bool, halt: Halt | None = None) -> Parcel:
         A query has to run in this process.
     """
     parcel_files: list[int] = []
+    shared: dict[Identity, int] = {}
     target = io.BytesIO()
+    packer = _Packer(target, parcel_files if in_files else None, halt)
     try:
-        _Packer(target, parcel_files if in_files else None, halt).dump(item)
+        taking_along(shared if in_files else None, partial(packer.dump, item))
     except BaseException:
         if halt is not None:
             halt.end()
-        Parcel(b"", parcel_files).close()
+        Parcel(b"", [*parcel_files, *shared.values()]).close()
         raise
     if halt is not None:
         halt.end()
-    return Parcel(target.getvalue(), parcel_files)
+    files = [*parcel_files, *shared.values()]
+    return Parcel(target.getvalue(), files, len(shared), packer.plan_bytes)
 
 
 def unpack(parcel: Parcel, buffer: object | None = None) -> Any:
@@ -263,14 +280,15 @@ def buffer_of(work: Callable[[], object]) -> Buffer | None:
     return work.buffer if isinstance(work, Batches) else None
 
 
-def _write_plan(lf: pl.LazyFrame, path: str) -> None:
+def _write_plan(lf: pl.LazyFrame, file: int) -> None:
     """Write a plan to a file, whence another process may read it."""
     refused: pl.exceptions.ComputeError | None = None
     try:
-        lf.serialize(path)
+        with opened(file, "wb") as target:
+            lf.serialize(target)
     except pl.exceptions.ComputeError as error:
         refused = error
-    with open(path, "rb") as plan:  # noqa: PTH123  # of this process
+    with opened(file, "rb") as plan:
         if hands_over_here(plan):
             raise StaysHereError
     if refused is not None:
@@ -282,8 +300,9 @@ def _plan_in_bytes(lf: pl.LazyFrame) -> bytes:
         plan = lf.serialize()
     except pl.exceptions.ComputeError:
         # What Polars had written by then, which tells why, is found in a file alone.
-        with NamedTemporaryFile() as file:
-            _write_plan(lf, file.name)
+        with TemporaryFile() as file:
+            _write_plan(lf, file.fileno())
+            file.seek(0)
             return file.read()
     if hands_over_here(io.BytesIO(plan)):
         raise StaysHereError

@@ -11,6 +11,7 @@ from polars_async._native import RLock, holding
 from polars_async.errors import PolarsAsyncError, WorkerDiedError, signal_of
 from polars_async.executors.errand import Errand
 from polars_async.executors.initializer import current
+from polars_async.executors.large_plans import warn_if_large
 from polars_async.executors.outcomes import error_of
 from polars_async.executors.parcels import Halt, buffer_of, pack
 from polars_async.executors.spawned import Worker, dismiss
@@ -116,6 +117,7 @@ class Processes:
                     halt()
                 parcel = pack(work, in_files=True, halt=halt)
                 try:
+                    warn_if_large(query, parcel.plan_bytes, same_machine=True)
                     worker = self._take()
                 except BaseException:
                     parcel.close()

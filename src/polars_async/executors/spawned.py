@@ -19,9 +19,10 @@ from polars_async._native import RLock, holding, posix_spawn, sleep, start_new_t
 from polars_async.executors.channel import Channel
 from polars_async.executors.children import Child
 from polars_async.executors.descriptors import STANDARD_FILES, above_standard_files
+from polars_async.executors.files import new_file
 from polars_async.executors.initializer import current
 from polars_async.executors.interpreter import executable
-from polars_async.executors.parcels import new_file, pack, unpack
+from polars_async.executors.parcels import pack, unpack
 from polars_async.executors.surroundings import changes, surroundings
 
 if TYPE_CHECKING:

@@ -21,6 +21,7 @@ from polars_async._native import RLock
 from polars_async._nesting import enter_worker
 from polars_async.errors import PolarsAsyncError
 from polars_async.executors.channel import Channel
+from polars_async.executors.files import bring, put_away
 from polars_async.executors.mains import LookingUp, answer_for_polars
 from polars_async.executors.outcomes import outcome_of, packed_error
 from polars_async.executors.parcels import pack, unpack
@@ -111,12 +112,14 @@ def _serve(channel: Channel, logs: _Logs, follower: Follower) -> None:
 def _run(task: Parcel, channel: Channel, follower: Follower) -> object:
     parent = _Parent(channel)
     follower.enter_folder()
+    bring(task.take_shared())
     try:
         with LookingUp(parent.look_up):
             work = unpack(task, _RemoteBuffer(parent))
             return work()
     finally:
         parent.end()
+        put_away()
 
 
 def _ask(channel: Channel) -> Any:
@@ -165,7 +168,9 @@ class _Parent:
                 question.close()
                 raise PolarsAsyncError("the query has ended: what is left of it has no answer")
             self._channel.send(question)
-            return unpack(self._channel.receive())
+            answer = self._channel.receive()
+            bring(answer.take_shared())
+            return unpack(answer)
 
     def look_up(self, module: str, name: str) -> Definition:
         answer: Definition = self.ask(pack(("main", (module, name)), in_files=False))

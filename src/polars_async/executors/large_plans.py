@@ -1,0 +1,32 @@
+"""Plans that take long to be sent to another process, which would be a silent loss of time."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import TYPE_CHECKING, Final
+
+from polars.exceptions import PerformanceWarning
+
+from polars_async._green import tell
+from polars_async.plans import SENT_RATE
+
+if TYPE_CHECKING:
+    from polars_async.executors import Job
+
+_LARGE: Final = 1 << 24
+"""Bytes of a plan, which take a third of a second."""
+
+
+def warn_if_large(query: Job, plan_bytes: int, *, same_machine: bool) -> None:
+    """Say at the line that asked for `query` that its plan is large, and what to do."""
+    site = query.call_site
+    if plan_bytes < _LARGE or site is None:
+        return
+    otherwise = "" if same_machine else ", if the workers are on this machine, or else scan a file"
+    text = (
+        f"{query.named} takes {plan_bytes:,} bytes along to another process, mostly frames in "
+        f"memory, for some {plan_bytes / SENT_RATE:.1f} s each time: put these into shared memory "
+        "once, with polars_async.share(frame), and query what that gives instead of frame.lazy()"
+        f"{otherwise}"
+    )
+    tell(partial(site.warn, text, PerformanceWarning))
