@@ -20,17 +20,14 @@ from polars_async import (
     PolarsAsyncError,
     QueryTimeoutError,
     QueueFullError,
-    admission,
-    expectations,
-    lane,
-    query,
 )
-from polars_async.admission import Admission, Slot
 from polars_async.events import Reporter
+from polars_async.executors.operations import Collect
 from polars_async.executors.threads import ThreadExecutor
-from polars_async.expectations import UNKNOWN, Expectation, Expectations
-from polars_async.operations import Collect
-from polars_async.scheduling import QUICK, QUICK_ROW
+from polars_async.scheduling import admission, estimates, lane, query
+from polars_async.scheduling.admission import Admission, Slot
+from polars_async.scheduling.estimates import UNKNOWN, Expectation, Expectations
+from polars_async.scheduling.fair_queue import QUICK, QUICK_ROW
 from polars_async.testing import simulate_gpu
 
 HEAVY = pl.LazyFrame({"a": pl.zeros(5_000_000, dtype=pl.Int64, eager=True)}).select(
@@ -570,13 +567,13 @@ def test_equals_start_in_the_order_they_came_and_nobody_is_appraised_by_the_call
 def looked(monkeypatch):
     """The threads on which plans were looked at."""
     threads = []
-    look_at = expectations.look_at
+    look_at = estimates.look_at
 
     def look_and_tell(*arguments):
         threads.append(threading.get_ident())
         return look_at(*arguments)
 
-    monkeypatch.setattr(expectations, "look_at", look_and_tell)
+    monkeypatch.setattr(estimates, "look_at", look_and_tell)
     return threads
 
 
@@ -981,7 +978,7 @@ def test_nothing_quick_is_learned_of_a_query_that_did_not_complete(make, block, 
 def test_one_behind_plans_that_are_slow_to_look_at_does_not_wait_for_all_of_them(
     make, block, monkeypatch
 ):
-    looks, look_at = threading.Semaphore(0), expectations.look_at
+    looks, look_at = threading.Semaphore(0), estimates.look_at
     slow = [UNSEEN.head(number) for number in range(100)]
 
     def look_slowly(frame, limit):
@@ -989,7 +986,7 @@ def test_one_behind_plans_that_are_slow_to_look_at_does_not_wait_for_all_of_them
             assert looks.acquire(timeout=30)
         return look_at(frame, limit)
 
-    monkeypatch.setattr(expectations, "look_at", look_slowly)
+    monkeypatch.setattr(estimates, "look_at", look_slowly)
     monkeypatch.setattr(lane, "_MOMENT", 0.0)  # each of them counts as slow
     collector = make(max_running=2)
     run_blocked(collector, block)
@@ -1035,7 +1032,7 @@ def test_nothing_is_learned_of_a_query_without_fingerprint():
 
 
 def test_history_is_bounded_and_forgets_what_ran_longest_ago(monkeypatch):
-    monkeypatch.setattr(expectations, "_MOST_KNOWN", 3)
+    monkeypatch.setattr(estimates, "_MOST_KNOWN", 3)
     known = Expectations()
     for fingerprint in (1, 2, 3, 1, 4, 5):
         known.learn(Expectation(0.1, fingerprint), 2.0, alone=True)

@@ -15,8 +15,9 @@ import pytest
 from nvml_stub import DRIVER_NOT_LOADED, Gpu, compile_stub, describe
 
 from polars_async import Collector, Reason, cli, gpu_status, resolution, resolve_engine
-from polars_async.gpu import _cudf, _probe
-from polars_async.gpu._nvml import Host, HostDevice
+from polars_async.gpu import cudf as _cudf
+from polars_async.gpu import probe
+from polars_async.gpu.nvml import Host, HostDevice
 from polars_async.reasons import Fault
 from polars_async.testing import simulate_gpu
 
@@ -61,7 +62,7 @@ def _own_environment(monkeypatch):
     for name in (AFFINITY, POLICY, "CUDA_VISIBLE_DEVICES", "CUDA_DEVICE_ORDER"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("COLUMNS", "80")
-    monkeypatch.setattr(_probe, "probe", _probe.Probe())
+    monkeypatch.setattr(probe, "probe", probe.Probe())
     monkeypatch.setattr(_cudf, "_import_failure", None)
 
 
@@ -82,7 +83,7 @@ def doctor(site, monkeypatch, capsys):  # noqa: ARG001  # usefixtures does nothi
     def run(*arguments, host=NO_DRIVER, **environment):
         for name, value in environment.items():
             monkeypatch.setenv(name, value)
-        _probe.probe.stand_in(host)
+        probe.probe.stand_in(host)
         status = cli.main(["doctor", *arguments])
         printed, errors = capsys.readouterr()
         assert errors == ""

@@ -27,12 +27,12 @@ from polars_async import (
     QueryTimeoutError,
     QueueFullError,
     Reason,
-    query,
     resolve_engine,
 )
 from polars_async.events import Reporter
-from polars_async.open_streams import MAX_STREAMS
-from polars_async.query import Query
+from polars_async.scheduling import query
+from polars_async.scheduling.open_streams import MAX_STREAMS
+from polars_async.scheduling.query import Query
 from polars_async.testing import simulate_gpu
 
 pytestmark = pytest.mark.everywhere

@@ -17,20 +17,21 @@ if loop.endswith("before"):
 import atexit, os, signal, threading, time
 import polars as pl
 import polars_async as pa
-from polars_async import _exit, _native
+from polars_async._runtime import unpatched
+from polars_async.scheduling import shutdown
 
 after = []  # atexit calls them once the collectors are closed
 atexit.register(lambda: [function() for function in after])
 TINY = pl.LazyFrame({"a": [1]})
 collector = pa.Collector(max_running=4)  # two of them are kept for small queries
-begun = _native.allocate_lock()
+begun = unpatched.allocate_lock()
 begun.acquire()
 
 def say(word):  # at once, and from any thread
     os.write(1, f"{word}\\n".encode())
 
 def nap(seconds=0.001):  # gevent patches time.sleep
-    lock = _native.allocate_lock()
+    lock = unpatched.allocate_lock()
     lock.acquire()
     lock.acquire(timeout=seconds)
 
@@ -54,7 +55,7 @@ def udf(function, *arguments):
 
 def leave(patience=60):  # so that whoever needs all of it is not back in time for the test
     wait_until_begun()
-    _exit._PATIENCE = patience
+    shutdown._PATIENCE = patience
     sys.exit(7)
 """
 
@@ -383,10 +384,10 @@ def as_polars(name):
         work()
 
 threading.Thread(target=work, daemon=True).start()
-_native.start_new_thread(work, ())
+unpatched.start_new_thread(work, ())
 for name in "polars-0", "tokio-rt-worker", "async-executor-":
-    _native.start_new_thread(as_polars, (name,))
-    _native.start_new_thread(on_foreign_thread, (partial(as_polars, name),))
+    unpatched.start_new_thread(as_polars, (name,))
+    unpatched.start_new_thread(on_foreign_thread, (partial(as_polars, name),))
 nap(0.05)
 with open("/proc/self/comm", "w") as name:  # of the main thread
     name.write("polars-0")

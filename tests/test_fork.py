@@ -9,13 +9,13 @@ import warnings
 
 import pytest
 
-from polars_async import _fork
-from polars_async._fork import Step, in_child, new_lock
+from polars_async._runtime import fork
+from polars_async._runtime.fork import Step, in_child, new_lock
 
 
 @pytest.fixture(autouse=True)
 def _actions(monkeypatch):
-    monkeypatch.setattr(_fork, "_actions", _fork._actions[:])
+    monkeypatch.setattr(fork, "_actions", fork._actions[:])
 
 
 def exit_code_of(child):
@@ -70,10 +70,10 @@ def test_lock_that_the_forking_thread_holds_is_held_and_released_in_the_child():
 
 def test_lock_that_is_freed_is_forgotten():
     lock = new_lock()
-    assert lock in _fork._locks
-    before = len(_fork._locks)
+    assert lock in fork._locks
+    before = len(fork._locks)
     del lock
-    assert len(_fork._locks) == before - 1
+    assert len(fork._locks) == before - 1
 
 
 def test_queries_fail_after_all_else_is_forgotten_and_whatever_raises():

@@ -33,9 +33,10 @@ from nvml_stub import (
 )
 
 from polars_async.errors import EngineUnavailableError
-from polars_async.gpu import _cudf, _probe, gpu_status
-from polars_async.gpu._cudf import note_import_failure
-from polars_async.gpu._nvml import Host, HostDevice
+from polars_async.gpu import cudf as _cudf
+from polars_async.gpu import gpu_status, probe
+from polars_async.gpu.cudf import note_import_failure
+from polars_async.gpu.nvml import Host, HostDevice
 from polars_async.gpu.status import GpuDevice
 from polars_async.reasons import Reason
 from polars_async.resolution import decide
@@ -89,7 +90,7 @@ def nvml(stub_library, monkeypatch):
 
 @pytest.fixture(autouse=True)
 def fresh_probe(monkeypatch):
-    monkeypatch.setattr(_probe, "probe", _probe.Probe())
+    monkeypatch.setattr(probe, "probe", probe.Probe())
     monkeypatch.setattr(_cudf, "_import_failure", None)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     monkeypatch.delenv("CUDA_DEVICE_ORDER", raising=False)
@@ -998,16 +999,16 @@ def test_many_threads_ask_nvml_once(nvml, monkeypatch):
 @pytest.mark.usefixtures("usable")
 def test_stand_in_host_is_judged_instead_of_nvml():
     assert (
-        _probe.probe.stand_in(Host(devices=(HostDevice(index=0, compute_capability=(5, 0)),)))
+        probe.probe.stand_in(Host(devices=(HostDevice(index=0, compute_capability=(5, 0)),)))
         is None
     )
     assert gpu_status().reason is Reason.COMPUTE_CAPABILITY
     assert gpu_status(refresh=True).reason is Reason.COMPUTE_CAPABILITY
-    before = _probe.probe.stand_in(Host())
+    before = probe.probe.stand_in(Host())
     assert gpu_status().reason is Reason.NO_DEVICE
-    _probe.probe.stand_in(before)
+    probe.probe.stand_in(before)
     assert gpu_status().reason is Reason.COMPUTE_CAPABILITY
-    _probe.probe.stand_in(None)
+    probe.probe.stand_in(None)
     assert gpu_status().usable
 
 
@@ -1054,17 +1055,18 @@ def test_threads_ask_nvml_once_under_gevents_patch(stub_library, patched):
 patch = "import gevent.monkey; gevent.monkey.patch_all()"
 if {patched == "before"}:
     exec(patch)
-from polars_async import _native, gpu
-from polars_async.gpu import _probe
+from polars_async import gpu
+from polars_async._runtime import unpatched
+from polars_async.gpu import probe
 if {patched == "after"}:
     exec(patch)
 import ctypes, pynvml
-told = _native.SimpleQueue()
+told = unpatched.SimpleQueue()
 for _ in range(8):
-    _native.start_new_thread(lambda: told.put(gpu.gpu_status()), ())
+    unpatched.start_new_thread(lambda: told.put(gpu.gpu_status()), ())
 found = [told.get() for _ in range(8)] + [gpu.gpu_status()]
 inits = ctypes.c_int.in_dll(pynvml.nvmlLib, "stub_inits").value
-print(len(set(map(id, found))), inits, type(_probe.probe._lock).__module__)
+print(len(set(map(id, found))), inits, type(probe.probe._lock).__module__)
 """
     environment = {"LD_LIBRARY_PATH": str(stub_library.parent), "NVML_STUB": describe(H100)}
     assert run(script, **environment) == ["1", "1", "_thread"]

@@ -10,16 +10,16 @@ import sys
 patch = "import gevent.monkey; gevent.monkey.patch_all()"
 if sys.argv[1] == "before":
     exec(patch)
-from polars_async import _native
+from polars_async._runtime import unpatched
 if sys.argv[1] == "after":
     exec(patch)
-lock = _native.allocate_lock()
-told = _native.SimpleQueue()
+lock = unpatched.allocate_lock()
+told = unpatched.SimpleQueue()
 lock.acquire()
-_native.start_new_thread(lambda: (told.put(1), lock.release()), ())
+unpatched.start_new_thread(lambda: (told.put(1), lock.release()), ())
 assert told.get() == 1
 lock.acquire()
-print(*(type(each).__module__ for each in (lock, told)), _native.start_new_thread.__module__)
+print(*(type(each).__module__ for each in (lock, told)), unpatched.start_new_thread.__module__)
 """
 
 

@@ -28,14 +28,14 @@ from polars_async import (
     EventKind,
     QueryTimeoutError,
     Reason,
-    _upstream,
     gpu_status,
     resolve_engine,
 )
-from polars_async.admission import Admission
+from polars_async._runtime import upstream
 from polars_async.executors.threads import ThreadExecutor
 from polars_async.gpu import offload
 from polars_async.gpu.breaker import FAILURES, REST, Health, breaker
+from polars_async.scheduling.admission import Admission
 from polars_async.testing import simulate_gpu
 
 STRICT = pl.GPUEngine(raise_on_fail=True)
@@ -360,7 +360,7 @@ def test_error_that_comes_out_of_an_error_of_a_udf_is_never_tried_again(
             raise own  # noqa: B904
 
     lf = TINY.map_batches(eval("lambda df: df.gone", {"__name__": "service"}))
-    monkeypatch.setattr(_upstream, "gpu_callback", lambda _: lambda plan, *_: plan.set_udf(run))
+    monkeypatch.setattr(upstream, "gpu_callback", lambda _: lambda plan, *_: plan.set_udf(run))
     monkeypatch.setitem(run.__globals__, "__name__", "cudf_polars.callback")
     with pytest.raises(RuntimeError, match="one of its own"):
         collector.collect_async(lf, engine="gpu").result(30)
@@ -388,7 +388,7 @@ def test_translation_that_is_interrupted_ends_the_query(collector, monkeypatch, 
     def translate(*_):
         raise error
 
-    monkeypatch.setattr(_upstream, "gpu_callback", lambda _: translate)
+    monkeypatch.setattr(upstream, "gpu_callback", lambda _: translate)
     with pytest.raises(error):
         collector.collect_async(TINY, engine="gpu").result(30)
 
@@ -408,7 +408,7 @@ def test_other_errors_of_the_engine_fall_back_too(collector, monkeypatch, error,
     def run(*_):
         raise error
 
-    monkeypatch.setattr(_upstream, "gpu_callback", lambda _: lambda plan, *_: plan.set_udf(run))
+    monkeypatch.setattr(upstream, "gpu_callback", lambda _: lambda plan, *_: plan.set_udf(run))
     monkeypatch.setitem(run.__globals__, "__name__", "cudf_polars.callback")
     handle = collector.collect_async(TINY, engine="gpu")
     assert handle.result(30).item() == 1
@@ -420,14 +420,14 @@ def test_error_of_the_operating_system_is_of_the_query(collector, monkeypatch):
     def run(*_):
         raise PermissionError("a file that it scans")
 
-    monkeypatch.setattr(_upstream, "gpu_callback", lambda _: lambda plan, *_: plan.set_udf(run))
+    monkeypatch.setattr(upstream, "gpu_callback", lambda _: lambda plan, *_: plan.set_udf(run))
     monkeypatch.setitem(run.__globals__, "__name__", "cudf_polars.callback")
     with pytest.raises(PermissionError):
         collector.collect_async(TINY, engine="gpu").result(30)
 
 
 def test_query_runs_as_it_is_where_the_callback_has_moved(collector, gpu, monkeypatch):
-    monkeypatch.setattr(_upstream, "gpu_callback", lambda _: None)
+    monkeypatch.setattr(upstream, "gpu_callback", lambda _: None)
     handle = collector.collect_async(TINY, engine="gpu")
     assert (handle.result(30).item(), gpu.queries) == (1, 1)
     assert handle.resolution.name == "gpu"
@@ -654,7 +654,7 @@ class Tried(Blocked):
             self.gate.wait()
             raise MemoryError
 
-        monkeypatch.setattr(_upstream, "gpu_callback", lambda _: lambda plan, *_: plan.set_udf(run))
+        monkeypatch.setattr(upstream, "gpu_callback", lambda _: lambda plan, *_: plan.set_udf(run))
         monkeypatch.setitem(run.__globals__, "__name__", "cudf_polars.callback")
 
     @property
@@ -1006,7 +1006,7 @@ def test_error_in_a_group_is_what_it_is_alone(collector, monkeypatch, error, rea
     def run(*_):
         raise in_group(error)
 
-    monkeypatch.setattr(_upstream, "gpu_callback", lambda _: lambda plan, *_: plan.set_udf(run))
+    monkeypatch.setattr(upstream, "gpu_callback", lambda _: lambda plan, *_: plan.set_udf(run))
     monkeypatch.setitem(run.__globals__, "__name__", "cudf_polars.callback")
     handle = collector.collect_async(TINY, engine="gpu")
     if reason is None:
@@ -1026,7 +1026,7 @@ def test_error_of_a_source_in_a_group_is_never_tried_again(collector, monkeypatc
         except KeyError as error:
             raise in_group(error) from None
 
-    monkeypatch.setattr(_upstream, "gpu_callback", lambda _: lambda plan, *_: plan.set_udf(run))
+    monkeypatch.setattr(upstream, "gpu_callback", lambda _: lambda plan, *_: plan.set_udf(run))
     monkeypatch.setitem(run.__globals__, "__name__", "cudf_polars.callback")
     with pytest.raises(ExceptionGroup):
         collector.collect_async(TINY, engine="gpu").result(30)
@@ -1062,7 +1062,7 @@ def test_error_that_cannot_be_told_is_told_by_its_type(monkeypatch):
     def run(*_):
         raise Mute
 
-    monkeypatch.setattr(_upstream, "gpu_callback", lambda _: lambda plan, *_: plan.set_udf(run))
+    monkeypatch.setattr(upstream, "gpu_callback", lambda _: lambda plan, *_: plan.set_udf(run))
     monkeypatch.setitem(run.__globals__, "__name__", "cudf_polars.callback")
     with Collector(gpu="offload") as silent:
         handle = silent.collect_async(TINY, engine="gpu")
@@ -1353,7 +1353,7 @@ def test_memory_of_the_gpu_is_let_go_of_before_the_cpu_runs_it(collector, monkey
         except RuntimeError as error:
             raise MemoryError(type(column).__name__) from error
 
-    monkeypatch.setattr(_upstream, "gpu_callback", lambda _: lambda plan, *_: plan.set_udf(run))
+    monkeypatch.setattr(upstream, "gpu_callback", lambda _: lambda plan, *_: plan.set_udf(run))
     monkeypatch.setitem(run.__globals__, "__name__", "cudf_polars.callback")
     lf = TINY.map_batches(lambda df: (seen.append(list(held)), df)[1])
     handle = collector.collect_async(lf, engine="gpu")

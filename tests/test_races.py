@@ -12,12 +12,12 @@ import pytest
 from conftest import TINY
 
 from polars_async import Collector, CollectorClosedError
-from polars_async.admission import Admission
 from polars_async.bridges.buffer import Arrivals
 from polars_async.events import Reporter
 from polars_async.executors.threads import HERE
-from polars_async.expectations import Expectations
-from polars_async.query import Query, State
+from polars_async.scheduling.admission import Admission
+from polars_async.scheduling.estimates import Expectations
+from polars_async.scheduling.query import Query, State
 
 
 def test_query_that_ends_just_before_the_greenlet_waits_wakes_it(collector, blocked, monkeypatch):
@@ -87,11 +87,11 @@ waitpid = os.waitpid  # that of gevent sometimes misses the child's end
 if case == "greenlet":
     import gevent.monkey; gevent.monkey.patch_all()
 import polars as pl, polars_async as pa
-from polars_async import _native
-from polars_async.admission import Admission
+from polars_async._runtime import unpatched
+from polars_async.scheduling.admission import Admission
 
 def shut():
-    lock = _native.allocate_lock()
+    lock = unpatched.allocate_lock()
     lock.acquire()
     return lock
 

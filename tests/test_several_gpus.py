@@ -17,8 +17,8 @@ from test_gpu_processes import WHERE, uuid
 
 import polars_async as pa
 from polars_async import cli, resolve_engine
-from polars_async.executors.processes import Processes
-from polars_async.gpu import _probe
+from polars_async.executors.processes.pool import Processes
+from polars_async.gpu import probe
 from polars_async.gpu.breaker import FAILURES, REST, Health, Rest, breaker, breaker_of
 from polars_async.testing import simulate_gpu
 
@@ -326,9 +326,9 @@ def test_worker_of_a_gpu_in_mig_mode_sees_the_instance_that_is_visible(
     offloading, workers, monkeypatch, visible, gpus
 ):
     with simulate_gpu(2):
-        host = _probe.probe._stand_in
+        host = probe.probe._stand_in
         first = replace(host.devices[0], mig_enabled=True, mig_instances=("MIG-a", "MIG-b"))
-        _probe.probe.stand_in(replace(host, devices=(first, host.devices[1])))
+        probe.probe.stand_in(replace(host, devices=(first, host.devices[1])))
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
         collector = offloading()
         for number, gpu in enumerate(gpus):

@@ -29,11 +29,11 @@ from polars_async import (
     QueueFullError,
     api,
     configure,
-    times,
 )
-from polars_async.admission import Admission
 from polars_async.bridges.buffer import BATCHES_AHEAD, Buffer
-from polars_async.scheduling import FAIR_TURN
+from polars_async.scheduling import times
+from polars_async.scheduling.admission import Admission
+from polars_async.scheduling.fair_queue import FAIR_TURN
 from polars_async.testing import simulate_gpu
 
 OURS = str(Path(times.__file__).parent)

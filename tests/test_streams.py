@@ -28,12 +28,12 @@ from polars_async import (
     ForkedProcessError,
     QueryTimeoutError,
     QueueFullError,
-    times,
 )
-from polars_async import query as query_module
 from polars_async.bridges.buffer import BATCHES_AHEAD, Buffer
 from polars_async.executors import threads
 from polars_async.executors.outcomes import WorkerTraceback
+from polars_async.scheduling import query as query_module
+from polars_async.scheduling import times
 from polars_async.streams import Batches
 from polars_async.testing import simulate_gpu
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Literal, overload
 
-from polars_async._fork import new_lock
+from polars_async._runtime.fork import new_lock
 from polars_async.collector import DEFAULT_OPTIMIZATIONS, Collector
 from polars_async.resolution import (
     engine_object,
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     import polars as pl
 
     from polars_async.events import QueryEvent
-    from polars_async.executors.choice import ExecutorRequest
+    from polars_async.executors.factory import ExecutorRequest
     from polars_async.handle import GeventHandle, QueryHandle
     from polars_async.resolution import EngineRequest, GpuPolicy
 

@@ -19,10 +19,10 @@ import polars as pl
 
 from polars_async import resolution
 from polars_async.gpu import gpu_status
-from polars_async.gpu._cudf import find_cudf_polars
-from polars_async.gpu._visible import DEVICE_ORDER, VISIBLE_DEVICES
 from polars_async.gpu.breaker import FAILURES, REST, breaker, breaker_of
+from polars_async.gpu.cudf import find_cudf_polars
 from polars_async.gpu.status import GpuStatus
+from polars_async.gpu.visible import DEVICE_ORDER, VISIBLE_DEVICES
 from polars_async.resolution import AFFINITY_VARIABLE, GPU_POLICY_VARIABLE
 
 if TYPE_CHECKING:

@@ -11,27 +11,23 @@ from typing import TYPE_CHECKING, Any, Final, Literal, TypedDict, TypeVar, overl
 
 import polars as pl
 
-from polars_async import _fork, bridges, operations
-from polars_async._native import holding
-from polars_async._nesting import in_query
-from polars_async.admission import stats_of
+from polars_async import bridges
+from polars_async._runtime import fork
+from polars_async._runtime.arguments import check_frame, checked_frames
+from polars_async._runtime.callers import call_site
+from polars_async._runtime.nesting import in_query
+from polars_async._runtime.unpatched import holding
 from polars_async.bridges import Suspension
 from polars_async.bridges.buffer import Buffer
 from polars_async.bridges.threads import block_or_let_run
-from polars_async.callers import call_site
 from polars_async.events import Reporter
-from polars_async.executors.choice import IN_PROCESSES, default_running, gpu_place_of, place_of
+from polars_async.executors import operations
+from polars_async.executors.factory import IN_PROCESSES, default_running, gpu_place_of, place_of
+from polars_async.executors.operations import Collect, CollectAll, Schema, Sink
 from polars_async.executors.threads import Threads
-from polars_async.expectations import Expectation, Expectations
-from polars_async.frames import check_frame, checked_frames
 from polars_async.gpu.breaker import key_of
 from polars_async.gpu.devices import named_device
 from polars_async.handle import BackgroundQuery, GeventHandle, QueryHandle
-from polars_async.lane import Lane
-from polars_async.open_streams import MAX_STREAMS
-from polars_async.operations import Collect, CollectAll, Schema, Sink
-from polars_async.pausing import PausableQuery
-from polars_async.query import Query
 from polars_async.resolution import (
     decide,
     engine_object,
@@ -40,7 +36,13 @@ from polars_async.resolution import (
     request_of,
     warn_of,
 )
-from polars_async.scheduling import PRIORITIES, long_at_once
+from polars_async.scheduling.admission import stats_of
+from polars_async.scheduling.estimates import Expectation, Expectations
+from polars_async.scheduling.fair_queue import PRIORITIES, long_at_once
+from polars_async.scheduling.lane import Lane
+from polars_async.scheduling.open_streams import MAX_STREAMS
+from polars_async.scheduling.pausing import PausableQuery
+from polars_async.scheduling.query import Query
 from polars_async.streams import Batches, Completions
 
 if TYPE_CHECKING:
@@ -49,8 +51,8 @@ if TYPE_CHECKING:
     from typing import Self, Unpack
 
     from polars_async.events import QueryEvent
-    from polars_async.executors.choice import ExecutorRequest
-    from polars_async.operations import Operation
+    from polars_async.executors.factory import ExecutorRequest
+    from polars_async.executors.operations import Operation
     from polars_async.resolution import EngineRequest, GpuPolicy, QueryPath, Resolution
     from polars_async.streams import ResultStream
 
@@ -771,7 +773,7 @@ class Collector:
     def _resolved(
         self, engine: EngineRequest | None, path: QueryPath, optimizations: pl.QueryOptFlags
     ) -> Resolution:
-        _fork.check()
+        fork.check()
         resolution = self.resolve_engine(engine, path=path, optimizations=optimizations)
         warn_of(resolution)
         return resolution

@@ -6,22 +6,17 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 
 import polars as pl
 
-from polars_async import _fork
-from polars_async._upstream import AUTO_ENGINE
+from polars_async._runtime import fork
+from polars_async._runtime.arguments import checked_frames
+from polars_async._runtime.upstream import AUTO_ENGINE
 from polars_async.api import default_collector, warn_of_streaming
 from polars_async.errors import EngineUnavailableError
 from polars_async.events import tell_observers
-from polars_async.fallback import fallen_back
-from polars_async.frames import checked_frames
+from polars_async.executors.operations import CollectAll
 from polars_async.gpu.failure import GpuFailure
 from polars_async.gpu.offload import collect_on_gpu
-from polars_async.operations import CollectAll
-from polars_async.resolution import (
-    DeferringEngine,
-    is_on_gpu,
-    warn_of,
-    warn_of_unstable,
-)
+from polars_async.resolution import DeferringEngine, is_on_gpu, warn_of, warn_of_unstable
+from polars_async.scheduling.fallback import fallen_back
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
@@ -206,7 +201,7 @@ class AsyncEngine(DeferringEngine):
         return resolution.engine
 
     def _resolved(self, path: QueryPath, optimizations: pl.QueryOptFlags) -> Resolution:
-        _fork.check()
+        fork.check()
         resolution = self.collector.resolve_engine(path=path, optimizations=optimizations)
         warn_of(resolution)
         return resolution

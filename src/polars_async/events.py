@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Final
 
 import polars as pl
 
-from polars_async._log import complain, is_ctrl_c, log
+from polars_async._runtime.logs import complain, is_ctrl_c, log
 from polars_async.errors import text_of
 
 if TYPE_CHECKING:

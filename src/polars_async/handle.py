@@ -6,15 +6,15 @@ from concurrent.futures import CancelledError
 from typing import TYPE_CHECKING, Generic, TypeVar
 
 from polars_async import bridges
-from polars_async._upstream import InProcessQuery
+from polars_async._runtime.upstream import InProcessQuery
 from polars_async.bridges.threads import block
 
 if TYPE_CHECKING:
     from collections.abc import Generator
     from typing import Any
 
-    from polars_async.query import Query
     from polars_async.resolution import Resolution
+    from polars_async.scheduling.query import Query
 
 T = TypeVar("T")
 

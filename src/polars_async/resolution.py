@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Final, Literal, TypeAlias, get_args
 
 import polars as pl
 
-from polars_async import _upstream
-from polars_async.callers import level_of_caller
+from polars_async._runtime import upstream
+from polars_async._runtime.callers import level_of_caller
 from polars_async.errors import EngineDowngradeWarning, EngineUnavailableError
 from polars_async.gpu import gpu_status
 from polars_async.gpu.breaker import breaker, rest_of
@@ -46,7 +46,7 @@ _LONGEST_CHAIN: Final = 100
 
 IN_MEMORY: Final = pl.InMemoryEngine()
 _ENGINES: Final[dict[str, pl.Engine]] = {
-    "auto": _upstream.AUTO_ENGINE,
+    "auto": upstream.AUTO_ENGINE,
     "in-memory": IN_MEMORY,
     "cpu": IN_MEMORY,  # an alias that Polars itself still takes
     "streaming": pl.StreamingEngine(),
@@ -127,8 +127,8 @@ class DeferringEngine(pl.Engine):
     def __class__(self) -> type:  # pyright: ignore[reportIncompatibleMethodOverride]  # as above
         # Polars tells no engine that it becomes the affinity. But it asks whether this is an engine
         # before it removes the variable, for which this engine has to stand in from then on.
-        if _upstream.sets_affinity():
-            self.variable = _affinity_name(_upstream.affinity_override())
+        if upstream.sets_affinity():
+            self.variable = _affinity_name(upstream.affinity_override())
         return type(self)
 
 
@@ -211,12 +211,12 @@ def decide(
         asked.name == "gpu" or isinstance(asked.engine, pl.GPUEngine)
     ):
         return asked
-    if optimizations is not None and _upstream.is_eager(optimizations):
+    if optimizations is not None and upstream.is_eager(optimizations):
         return _left_to_cpu(asked)
     if gpu_elsewhere and path != "sync" and gpu_policy(gpu) != "downgrade":
         return asked
     in_workers = (
-        gpu_in_workers and path != "sync" and type(asked.engine) in _upstream.BUILT_IN_ENGINES
+        gpu_in_workers and path != "sync" and type(asked.engine) in upstream.BUILT_IN_ENGINES
     )
     return _gpu_rule(asked, path, gpu, in_workers=in_workers)
 
@@ -225,7 +225,7 @@ def _who_asks(engine: EngineRequest, path: QueryPath, default: EngineRequest) ->
     """Find the engine that is asked for, and by whom, before the GPU rule."""
     if engine != "auto" and (argument := request_of(engine)) != "auto":
         return _asked(argument, "argument")
-    configured = _upstream.affinity_override()
+    configured = upstream.affinity_override()
     if configured is not None and (affinity := request_of(configured)) != "auto":
         return _asked(affinity, "config")
     name = _affinity_name(configured)
@@ -275,7 +275,7 @@ def _gpu_rule(
         reason, why, remedy = fault
     else:
         rest = None
-        if not _upstream.forbids_cpu(engine):
+        if not upstream.forbids_cpu(engine):
             rest = rest_of(candidates(engine, status)) if in_workers else breaker.rest()
         if rest is None:
             return replace(asked, gpu=status)
@@ -284,7 +284,7 @@ def _gpu_rule(
     asks = f"{ASKERS[asked.source]} asks for the GPU engine"
     if asked.reason is not None:
         asks = f"{asked.message}; {asks}"
-    if policy == "require" or _upstream.forbids_cpu(asked.engine):
+    if policy == "require" or upstream.forbids_cpu(asked.engine):
         forbids = "raise_on_fail=True"
         if policy == "require":
             forbids = f"{GPU_POLICY_VARIABLE}=require" if gpu is None else "gpu='require'"

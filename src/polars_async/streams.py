@@ -10,7 +10,7 @@ import polars as pl
 
 from polars_async import bridges
 from polars_async.bridges.buffer import Arrivals, Buffer
-from polars_async.query import State
+from polars_async.scheduling.query import State
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     from typing import Self
 
     from polars_async.bridges import Bridge
-    from polars_async.query import Query
     from polars_async.resolution import Resolution
+    from polars_async.scheduling.query import Query
 
 T = TypeVar("T")
 

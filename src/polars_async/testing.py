@@ -13,13 +13,14 @@ from typing import TYPE_CHECKING, Any, Final, Literal, TypeAlias, get_args
 
 import polars as pl
 
-from polars_async._native import allocate_lock, sleep
-from polars_async.executors import initializer
-from polars_async.executors.initializer import Initializer
-from polars_async.gpu import _cudf, _nvml, _probe
-from polars_async.gpu._visible import DEVICE_ORDER, VISIBLE_DEVICES
+from polars_async._runtime.unpatched import allocate_lock, sleep
+from polars_async.executors.processes import initializer
+from polars_async.executors.processes.initializer import Initializer
+from polars_async.gpu import cudf as _cudf
+from polars_async.gpu import nvml, probe
 from polars_async.gpu.breaker import Health, breaker, stand_in
 from polars_async.gpu.offload import note_error_of_query
+from polars_async.gpu.visible import DEVICE_ORDER, VISIBLE_DEVICES
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Sequence
@@ -216,7 +217,7 @@ def simulate_gpu(
         sys.meta_path.insert(0, finder)
         stack.callback(sys.meta_path.remove, finder)
         stack.enter_context(_noting_queries())
-        stack.callback(_probe.probe.stand_in, _probe.probe.stand_in(host))
+        stack.callback(probe.probe.stand_in, probe.probe.stand_in(host))
 
         def next_faults() -> tuple[str | None, dict[int, str]]:
             return gpu.next_fault(), dict(gpu.fail_on)
@@ -254,11 +255,11 @@ def _host(
     memory: int | None,
     compute_capability: tuple[int, int] | None,
     driver: tuple[int, int] | None,
-) -> _nvml.Host:
+) -> nvml.Host:
     if driver is None:
-        return _nvml.Host(fault=_nvml.NO_LIBRARY)
+        return nvml.Host(fault=nvml.NO_LIBRARY)
     devices = (
-        _nvml.HostDevice(
+        nvml.HostDevice(
             index=index,
             uuid=f"GPU-{index:08x}-0000-0000-0000-000000000000",
             name="Simulated GPU",
@@ -268,7 +269,7 @@ def _host(
         )
         for index in range(count)
     )
-    return _nvml.Host(devices=tuple(devices), cuda_version=driver)
+    return nvml.Host(devices=tuple(devices), cuda_version=driver)
 
 
 def _installed(version: str | None, fail: object) -> _cudf.CudfPolars:
@@ -384,7 +385,7 @@ def _take(gpu: SimulatedGpu, plan: Any, engine: pl.GPUEngine) -> None:
 
 def _index_of(number: int | None) -> int:
     """Return the index of the GPU that CUDA counts by `number`; -1 where it counts none by that."""
-    devices = _probe.probe.status(refresh=False).devices
+    devices = probe.probe.status(refresh=False).devices
     return next((each.index for each in devices if each.number == (number or 0)), -1)
 
 

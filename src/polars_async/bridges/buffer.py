@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections import deque
 from typing import TYPE_CHECKING, Final, Generic, Protocol, TypeVar
 
-from polars_async._fork import new_lock
-from polars_async._nesting import in_query
+from polars_async._runtime.fork import new_lock
+from polars_async._runtime.nesting import in_query
 from polars_async.bridges import Checkpoint, Suspension
 from polars_async.bridges.waiting import wake
 

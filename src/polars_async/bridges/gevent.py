@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from gevent import get_hub
 from gevent.event import AsyncResult
 
-from polars_async import _native
+from polars_async._runtime import unpatched
 
 if TYPE_CHECKING:
     from polars_async.bridges.waiting import Awaited
@@ -57,7 +57,7 @@ class _Mailbox:
             raise
 
 
-_of_this_thread = _native.local()
+_of_this_thread = unpatched.local()
 
 
 class _Waiter:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, ClassVar, Protocol
 
-from polars_async._log import complain
+from polars_async._runtime.logs import complain
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
     import polars as pl
 
-    from polars_async.callers import CallSite
+    from polars_async._runtime.callers import CallSite
     from polars_async.gpu.status import GpuStatus
     from polars_async.resolution import Resolution
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import polars as pl
 
-from polars_async._fork import new_lock
+from polars_async._runtime.fork import new_lock
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Iterable

@@ -11,14 +11,14 @@ from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 import polars as pl
 
-from polars_async import _fork
-from polars_async._native import SimpleQueue
+from polars_async._runtime import fork
+from polars_async._runtime.unpatched import SimpleQueue
 from polars_async.errors import ForkedProcessError, PolarsAsyncError, WorkerDiedError
 from polars_async.executors.definitions import added_to_polars, definition
 from polars_async.executors.large_plans import warn_if_large
-from polars_async.executors.mains import POLARS, LookingUp, answer_for_polars
+from polars_async.executors.main_module import POLARS, LookingUp, answer_for_polars
 from polars_async.executors.outcomes import error_of, outcome_of, packed_error
-from polars_async.executors.parcels import Parcel, buffer_of, pack, unpack
+from polars_async.executors.serialization import Parcel, buffer_of, pack, unpack
 from polars_async.executors.staying import StaysHereError, run_here
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from concurrent.futures import Executor, Future
 
     from polars_async.executors import Job
-    from polars_async.executors.mains import Definition, Key
+    from polars_async.executors.main_module import Definition, Key
     from polars_async.gpu.status import GpuStatus
 
 T = TypeVar("T")
@@ -137,7 +137,7 @@ def run_task(
         return mains.get((module, name))
 
     def work() -> object:
-        _fork.check()
+        fork.check()
         with LookingUp(look_up):
             try:
                 query = unpack(Parcel(task, []), batches)

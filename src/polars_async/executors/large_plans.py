@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Final
 
 from polars.exceptions import PerformanceWarning
 
-from polars_async._green import tell
-from polars_async.plans import SENT_RATE
+from polars_async._runtime.green import tell
+from polars_async._runtime.plans import SENT_RATE
 
 if TYPE_CHECKING:
     from polars_async.executors import Job

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Final, TypeVar
 
 import polars as pl
 
-from polars_async._green import tell
-from polars_async._log import log
-from polars_async._upstream import forbids_cpu
+from polars_async._runtime.green import tell
+from polars_async._runtime.logs import log
+from polars_async._runtime.upstream import forbids_cpu
 from polars_async.errors import PolarsAsyncError
 from polars_async.executors.threads import HERE
 from polars_async.gpu.failure import GpuFailure

@@ -7,9 +7,9 @@ from pathlib import Path
 from threading import current_thread
 from typing import TYPE_CHECKING, Final, TypeVar
 
-from polars_async._green import leaving_no_hub
-from polars_async._native import SimpleQueue, get_ident, start_new_thread
-from polars_async._nesting import enter_context, enter_worker
+from polars_async._runtime.green import leaving_no_hub
+from polars_async._runtime.nesting import enter_context, enter_worker
+from polars_async._runtime.unpatched import SimpleQueue, get_ident, start_new_thread
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator

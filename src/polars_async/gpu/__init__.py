@@ -36,6 +36,6 @@ def gpu_status(*, refresh: bool = False) -> GpuStatus:
     'cudf-polars is not installed: install polars-async[gpu-cu13], which installs a Polars that ...'
     """
     # Not at import: most programs never ask for a GPU.
-    from polars_async.gpu._probe import probe  # noqa: PLC0415
+    from polars_async.gpu.probe import probe  # noqa: PLC0415
 
     return probe.status(refresh=refresh)

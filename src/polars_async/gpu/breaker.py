@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from time import monotonic
 from typing import TYPE_CHECKING, ClassVar, Final, NamedTuple
 
-from polars_async._native import allocate_lock
+from polars_async._runtime.unpatched import allocate_lock
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable

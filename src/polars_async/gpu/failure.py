@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Final
 
 import polars as pl
 
-from polars_async._green import tell
-from polars_async._log import log
+from polars_async._runtime.green import tell
+from polars_async._runtime.logs import log
 from polars_async.errors import text_of
 from polars_async.gpu.support import is_of_the_gpu, operations_of, told, underlying
 from polars_async.reasons import Fault, Reason

@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING, Any, Final, NoReturn
 
 import polars as pl
 
-from polars_async import _native, _upstream
-from polars_async._fork import new_lock
-from polars_async._green import tell
-from polars_async._log import log
-from polars_async._native import wait_for
-from polars_async._nesting import in_gpu_query
+from polars_async._runtime import unpatched, upstream
+from polars_async._runtime.fork import new_lock
+from polars_async._runtime.green import tell
+from polars_async._runtime.logs import log
+from polars_async._runtime.nesting import in_gpu_query
+from polars_async._runtime.unpatched import wait_for
 from polars_async.errors import EngineUnavailableError
-from polars_async.gpu import _cudf
+from polars_async.gpu import cudf as _cudf
 from polars_async.gpu.breaker import breaker
 from polars_async.gpu.failure import GpuFailure, is_of_the_query, reason_of
 from polars_async.gpu.support import unsupported_error
@@ -45,7 +45,7 @@ class _Context:
     is_poisoned = False
 
 
-class _ThisThread(_native.local):
+class _ThisThread(unpatched.local):
     has_context = False
     attempt: _Attempt | None = None
     is_wanted: Callable[[], bool] | None = None
@@ -171,7 +171,7 @@ def note_error_of_query(error: BaseException) -> None:
 def _have_the_turn(
     lf: pl.LazyFrame, engine: pl.GPUEngine, optimizations: pl.QueryOptFlags, *, counts: bool
 ) -> pl.DataFrame:
-    may_fall_back = not _upstream.forbids_cpu(engine)
+    may_fall_back = not upstream.forbids_cpu(engine)
     reports = _this_thread.report is not None
     if may_fall_back and not reports and (rest := breaker.rest()) is not None:
         raise GpuFailure(Reason.GPU_RESTS, rest.cause)
@@ -241,7 +241,7 @@ def _import_cudf_polars() -> None:
 def _collect(
     lf: pl.LazyFrame, engine: pl.GPUEngine, optimizations: pl.QueryOptFlags
 ) -> pl.DataFrame:
-    translate = _upstream.gpu_callback(engine)
+    translate = upstream.gpu_callback(engine)
     if translate is None:
         return engine.collect(lf, optimizations=optimizations)
     attempt = _this_thread.attempt = _Attempt(translate)

@@ -11,10 +11,10 @@ from typing import Any, Final, NoReturn
 
 import polars as pl
 
-from polars_async import _upstream
+from polars_async._runtime import upstream
+from polars_async._runtime.arguments import check_frame
 from polars_async.errors import text_of
-from polars_async.frames import check_frame
-from polars_async.gpu import _cudf
+from polars_async.gpu import cudf as _cudf
 from polars_async.reasons import Fault, Reason
 
 EXECUTOR_VARIABLE: Final = "CUDF_POLARS__EXECUTOR"
@@ -181,7 +181,7 @@ def _translation_error(
         translator.translate_ir()
         return (translator.unsupported_operations_error(),)
 
-    told = _upstream.ask_optimized_plan(lf, optimizations, translate)
+    told = upstream.ask_optimized_plan(lf, optimizations, translate)
     if told is None:
         raise NotImplementedError("Polars hands out its plans no more")
     (error,) = told
