@@ -20,6 +20,7 @@ import pytest
 from places import TINY, Blocked, Failure, Notes, Source, until
 from test_nesting import ask_plan, by_result
 
+import polars_async
 from polars_async import (
     Collector,
     CollectorClosedError,
@@ -36,7 +37,7 @@ from polars_async.scheduling.admission import Admission
 from polars_async.scheduling.fair_queue import FAIR_TURN
 from polars_async.testing import simulate_gpu
 
-OURS = str(Path(times.__file__).parent)
+OURS = str(Path(polars_async.__file__).parent)
 
 NUMBERS = pl.LazyFrame({"a": range(100)})
 

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import polars as pl
 
 from polars_async._runtime.files import bring, put_away
+from polars_async._runtime.fork import Step, in_child
 from polars_async._runtime.nesting import enter_worker
 from polars_async._runtime.unpatched import RLock
 from polars_async.errors import PolarsAsyncError
@@ -65,11 +66,11 @@ def main(socket_file: int, lifeline: int, path: list[str]) -> None:
     # and a copy that it has forked would go on with the query, and answer, too.
     for file in (socket_file, lifeline):
         fcntl.fcntl(file, fcntl.F_SETFD, fcntl.FD_CLOEXEC)
-    os.register_at_fork(after_in_child=channel.abandon)
+    in_child(Step.FORGET, channel.abandon)
     # A service is often stopped by a signal to all its processes, and then sees to it that queries
     # end; not so what a Python function forks.
     signal.signal(signal.SIGTERM, _do_nothing)
-    os.register_at_fork(after_in_child=lambda: signal.signal(signal.SIGTERM, signal.SIG_DFL))
+    in_child(Step.FORGET, lambda: signal.signal(signal.SIGTERM, signal.SIG_DFL))
     with suppress(EOFError):
         levels, set_up = unpack(channel.receive())
         logs = _Logs(channel)

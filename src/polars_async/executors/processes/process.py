@@ -16,6 +16,7 @@ from weakref import WeakSet
 
 from polars_async._runtime.descriptors import STANDARD_FILES, above_standard_files
 from polars_async._runtime.files import new_file
+from polars_async._runtime.fork import Step, in_child
 from polars_async._runtime.green import leaving_no_hub
 from polars_async._runtime.unpatched import RLock, holding, posix_spawn, sleep, start_new_thread
 from polars_async.executors.processes.children import Child
@@ -257,7 +258,6 @@ def _abandon_all() -> None:
     for worker in list(_alive):
         worker.abandon()
     _alive.clear()
-    _no_fork.release()
 
 
 _alive: Final[WeakSet[Worker]] = WeakSet()
@@ -265,7 +265,8 @@ _no_fork: Final = RLock()
 """Held while a worker is spawned: a child forked meanwhile would keep the worker's end of all, and
 hide its death."""
 
+in_child(Step.FORGET, _abandon_all)
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(
-        before=_no_fork.acquire, after_in_parent=_no_fork.release, after_in_child=_abandon_all
+        before=_no_fork.acquire, after_in_parent=_no_fork.release, after_in_child=_no_fork.release
     )

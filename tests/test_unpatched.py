@@ -31,5 +31,8 @@ def test_names_are_the_interpreters_own_under_gevents_patch(patched):
 
 
 def test_importing_it_does_not_import_gevent():
-    script = "import sys; from polars_async import _native; assert 'gevent' not in sys.modules"
+    script = (
+        "import sys; from polars_async._runtime import unpatched; "
+        "assert 'gevent' not in sys.modules"
+    )
     subprocess.run([sys.executable, "-c", script], check=True, timeout=50)
