@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import os
+import sys
 from typing import Final
+
+if sys.platform != "win32":
+    import fcntl
 
 STANDARD_FILES: Final = 3
 
@@ -17,8 +21,6 @@ def above_standard_files(file: int) -> int:
     """
     if file >= STANDARD_FILES:
         return file
-    import fcntl  # noqa: PLC0415  # not to be had on every system
-
     try:
         return fcntl.fcntl(file, fcntl.F_DUPFD_CLOEXEC, STANDARD_FILES)
     finally:

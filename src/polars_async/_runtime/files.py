@@ -12,6 +12,9 @@ from typing import TYPE_CHECKING, Final, Literal, TypeAlias, TypeVar, overload
 from polars_async._runtime.descriptors import above_standard_files
 from polars_async._runtime.unpatched import local
 
+if sys.platform != "win32":
+    import resource
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
@@ -29,8 +32,6 @@ _PIECE: Final = 1 << 30
 
 def most_files() -> int:
     """Return how many files of one kind may be open: the program needs the most for itself."""
-    import resource  # noqa: PLC0415  # not to be had on every system
-
     limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     return sys.maxsize if limit == resource.RLIM_INFINITY else max(1, limit // _PART)
 
