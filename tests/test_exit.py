@@ -174,6 +174,31 @@ def test_polars_own_python_is_left_alone():
     assert end(IN_BETWEEN) == (7, [], "")
 
 
+LOOKING = """
+from polars_async._runtime import upstream
+
+write = upstream._Text.write
+def write_slowly(text, piece):
+    begin()
+    nap(0.3)
+    return write(text, piece)
+
+class Late:  # so that there still is a program when the thread is back
+    def __del__(self, sleep=time.sleep):
+        sleep(1)
+
+threading.late = Late()
+upstream._Text.write = write_slowly
+slow = TINY.map_batches(lambda df: (nap(0.05), df)[1])
+collector.collect_async(slow).result()  # at whose plan its thread looks afterwards
+leave()
+"""
+
+
+def test_look_at_a_plan_is_waited_for():
+    assert end(LOOKING) == (7, [], "")
+
+
 TIDY = """
 def tidy():
     begin()

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 import re
+from time import monotonic
 from typing import TYPE_CHECKING, Final, NamedTuple
 
+from polars_async._runtime.fork import Step, in_child
+from polars_async._runtime.unpatched import get_ident, sleep
 from polars_async._runtime.upstream import PICKLED, PlanEnd, plan_text
 
 if TYPE_CHECKING:
@@ -17,6 +20,7 @@ FAR: Final = 1 << 23
 """The same where it is worth up to 30 ms: some 2.3 MB of frames."""
 SENT_RATE: Final = 50e6
 """Bytes per second of frames in memory that Polars packs, and unpacks elsewhere."""
+_PAUSE: Final = 0.002
 _PYTHON_NODE: Final = b'"PipeWithSchema":{"input":['
 """The node whose function comes after what it reads, and so may be unseen."""
 _PLUGIN: Final = b'"FfiPlugin":{'
@@ -56,6 +60,28 @@ NOTHING: Final = Plan(
 """What is known of a plan that cannot be looked at."""
 
 
+class _Process:
+    ends = False
+
+
+_looking: Final[set[int]] = set()
+"""The threads that look at a plan."""
+in_child(Step.FORGET, _looking.clear)
+
+
+def end_looks(within: float) -> None:
+    """
+    Have no plan be looked at any more, and wait `within` so many seconds for looks to end.
+
+    Polars writes a plan to an object of Python. A thread that comes back to Python while the
+    interpreter is taken down is ended there, which Polars tells on stderr.
+    """
+    _Process.ends = True
+    last = monotonic() + within
+    while _looking and monotonic() < last:
+        sleep(_PAUSE)
+
+
 def look_at(lf: pl.LazyFrame, limit: int = NEAR) -> Plan:
     """
     Look at the plan of `lf` as it was written, up to `limit` characters of its text.
@@ -63,7 +89,12 @@ def look_at(lf: pl.LazyFrame, limit: int = NEAR) -> Plan:
     For that nothing in it is called, resolved or opened, and no other thread is held up. So what
     comes after a Python function, or after frames in memory that exceed the limit, stays unseen.
     """
-    found = plan_text(lf, limit)
+    # Before the end is looked for: a thread that ends all looks then sees this one.
+    _looking.add(thread := get_ident())
+    try:
+        found = None if _Process.ends else plan_text(lf, limit)
+    finally:
+        _looking.discard(thread)
     if found is None:
         return NOTHING
     text = _RESOLVED.sub(b"", found.text)

@@ -23,6 +23,7 @@ from weakref import WeakSet
 
 from polars_async._runtime.green import catch_up
 from polars_async._runtime.origin import is_of_polars
+from polars_async._runtime.plans import end_looks
 from polars_async._runtime.unpatched import sleep
 from polars_async._runtime.upstream import PACKAGE_FOLDER
 from polars_async.bridges.waiting import Waking
@@ -108,6 +109,7 @@ def _leave() -> None:
         lane.close(cancel_waiting=True)
     with suppress(KeyboardInterrupt):  # from somebody who waits no longer
         _end_queries(lanes)
+    end_looks(_PATIENCE)
     if _running(lanes):
         _delay_abort()
     catch_up()
