@@ -17,7 +17,7 @@ from polars_async.scheduling.admission import stats_of
 STATES = {
     "ENDED": {"finished", "failed"},
     "CANCELLED": {"cancelled"},
-    "TIMED_OUT": {"timed out"},
+    "TIMED_OUT": {"timed_out"},
 }
 
 
@@ -68,7 +68,7 @@ class Book:
                     wrong |= before != "queued" or event.queue_seconds != 0
                 self.open.pop(query, None)
                 self.ended[query] = kind
-            wrong |= (event.error is not None) != (kind in ("failed", "timed out", "rejected"))
+            wrong |= (event.error is not None) != (kind in ("failed", "timed_out", "rejected"))
             gate = self.gates.get(event.label) if query in self.ended else None
             faulty = self._rng.random() < self.fault_rate
         if wrong:

@@ -38,7 +38,7 @@ from polars_async.testing import simulate_gpu
 pytestmark = pytest.mark.everywhere
 
 
-LAST = {"finished", "failed", "cancelled", "timed out", "rejected"}
+LAST = {"finished", "failed", "cancelled", "timed_out", "rejected"}
 COMM = Path("/proc/thread-self/comm")
 linux = pytest.mark.skipif(sys.platform != "linux", reason="names of threads are told by /proc")
 
@@ -149,7 +149,7 @@ def test_query_that_is_late_timed_out(telling, heard, blocked, runs):
         assert blocked.started.wait(30)
     with pytest.raises(QueryTimeoutError) as caught:
         handle.result(30)
-    assert heard.kinds("it") == ["queued", *["started"] * runs, "timed out"]
+    assert heard.kinds("it") == ["queued", *["started"] * runs, "timed_out"]
     assert heard.of("it")[-1].error is caught.value
     assert (heard.of("it")[-1].run_seconds is not None) == runs
 
@@ -317,7 +317,7 @@ MANY = NotImplementedError("no:\n- a", [ValueError("a")])
         ),
         (
             QueryEvent(EventKind.FELL_BACK, 7, None, "in-memory", 0.5, None, None, OOM, FALLEN),
-            "query 7 fell back: in-memory engine, out-of-gpu-memory, waited 0.500 s, MemoryError: ",
+            "query 7 fell back: in-memory engine, out_of_gpu_memory, waited 0.500 s, MemoryError: ",
         ),
     ],
 )

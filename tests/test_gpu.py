@@ -141,7 +141,7 @@ def test_usable_host_says_what_runs_where(nvml):
         memory_total=85899345920,
         memory_free=85000000000,
         number=0,
-        taken=True,
+        selected=True,
         usable=True,
         reason=None,
         message="cudf-polars takes GPU 0 (NVIDIA H100 80GB HBM3)",
@@ -291,7 +291,7 @@ def test_failing_gpu_does_not_hide_the_others(nvml, question, error, reason):
     status = gpu_status()
     failing, sound = status.devices
     assert failing.reason is status.reason is reason
-    assert failing.taken
+    assert failing.selected
     assert not failing.usable
     assert sound.usable
     assert sound.name == "NVIDIA A100-SXM4-40GB"
@@ -477,7 +477,7 @@ def test_mig_instance_on_the_second_gpu_takes_that_gpu(nvml, monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", INSTANCE)
     status = gpu_status()
     assert status.usable
-    assert [each.taken for each in status.devices] == [False, True]
+    assert [each.selected for each in status.devices] == [False, True]
 
 
 @pytest.mark.usefixtures("installed")
@@ -487,7 +487,7 @@ def test_listed_mig_instance_takes_its_gpu_before_one_that_lists_none(nvml, monk
         variant(H100, mig=1, mig_slots=NO_PERMISSION), variant(A100, mig=1, instances=instances)
     )
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", INSTANCE)
-    assert [each.taken for each in gpu_status().devices] == [False, True]
+    assert [each.selected for each in gpu_status().devices] == [False, True]
 
 
 @pytest.mark.usefixtures("installed")
@@ -525,7 +525,7 @@ def test_first_entry_is_the_gpu_that_cudf_polars_takes(nvml, monkeypatch, visibl
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
     status = gpu_status()
     assert status.usable
-    assert [each.index for each in status.devices if each.taken] == [index]
+    assert [each.index for each in status.devices if each.selected] == [index]
     assert f"queries run on GPU {index} (" in status.message
 
 
@@ -600,7 +600,7 @@ def test_entry_that_cudf_polars_cannot_take(nvml, monkeypatch, visible, message)
     status = gpu_status()
     assert status.reason is Reason.INVALID_VISIBLE_DEVICES
     assert message in status.message
-    assert not any(each.taken for each in status.devices)
+    assert not any(each.selected for each in status.devices)
 
 
 @pytest.mark.usefixtures("installed")

@@ -46,7 +46,7 @@ def ask(number):
             assert late
         kinds = heard[label]
         assert kinds[0] == "queued", kinds
-        assert kinds[-1] in {"finished", "timed out"}, kinds
+        assert kinds[-1] in {"finished", "timed_out"}, kinds
         assert kinds in (["queued", kinds[-1]], ["queued", "started", kinds[-1]]), kinds
 
 gevent.joinall([gevent.spawn(ask, number) for number in range(20)], raise_error=True)

@@ -284,7 +284,7 @@ def test_query_falls_back_where_the_gpu_fails(collector, gpu, events, caplog, fa
     assert found.message.startswith("the engine argument asks for the GPU engine, but ")
     assert ", so the in-memory engine runs: " in found.message
     assert found.gpu.usable
-    assert kinds(events) == ["queued", "started", "fell back", "started", "finished"]
+    assert kinds(events) == ["queued", "started", "fell_back", "started", "finished"]
     assert [event.engine for event in events] == ["gpu"] * 2 + ["in-memory"] * 3
     assert events[2].error is found.cause
     assert events[2].resolution is found
@@ -635,7 +635,7 @@ def test_time_on_the_gpu_counts_as_time_until_it_ran(collector, tried, events):
     handle.result(30)
     collector.close()
     by_kind = {str(event.kind): event for event in events}
-    assert by_kind["fell back"].run_seconds is None
+    assert by_kind["fell_back"].run_seconds is None
     finished, stats = by_kind["finished"], collector.stats()
     assert finished.queue_seconds >= tries
     assert stats["queue_seconds"] <= finished.queue_seconds - tries
@@ -685,14 +685,14 @@ def test_query_that_was_cancelled_while_the_gpu_tried_it_does_not_fall_back(
     assert collector.stats()["fell_back"] == 0
 
 
-@pytest.mark.parametrize("how", ["cancelled", "timed out"])
+@pytest.mark.parametrize("how", ["cancelled", "timed_out"])
 def test_query_that_fell_back_may_leave_the_line(gpu, blocked, events, how):
     gpu.fail = "oom"
     with Collector(gpu="offload", max_running=1, on_event=events.append) as collector:
         collector.collect_async(blocked.lf)
         assert blocked.started.wait(30)
         lf, runs = counting()
-        timeout = 0.05 if how == "timed out" else None
+        timeout = 0.05 if how == "timed_out" else None
         handle = collector.collect_async(lf, engine="gpu", timeout=timeout, label="it")
         while not collector._cpu.admission.waiting:
             time.sleep(0.001)
@@ -707,7 +707,7 @@ def test_query_that_fell_back_may_leave_the_line(gpu, blocked, events, how):
     assert [kind for event in events if event.label == "it" for kind in kinds([event])] == [
         "queued",
         "started",
-        "fell back",
+        "fell_back",
         how,
     ]
 
@@ -783,7 +783,7 @@ def test_query_fails_where_no_thread_is_to_be_had_for_its_fallback(
         handle.result(30)
     stats = collector.stats()
     assert (stats["running"], stats["waiting"], stats["failed"]) == (0, 0, 1)
-    assert kinds(events) == ["queued", "started", "fell back", "failed"]
+    assert kinds(events) == ["queued", "started", "fell_back", "failed"]
 
 
 def test_query_that_fell_back_waits_for_the_threads_that_there_are(
@@ -847,7 +847,7 @@ with simulate_gpu(fail="oom"):
 
 
 def test_forked_child_falls_back_too(run_script):
-    assert run_script(FORK) == ["1", "out-of-gpu-memory", "True", "0"]
+    assert run_script(FORK) == ["1", "out_of_gpu_memory", "True", "0"]
 
 
 def test_query_is_in_one_lane_at_least_while_it_goes_over(collector, gpu, monkeypatch):
@@ -1160,13 +1160,13 @@ def test_gpu_that_keeps_failing_rests_and_is_tried_again(collector, gpu, clock, 
         while collector.stats()["running"]:
             time.sleep(0.001)
     stats = collector.stats()
-    assert (stats["gpu_failures"], stats["gpu_rest_seconds"]) == (FAILURES, REST)
+    assert (stats["gpu_failures"], stats["gpu_cooldown_seconds"]) == (FAILURES, REST)
     assert "the GPU rests for 30 s: the memory of the GPU did not suffice" in caplog.text
 
     with pytest.warns(EngineDowngradeWarning, match=r"keeps failing.*a rest of 30 s.*MemoryError"):
         handle = collector.collect_async(TINY, engine="gpu")
     assert handle.result(30).item() == 1
-    assert (handle.resolution.downgraded, handle.resolution.reason) == (True, Reason.GPU_RESTS)
+    assert (handle.resolution.downgraded, handle.resolution.reason) == (True, Reason.GPU_COOLDOWN)
     assert gpu.queries == FAILURES
 
     gpu.fail = None
@@ -1175,7 +1175,7 @@ def test_gpu_that_keeps_failing_rests_and_is_tried_again(collector, gpu, clock, 
     assert handle.result(30).item() == 1
     assert handle.resolution.name == "gpu"
     stats = collector.stats()
-    assert (stats["gpu_failures"], stats["gpu_rest_seconds"]) == (0, 0)
+    assert (stats["gpu_failures"], stats["gpu_cooldown_seconds"]) == (0, 0)
 
 
 def test_queries_that_wait_when_the_rest_begins_do_not_try_the_gpu(collector, tried, clock):  # noqa: ARG001
@@ -1187,7 +1187,8 @@ def test_queries_that_wait_when_the_rest_begins_do_not_try_the_gpu(collector, tr
     assert [each.result(30).item() for each in (first, *others)] == [1] * 4
     assert first.resolution.reason is Reason.OUT_OF_MEMORY
     for handle in others:
-        assert (handle.resolution.fell_back, handle.resolution.reason) == (True, Reason.GPU_RESTS)
+        assert handle.resolution.fell_back
+        assert handle.resolution.reason is Reason.GPU_COOLDOWN
         assert handle.resolution.cause is first.resolution.cause
     assert breaker.health.failures == FAILURES
 

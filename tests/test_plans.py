@@ -373,4 +373,4 @@ with simulate_gpu(fail="unsupported"), pa.Collector(engine="gpu", gpu="offload")
 
 def test_table_of_delta_freezes_nothing_that_asks_for_the_gpu(run_script, tmp_path):
     answers = run_script(GPU, str(tmp_path / "table"))
-    assert answers[:2] == ["6", "unsupported-query"]
+    assert answers[:2] == ["6", "unsupported_query"]

@@ -507,9 +507,9 @@ def test_real_translator_answers_each_query(real, engine):
     no_driver = gpu_status().reason is Reason.NO_LIBRARY
     for name, (answer, operations, reason, message) in answers.items():
         if name in UNSUPPORTED:
-            assert (answer, operations, reason) == ("no", UNSUPPORTED[name], "unsupported-query")
+            assert (answer, operations, reason) == ("no", UNSUPPORTED[name], "unsupported_query")
         elif name in ASK_THE_GPU and no_driver:
-            assert (answer, operations, reason) == ("unknown", [], "gpu-needed")
+            assert (answer, operations, reason) == ("unknown", [], "gpu_needed")
             assert "DynamicLibNotFoundError" in message
         elif name in ASK_THE_GPU:
             assert answer in EITHER_WAY
@@ -519,7 +519,7 @@ def test_real_translator_answers_each_query(real, engine):
 
 def test_real_translator_that_takes_no_such_engine_is_unknown(real):
     for answer, _, reason, message in real[0]["wrong"].values():
-        assert (answer, reason) == ("unknown", "translation-failed")
+        assert (answer, reason) == ("unknown", "translation_failed")
         assert "(ValueError: Unknown executor 'ranch')" in message
 
 

@@ -59,7 +59,7 @@ def test_one_gpu_is_there_and_usable():
     assert (status.cuda_version, status.cudf_polars_version) == ((13, 0), "26.10.2")
     [device] = status.devices
     assert (device.name, device.memory_total) == ("Simulated GPU", 80 * GIBIBYTE)
-    assert (device.compute_capability, device.taken) == ((9, 0), True)
+    assert (device.compute_capability, device.selected) == ((9, 0), True)
 
 
 def test_host_is_as_asked_for():
@@ -103,7 +103,7 @@ def test_variables_of_cuda_hide_nothing_at_first_and_count_once_they_are_set(mon
         assert pa.gpu_status().usable
         with pytest.MonkeyPatch.context() as within:
             within.setenv("CUDA_VISIBLE_DEVICES", "1")
-            assert [device.taken for device in pa.gpu_status().devices] == [False, True]
+            assert [device.selected for device in pa.gpu_status().devices] == [False, True]
             within.setenv("CUDA_VISIBLE_DEVICES", "")
             assert pa.gpu_status().reason is Reason.DEVICES_HIDDEN
     assert os.environ["CUDA_VISIBLE_DEVICES"] == "-1"

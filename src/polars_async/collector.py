@@ -647,11 +647,11 @@ class Collector:
             ``max_waiting`` (infinite without one) and ``max_streams``. All that counts the GPU's
             queries too; ``gpu_running`` and ``gpu_waiting`` do so alone. Of the whole process,
             ``gpu_failures`` tells how many times in a row the GPU has failed, and
-            ``gpu_rest_seconds`` how long it still rests for that, and is not tried; of several,
+            ``gpu_cooldown_seconds`` how long it still rests for that, and is not tried; of several,
             that of the most failures, and of the longest rest. In worker processes each GPU is
-            counted by itself, and ``gpu_0_failures`` and ``gpu_0_rest_seconds`` tell of that with
-            NVML's index 0, once it has run a query. ``workers``
-            counts the worker processes, and ``workers_died`` those that died with a query.
+            counted by itself: ``gpu_0_failures`` and ``gpu_0_cooldown_seconds`` are those of the
+            GPU with NVML's index 0, once it has run a query. ``workers`` counts the worker
+            processes, and ``workers_died`` those that died with a query.
         """
         *on_gpus, cpu = (lane.admission for lane in self._lanes)
         found = stats_of(cpu, on_gpus)

@@ -28,13 +28,13 @@ class EventKind(enum.StrEnum):
     """It was handed to the collector."""
     DOWNGRADED = "downgraded"
     """The GPU engine was asked for, and another runs."""
-    FELL_BACK = "fell back"
+    FELL_BACK = "fell_back"
     """The engine that ran it could not, and the in-memory engine took over."""
     STARTED = "started"
     FINISHED = "finished"
     FAILED = "failed"
     CANCELLED = "cancelled"
-    TIMED_OUT = "timed out"
+    TIMED_OUT = "timed_out"
     REJECTED = "rejected"
     """The collector was full or closed."""
 
@@ -89,7 +89,8 @@ class QueryEvent:
 
     def __str__(self) -> str:
         label = f" {self.label!r}" if self.label is not None else ""
-        parts = [f"query {self.query_id}{label} {self.kind}: {self.engine} engine"]
+        what = self.kind.replace("_", " ")
+        parts = [f"query {self.query_id}{label} {what}: {self.engine} engine"]
         if self.kind in _SAID_WITH_REASON and self.resolution.reason is not None:
             parts.append(self.resolution.reason)
         parts.append(f"waited {self.queue_seconds:.3f} s")

@@ -279,7 +279,7 @@ def _gpu_rule(
             rest = rest_of(candidates(engine, status)) if in_workers else breaker.rest()
         if rest is None:
             return replace(asked, gpu=status)
-        reason, why = Reason.GPU_RESTS, "it keeps failing, and rests for a while"
+        reason, why = Reason.GPU_COOLDOWN, "it keeps failing, and rests for a while"
         remedy = f"it is tried again after a rest of {rest.seconds:g} s. Last time, {rest.failure}"
     asks = f"{ASKERS[asked.source]} asks for the GPU engine"
     if asked.reason is not None:

@@ -22,7 +22,7 @@ def named_device(engine: pl.Engine, status: GpuStatus) -> GpuDevice | None:
 
 def usable_devices(status: GpuStatus) -> list[GpuDevice]:
     """List the GPUs on which queries could run."""
-    return [each for each in status.devices if each.usable or each.taken]
+    return [each for each in status.devices if each.usable or each.selected]
 
 
 def candidates(engine: pl.Engine, status: GpuStatus) -> list[GpuDevice]:

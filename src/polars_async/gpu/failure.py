@@ -57,7 +57,7 @@ _FAULTS: Final = {
             "cudf-polars' developers may want to know",
         ),
         Fault(
-            Reason.GPU_RESTS,
+            Reason.GPU_COOLDOWN,
             "the GPU rests for a while, since it kept failing",
             "it is tried again after that",
         ),

@@ -174,7 +174,7 @@ def _have_the_turn(
     may_fall_back = not upstream.forbids_cpu(engine)
     reports = _this_thread.report is not None
     if may_fall_back and not reports and (rest := breaker.rest()) is not None:
-        raise GpuFailure(Reason.GPU_RESTS, rest.cause)
+        raise GpuFailure(Reason.GPU_COOLDOWN, rest.cause)
     failure: GpuFailure | None = None
     era, outer = breaker.era, sys.exception()
     try:

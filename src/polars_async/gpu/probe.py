@@ -16,7 +16,7 @@ from polars_async.gpu.cudf import (
 )
 from polars_async.gpu.nvml import Host, HostDevice, read_host
 from polars_async.gpu.status import GpuDevice, GpuStatus
-from polars_async.gpu.visible import Visibility, numbers, shown, taken
+from polars_async.gpu.visible import Visibility, numbers, selected, shown
 from polars_async.reasons import Fault
 
 if TYPE_CHECKING:
@@ -86,7 +86,7 @@ def _circumstances() -> tuple[object, ...]:
 
 def _status(host: Host, visibility: Visibility, cudf: CudfPolars) -> GpuStatus:
     faults = [requirements.device_fault(each, cudf) for each in host.devices]
-    choice = taken(host.devices, visibility)
+    choice = selected(host.devices, visibility)
     pick = choice if isinstance(choice, HostDevice) else None
     fault = _fault(host, choice, faults, visibility, cudf)
     visible = shown(host.devices, visibility)
@@ -156,7 +156,7 @@ def _device(
         memory_total=device.memory_total,
         memory_free=device.memory_free,
         number=number,
-        taken=device is pick,
+        selected=device is pick,
         usable=fault is None,
         reason=None if fault is None else fault.reason,
         message=message,

@@ -65,7 +65,7 @@ def same_order(devices: Sequence[HostDevice], visibility: Visibility) -> bool:
 
 
 def order_fault(
-    devices: Sequence[HostDevice], taken: HostDevice, visibility: Visibility, cudf: CudfPolars
+    devices: Sequence[HostDevice], selected: HostDevice, visibility: Visibility, cudf: CudfPolars
 ) -> Fault | None:
     """
     Tell where CUDA would run on another GPU than the one that cudf-polars takes, and fail there.
@@ -79,28 +79,28 @@ def order_fault(
     fastest_first = sorted(
         devices, key=lambda each: each.compute_capability or (0, 0), reverse=True
     )
-    fault = device_fault(fastest_first[taken.index], cudf)
+    fault = device_fault(fastest_first[selected.index], cudf)
     if fault is None or fault.reason is not Reason.COMPUTE_CAPABILITY:
         return None
     return Fault(
         Reason.AMBIGUOUS_DEVICE_ORDER,
         f"CUDA counts the fastest GPU first and cudf-polars counts by PCI bus, and {fault.cause}",
-        f"set {DEVICE_ORDER}={BUS_ORDER} to use {taken}",
+        f"set {DEVICE_ORDER}={BUS_ORDER} to use {selected}",
     )
 
 
 def usable(
     devices: Sequence[HostDevice],
-    taken: HostDevice | Fault,
+    selected: HostDevice | Fault,
     visibility: Visibility,
     cudf: CudfPolars,
 ) -> str:
     """Tell where queries run, when nothing is in their way."""
     if same_order(devices, visibility):
-        return f"queries run on {taken}, through {cudf}"
+        return f"queries run on {selected}, through {cudf}"
     return (
         f"queries run through {cudf} on what CUDA counts as GPU {visibility.first}, the fastest "
-        f"first: set {DEVICE_ORDER}={BUS_ORDER} to use {taken}"
+        f"first: set {DEVICE_ORDER}={BUS_ORDER} to use {selected}"
     )
 
 
@@ -119,10 +119,10 @@ def driver_fault(host: Host, cudf: CudfPolars) -> Fault | None:
     )
 
 
-def missing_fault(host: Host, taken: HostDevice) -> Fault:
+def missing_fault(host: Host, selected: HostDevice) -> Fault:
     """Tell which cudf-polars to install for a GPU and its driver."""
     newer = (host.cuda_version or (0, 0)) >= CU13.cuda_version and (
-        taken.compute_capability or (0, 0)
+        selected.compute_capability or (0, 0)
     ) >= CU13.compute_capability
     extra = "gpu-cu13" if newer else "gpu-cu12"
     return Fault(

@@ -29,10 +29,10 @@ class GpuDevice:
         By which number CUDA counts it in this process, as ``pl.GPUEngine(device=...)`` takes it;
         None where it is hidden, or where the GPUs are not all alike and ``CUDA_DEVICE_ORDER`` does
         not say in which order CUDA counts them.
-    taken
-        Whether this is the GPU that cudf-polars takes: the first in ``CUDA_VISIBLE_DEVICES``.
+    selected
+        Whether this is the GPU that cudf-polars uses: the first in ``CUDA_VISIBLE_DEVICES``.
     usable
-        Whether queries could run on it if it were taken: nothing is wrong with it, and it is
+        Whether queries could run on it if it were selected: nothing is wrong with it, and it is
         visible. What the driver and cudf-polars must be is the business of `GpuStatus`.
     reason
         What rules it out; None if it is usable.
@@ -47,7 +47,7 @@ class GpuDevice:
     memory_total: int | None = None
     memory_free: int | None = None
     number: int | None = None
-    taken: bool = False
+    selected: bool = False
     usable: bool
     reason: Reason | None = None
     message: str

@@ -44,7 +44,7 @@ class Visibility(NamedTuple):
         return "".join(self.devices.split(",")[number : number + 1]).strip()
 
 
-def taken(devices: Sequence[HostDevice], visibility: Visibility) -> HostDevice | Fault:
+def selected(devices: Sequence[HostDevice], visibility: Visibility) -> HostDevice | Fault:
     """
     Find the GPU that cudf-polars 26.10 takes.
 

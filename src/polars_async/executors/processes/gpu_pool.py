@@ -81,7 +81,7 @@ class GpuProcesses:
         try:
             self._wait(ask, query)
             if ask.rest is not None:
-                raise GpuFailure(Reason.GPU_RESTS, ask.rest.cause)
+                raise GpuFailure(Reason.GPU_COOLDOWN, ask.rest.cause)
             if ask.found is None:
                 return None  # type: ignore[return-value]  # which nobody wants
             return self._run_on(ask.found, _for_only_gpu(work, query), query)
