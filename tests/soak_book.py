@@ -154,7 +154,8 @@ class Book:
             box.clear()
 
     def stats(self):
-        return stats_of(*(lane.admission for lane in self.lanes))
+        cpu, *gpus = (lane.admission for lane in self.lanes)
+        return stats_of(cpu, gpus)
 
     def check_sum(self, step):
         stats = self.stats()
@@ -174,7 +175,7 @@ class Book:
             (stats["rejected"], self.rejected, "rejected, and as counted here"),
             (stats["completed"], events["finished"], "completed, and events of it"),
             *(
-                (stats[name], events[name.replace("_", " ")], f"{name}, and events of it")
+                (stats[name], events[name], f"{name}, and events of it")
                 for name in ("failed", "cancelled", "timed_out", "rejected")
             ),
             (len(open_), 0, f"queries without a last event: {list(open_.items())[:5]}"),
