@@ -17,7 +17,10 @@ from time import monotonic
 import polars as pl
 from polars.io.plugins import register_io_source
 
-from polars_async._native import allocate_lock, sleep  # real ones under gevent's patch, too
+from polars_async._runtime.unpatched import (  # real ones under gevent's patch, too
+    allocate_lock,
+    sleep,
+)
 
 PLACES = ("threads", "processes", "dask")
 

@@ -37,11 +37,11 @@ from soak_queries import Frames
 from soak_steps import Step, ask_for_nonsense, burst, held, look, one, shed
 from soak_streams import batches, completions
 
-from polars_async import deadlines
-from polars_async import lane as lane_module
-from polars_async._native import RLock, start_new_thread
+from polars_async._runtime import timers
+from polars_async._runtime.unpatched import RLock, start_new_thread
 from polars_async.bridges.mailbox import Mailbox
-from polars_async.query import Query
+from polars_async.scheduling import lane as lane_module
+from polars_async.scheduling.query import Query
 
 PATIENCE = 60
 """Seconds without the end of a step that count as a standstill."""
@@ -265,7 +265,7 @@ class Soak:
     def _leftovers(self, threads):
         """Give what is kept of what is over."""
         found = []
-        clock = deadlines._TheClock.clock
+        clock = timers._TheClock.clock
         with clock.lock:
             kept = [query.id for *_, deadline in clock.deadlines if (query := deadline.query)]
         if kept:

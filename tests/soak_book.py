@@ -11,13 +11,13 @@ from contextlib import contextmanager
 from soak_queries import OwnFault
 
 import polars_async as pa
-from polars_async._native import RLock
-from polars_async.admission import stats_of
+from polars_async._runtime.unpatched import RLock
+from polars_async.scheduling.admission import stats_of
 
 STATES = {
     "ENDED": {"finished", "failed"},
     "CANCELLED": {"cancelled"},
-    "TIMED_OUT": {"timed out"},
+    "TIMED_OUT": {"timed_out"},
 }
 
 
@@ -68,7 +68,7 @@ class Book:
                     wrong |= before != "queued" or event.queue_seconds != 0
                 self.open.pop(query, None)
                 self.ended[query] = kind
-            wrong |= (event.error is not None) != (kind in ("failed", "timed out", "rejected"))
+            wrong |= (event.error is not None) != (kind in ("failed", "timed_out", "rejected"))
             gate = self.gates.get(event.label) if query in self.ended else None
             faulty = self._rng.random() < self.fault_rate
         if wrong:
@@ -154,7 +154,8 @@ class Book:
             box.clear()
 
     def stats(self):
-        return stats_of(*(lane.admission for lane in self.lanes))
+        cpu, *gpus = (lane.admission for lane in self.lanes)
+        return stats_of(cpu, gpus)
 
     def check_sum(self, step):
         stats = self.stats()
@@ -174,7 +175,7 @@ class Book:
             (stats["rejected"], self.rejected, "rejected, and as counted here"),
             (stats["completed"], events["finished"], "completed, and events of it"),
             *(
-                (stats[name], events[name.replace("_", " ")], f"{name}, and events of it")
+                (stats[name], events[name], f"{name}, and events of it")
                 for name in ("failed", "cancelled", "timed_out", "rejected")
             ),
             (len(open_), 0, f"queries without a last event: {list(open_.items())[:5]}"),
@@ -195,7 +196,7 @@ class Book:
             outcomes, event = STATES[query.state.name], ended.get(query.id)
             if event not in outcomes:
                 found.append(f"query {query.id} ended as {outcomes}, its event: {event}")
-            kept = query._value is not None or query._error is not None
+            kept = query._outcome.value is not None or query._outcome.error is not None
             if kept and "finished" not in outcomes:
                 found.append(f"query {query.id}, which was let go, keeps what it gave")
         found += [f"{one} is not {other}: {what}" for one, other, what in pairs if one != other]

@@ -12,7 +12,7 @@ import polars as pl
 from soak_loops import Outcome, blocked
 
 import polars_async as pa
-from polars_async._native import SimpleQueue
+from polars_async._runtime.unpatched import SimpleQueue
 
 
 class Gate:

@@ -20,16 +20,14 @@ from polars_async import (
     PolarsAsyncError,
     QueryTimeoutError,
     QueueFullError,
-    admission,
-    expectations,
-    lane,
-    query,
 )
-from polars_async.admission import Admission, Slot
 from polars_async.events import Reporter
+from polars_async.executors.operations import Collect
 from polars_async.executors.threads import ThreadExecutor
-from polars_async.expectations import UNKNOWN, Expectation, Expectations
-from polars_async.scheduling import QUICK, QUICK_ROW
+from polars_async.scheduling import admission, estimates, lane, query
+from polars_async.scheduling.admission import Admission, Slot
+from polars_async.scheduling.estimates import UNKNOWN, Expectation, Expectations
+from polars_async.scheduling.fair_queue import QUICK, QUICK_ROW
 from polars_async.testing import simulate_gpu
 
 HEAVY = pl.LazyFrame({"a": pl.zeros(5_000_000, dtype=pl.Int64, eager=True)}).select(
@@ -569,13 +567,13 @@ def test_equals_start_in_the_order_they_came_and_nobody_is_appraised_by_the_call
 def looked(monkeypatch):
     """The threads on which plans were looked at."""
     threads = []
-    look_at = expectations.look_at
+    look_at = estimates.look_at
 
     def look_and_tell(*arguments):
         threads.append(threading.get_ident())
         return look_at(*arguments)
 
-    monkeypatch.setattr(expectations, "look_at", look_and_tell)
+    monkeypatch.setattr(estimates, "look_at", look_and_tell)
     return threads
 
 
@@ -676,19 +674,21 @@ def test_those_taken_unseen_leave_one_slot_which_tiny_ones_take(make, block, slo
     assert not long.done()
 
 
+def query_in(admission):
+    return query.Query(Collect(TINY, None, None), None, Reporter(None), admission.owner)
+
+
 @pytest.mark.parametrize(("slots", "is_taken"), [(2, False), (3, True), (4, True)])
 def test_where_the_last_were_quick_the_next_is_taken_unseen_in_all_slots_but_one(slots, is_taken):
     line = Admission(slots)
-    ending, other, waiting = (
-        query.Query(TINY.collect, None, line, Reporter(None)) for _ in range(3)
-    )
+    ending, other, waiting = (query_in(line) for _ in range(3))
     slot, others = line.enter(ending), Slot()
     line._slots.add(others)
     line._start(other, others, small=False, overtook=False)
     line._line.add(waiting)
     for _ in range(QUICK_ROW):
         line._line.serve(QUICK, overtook=False)
-    ending._started = ending._ended = 1.0  # this machine may be busy
+    ending.times.started = ending.times.ended = 1.0  # this machine may be busy
     with line.lock:
         assert line.release(slot)
     assert (slot.query is waiting) == is_taken
@@ -697,14 +697,14 @@ def test_where_the_last_were_quick_the_next_is_taken_unseen_in_all_slots_but_one
 @pytest.mark.parametrize("appraised", [False, True])
 def test_only_those_taken_unseen_keep_the_slot_for_small_ones_standing_by(appraised):
     line = Admission(1)
-    first, second = (query.Query(TINY.collect, None, line, Reporter(None)) for _ in range(2))
+    first, second = (query_in(line) for _ in range(2))
     slot = line.enter(first)
     line.enter(second)
     for _ in range(QUICK_ROW):
         line._line.serve(QUICK, overtook=False)
     if appraised:
         line._line.sort_in(line.newcomer(from_behind=False), QUICK)
-    first._started = first._ended = 1.0  # this machine may be busy
+    first.times.started = first.times.ended = 1.0  # this machine may be busy
     with line.lock:
         assert line.release(slot)
     assert slot.query is second
@@ -978,7 +978,7 @@ def test_nothing_quick_is_learned_of_a_query_that_did_not_complete(make, block, 
 def test_one_behind_plans_that_are_slow_to_look_at_does_not_wait_for_all_of_them(
     make, block, monkeypatch
 ):
-    looks, look_at = threading.Semaphore(0), expectations.look_at
+    looks, look_at = threading.Semaphore(0), estimates.look_at
     slow = [UNSEEN.head(number) for number in range(100)]
 
     def look_slowly(frame, limit):
@@ -986,7 +986,7 @@ def test_one_behind_plans_that_are_slow_to_look_at_does_not_wait_for_all_of_them
             assert looks.acquire(timeout=30)
         return look_at(frame, limit)
 
-    monkeypatch.setattr(expectations, "look_at", look_slowly)
+    monkeypatch.setattr(estimates, "look_at", look_slowly)
     monkeypatch.setattr(lane, "_MOMENT", 0.0)  # each of them counts as slow
     collector = make(max_running=2)
     run_blocked(collector, block)
@@ -1032,7 +1032,7 @@ def test_nothing_is_learned_of_a_query_without_fingerprint():
 
 
 def test_history_is_bounded_and_forgets_what_ran_longest_ago(monkeypatch):
-    monkeypatch.setattr(expectations, "_MOST_KNOWN", 3)
+    monkeypatch.setattr(estimates, "_MOST_KNOWN", 3)
     known = Expectations()
     for fingerprint in (1, 2, 3, 1, 4, 5):
         known.learn(Expectation(0.1, fingerprint), 2.0, alone=True)

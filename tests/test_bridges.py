@@ -436,10 +436,10 @@ import polars as pl, polars_async as pa
 if sys.argv[1] == "after":
     exec(patch)
 import gc, gevent
-from polars_async import _native
+from polars_async._runtime import unpatched
 
 def shut():
-    lock = _native.allocate_lock()
+    lock = unpatched.allocate_lock()
     lock.acquire()
     return lock
 
@@ -464,8 +464,8 @@ for how in ({"block": False}, {"timeout": 0.01}):
     except gevent.Timeout as error:
         print(repr(str(error)).replace(" ", "_"))
 greenlets = [gevent.spawn(handle.get) for _ in range(3)]
-told, got = _native.SimpleQueue(), shut()
-_native.start_new_thread(lambda: told.put(handle.get()), ())
+told, got = unpatched.SimpleQueue(), shut()
+unpatched.start_new_thread(lambda: told.put(handle.get()), ())
 while len(handle._query._waiters) < 4:
     gevent.sleep(0.001)
 greenlets[0].kill()
@@ -491,7 +491,7 @@ for _ in range(20):
         gevent.sleep(0.001)
         gevent.get_hub().destroy(destroy_loop=True)
         out.release()
-    _native.start_new_thread(thread, ())
+    unpatched.start_new_thread(thread, ())
     out.acquire()
     gc.collect()
     gate.release()

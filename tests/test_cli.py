@@ -15,8 +15,9 @@ import pytest
 from nvml_stub import DRIVER_NOT_LOADED, Gpu, compile_stub, describe
 
 from polars_async import Collector, Reason, cli, gpu_status, resolution, resolve_engine
-from polars_async.gpu import _cudf, _probe
-from polars_async.gpu._nvml import Host, HostDevice
+from polars_async.gpu import cudf as _cudf
+from polars_async.gpu import probe
+from polars_async.gpu.nvml import Host, HostDevice
 from polars_async.reasons import Fault
 from polars_async.testing import simulate_gpu
 
@@ -61,7 +62,7 @@ def _own_environment(monkeypatch):
     for name in (AFFINITY, POLICY, "CUDA_VISIBLE_DEVICES", "CUDA_DEVICE_ORDER"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("COLUMNS", "80")
-    monkeypatch.setattr(_probe, "probe", _probe.Probe())
+    monkeypatch.setattr(probe, "probe", probe.Probe())
     monkeypatch.setattr(_cudf, "_import_failure", None)
 
 
@@ -82,7 +83,7 @@ def doctor(site, monkeypatch, capsys):  # noqa: ARG001  # usefixtures does nothi
     def run(*arguments, host=NO_DRIVER, **environment):
         for name, value in environment.items():
             monkeypatch.setenv(name, value)
-        _probe.probe.stand_in(host)
+        probe.probe.stand_in(host)
         status = cli.main(["doctor", *arguments])
         printed, errors = capsys.readouterr()
         assert errors == ""
@@ -123,7 +124,7 @@ def test_missing_gpu_that_nothing_asks_for_is_no_fault(diagnosis, affinity, poli
     asked = {AFFINITY: affinity, POLICY: policy}
     report = diagnosis(**{name: value for name, value in asked.items() if value is not None})
     assert report["problems"] == []
-    assert report["gpu"]["reason"] == "no-driver"
+    assert report["gpu"]["reason"] == "no_driver"
 
 
 @pytest.mark.parametrize("policy", [None, "downgrade", "offload", "require"])
@@ -160,7 +161,7 @@ def test_affinity_that_names_no_engine_is_a_problem(diagnosis, name):
         f"POLARS_ENGINE_AFFINITY={name!r} is not valid: unset it or set it to one of "
         "'auto', 'in-memory', 'streaming', 'gpu'"
     )
-    assert {each["reason"] for each in report["paths"].values()} == {"unknown-affinity"}
+    assert {each["reason"] for each in report["paths"].values()} == {"unknown_affinity"}
 
 
 @pytest.mark.parametrize("policy", ["maybe", "", "Require"])
@@ -248,19 +249,19 @@ def test_everything_that_was_found_is_in_the_text(doctor):
     assert "breaker closed: after 3 failures in a row, a process leaves the GPU alone" in text
     assert "driver 580.65.06 CUDA 13.0 environment" in text
     assert "environment CUDA_VISIBLE_DEVICES='1,2' GPU 0" in text
-    assert f"GPU 0 Quadro K620: not usable, not taken {UUIDS[0]} compute capability 5.0" in text
-    assert f"GPU 1 NVIDIA H100 80GB HBM3: usable, taken {UUIDS[1]} compute capability 9.0" in text
+    assert f"GPU 0 Quadro K620: not usable, not selected {UUIDS[0]} compute capability 5.0" in text
+    h100 = f"GPU 1 NVIDIA H100 80GB HBM3: usable, selected {UUIDS[1]} compute capability 9.0"
+    assert h100 in text
     assert "memory 80.0 GiB total, 79.5 GiB free" in text
-    assert f"GPU 2 NVIDIA GB10: usable, not taken {UUIDS[2]} compute capability 12.1" in text
+    assert f"GPU 2 NVIDIA GB10: usable, not selected {UUIDS[2]} compute capability 12.1" in text
     assert text.count("memory unknown") == 2
 
 
 def test_unknown_facts_of_a_gpu_are_told_as_unknown(doctor):
     _, printed = doctor(host=Host(devices=(HostDevice(index=0),)))
     assert "gpu_support answers unknown, for cudf-polars cannot be asked: " in unwrapped(printed)
-    assert "30 s at first driver unknown CUDA unknown GPU 0 name unknown: usable, taken uuid" in (
-        unwrapped(printed)
-    )
+    unknown = "driver unknown CUDA unknown GPU 0 name unknown: usable, selected uuid"
+    assert f"30 s at first {unknown}" in unwrapped(printed)
     assert "compute capability unknown memory unknown" in unwrapped(printed)
 
 
@@ -304,13 +305,13 @@ def test_text_fits_the_terminal_and_breaks_nothing_that_is_copied(doctor, column
     ("polars", "reason", "words"),
     [
         ("", None, "cudf-polars-cu13 26.10.2, compatible"),
-        ("<1", "cudf-incompatible", "cudf-polars-cu13 26.10.2 needs Polars <1 and Polars "),
+        ("<1", "cudf_incompatible", "cudf-polars-cu13 26.10.2 needs Polars <1 and Polars "),
     ],
 )
 def test_cudf_polars_is_told_where_no_gpu_is(diagnosis, site, polars, reason, words):
     install_cudf(site, polars=polars)
     report = diagnosis()
-    assert report["gpu"]["reason"] == "no-driver"
+    assert report["gpu"]["reason"] == "no_driver"
     found = report["cudf_polars"]
     assert found["installed"] is True
     assert found["reason"] == reason
@@ -348,10 +349,10 @@ def test_gpu_that_rests_is_told(diagnosis, doctor):
             collector.collect_async(pl.LazyFrame({"a": [1]}), engine="gpu").result(30)
         report = diagnosis(host=host_of(H100), **{POLICY: "offload", AFFINITY: "gpu"})
         _, printed = doctor(host=host_of(H100))
-    assert report["paths"]["async"]["reason"] == "gpu-rests"
+    assert report["paths"]["async"]["reason"] == "gpu_cooldown"
     found = report["gpu"]["breaker"]
     assert found["failures"] == 3
-    assert 0 < found["rest_seconds"] <= 30
+    assert 0 < found["cooldown_seconds"] <= 30
     assert "breaker open: the GPU rests for 30 s more. Last time, the memory of" in (
         unwrapped(printed)
     )
@@ -369,7 +370,7 @@ KEYS = {
     "path": "engine downgraded reason message",
     "gpu": "usable reason message devices driver_version cuda_version cudf_polars_version "
     "environment breaker",
-    "device": "index uuid name compute_capability memory_total memory_free number taken usable "
+    "device": "index uuid name compute_capability memory_total memory_free number selected usable "
     "reason message breaker",
 }
 
@@ -404,7 +405,7 @@ def test_json_gives_numbers_where_the_text_gives_words(diagnosis, usable):
     assert gpu["cuda_version"] == [13, 0]
     assert device["compute_capability"] == [9, 0]
     assert device["memory_total"] == 80 * GIBIBYTE
-    assert device["taken"] is device["usable"] is True
+    assert device["selected"] is device["usable"] is True
     assert device["reason"] is None
 
 

@@ -27,17 +27,18 @@ from polars_async import (
     QueryTimeoutError,
     QueueFullError,
     Reason,
-    query,
     resolve_engine,
 )
 from polars_async.events import Reporter
-from polars_async.open_streams import MAX_STREAMS
-from polars_async.query import Query
+from polars_async.scheduling import query
+from polars_async.scheduling.open_streams import MAX_STREAMS
+from polars_async.scheduling.query import Query
+from polars_async.testing import simulate_gpu
 
 pytestmark = pytest.mark.everywhere
 
 
-LAST = {"finished", "failed", "cancelled", "timed out", "rejected"}
+LAST = {"finished", "failed", "cancelled", "timed_out", "rejected"}
 COMM = Path("/proc/thread-self/comm")
 linux = pytest.mark.skipif(sys.platform != "linux", reason="names of threads are told by /proc")
 
@@ -148,7 +149,7 @@ def test_query_that_is_late_timed_out(telling, heard, blocked, runs):
         assert blocked.started.wait(30)
     with pytest.raises(QueryTimeoutError) as caught:
         handle.result(30)
-    assert heard.kinds("it") == ["queued", *["started"] * runs, "timed out"]
+    assert heard.kinds("it") == ["queued", *["started"] * runs, "timed_out"]
     assert heard.of("it")[-1].error is caught.value
     assert (heard.of("it")[-1].run_seconds is not None) == runs
 
@@ -316,7 +317,7 @@ MANY = NotImplementedError("no:\n- a", [ValueError("a")])
         ),
         (
             QueryEvent(EventKind.FELL_BACK, 7, None, "in-memory", 0.5, None, None, OOM, FALLEN),
-            "query 7 fell back: in-memory engine, out-of-gpu-memory, waited 0.500 s, MemoryError: ",
+            "query 7 fell back: in-memory engine, out_of_gpu_memory, waited 0.500 s, MemoryError: ",
         ),
     ],
 )
@@ -599,6 +600,16 @@ def test_error_that_takes_no_note_arrives_all_the_same(executor):
     handle = collector.collect_async(TINY.map_batches(udf), label="it")
     with pytest.raises(FrozenError):
         handle.result(5)
+
+
+def test_error_that_takes_nothing_arrives_from_the_gpu():
+    def udf(_):
+        raise FrozenError(5)
+
+    with simulate_gpu(), Collector(gpu="offload") as collector:
+        handle = collector.collect_async(TINY.map_batches(udf), engine="gpu")
+        with pytest.raises(FrozenError):
+            handle.result(5)
 
 
 def test_cancellation_and_time_out_name_the_query(collector, blocked):

@@ -17,20 +17,21 @@ if loop.endswith("before"):
 import atexit, os, signal, threading, time
 import polars as pl
 import polars_async as pa
-from polars_async import _exit, _native
+from polars_async._runtime import unpatched
+from polars_async.scheduling import shutdown
 
 after = []  # atexit calls them once the collectors are closed
 atexit.register(lambda: [function() for function in after])
 TINY = pl.LazyFrame({"a": [1]})
 collector = pa.Collector(max_running=4)  # two of them are kept for small queries
-begun = _native.allocate_lock()
+begun = unpatched.allocate_lock()
 begun.acquire()
 
 def say(word):  # at once, and from any thread
     os.write(1, f"{word}\\n".encode())
 
 def nap(seconds=0.001):  # gevent patches time.sleep
-    lock = _native.allocate_lock()
+    lock = unpatched.allocate_lock()
     lock.acquire()
     lock.acquire(timeout=seconds)
 
@@ -54,7 +55,7 @@ def udf(function, *arguments):
 
 def leave(patience=60):  # so that whoever needs all of it is not back in time for the test
     wait_until_begun()
-    _exit._PATIENCE = patience
+    shutdown._PATIENCE = patience
     sys.exit(7)
 """
 
@@ -171,6 +172,31 @@ leave(patience=1)
 
 def test_polars_own_python_is_left_alone():
     assert end(IN_BETWEEN) == (7, [], "")
+
+
+LOOKING = """
+from polars_async._runtime import upstream
+
+write = upstream._Text.write
+def write_slowly(text, piece):
+    begin()
+    nap(0.3)
+    return write(text, piece)
+
+class Late:  # so that there still is a program when the thread is back
+    def __del__(self, sleep=time.sleep):
+        sleep(1)
+
+threading.late = Late()
+upstream._Text.write = write_slowly
+slow = TINY.map_batches(lambda df: (nap(0.05), df)[1])
+collector.collect_async(slow).result()  # at whose plan its thread looks afterwards
+leave()
+"""
+
+
+def test_look_at_a_plan_is_waited_for():
+    assert end(LOOKING) == (7, [], "")
 
 
 TIDY = """
@@ -383,10 +409,10 @@ def as_polars(name):
         work()
 
 threading.Thread(target=work, daemon=True).start()
-_native.start_new_thread(work, ())
+unpatched.start_new_thread(work, ())
 for name in "polars-0", "tokio-rt-worker", "async-executor-":
-    _native.start_new_thread(as_polars, (name,))
-    _native.start_new_thread(on_foreign_thread, (partial(as_polars, name),))
+    unpatched.start_new_thread(as_polars, (name,))
+    unpatched.start_new_thread(on_foreign_thread, (partial(as_polars, name),))
 nap(0.05)
 with open("/proc/self/comm", "w") as name:  # of the main thread
     name.write("polars-0")

@@ -16,12 +16,13 @@ import trio
 import trio.testing
 from places import LIMIT, STDERR_OF_THE_CLUSTER, TINY, Blocked, Gate, until
 
-from polars_async import _native, bridges, events
+from polars_async import bridges, events
+from polars_async._runtime import logs, unpatched
 from polars_async.bridges import asyncio as asyncio_bridge
 from polars_async.bridges import gevent as gevent_bridge
 from polars_async.bridges import trio as trio_bridge
 from polars_async.executors import threads
-from polars_async.query import Query
+from polars_async.scheduling.query import Query
 
 pytestmark = pytest.mark.everywhere
 
@@ -118,14 +119,14 @@ class Gevent:
         self.within(main)
 
     def within(self, call):
-        outcome = _native.SimpleQueue()
+        outcome = unpatched.SimpleQueue()
 
         def thread():
             outcome.put(call())
             gevent.get_hub().destroy(destroy_loop=True)
             outcome.put(None)
 
-        _native.start_new_thread(thread, ())
+        unpatched.start_new_thread(thread, ())
         value = outcome.get(timeout=40)
         outcome.get(timeout=20)
         return value
@@ -354,11 +355,11 @@ def test_query_runs_on_when_one_of_two_loops_lets_go(
     loop, collector, blocked, works_after, monkeypatch
 ):
     handle = collector.collect_async(blocked.lf, gevent=True)
-    waits, other = Gate(), _native.SimpleQueue()
+    waits, other = Gate(), unpatched.SimpleQueue()
     add_waiter = Query.add_waiter
     with monkeypatch.context() as patch:
         patch.setattr(Query, "add_waiter", lambda *to: (add_waiter(*to), waits.set())[0])
-        _native.start_new_thread(lambda: other.put(loop.outcome(handle)), ())
+        unpatched.start_new_thread(lambda: other.put(loop.outcome(handle)), ())
         waits.wait()
     loop.abandon(handle)
     blocked.gate.set()
@@ -379,7 +380,7 @@ def test_waiter_that_cannot_be_told_is_logged_and_costs_nobody_else_the_result(
     blocked.gate.set()
     assert loop.outcome(handle).item() == 1
     works_after()
-    assert quiet == ["a waiter could not be told that its query is done"]
+    assert quiet == ["a waiter could not be woken"]
     quiet.clear()
 
 
@@ -396,8 +397,8 @@ def test_place_that_cannot_stop_a_query_costs_nobody_the_wake_up(
 
     handle = collector.collect_async(blocked.lf)
     assert blocked.started.wait()
-    ended = _native.SimpleQueue()
-    _native.start_new_thread(lambda: ended.put(outcome_of(handle)), ())
+    ended = unpatched.SimpleQueue()
+    unpatched.start_new_thread(lambda: ended.put(outcome_of(handle)), ())
     until(lambda: handle._query._waiters)
     handle._query.on_let_go(stop)
     assert handle.cancel()
@@ -426,7 +427,7 @@ def test_handler_and_observer_that_raise_cost_no_query_its_end(
             raise SystemExit
 
     monkeypatch.setattr(events, "observers", [observe])
-    monkeypatch.setattr(events.log, "handlers", [Broken()])
+    monkeypatch.setattr(logs.log, "handlers", [Broken()])
     assert collector.collect_async(TINY, gevent=True).result(LIMIT).item() == 1
     works_after()
     assert quiet == []

@@ -20,7 +20,7 @@ if loop.endswith("before"):
     import gevent.monkey; gevent.monkey.patch_all()
 import polars as pl
 import polars_async as pa
-from polars_async import _native
+from polars_async._runtime import unpatched
 if loop.endswith("after"):
     import polars_async.bridges.gevent
     import gevent.monkey; gevent.monkey.patch_all()
@@ -50,7 +50,7 @@ def works():
 """
 
 CTRL_C = """
-from polars_async.query import Query
+from polars_async.scheduling.query import Query
 
 add_waiter = Query.add_waiter
 def add_and_say(query, waiter):
@@ -59,7 +59,7 @@ def add_and_say(query, waiter):
     return added
 Query.add_waiter = add_and_say
 
-gate = _native.allocate_lock()
+gate = unpatched.allocate_lock()
 gate.acquire()
 def udf(df):
     gate.acquire()
@@ -120,7 +120,7 @@ def test_ctrl_c_ends_the_program_though_the_query_still_runs(loop):
 
 
 CTRL_C_IN_CLOSE = """
-gate = _native.allocate_lock()
+gate = unpatched.allocate_lock()
 gate.acquire()
 handle = collector.collect_async(TINY.map_batches(lambda df: (gate.acquire(), df)[1]))
 print("waits", flush=True)

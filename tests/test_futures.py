@@ -33,7 +33,7 @@ from polars_async import (
 from polars_async.executors import futures
 from polars_async.executors.futures import run_task
 from polars_async.executors.outcomes import WorkerTraceback, unpacked_error
-from polars_async.executors.parcels import Parcel, pack, unpack
+from polars_async.executors.serialization import Parcel, pack, unpack
 
 FRAME = pl.LazyFrame({"a": [1, 2, 3]})
 PANIC = pl.select(1).lazy().select(pl.int_range(0, 2**62))

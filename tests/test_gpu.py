@@ -33,9 +33,11 @@ from nvml_stub import (
 )
 
 from polars_async.errors import EngineUnavailableError
-from polars_async.gpu import GpuDevice, _cudf, _probe, gpu_status
-from polars_async.gpu._cudf import note_import_failure
-from polars_async.gpu._nvml import Host, HostDevice
+from polars_async.gpu import cudf as _cudf
+from polars_async.gpu import gpu_status, probe
+from polars_async.gpu.cudf import note_import_failure
+from polars_async.gpu.nvml import Host, HostDevice
+from polars_async.gpu.status import GpuDevice
 from polars_async.reasons import Reason
 from polars_async.resolution import decide
 
@@ -88,7 +90,7 @@ def nvml(stub_library, monkeypatch):
 
 @pytest.fixture(autouse=True)
 def fresh_probe(monkeypatch):
-    monkeypatch.setattr(_probe, "probe", _probe.Probe())
+    monkeypatch.setattr(probe, "probe", probe.Probe())
     monkeypatch.setattr(_cudf, "_import_failure", None)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     monkeypatch.delenv("CUDA_DEVICE_ORDER", raising=False)
@@ -139,7 +141,7 @@ def test_usable_host_says_what_runs_where(nvml):
         memory_total=85899345920,
         memory_free=85000000000,
         number=0,
-        taken=True,
+        selected=True,
         usable=True,
         reason=None,
         message="cudf-polars takes GPU 0 (NVIDIA H100 80GB HBM3)",
@@ -289,7 +291,7 @@ def test_failing_gpu_does_not_hide_the_others(nvml, question, error, reason):
     status = gpu_status()
     failing, sound = status.devices
     assert failing.reason is status.reason is reason
-    assert failing.taken
+    assert failing.selected
     assert not failing.usable
     assert sound.usable
     assert sound.name == "NVIDIA A100-SXM4-40GB"
@@ -475,7 +477,7 @@ def test_mig_instance_on_the_second_gpu_takes_that_gpu(nvml, monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", INSTANCE)
     status = gpu_status()
     assert status.usable
-    assert [each.taken for each in status.devices] == [False, True]
+    assert [each.selected for each in status.devices] == [False, True]
 
 
 @pytest.mark.usefixtures("installed")
@@ -485,7 +487,7 @@ def test_listed_mig_instance_takes_its_gpu_before_one_that_lists_none(nvml, monk
         variant(H100, mig=1, mig_slots=NO_PERMISSION), variant(A100, mig=1, instances=instances)
     )
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", INSTANCE)
-    assert [each.taken for each in gpu_status().devices] == [False, True]
+    assert [each.selected for each in gpu_status().devices] == [False, True]
 
 
 @pytest.mark.usefixtures("installed")
@@ -523,7 +525,7 @@ def test_first_entry_is_the_gpu_that_cudf_polars_takes(nvml, monkeypatch, visibl
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
     status = gpu_status()
     assert status.usable
-    assert [each.index for each in status.devices if each.taken] == [index]
+    assert [each.index for each in status.devices if each.selected] == [index]
     assert f"queries run on GPU {index} (" in status.message
 
 
@@ -598,7 +600,7 @@ def test_entry_that_cudf_polars_cannot_take(nvml, monkeypatch, visible, message)
     status = gpu_status()
     assert status.reason is Reason.INVALID_VISIBLE_DEVICES
     assert message in status.message
-    assert not any(each.taken for each in status.devices)
+    assert not any(each.selected for each in status.devices)
 
 
 @pytest.mark.usefixtures("installed")
@@ -997,16 +999,16 @@ def test_many_threads_ask_nvml_once(nvml, monkeypatch):
 @pytest.mark.usefixtures("usable")
 def test_stand_in_host_is_judged_instead_of_nvml():
     assert (
-        _probe.probe.stand_in(Host(devices=(HostDevice(index=0, compute_capability=(5, 0)),)))
+        probe.probe.stand_in(Host(devices=(HostDevice(index=0, compute_capability=(5, 0)),)))
         is None
     )
     assert gpu_status().reason is Reason.COMPUTE_CAPABILITY
     assert gpu_status(refresh=True).reason is Reason.COMPUTE_CAPABILITY
-    before = _probe.probe.stand_in(Host())
+    before = probe.probe.stand_in(Host())
     assert gpu_status().reason is Reason.NO_DEVICE
-    _probe.probe.stand_in(before)
+    probe.probe.stand_in(before)
     assert gpu_status().reason is Reason.COMPUTE_CAPABILITY
-    _probe.probe.stand_in(None)
+    probe.probe.stand_in(None)
     assert gpu_status().usable
 
 
@@ -1053,17 +1055,18 @@ def test_threads_ask_nvml_once_under_gevents_patch(stub_library, patched):
 patch = "import gevent.monkey; gevent.monkey.patch_all()"
 if {patched == "before"}:
     exec(patch)
-from polars_async import _native, gpu
-from polars_async.gpu import _probe
+from polars_async import gpu
+from polars_async._runtime import unpatched
+from polars_async.gpu import probe
 if {patched == "after"}:
     exec(patch)
 import ctypes, pynvml
-told = _native.SimpleQueue()
+told = unpatched.SimpleQueue()
 for _ in range(8):
-    _native.start_new_thread(lambda: told.put(gpu.gpu_status()), ())
+    unpatched.start_new_thread(lambda: told.put(gpu.gpu_status()), ())
 found = [told.get() for _ in range(8)] + [gpu.gpu_status()]
 inits = ctypes.c_int.in_dll(pynvml.nvmlLib, "stub_inits").value
-print(len(set(map(id, found))), inits, type(_probe.probe._lock).__module__)
+print(len(set(map(id, found))), inits, type(probe.probe._lock).__module__)
 """
     environment = {"LD_LIBRARY_PATH": str(stub_library.parent), "NVML_STUB": describe(H100)}
     assert run(script, **environment) == ["1", "1", "_thread"]

@@ -8,9 +8,9 @@ LOGGING = """
 from gevent import monkey; monkey.patch_all()
 import gevent, logging, os, sys, threading
 import polars as pl, polars_async as pa
-from polars_async import _native
+from polars_async._runtime import unpatched
 
-get_ident, lock, heard, elsewhere = _native.get_ident, threading.Lock(), {}, 0
+get_ident, lock, heard, elsewhere = unpatched.get_ident, threading.Lock(), {}, 0
 main = get_ident()
 
 class Handler(logging.StreamHandler):
@@ -46,7 +46,7 @@ def ask(number):
             assert late
         kinds = heard[label]
         assert kinds[0] == "queued", kinds
-        assert kinds[-1] in {"finished", "timed out"}, kinds
+        assert kinds[-1] in {"finished", "timed_out"}, kinds
         assert kinds in (["queued", kinds[-1]], ["queued", "started", kinds[-1]]), kinds
 
 gevent.joinall([gevent.spawn(ask, number) for number in range(20)], raise_error=True)
@@ -87,7 +87,7 @@ if {patched}: monkey.patch_all()
 import gc, os, gevent
 from gevent.hub import Hub
 import polars as pl, polars_async as pa
-from polars_async import _native
+from polars_async._runtime import unpatched
 
 def hubs():
     gc.collect()
@@ -114,7 +114,7 @@ for _ in range(10):
 for _ in range(200):
     if hubs() <= begun[0] and files() <= begun[1]:
         break
-    _native.sleep(0.01)
+    unpatched.sleep(0.01)
 print(hubs() <= begun[0], files() <= begun[1])
 """
 

@@ -10,7 +10,7 @@ import polars as pl
 import pytest
 
 import polars_async as pa
-from polars_async.executors.parcels import Halt, pack, unpack
+from polars_async.executors.serialization import Halt, pack, unpack
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="files in memory")
 

@@ -14,7 +14,7 @@ from places import IS_STOPPED, TINY, Notes
 from polars.exceptions import ColumnNotFoundError
 from polars.lazyframe.in_process import InProcessQuery
 
-from polars_async.query import Query
+from polars_async.scheduling.query import Query
 
 pytestmark = pytest.mark.everywhere
 

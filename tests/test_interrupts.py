@@ -15,7 +15,8 @@ import trio
 from places import LIMIT, TINY, Blocked, until
 
 import polars_async
-from polars_async import Collector, QueryTimeoutError, QueueFullError, _native
+from polars_async import Collector, QueryTimeoutError, QueueFullError
+from polars_async._runtime import unpatched
 
 OURS = str(Path(polars_async.__file__).parent)
 TASKS = Path("/proc/self/task")
@@ -71,7 +72,7 @@ class Scene:
         self.collector = Collector(max_running=1, **options)
         self.events = []
         self.running = self.waited_for = None
-        self.waiting, self.told = 0, _native.SimpleQueue()
+        self.waiting, self.told = 0, unpatched.SimpleQueue()
         if taken:
             self.running = self.collector.collect_async(self.blocked.lf)
             assert self.blocked.started.wait()
@@ -145,7 +146,7 @@ def cancel_what_runs(scene):
 def wait_elsewhere(scene, handle):
     """Have two threads wait for `handle`, who are told when it is done."""
     for _ in range(2):
-        _native.start_new_thread(lambda: (ends(handle), scene.told.put(None)), ())
+        unpatched.start_new_thread(lambda: (ends(handle), scene.told.put(None)), ())
     until(lambda: len(handle._query._waiters) == 2)
     scene.waiting, scene.waited_for = 2, handle
 
@@ -251,7 +252,7 @@ def wait_in(loop):
 
 def later(act):
     """Do `act` when a thread has had time to begin to wait."""
-    _native.start_new_thread(lambda: (_native.sleep(0.005), act()), ())
+    unpatched.start_new_thread(lambda: (unpatched.sleep(0.005), act()), ())
 
 
 @pytest.mark.parametrize("loop", ["asyncio", "trio", "gevent"])

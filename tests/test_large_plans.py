@@ -28,7 +28,7 @@ WITH_FUNCTION = pl.concat([SMALL.map_batches(lambda frame: frame), LARGE])
 def _large_is_less(monkeypatch):
     """Take less for large: Polars packs some 100 MB in a second."""
     monkeypatch.setattr(large_plans, "_LARGE", 100_000)
-    monkeypatch.setattr("polars_async.callers._texts", {})
+    monkeypatch.setattr("polars_async._runtime.callers._texts", {})
 
 
 @pytest.fixture(params=["processes", "auto", "dask"])

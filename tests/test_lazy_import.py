@@ -46,7 +46,9 @@ os.waitpid(child, 0)
 
 def test_import_leaves_polars_alone_until_a_name_is_used(run_script):
     words = " ".join(run_script(SHELL))
-    own = "polars_async._fork polars_async.errors polars_async.pytest_plugin polars_async.reasons"
+    internal = ("_runtime", "_runtime.fork", "_runtime.unpatched")
+    names = (*internal, "errors", "pytest_plugin", "reasons")
+    own = " ".join(f"polars_async.{name}" for name in names)
     assert words == f"heavy: own: {own} True False True True"
 
 

@@ -281,8 +281,8 @@ GREEN = """
 import gevent.monkey; gevent.monkey.patch_all()
 import gevent
 import polars as pl, polars_async as pa
-from polars_async import _native
-gate = _native.allocate_lock()
+from polars_async._runtime import unpatched
+gate = unpatched.allocate_lock()
 gate.acquire()
 collector = pa.Collector(max_running=1)
 lf = pl.LazyFrame({"a": [1]}).map_batches(lambda df: (gate.acquire(), df)[1])
@@ -456,7 +456,7 @@ def test_default_collector_works_in_a_forked_child(run_script, case, said):
 CTRL_C = """
 import sys
 import polars as pl, polars_async as pa
-from polars_async.query import Query
+from polars_async.scheduling.query import Query
 
 numbers = pl.LazyFrame({"x": range(30_000)})
 LONG = numbers.join(numbers, how="cross").join(numbers, how="cross", suffix="2").select(

@@ -18,7 +18,7 @@ from places import Gate, Notes
 
 import polars_async as pa
 from polars_async.executors import definitions
-from polars_async.executors.mains import LookingUp
+from polars_async.executors.main_module import LookingUp
 
 pytestmark = [
     pytest.mark.skipif(sys.platform != "linux", reason="worker processes need Linux"),

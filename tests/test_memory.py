@@ -83,7 +83,7 @@ def test_result_of_a_query_that_was_let_go_is_freed_at_its_end(collector, blocke
     handle.cancel()
     blocked.gate.set()
     collector.collect_async(TINY).result()
-    assert handle._query._value is None
+    assert handle._query._outcome.value is None
     assert seen[0]() is None
 
 

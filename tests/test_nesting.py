@@ -16,9 +16,9 @@ from places import Failure, Source, until
 from test_collector import nested_on_pool
 
 from polars_async import Collector, CollectorClosedError, EventKind, QueryTimeoutError
-from polars_async import query as query_module
-from polars_async._nesting import Asking
-from polars_async.expectations import Expectations
+from polars_async._runtime.nesting import Asking
+from polars_async.scheduling import query as query_module
+from polars_async.scheduling.estimates import Expectations
 
 
 def by_result(collector, lf):

@@ -28,14 +28,14 @@ from polars_async import (
     EventKind,
     QueryTimeoutError,
     Reason,
-    _upstream,
     gpu_status,
     resolve_engine,
 )
-from polars_async.admission import Admission
+from polars_async._runtime import upstream
 from polars_async.executors.threads import ThreadExecutor
 from polars_async.gpu import offload
 from polars_async.gpu.breaker import FAILURES, REST, Health, breaker
+from polars_async.scheduling.admission import Admission
 from polars_async.testing import simulate_gpu
 
 STRICT = pl.GPUEngine(raise_on_fail=True)
@@ -284,7 +284,7 @@ def test_query_falls_back_where_the_gpu_fails(collector, gpu, events, caplog, fa
     assert found.message.startswith("the engine argument asks for the GPU engine, but ")
     assert ", so the in-memory engine runs: " in found.message
     assert found.gpu.usable
-    assert kinds(events) == ["queued", "started", "fell back", "started", "finished"]
+    assert kinds(events) == ["queued", "started", "fell_back", "started", "finished"]
     assert [event.engine for event in events] == ["gpu"] * 2 + ["in-memory"] * 3
     assert events[2].error is found.cause
     assert events[2].resolution is found
@@ -360,7 +360,7 @@ def test_error_that_comes_out_of_an_error_of_a_udf_is_never_tried_again(
             raise own  # noqa: B904
 
     lf = TINY.map_batches(eval("lambda df: df.gone", {"__name__": "service"}))
-    monkeypatch.setattr(_upstream, "gpu_callback", lambda _: lambda plan, *_: plan.set_udf(run))
+    monkeypatch.setattr(upstream, "gpu_callback", lambda _: lambda plan, *_: plan.set_udf(run))
     monkeypatch.setitem(run.__globals__, "__name__", "cudf_polars.callback")
     with pytest.raises(RuntimeError, match="one of its own"):
         collector.collect_async(lf, engine="gpu").result(30)
@@ -388,7 +388,7 @@ def test_translation_that_is_interrupted_ends_the_query(collector, monkeypatch, 
     def translate(*_):
         raise error
 
-    monkeypatch.setattr(_upstream, "gpu_callback", lambda _: translate)
+    monkeypatch.setattr(upstream, "gpu_callback", lambda _: translate)
     with pytest.raises(error):
         collector.collect_async(TINY, engine="gpu").result(30)
 
@@ -408,7 +408,7 @@ def test_other_errors_of_the_engine_fall_back_too(collector, monkeypatch, error,
     def run(*_):
         raise error
 
-    monkeypatch.setattr(_upstream, "gpu_callback", lambda _: lambda plan, *_: plan.set_udf(run))
+    monkeypatch.setattr(upstream, "gpu_callback", lambda _: lambda plan, *_: plan.set_udf(run))
     monkeypatch.setitem(run.__globals__, "__name__", "cudf_polars.callback")
     handle = collector.collect_async(TINY, engine="gpu")
     assert handle.result(30).item() == 1
@@ -420,14 +420,14 @@ def test_error_of_the_operating_system_is_of_the_query(collector, monkeypatch):
     def run(*_):
         raise PermissionError("a file that it scans")
 
-    monkeypatch.setattr(_upstream, "gpu_callback", lambda _: lambda plan, *_: plan.set_udf(run))
+    monkeypatch.setattr(upstream, "gpu_callback", lambda _: lambda plan, *_: plan.set_udf(run))
     monkeypatch.setitem(run.__globals__, "__name__", "cudf_polars.callback")
     with pytest.raises(PermissionError):
         collector.collect_async(TINY, engine="gpu").result(30)
 
 
 def test_query_runs_as_it_is_where_the_callback_has_moved(collector, gpu, monkeypatch):
-    monkeypatch.setattr(_upstream, "gpu_callback", lambda _: None)
+    monkeypatch.setattr(upstream, "gpu_callback", lambda _: None)
     handle = collector.collect_async(TINY, engine="gpu")
     assert (handle.result(30).item(), gpu.queries) == (1, 1)
     assert handle.resolution.name == "gpu"
@@ -635,7 +635,7 @@ def test_time_on_the_gpu_counts_as_time_until_it_ran(collector, tried, events):
     handle.result(30)
     collector.close()
     by_kind = {str(event.kind): event for event in events}
-    assert by_kind["fell back"].run_seconds is None
+    assert by_kind["fell_back"].run_seconds is None
     finished, stats = by_kind["finished"], collector.stats()
     assert finished.queue_seconds >= tries
     assert stats["queue_seconds"] <= finished.queue_seconds - tries
@@ -654,7 +654,7 @@ class Tried(Blocked):
             self.gate.wait()
             raise MemoryError
 
-        monkeypatch.setattr(_upstream, "gpu_callback", lambda _: lambda plan, *_: plan.set_udf(run))
+        monkeypatch.setattr(upstream, "gpu_callback", lambda _: lambda plan, *_: plan.set_udf(run))
         monkeypatch.setitem(run.__globals__, "__name__", "cudf_polars.callback")
 
     @property
@@ -685,14 +685,14 @@ def test_query_that_was_cancelled_while_the_gpu_tried_it_does_not_fall_back(
     assert collector.stats()["fell_back"] == 0
 
 
-@pytest.mark.parametrize("how", ["cancelled", "timed out"])
+@pytest.mark.parametrize("how", ["cancelled", "timed_out"])
 def test_query_that_fell_back_may_leave_the_line(gpu, blocked, events, how):
     gpu.fail = "oom"
     with Collector(gpu="offload", max_running=1, on_event=events.append) as collector:
         collector.collect_async(blocked.lf)
         assert blocked.started.wait(30)
         lf, runs = counting()
-        timeout = 0.05 if how == "timed out" else None
+        timeout = 0.05 if how == "timed_out" else None
         handle = collector.collect_async(lf, engine="gpu", timeout=timeout, label="it")
         while not collector._cpu.admission.waiting:
             time.sleep(0.001)
@@ -707,7 +707,7 @@ def test_query_that_fell_back_may_leave_the_line(gpu, blocked, events, how):
     assert [kind for event in events if event.label == "it" for kind in kinds([event])] == [
         "queued",
         "started",
-        "fell back",
+        "fell_back",
         how,
     ]
 
@@ -783,7 +783,7 @@ def test_query_fails_where_no_thread_is_to_be_had_for_its_fallback(
         handle.result(30)
     stats = collector.stats()
     assert (stats["running"], stats["waiting"], stats["failed"]) == (0, 0, 1)
-    assert kinds(events) == ["queued", "started", "fell back", "failed"]
+    assert kinds(events) == ["queued", "started", "fell_back", "failed"]
 
 
 def test_query_that_fell_back_waits_for_the_threads_that_there_are(
@@ -847,7 +847,7 @@ with simulate_gpu(fail="oom"):
 
 
 def test_forked_child_falls_back_too(run_script):
-    assert run_script(FORK) == ["1", "out-of-gpu-memory", "True", "0"]
+    assert run_script(FORK) == ["1", "out_of_gpu_memory", "True", "0"]
 
 
 def test_query_is_in_one_lane_at_least_while_it_goes_over(collector, gpu, monkeypatch):
@@ -1006,7 +1006,7 @@ def test_error_in_a_group_is_what_it_is_alone(collector, monkeypatch, error, rea
     def run(*_):
         raise in_group(error)
 
-    monkeypatch.setattr(_upstream, "gpu_callback", lambda _: lambda plan, *_: plan.set_udf(run))
+    monkeypatch.setattr(upstream, "gpu_callback", lambda _: lambda plan, *_: plan.set_udf(run))
     monkeypatch.setitem(run.__globals__, "__name__", "cudf_polars.callback")
     handle = collector.collect_async(TINY, engine="gpu")
     if reason is None:
@@ -1026,7 +1026,7 @@ def test_error_of_a_source_in_a_group_is_never_tried_again(collector, monkeypatc
         except KeyError as error:
             raise in_group(error) from None
 
-    monkeypatch.setattr(_upstream, "gpu_callback", lambda _: lambda plan, *_: plan.set_udf(run))
+    monkeypatch.setattr(upstream, "gpu_callback", lambda _: lambda plan, *_: plan.set_udf(run))
     monkeypatch.setitem(run.__globals__, "__name__", "cudf_polars.callback")
     with pytest.raises(ExceptionGroup):
         collector.collect_async(TINY, engine="gpu").result(30)
@@ -1062,7 +1062,7 @@ def test_error_that_cannot_be_told_is_told_by_its_type(monkeypatch):
     def run(*_):
         raise Mute
 
-    monkeypatch.setattr(_upstream, "gpu_callback", lambda _: lambda plan, *_: plan.set_udf(run))
+    monkeypatch.setattr(upstream, "gpu_callback", lambda _: lambda plan, *_: plan.set_udf(run))
     monkeypatch.setitem(run.__globals__, "__name__", "cudf_polars.callback")
     with Collector(gpu="offload") as silent:
         handle = silent.collect_async(TINY, engine="gpu")
@@ -1160,13 +1160,13 @@ def test_gpu_that_keeps_failing_rests_and_is_tried_again(collector, gpu, clock, 
         while collector.stats()["running"]:
             time.sleep(0.001)
     stats = collector.stats()
-    assert (stats["gpu_failures"], stats["gpu_rest_seconds"]) == (FAILURES, REST)
+    assert (stats["gpu_failures"], stats["gpu_cooldown_seconds"]) == (FAILURES, REST)
     assert "the GPU rests for 30 s: the memory of the GPU did not suffice" in caplog.text
 
     with pytest.warns(EngineDowngradeWarning, match=r"keeps failing.*a rest of 30 s.*MemoryError"):
         handle = collector.collect_async(TINY, engine="gpu")
     assert handle.result(30).item() == 1
-    assert (handle.resolution.downgraded, handle.resolution.reason) == (True, Reason.GPU_RESTS)
+    assert (handle.resolution.downgraded, handle.resolution.reason) == (True, Reason.GPU_COOLDOWN)
     assert gpu.queries == FAILURES
 
     gpu.fail = None
@@ -1175,7 +1175,7 @@ def test_gpu_that_keeps_failing_rests_and_is_tried_again(collector, gpu, clock, 
     assert handle.result(30).item() == 1
     assert handle.resolution.name == "gpu"
     stats = collector.stats()
-    assert (stats["gpu_failures"], stats["gpu_rest_seconds"]) == (0, 0)
+    assert (stats["gpu_failures"], stats["gpu_cooldown_seconds"]) == (0, 0)
 
 
 def test_queries_that_wait_when_the_rest_begins_do_not_try_the_gpu(collector, tried, clock):  # noqa: ARG001
@@ -1187,7 +1187,8 @@ def test_queries_that_wait_when_the_rest_begins_do_not_try_the_gpu(collector, tr
     assert [each.result(30).item() for each in (first, *others)] == [1] * 4
     assert first.resolution.reason is Reason.OUT_OF_MEMORY
     for handle in others:
-        assert (handle.resolution.fell_back, handle.resolution.reason) == (True, Reason.GPU_RESTS)
+        assert handle.resolution.fell_back
+        assert handle.resolution.reason is Reason.GPU_COOLDOWN
         assert handle.resolution.cause is first.resolution.cause
     assert breaker.health.failures == FAILURES
 
@@ -1353,7 +1354,7 @@ def test_memory_of_the_gpu_is_let_go_of_before_the_cpu_runs_it(collector, monkey
         except RuntimeError as error:
             raise MemoryError(type(column).__name__) from error
 
-    monkeypatch.setattr(_upstream, "gpu_callback", lambda _: lambda plan, *_: plan.set_udf(run))
+    monkeypatch.setattr(upstream, "gpu_callback", lambda _: lambda plan, *_: plan.set_udf(run))
     monkeypatch.setitem(run.__globals__, "__name__", "cudf_polars.callback")
     lf = TINY.map_batches(lambda df: (seen.append(list(held)), df)[1])
     handle = collector.collect_async(lf, engine="gpu")
@@ -1362,10 +1363,26 @@ def test_memory_of_the_gpu_is_let_go_of_before_the_cpu_runs_it(collector, monkey
     assert seen == [[]]
 
 
-def test_lock_of_the_gpu_is_new_in_a_forked_child():
-    lock = offload._Turn.lock
-    try:
-        offload._Turn.after_fork()
-        assert offload._Turn.lock is not lock
-    finally:
-        offload._Turn.lock = lock
+LEFT_BEHIND = """
+import os, signal, threading, warnings
+warnings.simplefilter("ignore", DeprecationWarning)  # of a fork beside threads, from 3.12 on
+from polars_async.gpu import offload
+held = threading.Event()
+def hold():
+    with offload.GpuTurn():
+        held.set()
+        threading.Event().wait()
+threading.Thread(target=hold, daemon=True).start()
+held.wait()
+child = os.fork()
+if not child:
+    signal.alarm(10)
+    with offload.GpuTurn():
+        os._exit(0)
+print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+os._exit(0)
+"""
+
+
+def test_gpu_is_free_in_a_forked_child_though_a_thread_left_behind_has_it(run_script):
+    assert run_script(LEFT_BEHIND) == ["0"]

@@ -11,8 +11,9 @@ import pytest
 from places import TINY, named_thread, on_foreign_thread
 from polars.io.plugins import register_io_source
 
-from polars_async import Collector, QueueFullError, _origin
-from polars_async._native import allocate_lock, start_new_thread
+from polars_async import Collector, QueueFullError
+from polars_async._runtime import origin
+from polars_async._runtime.unpatched import allocate_lock, start_new_thread
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="names threads as Linux does")
 
@@ -74,8 +75,8 @@ def seen_by(ask):
 
 
 def test_threads_that_polars_has_started_are_known():
-    assert seen_by(_origin.is_this_of_polars) == {True}
-    assert seen_by(lambda: _origin.is_of_polars(threading.get_ident())) == {True}
+    assert seen_by(origin.is_this_of_polars) == {True}
+    assert seen_by(lambda: origin.is_of_polars(threading.get_ident())) == {True}
 
 
 @pytest.mark.parametrize("on_thread", THREADS)
@@ -83,10 +84,10 @@ def test_threads_that_polars_has_started_are_known():
 def test_threads_of_others_are_not_taken_for_those_of_polars(on_thread, name):
     def ask():
         with named_thread(name):
-            return _origin.is_this_of_polars(), _origin.is_of_polars(threading.get_ident())
+            return origin.is_this_of_polars(), origin.is_of_polars(threading.get_ident())
 
     assert on_thread(ask) == (False, False)
-    assert not _origin.is_this_of_polars()
+    assert not origin.is_this_of_polars()
 
 
 @pytest.mark.parametrize("on_thread", THREADS)
@@ -141,30 +142,30 @@ def test_pool_that_began_inside_a_query_asks_as_any_other(collector, blocked):
 
 
 def test_without_glibc_the_name_has_to_do(monkeypatch):
-    monkeypatch.setattr(_origin, "_place", lambda: None)
-    assert seen_by(_origin.is_this_of_polars) == {True}
-    assert not _origin.is_this_of_polars()
-    assert not on_bare_thread(_origin.is_this_of_polars)
+    monkeypatch.setattr(origin, "_place", lambda: None)
+    assert seen_by(origin.is_this_of_polars) == {True}
+    assert not origin.is_this_of_polars()
+    assert not on_bare_thread(origin.is_this_of_polars)
     with named_thread("polars-0"):
-        assert _origin.is_this_of_polars()
+        assert origin.is_this_of_polars()
 
 
 ENDED = """
 import threading, time
-from polars_async import _origin
+from polars_async._runtime import origin
 threading.stack_size(256 << 20)  # so much is not kept for the next thread, but unmapped
 thread = threading.Thread(target=int)
 thread.start()
 ended = thread.ident
 thread.join()
 threading.stack_size(0)
-print(_origin.is_of_polars(threading.get_ident()))
+print(origin.is_of_polars(threading.get_ident()))
 while any(
     int(line.split("-")[0], 16) <= ended < int(line.split("-")[1].split()[0], 16)
     for line in open("/proc/self/maps")
 ):
     time.sleep(0.001)
-print(_origin.is_of_polars(ended))
+print(origin.is_of_polars(ended))
 """
 
 

@@ -11,7 +11,7 @@ from places import TINY
 
 import polars_async as pa
 from polars_async.executors.outcomes import packed_error, unpacked_error
-from polars_async.executors.parcels import pack
+from polars_async.executors.serialization import pack
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="worker processes need Linux")
 

@@ -16,8 +16,10 @@ from places import Notes
 from polars.io.plugins import register_io_source
 from polars.plugins import register_plugin_function
 
-from polars_async import Collector, plans, query
-from polars_async.plans import NOTHING, look_at
+from polars_async import Collector
+from polars_async._runtime import plans
+from polars_async._runtime.plans import NOTHING, look_at
+from polars_async.scheduling import query
 
 ONE = pl.LazyFrame({"a": [1], "b": ["x"]})
 LARGER = pl.LazyFrame({"a": range(3000), "b": ["x"] * 3000})
@@ -371,4 +373,4 @@ with simulate_gpu(fail="unsupported"), pa.Collector(engine="gpu", gpu="offload")
 
 def test_table_of_delta_freezes_nothing_that_asks_for_the_gpu(run_script, tmp_path):
     answers = run_script(GPU, str(tmp_path / "table"))
-    assert answers[:2] == ["6", "unsupported-query"]
+    assert answers[:2] == ["6", "unsupported_query"]

@@ -22,7 +22,7 @@ from places import until as eventually
 from polars.io.plugins import register_io_source
 
 import polars_async as pa
-from polars_async.executors import errand, spawned
+from polars_async.executors.processes import call, process
 
 TINY = pl.LazyFrame({"a": [1, 2, 3]}).sum()
 HEAVY = (
@@ -251,7 +251,7 @@ def test_large_result_is_mapped_and_its_memory_is_freed_with_it(collector):
 
 
 def test_result_that_cannot_be_mapped_is_read(collector, monkeypatch):
-    monkeypatch.setattr("polars_async._upstream._ways_to_map", ())
+    monkeypatch.setattr("polars_async._runtime.upstream._ways_to_map", ())
     lf = pl.LazyFrame({"n": [0]}).select(k=pl.int_range(0, 1_000_000))
     assert collector.collect_async(lf).result(30)["k"].sum() == 499_999_500_000
     assert not mapped()
@@ -459,7 +459,7 @@ def test_query_cancelled_at_any_moment_costs_no_other_anything(make):
 
 
 def test_query_that_polars_can_abort_leaves_its_worker_warm(collector, tmp_path, monkeypatch):
-    monkeypatch.setattr(errand, "GRACE", 100.0)  # SIGINT alone has to do
+    monkeypatch.setattr(call, "GRACE", 100.0)  # SIGINT alone has to do
     begun = tmp_path / "begun"
 
     def rows(*_):
@@ -622,7 +622,7 @@ def test_path_that_is_no_string_is_in_no_workers_way(collector, tmp_path, monkey
 
 
 def test_worker_that_cannot_start_is_a_clear_error(make, monkeypatch):
-    monkeypatch.setattr(spawned, "_START", "raise SystemExit(7)  # {path}{socket}{lifeline}")
+    monkeypatch.setattr(process, "_START", "raise SystemExit(7)  # {path}{socket}{lifeline}")
     collector = make()
     with pytest.raises(pa.WorkerDiedError, match="ended before it was ready, with exit status 7"):
         collector.collect_async(TINY).result(30)
@@ -632,8 +632,8 @@ def test_worker_that_cannot_start_is_a_clear_error(make, monkeypatch):
 
 def test_query_is_let_go_also_where_its_worker_never_starts(make, monkeypatch):
     never = "import time; time.sleep(60)  # {path}{socket}{lifeline}"
-    monkeypatch.setattr(errand, "_START_WITHIN", 0.1)
-    monkeypatch.setattr(spawned, "_START", never)
+    monkeypatch.setattr(call, "_START_WITHIN", 0.1)
+    monkeypatch.setattr(process, "_START", never)
     collector = make()
     with pytest.raises(pa.QueryTimeoutError):
         collector.collect_async(TINY, timeout=0.1).result(30)
@@ -663,7 +663,7 @@ def test_query_that_outgrows_its_memory_is_stopped_and_the_service_lives(make):
 
 
 def test_query_that_outgrows_its_memory_while_it_talks_is_stopped_too(make, monkeypatch):
-    monkeypatch.setattr(errand, "_SAMPLED", 1.0)
+    monkeypatch.setattr(call, "_SAMPLED", 1.0)
     collector = make(max_memory=400 * 2**20)
     logger = logging.getLogger("of.a.chatterbox")
     logger.propagate = False
@@ -824,8 +824,8 @@ print(os.waitpid(child, 0)[1])
 def test_child_forked_while_a_worker_is_spawned_has_nothing_of_it(run_script):
     script = """
 import os, threading, time, polars as pl, polars_async as pa
-from polars_async.executors import spawned
-spawns, spawn = threading.Event(), spawned.posix_spawn
+from polars_async.executors.processes import process
+spawns, spawn = threading.Event(), process.posix_spawn
 def slowly(*arguments, **options):
     spawns.set()
     time.sleep(0.3)
@@ -839,7 +839,7 @@ def sockets():
             pass
     return sum(link.startswith("socket") for link in links)
 before = sockets()
-spawned.posix_spawn = slowly
+process.posix_spawn = slowly
 with pa.Collector(executor="processes") as collector:
     handle = collector.collect_async(pl.LazyFrame({"a": [1]}))
     spawns.wait()
@@ -914,6 +914,6 @@ if not (killed := pathlib.Path({str(killed)!r})).exists():
     os.kill(os.getpid(), 9)
 del os, pathlib, killed
 """
-    monkeypatch.setattr(spawned, "_START", f"{once}\n{spawned._START}")
+    monkeypatch.setattr(process, "_START", f"{once}\n{process._START}")
     assert make().collect_async(TINY).result(30).item() == 6
     assert killed.exists()

@@ -171,7 +171,7 @@ def test_hides_that_of_the_marker(no_gpu_host, engine_log):
     assert status.cuda_version is None
     with pytest.warns(pa.EngineDowngradeWarning, match="no GPU is usable"):
         assert offload() == 3
-    engine_log.assert_ran_on("in-memory", because="no-library")
+    engine_log.assert_ran_on("in-memory", because="no_library")
 
 def test_hides_that_of_the_run(no_gpu_host):
     assert not usable()
@@ -348,7 +348,7 @@ def test_assertion_holds_for_every_query(engine_log):
             engine_log.assert_ran_on("in-memory")
 
 
-@pytest.mark.parametrize("because", [Reason.OUT_OF_MEMORY, "out-of-gpu-memory"], ids=type)
+@pytest.mark.parametrize("because", [Reason.OUT_OF_MEMORY, "out_of_gpu_memory"], ids=type)
 def test_assertion_knows_the_reason(engine_log, gpu, because):
     with Collector(gpu="offload") as collector:
         gpu.fail = {1: "oom", 2: "cuda"}
@@ -358,7 +358,7 @@ def test_assertion_knows_the_reason(engine_log, gpu, because):
         collector.collect_async(TINY, engine="gpu").result()
         engine_log.assert_ran_on("in-memory")
         collector.collect_async(TINY).result()
-        with pytest.raises(AssertionError, match="because of 'out-of-gpu-memory', but 2 of 3 did"):
+        with pytest.raises(AssertionError, match="because of 'out_of_gpu_memory', but 2 of 3 did"):
             engine_log.assert_ran_on("in-memory", because)
 
 
@@ -376,7 +376,7 @@ def test_it(engine_log):
         [
             '>       engine_log.assert_ran_on("gpu")',
             "E       AssertionError: expected every query of this test to run on 'gpu', but 2 *:",
-            "E         query 2 ran on 'in-memory' (out-of-gpu-memory): the engine argument *",
+            "E         query 2 ran on 'in-memory' (out_of_gpu_memory): the engine argument *",
             "E         query 3 ran on 'streaming': the streaming engine runs: asked for by *",
             "",
             "test_it.py:*: AssertionError",
@@ -393,7 +393,7 @@ def test_assertion_without_a_query_says_what_counts():
 @pytest.mark.parametrize("because", ["oom", 3, ""])
 def test_assertion_refuses_what_is_no_reason(because):
     with pytest.raises(
-        ValueError, match=r"^because must be one of 'async-path', .*, or None, got "
+        ValueError, match=r"^because must be one of 'async_path', .*, or None, got "
     ):
         EngineLog().assert_ran_on("gpu", because)
 
@@ -485,7 +485,7 @@ def test_passes_as_it_is_spared():
 
 def test_passes_as_it_says_so(engine_log):
     downgrade()
-    engine_log.assert_ran_on("in-memory", because="async-path")
+    engine_log.assert_ran_on("in-memory", because="async_path")
 
 def test_fails_for_what_came_after(engine_log):
     downgrade()
@@ -559,7 +559,7 @@ def test_downgrades_fail_tests_unless_they_are_expected(run, pytester, how):
             "E       OSError: its own",
             "*_ test_fails_for_its_path _*",
             f"1 query of this test did not run on the engine that *, which {name} forbids:",
-            "  one ran on 'in-memory' (async-path): the engine argument asks for the GPU *",
+            "  one ran on 'in-memory' (async_path): the engine argument asks for the GPU *",
             "If that is right, assert it with engine_log.assert_ran_on('in-memory', *",
             "*_ test_keeps_its_failure _*",
             "E       assert 1 == 99",
@@ -615,16 +615,16 @@ class TestOld(unittest.TestCase):
     result.stdout.fnmatch_lines(
         [
             "2 queries of this test did not run on the engine that was asked for, *",
-            "  one ran on 'in-memory' (unsupported-query): *",
-            "  one ran on 'in-memory' (unsupported-query): *",
+            "  one ran on 'in-memory' (unsupported_query): *",
+            "  one ran on 'in-memory' (unsupported_query): *",
             "*_ test_missing _*",
-            "  one ran on 'in-memory' (no-library): *",
+            "  one ran on 'in-memory' (no_library): *",
             "*_ test_affinity _*",
-            "  one ran on 'in-memory' (unknown-affinity): POLARS_ENGINE_AFFINITY='cuda' names no *",
+            "  one ran on 'in-memory' (unknown_affinity): POLARS_ENGINE_AFFINITY='cuda' names no *",
             "*_ test_plugin _*",
-            "  one ran on 'in-memory' (no-library): POLARS_ENGINE_AFFINITY asks for the GPU *",
+            "  one ran on 'in-memory' (no_library): POLARS_ENGINE_AFFINITY asks for the GPU *",
             "*_ TestOld.test_old _*",
-            "  one ran on 'in-memory' (async-path): *",
+            "  one ran on 'in-memory' (async_path): *",
         ]
     )
 
@@ -657,7 +657,7 @@ def test_own(number, engine_log, gpu_host):
     assert devices() == 3
     assert offload() == 3
     assert gpu_host.queries == 1
-    engine_log.assert_ran_on("in-memory", because="out-of-gpu-memory")
+    engine_log.assert_ran_on("in-memory", because="out_of_gpu_memory")
 
 @pytest.mark.parametrize("number", range(2))
 def test_downgrade(number):
@@ -680,7 +680,7 @@ def test_assertion(engine_log):
             "E       AssertionError: expected every query of this test to run on 'streaming', *",
         ]
     )
-    result.stdout.fnmatch_lines(["  one ran on 'in-memory' (async-path): *"])
+    result.stdout.fnmatch_lines(["  one ran on 'in-memory' (async_path): *"])
 
 
 UNTOUCHED = """
@@ -690,7 +690,8 @@ def test_nothing_is_imported_that_nobody_needs():
     heavy = {"polars", "numpy", "gevent", "pynvml", "cudf_polars"}
     assert not heavy & set(sys.modules)
     own = {each[13:] for each in sys.modules if each.startswith("polars_async.")}
-    assert own - {"_pytest_entry"} == {"_fork", "errors", "pytest_plugin", "reasons"}
+    internal = {"_pytest_entry", "_runtime", "_runtime.fork", "_runtime.unpatched"}
+    assert own - internal == {"errors", "pytest_plugin", "reasons"}
 """
 
 
@@ -778,7 +779,7 @@ def test_test_of_the_readme_passes(pytester):
 def test_failure_looks_as_in_the_readme(pytester):
     (shown,) = (code for language, code in BLOCKS if language == "console")
     pytester.makepyfile(
-        test_sales=TEST.replace('"in-memory", because="out-of-gpu-memory"', '"gpu"')
+        test_sales=TEST.replace('"in-memory", because="out_of_gpu_memory"', '"gpu"')
     )
     result = pytester.runpytest("-p", PLUGIN)
     result.assert_outcomes(failed=1)

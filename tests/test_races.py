@@ -12,12 +12,12 @@ import pytest
 from conftest import TINY
 
 from polars_async import Collector, CollectorClosedError
-from polars_async.admission import Admission
+from polars_async.bridges.buffer import Arrivals
 from polars_async.events import Reporter
 from polars_async.executors.threads import HERE
-from polars_async.expectations import Expectations
-from polars_async.query import Query, State
-from polars_async.streams import _Arrivals
+from polars_async.scheduling.admission import Admission
+from polars_async.scheduling.estimates import Expectations
+from polars_async.scheduling.query import Query, State
 
 
 def test_query_that_ends_just_before_the_greenlet_waits_wakes_it(collector, blocked, monkeypatch):
@@ -87,11 +87,11 @@ waitpid = os.waitpid  # that of gevent sometimes misses the child's end
 if case == "greenlet":
     import gevent.monkey; gevent.monkey.patch_all()
 import polars as pl, polars_async as pa
-from polars_async import _native
-from polars_async.admission import Admission
+from polars_async._runtime import unpatched
+from polars_async.scheduling.admission import Admission
 
 def shut():
-    lock = _native.allocate_lock()
+    lock = unpatched.allocate_lock()
     lock.acquire()
     return lock
 
@@ -223,15 +223,24 @@ class Told:
         self.times += 1
 
 
+class Value:
+    runs_engine, frames = True, ()
+
+    def __init__(self, value):
+        self.value = value
+
+    def __call__(self):
+        return self.value
+
+
 def query_of(admission, value):
-    query = Query(lambda: value, None, admission, Reporter(None))
+    query = Query(Value(value), None, Reporter(None), admission.owner)
     assert admission.enter(query).query is query
-    query.run(HERE)
+    query.run(HERE.run)
     return query
 
 
-def end(query):
-    admission = query._admission
+def end(admission, query):
     with admission.lock:
         (slot,) = admission._slots
         waiters = query.end()
@@ -250,7 +259,7 @@ def test_of_an_end_and_a_cancellation_one_is_first():
         nonlocal cancelled
         cancelled = query.cancel()
 
-    with Together(lambda: end(query), cancel) as together:
+    with Together(lambda: end(admission, query), cancel) as together:
         for i in range(2000):
             query, told = query_of(admission, i), Told()
             assert query.add_waiter(told)
@@ -259,7 +268,7 @@ def test_of_an_end_and_a_cancellation_one_is_first():
             assert admission.running == admission.waiting == 0
             assert query.done
             if cancelled:
-                assert query._value is None
+                assert query._outcome.value is None
                 with pytest.raises(CancelledError):
                     query.outcome(CancelledError)
             else:
@@ -276,7 +285,7 @@ def test_waiter_that_comes_at_the_end_is_told_in_one_of_two_ways():
         nonlocal added
         added = query.add_waiter(told)
 
-    with Together(lambda: end(query), add) as together:
+    with Together(lambda: end(admission, query), add) as together:
         for i in range(2000):
             query, told = query_of(admission, i), Told()
             together.turn()
@@ -294,7 +303,7 @@ def test_last_waiter_that_leaves_at_the_end_cancels_or_comes_too_late():
         nonlocal left
         left = query.remove_waiter(told, last_cancels=True)
 
-    with Together(lambda: end(query), leave) as together:
+    with Together(lambda: end(admission, query), leave) as together:
         for i in range(2000):
             query, told = query_of(admission, i), Told()
             query.add_waiter(told)
@@ -321,7 +330,7 @@ def test_two_last_waiters_that_leave_at_once_cancel_the_query_once():
             together.turn()
             assert query.done
             assert not query._waiters
-            end(query)
+            end(admission, query)
             assert admission.running == 0
 
 
@@ -393,11 +402,12 @@ def test_slot_is_free_when_whoever_waits_is_woken(collector, blocked):
 
 @pytest.mark.parametrize("operation", ["add_waiter", "remove_waiter", "cancel"])
 def test_state_cannot_change_between_the_look_at_it_and_the_act(monkeypatch, operation):
-    query, told, states = query_of(Admission(1), 1), Told(), []
+    admission, told, states = Admission(1), Told(), []
+    query = query_of(admission, 1)
     told.wake = lambda: states.append(query.state)
     if operation != "add_waiter":
         query.add_waiter(told)
-    other = threading.Thread(target=end, args=(query,))
+    other = threading.Thread(target=end, args=(admission, query))
     done, main = Query.done.fget, threading.current_thread()
 
     def done_and_interrupt(query):
@@ -419,7 +429,7 @@ def test_state_cannot_change_between_the_look_at_it_and_the_act(monkeypatch, ope
     assert len(states) == (0 if operation == "remove_waiter" else 1)
     assert query.state is (State.ENDED if operation == "add_waiter" else State.CANCELLED)
     assert [query.state] * len(states) == states
-    assert query._value == (1 if operation == "add_waiter" else None)
+    assert query._outcome.value == (1 if operation == "add_waiter" else None)
 
 
 # Many who wait for one
@@ -445,7 +455,7 @@ class Counted:
 @pytest.mark.parametrize("kind", ["query", "collector", "stream"])
 def test_waiters_of_one_query_leave_it_without_a_look_at_all_others(collector, blocked, kind):
     query = collector.collect_async(blocked.lf)._query
-    awaited = {"query": query, "collector": collector._cpu.admission, "stream": _Arrivals()}[kind]
+    awaited = {"query": query, "collector": collector._cpu.admission, "stream": Arrivals()}[kind]
     waiters = [Counted() for _ in range(1000)]
     for waiter in waiters:
         assert awaited.add_waiter(waiter)

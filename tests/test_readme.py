@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from polars_async.gpu._cudf import find_cudf_polars
+from polars_async.gpu.cudf import find_cudf_polars
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()

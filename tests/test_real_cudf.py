@@ -7,9 +7,10 @@ import pytest
 from conftest import TINY
 
 from polars_async import Collector, Reason, gpu_status, gpu_support
-from polars_async.gpu import _cudf, _probe
-from polars_async.gpu._nvml import Host, HostDevice, read_host
+from polars_async.gpu import cudf as _cudf
+from polars_async.gpu import probe
 from polars_async.gpu.breaker import Health, breaker
+from polars_async.gpu.nvml import Host, HostDevice, read_host
 
 pytestmark = [
     pytest.mark.skipif(
@@ -26,10 +27,10 @@ SIZED = {"executor": "streaming", "executor_options": {"min_device_size": 2**33}
 @pytest.fixture(autouse=True)
 def taken_for_a_host_with_a_gpu(monkeypatch):
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    monkeypatch.setattr(_probe, "probe", _probe.Probe())
+    monkeypatch.setattr(probe, "probe", probe.Probe())
     monkeypatch.setattr(breaker, "health", Health())
     device = HostDevice(index=0, name="NVIDIA H100", compute_capability=(9, 0))
-    _probe.probe.stand_in(Host(devices=(device,), cuda_version=(13, 0)))
+    probe.probe.stand_in(Host(devices=(device,), cuda_version=(13, 0)))
 
 
 @pytest.fixture
@@ -125,12 +126,12 @@ def test_answer_beforehand_is_what_happens(collector):
 IMPORT = """
 import sys, threading
 import polars as pl, polars_async as pa
-from polars_async.gpu import _probe
-from polars_async.gpu._nvml import Host, HostDevice
+from polars_async.gpu import probe
+from polars_async.gpu.nvml import Host, HostDevice
 import logging
 logging.disable()
 device = HostDevice(index=0, compute_capability=(9, 0))
-_probe.probe.stand_in(Host(devices=(device,), cuda_version=(13, 0)))
+probe.probe.stand_in(Host(devices=(device,), cuda_version=(13, 0)))
 asked = []
 class Watch:
     def find_spec(self, name, path, target=None):

@@ -22,10 +22,10 @@ import pytest
 import polars_async as pa
 from polars_async import api
 from polars_async import resolution as resolution_module
-from polars_async._upstream import AUTO_ENGINE
+from polars_async._runtime.upstream import AUTO_ENGINE
 from polars_async.errors import EngineDowngradeWarning, EngineUnavailableError
-from polars_async.gpu import _probe
-from polars_async.gpu._nvml import Host, HostDevice
+from polars_async.gpu import probe as _probe
+from polars_async.gpu.nvml import Host, HostDevice
 from polars_async.reasons import Fault, Reason
 from polars_async.resolution import resolve_engine
 
@@ -710,7 +710,7 @@ import itertools, sys
 import polars as pl
 import polars_async as pa
 from polars_async.resolution import DeferringEngine
-told = {"pynvml", "polars_async.gpu._probe", "polars_async.gpu._nvml", "packaging", "cudf_polars"}
+told = {"pynvml", "polars_async.gpu.probe", "polars_async.gpu.nvml", "packaging", "cudf_polars"}
 paths, policies = ("sync", "async", "background", "batches"), ("downgrade", "offload", "require")
 engines = ("auto", "cpu", "in-memory", "streaming", pl.StreamingEngine(), pa.AsyncEngine())
 for engine, path, policy in itertools.product(engines, paths, policies):

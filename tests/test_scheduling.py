@@ -8,7 +8,7 @@ from random import Random
 
 import pytest
 
-from polars_async.scheduling import (
+from polars_async.scheduling.fair_queue import (
     FAIR_TURN,
     PATIENCE,
     QUICK,

@@ -17,8 +17,8 @@ from test_gpu_processes import WHERE, uuid
 
 import polars_async as pa
 from polars_async import cli, resolve_engine
-from polars_async.executors.processes import Processes
-from polars_async.gpu import _probe
+from polars_async.executors.processes.pool import Processes
+from polars_async.gpu import probe
 from polars_async.gpu.breaker import FAILURES, REST, Health, Rest, breaker, breaker_of
 from polars_async.testing import simulate_gpu
 
@@ -82,9 +82,9 @@ def test_broken_gpu_fails_three_queries_and_the_other_runs_all_that_come_after(
         assert sorted(first) == [uuid(0)] * FAILURES + ["none"] * FAILURES
         assert "GPU 1 rests for 30 s: " in caplog.text
         stats = collector.stats()
-        assert (stats["gpu_0_failures"], stats["gpu_0_rest_seconds"]) == (0, 0)
+        assert (stats["gpu_0_failures"], stats["gpu_0_cooldown_seconds"]) == (0, 0)
         assert (stats["gpu_1_failures"], stats["gpu_failures"]) == (FAILURES, FAILURES)
-        assert 0 < stats["gpu_1_rest_seconds"] <= REST
+        assert 0 < stats["gpu_1_cooldown_seconds"] <= REST
         handles = [collector.collect_async(WHERE) for _ in range(6)]
         assert {ran_on(handle) for handle in handles} == {uuid(0)}
         assert not any(handle.resolution.fell_back for handle in handles)
@@ -99,7 +99,7 @@ def test_all_that_rest_are_a_downgrade_and_an_error_where_one_is_required(offloa
             collector.collect_async(WHERE).result(30)
         with pytest.warns(pa.EngineDowngradeWarning, match=r"rests for a while.*a rest of 30 s"):
             handle = collector.collect_async(WHERE)
-        assert (ran_on(handle), handle.resolution.reason) == ("none", pa.Reason.GPU_RESTS)
+        assert (ran_on(handle), handle.resolution.reason) == ("none", pa.Reason.GPU_COOLDOWN)
         with (
             pa.Collector(executor="processes", gpu="require") as requiring,
             pytest.raises(pa.EngineUnavailableError, match="rests for a while"),
@@ -117,12 +117,12 @@ def test_gpu_is_tried_again_after_its_rest_by_a_worker_that_does_not_rest_either
             collector.collect_async(WHERE).result(30)
         now += REST
         collector.collect_async(WHERE).result(30)
-        assert collector.stats()["gpu_0_rest_seconds"] == 2 * REST
+        assert collector.stats()["gpu_0_cooldown_seconds"] == 2 * REST
         now += 2 * REST
         gpu.fail = None
         assert ran_on(collector.collect_async(WHERE)) == uuid(0)
         assert gpu.queries == FAILURES + 2
-        assert (failures(collector, 0), collector.stats()["gpu_rest_seconds"]) == (0, 0)
+        assert (failures(collector, 0), collector.stats()["gpu_cooldown_seconds"]) == (0, 0)
 
 
 def test_collectors_of_a_process_share_what_they_know_of_a_gpu(offloading):
@@ -141,7 +141,7 @@ def test_queries_that_wait_when_the_last_gpu_begins_to_rest_do_not_try_it(offloa
         handles = [collector.collect_async(WHERE) for _ in range(3)]
         assert [ran_on(handle) for handle in handles] == ["none"] * 3
         reasons = [handle.resolution.reason for handle in handles]
-        assert reasons == [pa.Reason.OUT_OF_MEMORY, *[pa.Reason.GPU_RESTS] * 2]
+        assert reasons == [pa.Reason.OUT_OF_MEMORY, *[pa.Reason.GPU_COOLDOWN] * 2]
         assert {type(handle.resolution.cause) for handle in handles} == {MemoryError}
         assert gpu.queries == 1
 
@@ -189,7 +189,7 @@ def test_threads_have_one_breaker_which_is_none_of_the_workers(offloading):
         for _ in range(FAILURES):
             collector.collect_async(WHERE).result(30)
         assert breaker.rest() is not None
-        assert resolve_engine("gpu", gpu="offload").reason is pa.Reason.GPU_RESTS
+        assert resolve_engine("gpu", gpu="offload").reason is pa.Reason.GPU_COOLDOWN
         assert offloading().resolve_engine().name == "gpu"
 
 
@@ -326,9 +326,9 @@ def test_worker_of_a_gpu_in_mig_mode_sees_the_instance_that_is_visible(
     offloading, workers, monkeypatch, visible, gpus
 ):
     with simulate_gpu(2):
-        host = _probe.probe._stand_in
+        host = probe.probe._stand_in
         first = replace(host.devices[0], mig_enabled=True, mig_instances=("MIG-a", "MIG-b"))
-        _probe.probe.stand_in(replace(host, devices=(first, host.devices[1])))
+        probe.probe.stand_in(replace(host, devices=(first, host.devices[1])))
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
         collector = offloading()
         for number, gpu in enumerate(gpus):
@@ -488,7 +488,8 @@ def test_doctor_tells_of_each_gpu_of_this_process(capsys):
         devices = json.loads(capsys.readouterr().out)["gpu"]["devices"]
         assert [each["number"] for each in devices] == [0, 1]
         assert [each["breaker"]["failures"] for each in devices] == [0, FAILURES]
-        assert devices[0]["breaker"]["rest_seconds"] == 0 < devices[1]["breaker"]["rest_seconds"]
+        cooldowns = [device["breaker"]["cooldown_seconds"] for device in devices]
+        assert cooldowns[0] == 0 < cooldowns[1]
         cli.main(["doctor"])
         text = " ".join(capsys.readouterr().out.split())
         assert "breaker in worker processes open: the GPU rests for 3600 s more" in text

@@ -14,8 +14,8 @@ import pytest
 from places import LIMIT, Failure, Gate, until
 
 import polars_async as pa
-from polars_async.executors import processes
-from polars_async.executors.parcels import pack
+from polars_async.executors.processes import pool
+from polars_async.executors.serialization import pack
 from polars_async.testing import simulate_gpu
 
 pytestmark = [
@@ -195,7 +195,7 @@ def test_sink_that_is_let_go_while_it_is_packed_is_not_run_here(monkeypatch):
         finally:
             handles[0].cancel()
 
-    monkeypatch.setattr(processes, "pack", pack_and_let_go)
+    monkeypatch.setattr(pool, "pack", pack_and_let_go)
     with pa.Collector(executor="processes") as collector:
         handles.append(collector.sink_async(NUMBERS.sink_batches(called.append, lazy=True)))
         ready.set()

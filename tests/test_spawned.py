@@ -19,7 +19,7 @@ import pytest
 from places import until as eventually
 
 import polars_async as pa
-from polars_async.executors.children import Child
+from polars_async.executors.processes.children import Child
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="worker processes need Linux")
 
@@ -124,7 +124,7 @@ def test_frozen_program_has_workers_in_the_python_that_it_sets(run_script):
     script = """
 import os, multiprocessing, sys, polars as pl, polars_async as pa
 python, sys.executable, sys.frozen = sys.executable, "/nowhere/service", True
-import cloudpickle, multiprocessing.spawn, polars_async.executors.processes
+import cloudpickle, multiprocessing.spawn, polars_async.executors.processes.pool
 multiprocessing.set_executable(python)
 sys.path[:] = ["/nowhere/base_library.zip"]
 def count(frame):
@@ -158,7 +158,7 @@ def test_outcome_of_a_query_is_its_own_where_no_worker_can_take_the_place(collec
 def test_dead_worker_costs_no_program_its_life_where_sigpipe_ends_it(run_script):
     script = """
 import os, signal, time, polars as pl, polars_async as pa
-from polars_async.executors.spawned import Worker
+from polars_async.executors.processes.process import Worker
 signal.signal(signal.SIGPIPE, signal.SIG_DFL)
 Worker.is_alive = lambda _: True  # as where it dies just after
 def pid(frame):
@@ -177,8 +177,8 @@ def test_reader_that_is_gone_in_the_midst_costs_no_program_its_life(run_script):
     script = """
 import signal, threading
 from _socket import socketpair
-from polars_async.executors.channel import Channel
-from polars_async.executors.parcels import Parcel
+from polars_async.executors.processes.transport import Channel
+from polars_async.executors.serialization import Parcel
 signal.signal(signal.SIGPIPE, signal.SIG_DFL)
 ours, theirs = socketpair()
 def read_a_little():
@@ -247,7 +247,9 @@ def test_process_that_has_the_number_of_a_dead_worker_is_left_alone(
     collector, monkeypatch, is_seen
 ):
     if not is_seen:  # as where it dies just after the look
-        monkeypatch.setattr("polars_async.executors.spawned.Worker.is_alive", lambda _: True)
+        monkeypatch.setattr(
+            "polars_async.executors.processes.process.Worker.is_alive", lambda _: True
+        )
     while (other := take_number(kill_worker(collector))) is None:
         pass
     with other:
@@ -311,7 +313,7 @@ def test_worker_is_known_by_its_number_where_there_is_no_better(collector, monke
     with pytest.raises(pa.WorkerDiedError, match="with exit status 3"):
         collector.collect_async(ONE.map_batches(die)).result(30)
     pid = worker_of(collector)
-    monkeypatch.setattr("polars_async.executors.spawned.Worker.is_alive", lambda _: False)
+    monkeypatch.setattr("polars_async.executors.processes.process.Worker.is_alive", lambda _: False)
     assert worker_of(collector) != pid
     assert not is_there(pid)
 

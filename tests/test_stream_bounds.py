@@ -20,6 +20,7 @@ import pytest
 from places import TINY, Blocked, Failure, Notes, Source, until
 from test_nesting import ask_plan, by_result
 
+import polars_async
 from polars_async import (
     Collector,
     CollectorClosedError,
@@ -30,13 +31,13 @@ from polars_async import (
     api,
     configure,
 )
-from polars_async import query as query_module
-from polars_async.admission import Admission
-from polars_async.scheduling import FAIR_TURN
-from polars_async.streams import BATCHES_AHEAD, Buffer
+from polars_async.bridges.buffer import BATCHES_AHEAD, Buffer
+from polars_async.scheduling import times
+from polars_async.scheduling.admission import Admission
+from polars_async.scheduling.fair_queue import FAIR_TURN
 from polars_async.testing import simulate_gpu
 
-OURS = str(Path(query_module.__file__).parent)
+OURS = str(Path(polars_async.__file__).parent)
 
 NUMBERS = pl.LazyFrame({"a": range(100)})
 
@@ -453,9 +454,9 @@ def test_streams_that_take_turns_do_not_keep_out_the_queue(make, stints, blocked
 def test_wait_for_a_slot_counts_as_no_work(held_up, blocked, monkeypatch):
     collector, stream = held_up
     clock, late = count(), [0.0]
-    monkeypatch.setattr(query_module, "perf_counter", lambda: late[0] + next(clock) * 1e-9)
+    monkeypatch.setattr(times, "perf_counter", lambda: late[0] + next(clock) * 1e-9)
     late[0] += 3600
-    assert stream._query.run_seconds < 3600
+    assert stream._query.times.run_seconds < 3600
     blocked.gate.set()
     assert rest_of(stream) == list(range(1, 100))
     until(lambda: not collector.stats()["running"])
@@ -466,8 +467,8 @@ def test_wait_for_a_slot_counts_as_no_work(held_up, blocked, monkeypatch):
 def test_stream_that_is_late_while_it_is_held_up_tells_no_pause_as_run_time(make, monkeypatch):
     collector = make(max_running=1)
     (stream,) = paused(collector, timeout=3600)
-    ran, clock = stream._query.run_seconds, query_module.perf_counter
-    monkeypatch.setattr(query_module, "perf_counter", lambda: clock() + 3600)
+    ran, clock = stream._query.times.run_seconds, times.perf_counter
+    monkeypatch.setattr(times, "perf_counter", lambda: clock() + 3600)
     stream._query.expire()
     with pytest.raises(QueryTimeoutError) as raised:
         rest_of(stream)

@@ -29,10 +29,12 @@ from polars_async import (
     QueryTimeoutError,
     QueueFullError,
 )
-from polars_async import query as query_module
+from polars_async.bridges.buffer import BATCHES_AHEAD, Buffer
 from polars_async.executors import threads
 from polars_async.executors.outcomes import WorkerTraceback
-from polars_async.streams import BATCHES_AHEAD, Batches, Buffer
+from polars_async.scheduling import query as query_module
+from polars_async.scheduling import times
+from polars_async.streams import Batches
 from polars_async.testing import simulate_gpu
 
 pytestmark = pytest.mark.everywhere
@@ -756,7 +758,7 @@ def test_stream_that_is_held_up_takes_no_place_from_others(blocked, executor):
 def test_time_that_a_stream_is_held_up_is_not_work(loop, collector, monkeypatch):
     clock = count()
     late = [0.0]
-    monkeypatch.setattr(query_module, "perf_counter", lambda: late[0] + next(clock) * 1e-9)
+    monkeypatch.setattr(times, "perf_counter", lambda: late[0] + next(clock) * 1e-9)
     lf = pl.LazyFrame({"a": range(ROWS)})
     stream = collector.collect_batches_async(lf, chunk_size=100)
     wait_until_paused(collector)
@@ -1051,7 +1053,7 @@ def _without_garbage_collection():
 def arrived(stream, query):
     if isinstance(stream, Batches):
         return list(stream._buffer._arrivals.items)
-    return [query._value]
+    return [query._outcome.value]
 
 
 async def await_last(box):
@@ -1118,7 +1120,7 @@ def test_query_and_what_came_of_it_are_freed_with_the_stream(collector, kind, fa
     (query,) = [box[0]._query] if isinstance(box[0], Batches) else box[0]._queries.values()
     while not query.done:
         sleep(0.001)
-    outcomes = [query._error] if fails else arrived(box[0], query)
+    outcomes = [query._outcome.error] if fails else arrived(box[0], query)
     seen = [weakref.ref(each) for each in (query, *outcomes)]
     del query, outcomes
     asyncio.run(await_last(box))

@@ -18,8 +18,10 @@ import pytest
 from test_cli import install_cudf
 
 import polars_async as pa
-from polars_async import Reason, _upstream, gpu_status, gpu_support
-from polars_async.gpu import _cudf, support
+from polars_async import Reason, gpu_status, gpu_support
+from polars_async._runtime import upstream
+from polars_async.gpu import cudf as _cudf
+from polars_async.gpu import support
 from polars_async.gpu.support import Support, unsupported_error
 
 ROOT = Path(__file__).parents[1]
@@ -386,7 +388,7 @@ def test_translator_that_lacks_a_method_is_unknown(cudf, name):
 
 def test_polars_that_hands_out_no_plan_is_unknown(cudf, monkeypatch):
     module = cudf()
-    monkeypatch.setattr(_upstream, "ask_optimized_plan", lambda *_: None)
+    monkeypatch.setattr(upstream, "ask_optimized_plan", lambda *_: None)
     answer = gpu_support(QUERY)
     assert (answer.answer, answer.reason) == ("unknown", Reason.TRANSLATION_FAILED)
     assert "Polars hands out its plans no more" in answer.message
@@ -505,9 +507,9 @@ def test_real_translator_answers_each_query(real, engine):
     no_driver = gpu_status().reason is Reason.NO_LIBRARY
     for name, (answer, operations, reason, message) in answers.items():
         if name in UNSUPPORTED:
-            assert (answer, operations, reason) == ("no", UNSUPPORTED[name], "unsupported-query")
+            assert (answer, operations, reason) == ("no", UNSUPPORTED[name], "unsupported_query")
         elif name in ASK_THE_GPU and no_driver:
-            assert (answer, operations, reason) == ("unknown", [], "gpu-needed")
+            assert (answer, operations, reason) == ("unknown", [], "gpu_needed")
             assert "DynamicLibNotFoundError" in message
         elif name in ASK_THE_GPU:
             assert answer in EITHER_WAY
@@ -517,7 +519,7 @@ def test_real_translator_answers_each_query(real, engine):
 
 def test_real_translator_that_takes_no_such_engine_is_unknown(real):
     for answer, _, reason, message in real[0]["wrong"].values():
-        assert (answer, reason) == ("unknown", "translation-failed")
+        assert (answer, reason) == ("unknown", "translation_failed")
         assert "(ValueError: Unknown executor 'ranch')" in message
 
 

@@ -11,7 +11,7 @@ import polars as pl
 import pytest
 
 import polars_async as pa
-from polars_async.executors import spawned
+from polars_async.executors.processes import process as spawned
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="worker processes need Linux")
 

@@ -15,9 +15,10 @@ from conftest import TINY
 
 import polars_async as pa
 from polars_async import Reason
-from polars_async.gpu import _cudf, _probe
-from polars_async.gpu._nvml import Host, HostDevice
+from polars_async.gpu import cudf
+from polars_async.gpu import probe as _probe
 from polars_async.gpu.breaker import Health, breaker
+from polars_async.gpu.nvml import Host, HostDevice
 from polars_async.testing import simulate_gpu
 
 GIBIBYTE = 2**30
@@ -32,8 +33,8 @@ def state():
         list(sys.meta_path),
         {name: value for name, value in os.environ.items() if name != "PYTEST_CURRENT_TEST"},
         dict(vars(pl.GPUEngine)),
-        _cudf.find_cudf_polars(),
-        _cudf.import_failure(),
+        cudf.find_cudf_polars(),
+        cudf.import_failure(),
         breaker.health,
     )
 
@@ -58,7 +59,7 @@ def test_one_gpu_is_there_and_usable():
     assert (status.cuda_version, status.cudf_polars_version) == ((13, 0), "26.10.2")
     [device] = status.devices
     assert (device.name, device.memory_total) == ("Simulated GPU", 80 * GIBIBYTE)
-    assert (device.compute_capability, device.taken) == ((9, 0), True)
+    assert (device.compute_capability, device.selected) == ((9, 0), True)
 
 
 def test_host_is_as_asked_for():
@@ -102,7 +103,7 @@ def test_variables_of_cuda_hide_nothing_at_first_and_count_once_they_are_set(mon
         assert pa.gpu_status().usable
         with pytest.MonkeyPatch.context() as within:
             within.setenv("CUDA_VISIBLE_DEVICES", "1")
-            assert [device.taken for device in pa.gpu_status().devices] == [False, True]
+            assert [device.selected for device in pa.gpu_status().devices] == [False, True]
             within.setenv("CUDA_VISIBLE_DEVICES", "")
             assert pa.gpu_status().reason is Reason.DEVICES_HIDDEN
     assert os.environ["CUDA_VISIBLE_DEVICES"] == "-1"
@@ -287,13 +288,13 @@ def test_import_that_failed_is_forgotten_afterwards():
 
 def test_import_that_had_failed_before_is_remembered(monkeypatch):
     monkeypatch.setattr(_probe, "probe", _probe.Probe())
-    _cudf.note_import_failure(ImportError("really"))
+    cudf.note_import_failure(ImportError("really"))
     try:
         with simulate_gpu():
             assert pa.gpu_status().usable
-        assert _cudf.import_failure() == "ImportError: really"
+        assert cudf.import_failure() == "ImportError: really"
     finally:
-        _cudf.forget_import_failure()
+        cudf.forget_import_failure()
 
 
 def test_it_decorates_too():
@@ -384,7 +385,7 @@ def test_query_that_outlives_its_host_changes_nothing(fault, monkeypatch):
     collector.close()
     assert sys.modules["cudf_polars"] is real
     assert breaker.health == Health()
-    assert _cudf.import_failure() is None
+    assert cudf.import_failure() is None
 
 
 def test_status_of_a_simulated_host_holds_for_no_other(monkeypatch):

@@ -15,9 +15,10 @@ from places import IS_STOPPED, TINY, Notes, until
 from test_faults import Asyncio, Gevent, Trio
 from test_races import Together, Told, end, query_of
 
-from polars_async import PolarsAsyncError, QueryTimeoutError, deadlines
-from polars_async.admission import Admission
-from polars_async.query import Query
+from polars_async import PolarsAsyncError, QueryTimeoutError
+from polars_async._runtime import timers
+from polars_async.scheduling.admission import Admission
+from polars_async.scheduling.query import Query
 
 pytestmark = pytest.mark.everywhere
 
@@ -27,7 +28,7 @@ class Time:
 
     def __init__(self):
         self.now = 0.0
-        self.clock = deadlines._Clock()
+        self.clock = timers._Clock(self)
 
     def __call__(self):
         return self.now
@@ -46,8 +47,7 @@ class Time:
 @pytest.fixture
 def time(monkeypatch):
     time = Time()
-    monkeypatch.setattr(deadlines._TheClock, "clock", time.clock)
-    monkeypatch.setattr(deadlines, "monotonic", time)
+    monkeypatch.setattr(timers._TheClock, "clock", time.clock)
     yield time
     time.end()
 
@@ -194,7 +194,7 @@ def test_what_comes_too_late_is_dropped_in_silence(
 
     handle = asyncio.run(main())
     assert timed_out(handle)
-    assert (handle._query._value, handle._query._error) == (None, None)
+    assert (handle._query._outcome.value, handle._query._outcome.error) == (None, None)
     assert (noise, caplog.records, capfd.readouterr().err) == ([], [], "")
 
 
@@ -313,14 +313,14 @@ def test_time_out_of_trio_cancels_the_query(collector, blocked):
 
 
 def test_earlier_deadline_that_comes_later_is_kept(collector, blocked, monkeypatch):
-    monkeypatch.setattr(deadlines._TheClock, "clock", clock := deadlines._Clock())
-    waits, when_put = threading.Event(), deadlines.when_put
+    monkeypatch.setattr(timers._TheClock, "clock", clock := timers._Clock())
+    waits, when_put = threading.Event(), timers.when_put
 
     def say_and_wait(bell, seconds):
         waits.set()
         when_put(bell, seconds)
 
-    monkeypatch.setattr(deadlines, "when_put", say_and_wait)
+    monkeypatch.setattr(timers, "when_put", say_and_wait)
     later = collector.collect_async(blocked.lf, timeout=3600)
     assert waits.wait(30)
     timed_out(collector.collect_async(TINY, timeout=0.001))
@@ -361,13 +361,13 @@ def test_deadlines_come_in_their_order(collector, blocked, time):
 
 
 def test_clock_ends_after_its_last_deadline_and_is_started_anew(collector, blocked, monkeypatch):
-    monkeypatch.setattr(deadlines._TheClock, "clock", clock := deadlines._Clock())
-    ended, start_new_thread = threading.Semaphore(0), deadlines.start_new_thread
+    monkeypatch.setattr(timers._TheClock, "clock", clock := timers._Clock())
+    ended, start_new_thread = threading.Semaphore(0), timers.start_new_thread
 
     def start(run, arguments):
         start_new_thread(lambda: (run(*arguments), ended.release()), ())
 
-    monkeypatch.setattr(deadlines, "start_new_thread", start)
+    monkeypatch.setattr(timers, "start_new_thread", start)
     collector.collect_async(blocked.lf)
     for _ in range(3):
         timed_out(collector.collect_async(TINY, timeout=0.001))
@@ -389,7 +389,7 @@ class Failing:
 def test_clock_survives_what_is_raised_at_a_time_out(collector, blocked, time, caplog, kind):
     handle = collector.collect_async(blocked.lf, timeout=5)
     assert blocked.started.wait()
-    deadlines.set_deadline(5, Failing(kind()))
+    timers.set_deadline(5, Failing(kind()))
     after = collector.collect_async(TINY, timeout=6)
     time.passes(5)
     timed_out(handle)
@@ -403,12 +403,14 @@ def test_clock_survives_what_is_raised_at_a_time_out(collector, blocked, time, c
 def test_clock_that_dies_is_replaced_with_the_next_deadline(
     collector, blocked, time, monkeypatch, caplog
 ):
-    def no_memory(*_):
-        monkeypatch.setattr(deadlines, "heappop", heappop)
+    def no_memory(heap):
+        if heap is not time.clock.deadlines:  # but of the clock of an earlier test
+            return heappop(heap)
+        monkeypatch.setattr(timers, "heappop", heappop)
         raise MemoryError
 
-    heappop = deadlines.heappop
-    monkeypatch.setattr(deadlines, "heappop", no_memory)
+    heappop = timers.heappop
+    monkeypatch.setattr(timers, "heappop", no_memory)
     handle = collector.collect_async(blocked.lf, timeout=5)
     assert blocked.started.wait()
     time.passes(5)
@@ -421,7 +423,7 @@ def test_clock_that_dies_is_replaced_with_the_next_deadline(
 
 
 def test_deadlines_that_were_lifted_do_not_pile_up(collector, blocked, monkeypatch, time):
-    monkeypatch.setattr(deadlines, "_SWEPT_FROM", 10)
+    monkeypatch.setattr(timers, "_SWEPT_FROM", 10)
     time.clock.swept_at = 10
     handle = collector.collect_async(blocked.lf, timeout=7200)
     for _ in range(200):
@@ -434,7 +436,7 @@ def test_deadlines_that_were_lifted_do_not_pile_up(collector, blocked, monkeypat
 
 
 def test_deadlines_of_queries_on_the_way_are_all_kept(collector, blocked, monkeypatch, time):
-    monkeypatch.setattr(deadlines, "_SWEPT_FROM", 10)
+    monkeypatch.setattr(timers, "_SWEPT_FROM", 10)
     time.clock.swept_at = 10
     collector.collect_async(blocked.lf)
     handles = [collector.collect_async(TINY, timeout=100 - i) for i in range(50)]
@@ -445,7 +447,7 @@ def test_deadlines_of_queries_on_the_way_are_all_kept(collector, blocked, monkey
 
 @pytest.mark.parametrize("timeout", [Fraction(1, 1000)])
 def test_clock_outlives_any_number(collector, blocked, timeout, monkeypatch):
-    monkeypatch.setattr(deadlines._TheClock, "clock", deadlines._Clock())  # it may not come back
+    monkeypatch.setattr(timers._TheClock, "clock", timers._Clock())  # it may not come back
     collector.collect_async(blocked.lf)
     try:
         handle = collector.collect_async(TINY, timeout=timeout)
@@ -463,7 +465,7 @@ def test_query_that_cannot_be_timed_is_not_left_behind(collector, blocked, time,
 
     collector.collect_async(blocked.lf)
     with monkeypatch.context() as patch:
-        patch.setattr(deadlines, "start_new_thread", start_new_thread)
+        patch.setattr(timers, "start_new_thread", start_new_thread)
         with pytest.raises(RuntimeError, match="can't start new thread"):
             collector.collect_async(TINY, timeout=5)
     assert collector._cpu.admission.waiting == 0
@@ -476,7 +478,7 @@ FORK = """
 import os, signal, sys, threading, warnings
 warnings.simplefilter("ignore", DeprecationWarning)  # of a fork beside threads, from 3.12 on
 import polars as pl, polars_async as pa
-from polars_async import deadlines
+from polars_async._runtime import timers
 
 class Query:  # a real one would start Polars' threads
     def expire(self):
@@ -484,11 +486,11 @@ class Query:  # a real one would start Polars' threads
 
 held = threading.Event()
 def hold():
-    with deadlines._TheClock.clock.lock:
+    with timers._TheClock.clock.lock:
         held.set()
         threading.Event().wait()
 
-deadlines.set_deadline(3600, Query())
+timers.set_deadline(3600, Query())
 if sys.argv[1] == "held":
     threading.Thread(target=hold, daemon=True).start()
     held.wait()
@@ -509,7 +511,7 @@ assert os.waitpid(child, 0)[1] == 0, "the child hung"
 if sys.argv[1] != "held":
     told = threading.Event()
     Query.expire = lambda _: told.set()
-    deadlines.set_deadline(0.01, Query())
+    timers.set_deadline(0.01, Query())
     assert told.wait(10)
 print("over")
 """
@@ -535,7 +537,7 @@ def _switch_often():
 def test_of_an_end_and_a_time_out_one_is_first():
     admission = Admission(1)
     query = None
-    with Together(lambda: end(query), lambda: query.expire()) as together:  # noqa: PLW0108  # another each time
+    with Together(lambda: end(admission, query), lambda: query.expire()) as together:  # noqa: PLW0108  # another each time
         for i in range(1000):
             query, told = query_of(admission, i), Told()
             assert query.add_waiter(told)
@@ -547,7 +549,7 @@ def test_of_an_end_and_a_time_out_one_is_first():
             if query._late is None:
                 assert query.outcome(CancelledError) == i
             else:
-                assert query._value is None
+                assert query._outcome.value is None
                 with pytest.raises(QueryTimeoutError):
                     query.outcome(CancelledError)
 
@@ -566,7 +568,7 @@ def test_of_a_cancellation_and_a_time_out_one_is_first():
             query, told = query_of(admission, i), Told()
             assert query.add_waiter(told)
             together.turn()
-            end(query)
+            end(admission, query)
             assert told.times == 1
             counts = admission.counts
             assert counts.cancelled + counts.timed_out == i + 1
@@ -579,7 +581,7 @@ def test_of_a_cancellation_and_a_time_out_one_is_first():
 def test_deadline_of_a_query_that_ends_meanwhile_is_lifted():
     admission = Admission(1)
     query = None
-    with Together(lambda: end(query), lambda: query.expire_in(3600)) as together:
+    with Together(lambda: end(admission, query), lambda: query.expire_in(3600)) as together:
         for i in range(500):
             query = query_of(admission, i)
             together.turn()

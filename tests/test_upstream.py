@@ -23,8 +23,8 @@ from polars.io.plugins import register_io_source
 from polars.lazyframe import engine, engine_config, in_process
 
 import polars_async as pa
-from polars_async import _upstream
-from polars_async.executors.mains import ADDED_TO
+from polars_async._runtime import upstream
+from polars_async.executors.main_module import ADDED_TO
 
 QUERY = pl.LazyFrame({"a": [1, 2]}).sum()
 
@@ -46,7 +46,7 @@ def run(script, *arguments, **environment):
 
 
 def test_every_name_is_polars_own_or_tested_here():
-    assert set(_upstream.__all__) == {
+    assert set(upstream.__all__) == {
         "AUTO_ENGINE",
         "BUILT_IN_ENGINES",
         "InProcessQuery",
@@ -61,6 +61,7 @@ def test_every_name_is_polars_own_or_tested_here():
         "ask_optimized_plan",
         "blocking_threads",
         "extensions_of",
+        "forbids_cpu",
         "gpu_callback",
         "hands_over_here",
         "is_eager",
@@ -85,31 +86,31 @@ def parquet(tmp_path):
 
 def test_text_of_a_plan_has_the_keys_that_are_looked_for(parquet):
     frame = pl.DataFrame({"a": range(10)}).lazy()
-    text, frame_bytes, end = _upstream.plan_text(frame.filter(pl.col("a") > 1).select("a"), 10_000)
-    assert end is _upstream.PlanEnd.WHOLE
+    text, frame_bytes, end = upstream.plan_text(frame.filter(pl.col("a") > 1).select("a"), 10_000)
+    assert end is upstream.PlanEnd.WHOLE
     select = json.loads(text)["Select"]
     assert select["expr"] == [{"Column": "a"}]
     scan = select["input"]["Filter"]["input"]["DataFrameScan"]
     assert set(scan) == {"df", "schema"}
     assert frame_bytes == len(scan["df"]) - 1
-    text = _upstream.plan_text(pl.scan_parquet(parquet), 10_000).text
+    text = upstream.plan_text(pl.scan_parquet(parquet), 10_000).text
     assert f'"sources":{{"Paths":[{{"inner":"{parquet}"}}]'.encode() in text
     frame.collect_schema()
-    text = _upstream.plan_text(frame, 10_000).text
+    text = upstream.plan_text(frame, 10_000).text
     assert text.startswith(b'{"IR":{"dsl":{"DataFrameScan":{"df":[')
     assert re.search(rb',"version":\d+\}\}$', text)
-    piped = _upstream.plan_text(frame.pipe_with_schema(lambda lf, _: lf), 10_000).text
+    piped = upstream.plan_text(frame.pipe_with_schema(lambda lf, _: lf), 10_000).text
     assert piped.startswith(b'{"PipeWithSchema":{"input":[')
 
 
 def test_text_of_a_plan_ends_at_the_limit_and_before_what_cannot_be_sent():
     large = pl.select(a=pl.int_range(0, 100_000)).lazy().sort("a")
-    text, frame_bytes, end = _upstream.plan_text(large, 200_000)
-    assert end is _upstream.PlanEnd.LIMIT
+    text, frame_bytes, end = upstream.plan_text(large, 200_000)
+    assert end is upstream.PlanEnd.LIMIT
     assert text.startswith(b'{"Sort":{"input":{"DataFrameScan":{"df":[')
     assert len(text) < 20_000 < frame_bytes  # the numbers are counted, not kept
-    text, _, end = _upstream.plan_text(QUERY.sink_csv(io.BytesIO(), lazy=True), 20_000)
-    assert (end, text[:9]) == (_upstream.PlanEnd.UNSENDABLE, b'{"Sink":{')
+    text, _, end = upstream.plan_text(QUERY.sink_csv(io.BytesIO(), lazy=True), 20_000)
+    assert (end, text[:9]) == (upstream.PlanEnd.UNSENDABLE, b'{"Sink":{')
 
 
 def test_text_of_a_plan_ends_before_a_python_object_which_is_not_pickled(monkeypatch):
@@ -117,15 +118,15 @@ def test_text_of_a_plan_ends_before_a_python_object_which_is_not_pickled(monkeyp
         raise AssertionError("it was pickled")
 
     monkeypatch.setattr(pickle, "dumps", pickled)
-    text, _, end = _upstream.plan_text(QUERY.map_batches(pickled), 10_000)
-    assert end is _upstream.PlanEnd.PYTHON
+    text, _, end = upstream.plan_text(QUERY.map_batches(pickled), 10_000)
+    assert end is upstream.PlanEnd.PYTHON
     assert text.endswith(b'"OpaquePython":{"function":')
 
 
 def test_function_that_was_pickled_before_has_the_mark_that_is_looked_for():
     plan = QUERY.select(pl.col("a").map_batches(os.getpid))
     again = pl.LazyFrame.deserialize(io.BytesIO(plan.serialize()))
-    assert _upstream.PICKLED in _upstream.plan_text(again, 100_000).text
+    assert upstream.PICKLED in upstream.plan_text(again, 100_000).text
 
 
 def test_function_that_cannot_be_packed_is_the_last_that_polars_gives_to_cloudpickle():
@@ -135,25 +136,25 @@ def test_function_that_cannot_be_packed_is_the_last_that_polars_gives_to_cloudpi
         return lock and values
 
     fine = QUERY.map_batches(lambda frame: frame)
-    assert _upstream.last_pickled(fine.map_batches(locked)) is locked
-    assert _upstream.last_pickled(QUERY) is None
+    assert upstream.last_pickled(fine.map_batches(locked)) is locked
+    assert upstream.last_pickled(QUERY) is None
     assert sys.getprofile() is None
 
 
 def test_namespaces_of_a_class_are_those_that_were_registered():
-    assert all(not _upstream.namespaces_of(kind) for kind in ADDED_TO)
+    assert all(not upstream.namespaces_of(kind) for kind in ADDED_TO)
     try:
         pl.api.register_series_namespace("of_a_test")(object)
-        assert _upstream.namespaces_of(pl.Series) == ["of_a_test"]
+        assert upstream.namespaces_of(pl.Series) == ["of_a_test"]
     finally:
         del pl.Series.of_a_test
         pl.Series._accessors.discard("of_a_test")
 
 
 def test_memory_that_polars_holds_is_known():
-    before = _upstream.memory_held()
+    before = upstream.memory_held()
     frame = pl.select(a=pl.int_range(0, 10_000_000).cast(pl.Float64))
-    assert _upstream.memory_held() - before > frame.estimated_size() / 2
+    assert upstream.memory_held() - before > frame.estimated_size() / 2
 
 
 def test_optimized_plan_is_what_polars_hands_to_cudf_polars(monkeypatch):
@@ -165,7 +166,7 @@ def test_optimized_plan_is_what_polars_hands_to_cudf_polars(monkeypatch):
     optimizations = [pl.QueryOptFlags(), pl.QueryOptFlags.none()]
     for flags in optimizations:
         query.collect(engine="gpu", optimizations=flags)
-    shown = [_upstream.ask_optimized_plan(query, flags, nodes) for flags in optimizations]
+    shown = [upstream.ask_optimized_plan(query, flags, nodes) for flags in optimizations]
     assert shown == handed
     assert handed[0] != handed[1]
 
@@ -184,25 +185,25 @@ def test_query_whose_plan_is_asked_for_does_not_run():
         raise AssertionError("it runs")
 
     query = QUERY.map_batches(run, schema={"a": pl.Int64})
-    assert _upstream.ask_optimized_plan(query, pl.QueryOptFlags(), lambda _: "asked") == "asked"
+    assert upstream.ask_optimized_plan(query, pl.QueryOptFlags(), lambda _: "asked") == "asked"
 
 
 def test_optimized_plan_raises_what_is_wrong_with_the_query_or_the_question():
     with pytest.raises(pl.exceptions.ColumnNotFoundError, match='"b"'):
-        _upstream.ask_optimized_plan(QUERY.select("b"), pl.QueryOptFlags(), nodes)
+        upstream.ask_optimized_plan(QUERY.select("b"), pl.QueryOptFlags(), nodes)
 
     def refuse(_):
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        _upstream.ask_optimized_plan(QUERY, pl.QueryOptFlags(), refuse)
+        upstream.ask_optimized_plan(QUERY, pl.QueryOptFlags(), refuse)
 
 
 @pytest.mark.parametrize("closed", ["_ldf", "_pyoptflags"])
 def test_optimized_plan_of_a_polars_that_hands_out_none_is_none(monkeypatch, closed):
     plan, flags = QUERY.sum(), pl.QueryOptFlags()
     monkeypatch.setattr(plan if closed == "_ldf" else flags, closed, object())
-    assert _upstream.ask_optimized_plan(plan, flags, nodes) is None
+    assert upstream.ask_optimized_plan(plan, flags, nodes) is None
 
 
 def test_callback_of_the_gpu_engine_is_what_polars_would_call(monkeypatch):
@@ -212,17 +213,23 @@ def test_callback_of_the_gpu_engine_is_what_polars_would_call(monkeypatch):
     monkeypatch.setitem(sys.modules, "cudf_polars", module)
     gpu, flags = pl.GPUEngine(), pl.QueryOptFlags()
     gpu.collect(QUERY, optimizations=flags)
-    callback = _upstream.gpu_callback(gpu)
+    callback = upstream.gpu_callback(gpu)
     gpu.collect(QUERY, optimizations=flags, post_opt_callback=callback)
     assert called[0] == called[1]
     assert called[0][1] is gpu
+
+
+@pytest.mark.parametrize("forbids", [True, False])
+def test_gpu_engine_tells_whether_it_forbids_the_cpu(forbids):
+    assert upstream.forbids_cpu(pl.GPUEngine(raise_on_fail=forbids)) is forbids
+    assert not upstream.forbids_cpu(pl.InMemoryEngine())
 
 
 @pytest.mark.parametrize("moved", [object(), lambda: None, lambda *, background: background])
 def test_callback_of_a_polars_that_has_another_is_none(moved):
     gpu = pl.GPUEngine()
     gpu._post_opt_callback = moved
-    assert _upstream.gpu_callback(gpu) is None
+    assert upstream.gpu_callback(gpu) is None
 
 
 def test_operations_on_frames_are_told_by_their_flags(monkeypatch):
@@ -236,14 +243,14 @@ def test_operations_on_frames_are_told_by_their_flags(monkeypatch):
     monkeypatch.setattr(pl.InMemoryEngine, "collect", note)
     pl.DataFrame({"a": [1]}).select("a")
     QUERY.collect(engine="in-memory")
-    assert [_upstream.is_eager(each) for each in flags] == [True, False]
-    assert not _upstream.is_eager(object())
+    assert [upstream.is_eager(each) for each in flags] == [True, False]
+    assert not upstream.is_eager(object())
 
 
 def test_background_query_is_polars_own():
-    assert _upstream.InProcessQuery is in_process.InProcessQuery
+    assert upstream.InProcessQuery is in_process.InProcessQuery
     assert isinstance(
-        QUERY.collect(background=True, engine=pa.AsyncEngine()), _upstream.InProcessQuery
+        QUERY.collect(background=True, engine=pa.AsyncEngine()), upstream.InProcessQuery
     )
 
 
@@ -258,15 +265,15 @@ def test_background_query_replaces_all_that_polars_own_can_do():
 
 
 def test_affinity_override_is_polars_own():
-    assert _upstream.affinity_override is engine_config.get_engine_affinity_override
+    assert upstream.affinity_override is engine_config.get_engine_affinity_override
 
     with pl.Config():
-        assert _upstream.affinity_override() is None
+        assert upstream.affinity_override() is None
         own = pl.StreamingEngine()
         pl.Config.set_engine_affinity(own)
-        assert _upstream.affinity_override() is own
+        assert upstream.affinity_override() is own
         pl.Config.set_engine_affinity("streaming")
-        assert _upstream.affinity_override() is None
+        assert upstream.affinity_override() is None
 
 
 def test_engine_is_asked_for_its_class_before_the_variable_goes(monkeypatch):
@@ -274,7 +281,7 @@ def test_engine_is_asked_for_its_class_before_the_variable_goes(monkeypatch):
         @property
         def __class__(self):
             variable = os.environ.get("POLARS_ENGINE_AFFINITY")
-            asked.append((_upstream.sets_affinity(), variable))
+            asked.append((upstream.sets_affinity(), variable))
             return type(self)
 
     asked, engine = [], Asked()
@@ -291,14 +298,14 @@ def test_engine_is_asked_for_its_class_before_the_variable_goes(monkeypatch):
 
 @pytest.mark.parametrize("function", [pl.LazyFrame.sink_batches, register_io_source])
 def test_function_that_polars_warns_of_is_had_without_the_warning(function):
-    assert function.__name__ == _upstream.without_warning(function).__name__
-    assert _upstream.without_warning(function) is not function
-    assert _upstream.without_warning(run) is run
+    assert function.__name__ == upstream.without_warning(function).__name__
+    assert upstream.without_warning(function) is not function
+    assert upstream.without_warning(run) is run
 
 
 def test_auto_engine_is_polars_own():
-    assert type(_upstream.AUTO_ENGINE) is engine._AutoEngine
-    assert _upstream.AUTO_ENGINE.name == "auto"
+    assert type(upstream.AUTO_ENGINE) is engine._AutoEngine
+    assert upstream.AUTO_ENGINE.name == "auto"
 
 
 def test_auto_engine_does_not_ask_the_affinity():
@@ -309,7 +316,7 @@ def test_auto_engine_does_not_ask_the_affinity():
     with pl.Config(engine_affinity=Refusing()):
         with pytest.raises(AssertionError, match="the affinity was asked"):
             QUERY.collect(engine="auto")
-        assert QUERY.collect(engine=_upstream.AUTO_ENGINE).item() == 3
+        assert QUERY.collect(engine=upstream.AUTO_ENGINE).item() == 3
 
 
 class Spy(pl.InMemoryEngine):
@@ -341,12 +348,12 @@ def test_package_folder_holds_every_frame_of_polars(call):
 
     polars = [name for name in spy.files if name != __file__]
     assert polars
-    assert all(name.startswith(_upstream.PACKAGE_FOLDER) for name in polars)
+    assert all(name.startswith(upstream.PACKAGE_FOLDER) for name in polars)
     assert spy.files[: -len(polars)] == [__file__] * 2
 
 
 def test_package_folder_is_no_mere_beginning_of_a_name():
-    assert f"{Path(pl.__file__).parent}{os.sep}" == _upstream.PACKAGE_FOLDER
+    assert f"{Path(pl.__file__).parent}{os.sep}" == upstream.PACKAGE_FOLDER
 
 
 THREADS = """
@@ -383,20 +390,20 @@ print(json.dumps([[*before.values()], new]))
 def test_names_of_polars_threads_are_its_own_but_for_those_of_one_pool(tmp_path):
     before, after = run(THREADS, tmp_path / "frame.parquet", POLARS_MAX_THREADS="11")
 
-    assert not [name for name in before if _upstream.POOL_THREAD.match(name)]
-    assert _upstream.SHARED_NAME not in before
+    assert not [name for name in before if upstream.POOL_THREAD.match(name)]
+    assert upstream.SHARED_NAME not in before
     # The allocator has a thread of its own, on which no query runs.
-    pools = [name for name in after if not name.startswith(("jemalloc", _upstream.SHARED_NAME))]
-    assert [name for name in pools if not _upstream.POOL_THREAD.match(name)] == []
-    kinds = {_upstream.POOL_THREAD.match(name).group() for name in pools}
+    pools = [name for name in after if not name.startswith(("jemalloc", upstream.SHARED_NAME))]
+    assert [name for name in pools if not upstream.POOL_THREAD.match(name)] == []
+    kinds = {upstream.POOL_THREAD.match(name).group() for name in pools}
     assert {kind.rstrip("0123456789") for kind in kinds} == {"polars-", "async-executor"}
-    assert _upstream.SHARED_NAME in after
+    assert upstream.SHARED_NAME in after
 
 
 BLOCKING = """
 import json, threading, warnings
 import polars as pl
-from polars_async._upstream import blocking_threads
+from polars_async._runtime.upstream import blocking_threads
 
 told = []
 all_busy, gate = threading.Event(), threading.Event()
@@ -444,7 +451,7 @@ from polars.io.plugins import register_io_source
 from polars.lazyframe import engine, engine_config, in_process
 {breakage}
 import polars_async as pa
-from polars_async import _upstream
+from polars_async._runtime import upstream
 
 query, plugin = pl.LazyFrame({{"a": [1, 2]}}).sum(), pa.AsyncEngine()
 answers = [
@@ -457,8 +464,8 @@ answers = [
 ]
 print(json.dumps([
     [answer.item() for answer in answers],
-    _upstream.InProcessQuery.__module__,
-    str(_upstream.affinity_override()),
+    upstream.InProcessQuery.__module__,
+    str(upstream.affinity_override()),
     pa.resolve_engine(path="sync").name,
     pa.resolve_engine().name,
 ]))
@@ -470,8 +477,8 @@ WHOLE = {"query": "polars.lazyframe.in_process", "sync": "auto"}
     ("breakage", "stands_in"),
     [
         ("", {}),
-        ("del in_process.InProcessQuery", {"query": "polars_async._upstream"}),
-        ("sys.modules[in_process.__name__] = None", {"query": "polars_async._upstream"}),
+        ("del in_process.InProcessQuery", {"query": "polars_async._runtime.upstream"}),
+        ("sys.modules[in_process.__name__] = None", {"query": "polars_async._runtime.upstream"}),
         ("del engine_config.get_engine_affinity_override", {}),
         ("sys.modules[engine_config.__name__] = None", {}),
         ("del engine._AutoEngine", {"sync": "in-memory"}),
@@ -501,10 +508,10 @@ del engine_config.get_engine_affinity_override
 )
 def test_optimizations_are_taken_apart_and_put_together_again(make):
     before = make()
-    flags = _upstream.optimization_flags(before)
-    after = _upstream.optimizations_of(flags)
-    assert _upstream.optimization_flags(after) == flags
-    assert _upstream.is_eager(after) is _upstream.is_eager(before)
+    flags = upstream.optimization_flags(before)
+    after = upstream.optimizations_of(flags)
+    assert upstream.optimization_flags(after) == flags
+    assert upstream.is_eager(after) is upstream.is_eager(before)
     assert after.predicate_pushdown is before.predicate_pushdown
     assert {"predicate_pushdown", "comm_subplan_elim", "eager"} <= set(flags)
 
@@ -513,17 +520,17 @@ def test_optimizations_without_their_private_half_are_the_public_flags():
     class Public:
         predicate_pushdown = False
 
-    assert _upstream.optimization_flags(Public()) == {"predicate_pushdown": False}
+    assert upstream.optimization_flags(Public()) == {"predicate_pushdown": False}
 
 
 def test_optimization_that_this_release_does_not_know_is_left_out():
-    after = _upstream.optimizations_of({"predicate_pushdown": False, "of_another_release": True})
+    after = upstream.optimizations_of({"predicate_pushdown": False, "of_another_release": True})
     assert not after.predicate_pushdown
 
 
 def test_built_in_engines_are_settings_and_no_more():
-    assert len(_upstream.BUILT_IN_ENGINES) == 4
-    for kind in _upstream.BUILT_IN_ENGINES:
+    assert len(upstream.BUILT_IN_ENGINES) == 4
+    for kind in upstream.BUILT_IN_ENGINES:
         made = pickle.loads(pickle.dumps(kind()))
         assert (type(made), made.name) == (kind, kind().name)
 
@@ -539,28 +546,28 @@ def ipc_file(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "way", [*_upstream._ways_to_map, None], ids=lambda way: str(way and way.__name__)
+    "way", [*upstream._ways_to_map, None], ids=lambda way: str(way and way.__name__)
 )
 def test_ipc_file_is_mapped_or_else_read(ipc_file, monkeypatch, way):
     file, path, frame = ipc_file
-    monkeypatch.setattr(_upstream, "_ways_to_map", () if way is None else (way,))
-    found = _upstream.map_ipc(file, dict(frame.schema))
+    monkeypatch.setattr(upstream, "_ways_to_map", () if way is None else (way,))
+    found = upstream.map_ipc(file, dict(frame.schema))
     assert found.equals(frame)
     assert (path in Path("/proc/self/maps").read_text()) is (way is not None)
 
 
 def test_ipc_file_that_maps_to_another_schema_is_read(ipc_file, monkeypatch):
     file, _, frame = ipc_file
-    monkeypatch.setattr(_upstream, "_ways_to_map", (lambda _: pl.DataFrame({"a": ["1"]}),))
-    assert _upstream.map_ipc(file, dict(frame.schema)).equals(frame)
+    monkeypatch.setattr(upstream, "_ways_to_map", (lambda _: pl.DataFrame({"a": ["1"]}),))
+    assert upstream.map_ipc(file, dict(frame.schema)).equals(frame)
 
 
 def test_ipc_file_is_had_without_pyarrow(ipc_file, monkeypatch):
     file, _, frame = ipc_file
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     with pytest.raises(ImportError):
-        _upstream._map_with_pyarrow(file)
-    assert _upstream.map_ipc(file, dict(frame.schema)).equals(frame)
+        upstream._map_with_pyarrow(file)
+    assert upstream.map_ipc(file, dict(frame.schema)).equals(frame)
 
 
 def packed(lf, path):
@@ -591,7 +598,7 @@ def test_plan_of_a_sink_that_hands_over_to_this_process_is_told_from_others(tmp_
         (False, lf.map_batches(lambda _: lock).sink_csv(tmp_path / "a", lazy=True)),
     ):
         data = packed(plan, tmp_path / "plan")
-        assert _upstream.hands_over_here(io.BytesIO(data)) is here, plan
+        assert upstream.hands_over_here(io.BytesIO(data)) is here, plan
 
 
 def test_no_data_and_no_text_in_a_plan_look_like_such_a_sink(tmp_path):
@@ -599,14 +606,14 @@ def test_no_data_and_no_text_in_a_plan_look_like_such_a_sink(tmp_path):
     text = data.decode("latin-1")
     lf = pl.LazyFrame({"data": [data], "text": [text], text: [1]})
     plan = packed(lf.with_columns(pl.lit(data).alias("bytes"), pl.lit(text)), tmp_path / "plan")
-    assert not _upstream.hands_over_here(io.BytesIO(plan))
+    assert not upstream.hands_over_here(io.BytesIO(plan))
 
 
 @pytest.mark.parametrize("piece", [1, 7, 1000])
 def test_such_a_sink_is_found_wherever_it_begins(tmp_path, monkeypatch, piece):
-    monkeypatch.setattr(_upstream, "_PIECE", piece)
+    monkeypatch.setattr(upstream, "_PIECE", piece)
     data = packed(pl.LazyFrame({"a": [1]}).sink_batches(print, lazy=True), tmp_path / "plan")
-    assert _upstream.hands_over_here(io.BytesIO(data))
+    assert upstream.hands_over_here(io.BytesIO(data))
 
 
 @pytest.mark.filterwarnings("ignore:.*unstable")
@@ -617,8 +624,8 @@ def test_extension_types_of_a_plan_are_found():
         kind = pl.Extension(name, pl.Int64, "text")
         frame = frame.with_columns(pl.Series(name, [1, 2]).ext.to(kind))
     inner = frame.select(pl.struct(pl.all()).alias("s")).select(pl.concat_list("s").alias("l"))
-    assert _upstream.extensions_of(frame.lazy().serialize()) == names
-    assert _upstream.extensions_of(inner.lazy().serialize()) == names
+    assert upstream.extensions_of(frame.lazy().serialize()) == names
+    assert upstream.extensions_of(inner.lazy().serialize()) == names
     to = pl.LazyFrame({"a": [1]}).select(pl.col("a").ext.to(pl.Extension("short", pl.Int64)))
-    assert _upstream.extensions_of(to.serialize()) == {"short"}
-    assert _upstream.extensions_of(pl.LazyFrame({"Extension": ["name"]}).serialize()) == set()
+    assert upstream.extensions_of(to.serialize()) == {"short"}
+    assert upstream.extensions_of(pl.LazyFrame({"Extension": ["name"]}).serialize()) == set()

@@ -66,7 +66,7 @@ def _device(device: pa.GpuDevice) -> str:
             f"{device.uuid}",
             f"compute capability {_dotted(device.compute_capability)}",
             f"{_gib(device.memory_total)}, {_gib(device.memory_free)} of it free",
-            "taken" if device.taken else "not taken",
+            "selected" if device.selected else "not selected",
             device.message,
         )
     )

@@ -92,7 +92,7 @@ def _limited(limit: int, *, raise_on_fail: bool) -> pl.GPUEngine:
 def _too_large() -> pl.LazyFrame:
     """Make a cross join of fewer rows than cudf's limit, 2**31, and more bytes than the GPU's."""
     rows = 45_000
-    total = next((each.memory_total for each in pa.gpu_status().devices if each.taken), None)
+    total = next((each.memory_total for each in pa.gpu_status().devices if each.selected), None)
     columns = 1 + int(1.5 * (total or 2**37) / (rows**2 * 8 * 2))
     numbers = pl.int_range(rows, eager=True)
     left, right = (

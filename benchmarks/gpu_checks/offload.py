@@ -104,8 +104,8 @@ def grouped(source: pl.LazyFrame) -> pl.LazyFrame:
 
 
 def _free_memory() -> int | None:
-    taken = [each for each in pa.gpu_status(refresh=True).devices if each.taken]
-    return taken[0].memory_free if taken else None
+    selected = [each for each in pa.gpu_status(refresh=True).devices if each.selected]
+    return selected[0].memory_free if selected else None
 
 
 async def collectors(_settings: Settings, _gpu: SimulatedGpu | None) -> None:

@@ -1,8 +1,43 @@
-"""Await Polars queries from asyncio, trio and gevent; the engine that ran is never a secret."""
+"""
+Await Polars queries from asyncio, trio and gevent; the engine that ran is never a secret.
+
+The way of a query, from the call to the task that awaits it::
+
+    api, engine ──> collector ──> resolution ──> gpu          which engine runs it
+                        │
+                        v
+      scheduling: lane ──> admission ──> fair_queue           which query runs, and when
+                   │  a thread of the lane takes it out
+                   v
+      executors: threads | gpu_thread | processes | futures   where it runs
+                   │  Query.end sets the outcome
+                   v
+      bridges: mailbox ──> asyncio | trio | gevent | threads  how its waiters are woken
+
+Rooms, from the lowest to the highest; each imports from those before it alone:
+
+- ``errors``, ``reasons``: what can go wrong, in words.
+- ``_runtime``: the interpreter, gevent, forks, and all that is private of Polars (``upstream``).
+- ``bridges``: waiters of each kind of loop, and the buffer between a query and a stream.
+- ``gpu``: whether the GPU engine can run, running on it, and what its failures mean.
+- ``resolution``, ``events``: the decision about the engine, and what is reported of a query.
+- ``executors``: the operations of queries, and the places where they run.
+- ``scheduling``: a query's state, the queue, the slots, estimates, and the fallback to the CPU.
+- ``handle``, ``streams``, ``sharing``, ``collector``, ``api``, ``engine``: what users hold.
+- ``testing``, ``pytest_plugin``, ``cli``: a simulated GPU, and the commands.
+
+Threads: a lane has as many as it has slots, at most; each takes queries from the queue and runs
+them, or waits for the worker process that does. One thread serves all time-outs. Loops only submit,
+and are woken.
+
+Locks: that of an admission (the GPU's lanes share the CPU's) guards the queue, the slots and the
+state of every query in them. Each buffer of a stream, each pool of workers, each worker and each
+call of one has its own; none is held while a query runs, a hook is called or a waiter is woken. A
+thread that holds one of these takes no lock of an admission. Locks are free in forked children
+(``_runtime.fork``).
+"""
 
 from typing import TYPE_CHECKING
-
-from polars_async import _fork as _fork  # from now on it sees forks, whatever is used later
 
 __all__ = [
     "AsyncEngine",
@@ -40,7 +75,6 @@ __all__ = [
 
 if TYPE_CHECKING:
     from polars_async.api import collect_all_async, collect_async, configure, default_collector
-    from polars_async.background import BackgroundQuery
     from polars_async.collector import Collector
     from polars_async.engine import AsyncEngine
     from polars_async.errors import (
@@ -56,9 +90,10 @@ if TYPE_CHECKING:
     )
     from polars_async.events import EventKind, QueryEvent
     from polars_async.executors.dask import dask_executor
-    from polars_async.gpu import GpuDevice, GpuStatus, gpu_status
+    from polars_async.gpu import gpu_status
+    from polars_async.gpu.status import GpuDevice, GpuStatus
     from polars_async.gpu.support import GpuSupport, Support, gpu_support
-    from polars_async.handle import QueryHandle
+    from polars_async.handle import BackgroundQuery, QueryHandle
     from polars_async.reasons import Reason
     from polars_async.resolution import Resolution, resolve_engine
     from polars_async.sharing import share
@@ -66,19 +101,21 @@ if TYPE_CHECKING:
 else:
     from importlib import import_module
 
+    import_module(f"{__name__}._runtime.fork")  # from now on forks are seen, whatever is used later
+
     # Each is imported when it is first used: pytest imports this package at its start, for the sake
     # of the plug-in, and Polars takes a while.
     _HOMES = {
         "AsyncEngine": "engine",
-        "BackgroundQuery": "background",
+        "BackgroundQuery": "handle",
         "Collector": "collector",
         "CollectorClosedError": "errors",
         "EngineDowngradeWarning": "errors",
         "EngineUnavailableError": "errors",
         "EventKind": "events",
         "ForkedProcessError": "errors",
-        "GpuDevice": "gpu",
-        "GpuStatus": "gpu",
+        "GpuDevice": "gpu.status",
+        "GpuStatus": "gpu.status",
         "GpuSupport": "gpu.support",
         "PolarsAsyncError": "errors",
         "QueryEvent": "events",

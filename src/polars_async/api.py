@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import os
 from typing import TYPE_CHECKING, Literal, overload
 
-from polars_async._native import allocate_lock
+from polars_async._runtime.fork import new_lock
 from polars_async.collector import DEFAULT_OPTIMIZATIONS, Collector
 from polars_async.resolution import (
     engine_object,
@@ -19,24 +18,15 @@ if TYPE_CHECKING:
 
     import polars as pl
 
-    from polars_async.bridges.gevent import GeventHandle
     from polars_async.events import QueryEvent
-    from polars_async.executors.choice import ExecutorRequest
-    from polars_async.handle import QueryHandle
+    from polars_async.executors.factory import ExecutorRequest
+    from polars_async.handle import GeventHandle, QueryHandle
     from polars_async.resolution import EngineRequest, GpuPolicy
 
 
 class _Default:
-    lock = allocate_lock()
+    lock = new_lock()
     collector: Collector | None = None
-
-    @classmethod
-    def after_fork(cls) -> None:
-        cls.lock = allocate_lock()  # a thread that stayed behind may hold the old one
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_Default.after_fork)
 
 
 def configure(

@@ -18,10 +18,11 @@ from typing import TYPE_CHECKING, Any, Final, TypeAlias, TypeVar, get_args
 import polars as pl
 
 from polars_async import resolution
-from polars_async.gpu import GpuStatus, gpu_status
-from polars_async.gpu._cudf import find_cudf_polars
-from polars_async.gpu._visible import DEVICE_ORDER, VISIBLE_DEVICES
+from polars_async.gpu import gpu_status
 from polars_async.gpu.breaker import FAILURES, REST, breaker, breaker_of
+from polars_async.gpu.cudf import find_cudf_polars
+from polars_async.gpu.status import GpuStatus
+from polars_async.gpu.visible import DEVICE_ORDER, VISIBLE_DEVICES
 from polars_async.resolution import AFFINITY_VARIABLE, GPU_POLICY_VARIABLE
 
 if TYPE_CHECKING:
@@ -70,9 +71,10 @@ exit status:
                cudf_polars_version, environment (CUDA's variables), devices:
                each index, uuid, name, compute_capability ([9, 0]), memory_total
                and memory_free (bytes), number (as in GPUEngine(device=0)),
-               taken, usable, reason, message, breaker (in worker processes);
-               breaker: failures (in a row), rest_seconds (left), message. All
-               are those of this process, as each has its own; see stats()
+               selected, usable, reason, message, breaker (in worker processes);
+               breaker: failures (in a row), cooldown_seconds (left),
+               message. All are those of this process, as each has its
+               own; see stats()
   problems     sentences, each with its remedy
   exit_status  0 or 2
 """
@@ -224,7 +226,7 @@ def _breaker(of: Breaker) -> Report:
     )
     if (rest := of.rest()) is not None:
         message = f"open: the GPU rests for {seconds:.0f} s more. Last time, {rest.failure}"
-    return {"failures": of.health.failures, "rest_seconds": seconds, "message": message}
+    return {"failures": of.health.failures, "cooldown_seconds": seconds, "message": message}
 
 
 def _told(report: Report, width: int) -> Iterator[str]:
@@ -282,8 +284,8 @@ def _asked(setting: Report, variable: str) -> str:
 
 
 def _about(device: Report) -> Iterator[str]:
-    is_usable, is_taken = ("" if device[key] else "not " for key in ("usable", "taken"))
-    yield f"{device['name'] or 'name unknown'}: {is_usable}usable, {is_taken}taken"
+    is_usable, is_selected = ("" if device[key] else "not " for key in ("usable", "selected"))
+    yield f"{device['name'] or 'name unknown'}: {is_usable}usable, {is_selected}selected"
     yield device["uuid"] or "uuid unknown"
     yield f"compute capability {_dotted(device['compute_capability'])}"
     sizes = ((kind, device[f"memory_{kind}"]) for kind in ("total", "free"))

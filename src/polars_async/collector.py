@@ -5,29 +5,29 @@ from __future__ import annotations
 import sys
 from concurrent.futures import Executor
 from functools import partial
+from importlib import import_module
 from math import nan
 from typing import TYPE_CHECKING, Any, Final, Literal, TypedDict, TypeVar, overload
 
 import polars as pl
 
-from polars_async import _fork, bridges
-from polars_async._native import holding
-from polars_async._nesting import in_query
-from polars_async.admission import stats_of
-from polars_async.background import BackgroundQuery
+from polars_async import bridges
+from polars_async._runtime import fork
+from polars_async._runtime.arguments import check_frame, checked_frames
+from polars_async._runtime.callers import call_site
+from polars_async._runtime.nesting import in_query
+from polars_async._runtime.unpatched import holding
+from polars_async.bridges import Suspension
+from polars_async.bridges.buffer import Buffer
 from polars_async.bridges.threads import block_or_let_run
-from polars_async.callers import call_site
 from polars_async.events import Reporter
-from polars_async.executors.choice import IN_PROCESSES, default_running, gpu_place_of, place_of
-from polars_async.executors.threads import HERE
-from polars_async.expectations import Expectation, Expectations
-from polars_async.frames import check_frame, checked_frames
+from polars_async.executors import operations
+from polars_async.executors.factory import IN_PROCESSES, default_running, gpu_place_of, place_of
+from polars_async.executors.operations import Collect, CollectAll, Schema, Sink
+from polars_async.executors.threads import Threads
 from polars_async.gpu.breaker import key_of
 from polars_async.gpu.devices import named_device
-from polars_async.handle import QueryHandle
-from polars_async.lane import Lane
-from polars_async.open_streams import MAX_STREAMS
-from polars_async.query import Query
+from polars_async.handle import BackgroundQuery, GeventHandle, QueryHandle
 from polars_async.resolution import (
     decide,
     engine_object,
@@ -36,19 +36,23 @@ from polars_async.resolution import (
     request_of,
     warn_of,
 )
-from polars_async.scheduling import PRIORITIES
-from polars_async.streams import Batches, Buffer, Completions, Suspension
-from polars_async.work import collect, collect_each, feed, schema
-from polars_async.work import sink as run_sink
+from polars_async.scheduling.admission import stats_of
+from polars_async.scheduling.estimates import Expectation, Expectations
+from polars_async.scheduling.fair_queue import PRIORITIES, long_at_once
+from polars_async.scheduling.lane import Lane
+from polars_async.scheduling.open_streams import MAX_STREAMS
+from polars_async.scheduling.pausing import PausableQuery
+from polars_async.scheduling.query import Query
+from polars_async.streams import Batches, Completions
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Sequence
+    from collections.abc import Callable, Iterable, Iterator
     from types import TracebackType
     from typing import Self, Unpack
 
-    from polars_async.bridges.gevent import GeventHandle
     from polars_async.events import QueryEvent
-    from polars_async.executors.choice import ExecutorRequest
+    from polars_async.executors.factory import ExecutorRequest
+    from polars_async.executors.operations import Operation
     from polars_async.resolution import EngineRequest, GpuPolicy, QueryPath, Resolution
     from polars_async.streams import ResultStream
 
@@ -149,15 +153,15 @@ class Collector:
             gpu_policy(gpu)
         self._gpu_policy: Final = gpu
         self._default_engine: Final = default_engine
-        self._report: Final = Reporter(on_event)
+        self._reporter: Final = Reporter(on_event)
         known = Expectations(far=executor == "auto")
         max_running = max_running or default_running(executor)
-        place = place_of(executor, max_running, max_memory)
+        at_once = long_at_once(max_running)
+        place = place_of(executor, max_running, at_once, max_memory)
         self._cpu: Final = Lane(
             max_running,
             max_waiting,
             known,
-            self._report,
             place=place,
             tiny_here=executor == "auto",
             max_streams=max_streams or MAX_STREAMS,
@@ -167,8 +171,8 @@ class Collector:
             Lane,
             max_waiting=max_waiting,
             expectations=known,
-            report=self._report,
-            place=gpu_place_of(executor, place, max_running),
+            place=gpu_place_of(executor, place, at_once),
+            exclusive=True,
             fallback=self._cpu,
         )
         self._gpu: Final = self._make_gpu_lane(max_running if self._elsewhere else 1)
@@ -420,10 +424,11 @@ class Collector:
         if chunk_size is not None and chunk_size < 1:
             raise ValueError(f"chunk_size must be 1 or more rows, got {chunk_size!r}")
         resolution = self._resolved(engine, "batches", optimizations)
-        buffer = Buffer(self._lane(resolution))
-        options = {"chunk_size": chunk_size, "maintain_order": maintain_order}
-        work = partial(feed, lf, resolution.engine, optimizations, buffer, options)
-        query = self._submit(work, resolution, (lf,), timeout, priority, label, buffer=buffer)
+        buffer = Buffer()
+        operation = operations.Batches(
+            lf, resolution.engine, optimizations, buffer, chunk_size, maintain_order
+        )
+        query = self._submit(operation, resolution, timeout, priority, label)
         return Batches(query, buffer)
 
     @overload
@@ -481,8 +486,8 @@ class Collector:
         check_frame(sink)
         handle = _gevent_handle() if gevent else QueryHandle
         resolution = self._resolved(engine, "batches", optimizations)
-        work = partial(run_sink, sink, resolution.engine, optimizations)
-        return handle(self._submit(work, resolution, (sink,), timeout, priority, label))
+        operation = Sink(sink, resolution.engine, optimizations)
+        return handle(self._submit(operation, resolution, timeout, priority, label))
 
     @overload
     def collect_schema_async(
@@ -536,17 +541,7 @@ class Collector:
         check_frame(lf)
         handle = _gevent_handle() if gevent else QueryHandle
         resolution = self._resolved("in-memory", "async", DEFAULT_OPTIMIZATIONS)
-        query = self._submit(
-            partial(schema, lf),
-            resolution,
-            (lf,),
-            timeout,
-            priority,
-            label,
-            expectation=_TINY,
-            for_schema=True,
-        )
-        return handle(query)
+        return handle(self._submit(Schema(lf), resolution, timeout, priority, label))
 
     def collect_background(
         self,
@@ -652,11 +647,11 @@ class Collector:
             ``max_waiting`` (infinite without one) and ``max_streams``. All that counts the GPU's
             queries too; ``gpu_running`` and ``gpu_waiting`` do so alone. Of the whole process,
             ``gpu_failures`` tells how many times in a row the GPU has failed, and
-            ``gpu_rest_seconds`` how long it still rests for that, and is not tried; of several,
+            ``gpu_cooldown_seconds`` how long it still rests for that, and is not tried; of several,
             that of the most failures, and of the longest rest. In worker processes each GPU is
-            counted by itself, and ``gpu_0_failures`` and ``gpu_0_rest_seconds`` tell of that with
-            NVML's index 0, once it has run a query. ``workers``
-            counts the worker processes, and ``workers_died`` those that died with a query.
+            counted by itself: ``gpu_0_failures`` and ``gpu_0_cooldown_seconds`` are those of the
+            GPU with NVML's index 0, once it has run a query. ``workers`` counts the worker
+            processes, and ``workers_died`` those that died with a query.
         """
         *on_gpus, cpu = (lane.admission for lane in self._lanes)
         found = stats_of(cpu, on_gpus)
@@ -756,8 +751,8 @@ class Collector:
     ) -> Query[pl.DataFrame]:
         check_frame(lf)
         resolution = self._resolved(engine, path, optimizations)
-        work = partial(collect, lf, resolution.engine, optimizations)
-        return self._submit(work, resolution, (lf,), timeout, priority, label)
+        operation = Collect(lf, resolution.engine, optimizations)
+        return self._submit(operation, resolution, timeout, priority, label)
 
     def _collect_all(
         self,
@@ -772,13 +767,13 @@ class Collector:
     ) -> Query[list[pl.DataFrame]]:
         frames = checked_frames(lazy_frames)
         resolution = self._resolved(engine, path, optimizations)
-        work = partial(collect_each, frames, resolution.engine, optimizations)
-        return self._submit(work, resolution, frames, timeout, priority, label)
+        operation = CollectAll(frames, resolution.engine, optimizations)
+        return self._submit(operation, resolution, timeout, priority, label)
 
     def _resolved(
         self, engine: EngineRequest | None, path: QueryPath, optimizations: pl.QueryOptFlags
     ) -> Resolution:
-        _fork.check()
+        fork.check()
         resolution = self.resolve_engine(engine, path=path, optimizations=optimizations)
         warn_of(resolution)
         return resolution
@@ -812,16 +807,11 @@ class Collector:
 
     def _submit(
         self,
-        work: Callable[[], T],
+        operation: Operation[T],
         resolution: Resolution,
-        frames: Sequence[pl.LazyFrame],
         timeout: float | None,
         priority: int,
         label: str | None,
-        *,
-        expectation: Expectation | None = None,
-        for_schema: bool = False,
-        buffer: Buffer | None = None,
     ) -> Query[T]:
         if timeout is not None:
             timeout = _seconds(timeout)
@@ -834,20 +824,17 @@ class Collector:
             raise TypeError(f"label must be a string, or None, got {label!r}")
         lane = self._lane(resolution)
         query = Query(
-            work,
+            operation,
             resolution,
-            lane.admission,
-            self._report,
-            frames=frames,
+            self._reporter,
+            lane.admission.owner,
             priority=priority,
             label=label,
-            expectation=expectation,
-            is_stream=buffer is not None,
-            runs_engine=not for_schema,
+            expectation=None if operation.runs_engine else _TINY,
         )
-        if buffer is not None:
-            buffer.bind(query)
-        if lane.place is not HERE:
+        if isinstance(operation, operations.Batches):
+            operation.buffer.bind(PausableQuery(lane, query))
+        if not isinstance(lane.place, Threads):
             query.call_site = call_site()
         here = lane.submit(query)
         try:
@@ -885,7 +872,7 @@ def _seconds(timeout: Any) -> float:
 
 def _gevent_handle() -> type[QueryHandle[Any]]:
     try:
-        from polars_async.bridges.gevent import GeventHandle  # noqa: PLC0415  # optional
+        import_module("gevent")
     except ModuleNotFoundError as error:
         raise ImportError(
             "gevent=True needs gevent: install it, or polars-async[gevent]", name=error.name

@@ -6,31 +6,25 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 
 import polars as pl
 
-from polars_async import _fork
-from polars_async._upstream import AUTO_ENGINE
+from polars_async._runtime import fork
+from polars_async._runtime.arguments import checked_frames
+from polars_async._runtime.upstream import AUTO_ENGINE
 from polars_async.api import default_collector, warn_of_streaming
 from polars_async.errors import EngineUnavailableError
 from polars_async.events import tell_observers
-from polars_async.frames import checked_frames
+from polars_async.executors.operations import CollectAll
 from polars_async.gpu.failure import GpuFailure
 from polars_async.gpu.offload import collect_on_gpu
-from polars_async.resolution import (
-    DeferringEngine,
-    fallen_back,
-    is_on_gpu,
-    warn_of,
-    warn_of_unstable,
-)
-from polars_async.work import collect_each
+from polars_async.resolution import DeferringEngine, is_on_gpu, warn_of, warn_of_unstable
+from polars_async.scheduling.fallback import fallen_back
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
 
     from polars.lazyframe import QueryResult
 
-    from polars_async.background import BackgroundQuery
     from polars_async.collector import Collector
-    from polars_async.handle import QueryHandle
+    from polars_async.handle import BackgroundQuery, QueryHandle
     from polars_async.resolution import EngineRequest, QueryPath, Resolution
 
 
@@ -133,7 +127,7 @@ class AsyncEngine(DeferringEngine):
         frames, engine = checked_frames(lfs), self._synchronous(optimizations)
         if isinstance(engine, _GPUEngineHere):
             return [engine.collect(lf, optimizations=optimizations) for lf in frames]
-        return collect_each(frames, engine, optimizations)
+        return CollectAll(frames, engine, optimizations)()
 
     def collect_async(  # type: ignore[override]  # Polars promises its own private classes
         self, lf: pl.LazyFrame, *, optimizations: pl.QueryOptFlags, gevent: bool = False
@@ -207,7 +201,7 @@ class AsyncEngine(DeferringEngine):
         return resolution.engine
 
     def _resolved(self, path: QueryPath, optimizations: pl.QueryOptFlags) -> Resolution:
-        _fork.check()
+        fork.check()
         resolution = self.collector.resolve_engine(path=path, optimizations=optimizations)
         warn_of(resolution)
         return resolution

@@ -4,24 +4,18 @@ from __future__ import annotations
 
 import enum
 import logging
-import sys
-import threading
 from dataclasses import dataclass
-from functools import partial
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
 import polars as pl
 
-from polars_async._green import tell
+from polars_async._runtime.logs import complain, is_ctrl_c, log
 from polars_async.errors import text_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from polars_async.query import Query
     from polars_async.resolution import Resolution
-
-log: Final = logging.getLogger("polars_async")
 
 observers: Final[list[Callable[[Resolution], object]]] = []
 """Told of each query of the process that has run, or was let go while it did: for test suites."""
@@ -34,13 +28,13 @@ class EventKind(enum.StrEnum):
     """It was handed to the collector."""
     DOWNGRADED = "downgraded"
     """The GPU engine was asked for, and another runs."""
-    FELL_BACK = "fell back"
+    FELL_BACK = "fell_back"
     """The engine that ran it could not, and the in-memory engine took over."""
     STARTED = "started"
     FINISHED = "finished"
     FAILED = "failed"
     CANCELLED = "cancelled"
-    TIMED_OUT = "timed out"
+    TIMED_OUT = "timed_out"
     REJECTED = "rejected"
     """The collector was full or closed."""
 
@@ -95,7 +89,8 @@ class QueryEvent:
 
     def __str__(self) -> str:
         label = f" {self.label!r}" if self.label is not None else ""
-        parts = [f"query {self.query_id}{label} {self.kind}: {self.engine} engine"]
+        what = self.kind.replace("_", " ")
+        parts = [f"query {self.query_id}{label} {what}: {self.engine} engine"]
         if self.kind in _SAID_WITH_REASON and self.resolution.reason is not None:
             parts.append(self.resolution.reason)
         parts.append(f"waited {self.queue_seconds:.3f} s")
@@ -106,23 +101,6 @@ class QueryEvent:
         if self.error is not None:
             parts.append(f"{type(self.error).__name__}: {text_of(self.error)}")
         return ", ".join(parts)
-
-
-def complain(message: str, *arguments: object) -> None:
-    """
-    Log the error that is being handled, which harms nobody.
-
-    Nor does a handler that raises in its turn: a thread that has queries to end has to survive it.
-    """
-    tell(partial(_complain, message, arguments, sys.exception()))
-
-
-def _complain(message: str, arguments: tuple[object, ...], error: BaseException | None) -> None:
-    try:
-        log.error(message, *arguments, exc_info=error)
-    except BaseException as raised:
-        if isinstance(raised, KeyboardInterrupt) and _is_ctrl_c():
-            raise
 
 
 def tell_observers(resolution: Resolution) -> None:
@@ -147,55 +125,32 @@ class Reporter:
         """Whether anybody wants to know, which is asked once for each query."""
         return self._on_event is not None or bool(observers) or log.isEnabledFor(logging.INFO)
 
-    def __call__(
-        self,
-        kind: EventKind,
-        query: Query[Any],
-        *,
-        result: object = None,
-        error: BaseException | None = None,
-    ) -> None:
-        """Report, with no lock held. What the hook raises is logged and harms no query."""
-        level = _LEVELS.get(kind, logging.DEBUG)
-        if self._on_event is None and not log.isEnabledFor(level):
-            return
-        event = QueryEvent(
-            kind=kind,
-            query_id=query.id,
-            label=query.label,
-            engine=query.resolution.name,
-            queue_seconds=query.queue_seconds,
-            run_seconds=query.run_seconds,
-            rows=_count_rows(result),
-            error=error,
-            resolution=query.resolution,
-        )
-        if query.telling is None:
-            self._tell(level, event)
-        else:
-            query.telling.post(partial(self._tell, level, event))
+    def wants(self, kind: EventKind) -> bool:
+        """Return whether the hook or the logger takes events of this `kind`."""
+        return self._on_event is not None or log.isEnabledFor(_level_of(kind))
 
-    def _tell(self, level: int, event: QueryEvent) -> None:
+    def __call__(self, event: QueryEvent) -> None:
+        """Report, with no lock held. What the hook raises is logged and harms no query."""
         try:
-            log.log(level, "%s", event)
+            log.log(_level_of(event.kind), "%s", event)
             if self._on_event is not None:
                 self._on_event(event)
         except KeyboardInterrupt:
-            if _is_ctrl_c():
+            if is_ctrl_c():
                 raise
             complain("the on_event hook was interrupted at: %s", event)
         except BaseException:  # noqa: BLE001  # a worker's thread has to survive whatever it is
             complain("the on_event hook raised at: %s", event)
 
 
-def _is_ctrl_c() -> bool:
-    """Tell whether a KeyboardInterrupt is for the program, and not raised by a hook."""
-    return threading.current_thread() is threading.main_thread()
+def _level_of(kind: EventKind) -> int:
+    return _LEVELS.get(kind, logging.DEBUG)
 
 
-def _count_rows(result: object) -> int | None:
+def rows_of(result: object) -> int | None:
+    """Count the rows of a result, over all its frames; None where it has none."""
     if isinstance(result, pl.DataFrame):
         return result.height
     if isinstance(result, list):
-        return sum(_count_rows(frame) or 0 for frame in result)
+        return sum(rows_of(frame) or 0 for frame in result)
     return result if isinstance(result, int) else None  # a stream counts them itself

@@ -1,4 +1,4 @@
-"""The handle: what a caller holds while its query is on the way."""
+"""The handles: what a caller holds while its query is on the way."""
 
 from __future__ import annotations
 
@@ -6,14 +6,15 @@ from concurrent.futures import CancelledError
 from typing import TYPE_CHECKING, Generic, TypeVar
 
 from polars_async import bridges
+from polars_async._runtime.upstream import InProcessQuery
 from polars_async.bridges.threads import block
 
 if TYPE_CHECKING:
     from collections.abc import Generator
     from typing import Any
 
-    from polars_async.query import Query
     from polars_async.resolution import Resolution
+    from polars_async.scheduling.query import Query
 
 T = TypeVar("T")
 
@@ -111,3 +112,68 @@ class QueryHandle(Generic[T]):
             return query.outcome(CancelledError)
         finally:
             del self, query  # as in __await__
+
+
+class GeventHandle(QueryHandle[T]):
+    """A handle for greenlets, as Polars' own ``collect_async(gevent=True)`` gives."""
+
+    __slots__ = ()
+
+    def get(self, block: bool = True, timeout: float | None = None) -> T:  # noqa: FBT001, FBT002  # as Polars' own
+        """
+        Wait for the query, while other greenlets run.
+
+        A greenlet that is killed here, with nobody else waiting, cancels the query.
+
+        Parameters
+        ----------
+        block
+            Whether to wait at all.
+        timeout
+            Seconds to wait at most; None waits as long as it takes.
+
+        Raises
+        ------
+        gevent.Timeout
+            The query is not done, or was not in time. It goes on, and can be waited for again.
+        concurrent.futures.CancelledError
+            The query was cancelled.
+        BaseException
+            Whatever the query raised, unchanged.
+        """
+        from gevent import Timeout  # noqa: PLC0415  # optional
+
+        from polars_async.bridges.gevent import block_greenlet  # noqa: PLC0415  # as above
+
+        query = self._query
+        try:
+            if not query.done and not block:
+                raise Timeout
+            if not query.done and not block_greenlet(query, timeout):
+                raise Timeout(timeout)
+            return query.outcome(CancelledError)
+        finally:
+            del self, query  # an error's traceback holds this frame, which else held the error
+
+
+class BackgroundQuery(InProcessQuery, Generic[T]):
+    """
+    A query in the background, with the methods of Polars' own.
+
+    Polars' own machinery loses a panic, or aborts the process; this query runs in a collector.
+    """
+
+    def __init__(self, query: Query[T]) -> None:
+        self._handle = QueryHandle(query)
+
+    def cancel(self) -> None:
+        """Let go of the query: what it gives or raises is dropped."""
+        self._handle.cancel()
+
+    def fetch(self) -> T | None:  # type: ignore[override]  # Polars knows of frames alone
+        """Give the result if there is one, else None; raises what the query raised."""
+        return self._handle.result() if self._handle.done() else None
+
+    def fetch_blocking(self) -> T:  # type: ignore[override]  # as above
+        """Block the calling thread until there is a result; raises what the query raised."""
+        return self._handle.result()

@@ -5,25 +5,24 @@ from __future__ import annotations
 import os
 import warnings
 from abc import abstractmethod
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import TYPE_CHECKING, Final, Literal, TypeAlias, get_args
 
 import polars as pl
 
-from polars_async import _upstream
-from polars_async.callers import level_of_caller
+from polars_async._runtime import upstream
+from polars_async._runtime.callers import level_of_caller
 from polars_async.errors import EngineDowngradeWarning, EngineUnavailableError
-from polars_async.gpu import GpuStatus, gpu_status
+from polars_async.gpu import gpu_status
 from polars_async.gpu.breaker import breaker, rest_of
 from polars_async.gpu.devices import candidates, device_fault
 from polars_async.reasons import Reason
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Mapping
 
-    from polars_async.gpu.failure import GpuFailure
+    from polars_async.gpu.status import GpuStatus
 
 EngineRequest: TypeAlias = str | pl.Engine
 EngineSource: TypeAlias = Literal["argument", "config", "environment", "default"]
@@ -47,12 +46,12 @@ _LONGEST_CHAIN: Final = 100
 
 IN_MEMORY: Final = pl.InMemoryEngine()
 _ENGINES: Final[dict[str, pl.Engine]] = {
-    "auto": _upstream.AUTO_ENGINE,
+    "auto": upstream.AUTO_ENGINE,
     "in-memory": IN_MEMORY,
     "cpu": IN_MEMORY,  # an alias that Polars itself still takes
     "streaming": pl.StreamingEngine(),
 }
-_ASKERS: Final[dict[EngineSource, str]] = {
+ASKERS: Final[dict[EngineSource, str]] = {
     "argument": "the engine argument",
     "config": "Config.set_engine_affinity",
     "environment": AFFINITY_VARIABLE,
@@ -128,8 +127,8 @@ class DeferringEngine(pl.Engine):
     def __class__(self) -> type:  # pyright: ignore[reportIncompatibleMethodOverride]  # as above
         # Polars tells no engine that it becomes the affinity. But it asks whether this is an engine
         # before it removes the variable, for which this engine has to stand in from then on.
-        if _upstream.sets_affinity():
-            self.variable = _affinity_name(_upstream.affinity_override())
+        if upstream.sets_affinity():
+            self.variable = _affinity_name(upstream.affinity_override())
         return type(self)
 
 
@@ -212,12 +211,12 @@ def decide(
         asked.name == "gpu" or isinstance(asked.engine, pl.GPUEngine)
     ):
         return asked
-    if optimizations is not None and _upstream.is_eager(optimizations):
+    if optimizations is not None and upstream.is_eager(optimizations):
         return _left_to_cpu(asked)
     if gpu_elsewhere and path != "sync" and gpu_policy(gpu) != "downgrade":
         return asked
     in_workers = (
-        gpu_in_workers and path != "sync" and type(asked.engine) in _upstream.BUILT_IN_ENGINES
+        gpu_in_workers and path != "sync" and type(asked.engine) in upstream.BUILT_IN_ENGINES
     )
     return _gpu_rule(asked, path, gpu, in_workers=in_workers)
 
@@ -226,7 +225,7 @@ def _who_asks(engine: EngineRequest, path: QueryPath, default: EngineRequest) ->
     """Find the engine that is asked for, and by whom, before the GPU rule."""
     if engine != "auto" and (argument := request_of(engine)) != "auto":
         return _asked(argument, "argument")
-    configured = _upstream.affinity_override()
+    configured = upstream.affinity_override()
     if configured is not None and (affinity := request_of(configured)) != "auto":
         return _asked(affinity, "config")
     name = _affinity_name(configured)
@@ -239,7 +238,7 @@ def _who_asks(engine: EngineRequest, path: QueryPath, default: EngineRequest) ->
         instead,
         requested=name,
         reason=Reason.UNKNOWN_AFFINITY,
-        message=f"{AFFINITY_VARIABLE}={name!r} names no engine, so {_runs(instead.name)}: "
+        message=f"{AFFINITY_VARIABLE}={name!r} names no engine, so {runs(instead.name)}: "
         f"set it to one of {_listed(ENGINE_NAMES)}",
     )
 
@@ -250,7 +249,7 @@ def _left_to_cpu(asked: Resolution) -> Resolution:
         asked,
         engine=IN_MEMORY,
         name=IN_MEMORY.name,
-        message=f"{_runs(IN_MEMORY.name)}: {_ASKERS[asked.source]} asks for the GPU engine, to "
+        message=f"{runs(IN_MEMORY.name)}: {ASKERS[asked.source]} asks for the GPU engine, to "
         "which Polars gives no operations on DataFrames",
     )
 
@@ -276,16 +275,16 @@ def _gpu_rule(
         reason, why, remedy = fault
     else:
         rest = None
-        if not forbids_cpu(engine):
+        if not upstream.forbids_cpu(engine):
             rest = rest_of(candidates(engine, status)) if in_workers else breaker.rest()
         if rest is None:
             return replace(asked, gpu=status)
-        reason, why = Reason.GPU_RESTS, "it keeps failing, and rests for a while"
+        reason, why = Reason.GPU_COOLDOWN, "it keeps failing, and rests for a while"
         remedy = f"it is tried again after a rest of {rest.seconds:g} s. Last time, {rest.failure}"
-    asks = f"{_ASKERS[asked.source]} asks for the GPU engine"
+    asks = f"{ASKERS[asked.source]} asks for the GPU engine"
     if asked.reason is not None:
         asks = f"{asked.message}; {asks}"
-    if policy == "require" or forbids_cpu(asked.engine):
+    if policy == "require" or upstream.forbids_cpu(asked.engine):
         forbids = "raise_on_fail=True"
         if policy == "require":
             forbids = f"{GPU_POLICY_VARIABLE}=require" if gpu is None else "gpu='require'"
@@ -296,7 +295,7 @@ def _gpu_rule(
         name=IN_MEMORY.name,
         downgraded=True,
         reason=reason,
-        message=f"{asks}, but {why}, so {_runs(IN_MEMORY.name)}: {remedy}",
+        message=f"{asks}, but {why}, so {runs(IN_MEMORY.name)}: {remedy}",
         gpu=status,
     )
 
@@ -304,21 +303,6 @@ def _gpu_rule(
 def is_on_gpu(resolution: Resolution) -> bool:
     """Tell whether the GPU engine is what runs."""
     return isinstance(resolution.engine, pl.GPUEngine)
-
-
-def fallen_back(resolution: Resolution, failure: GpuFailure) -> Resolution:
-    """Say that the in-memory engine runs what the GPU engine could not."""
-    asks = f"{_ASKERS[resolution.source]} asks for the GPU engine"
-    runs = " ".join(filter(None, (_runs(IN_MEMORY.name), failure.share)))
-    return replace(
-        resolution,
-        engine=IN_MEMORY,
-        name=IN_MEMORY.name,
-        fell_back=True,
-        reason=failure.reason,
-        message=f"{asks}, but {failure}, so {runs}: {failure.remedy}",
-        cause=failure.cause,
-    )
 
 
 def gpu_policy(policy: GpuPolicy | None) -> GpuPolicy:
@@ -425,7 +409,7 @@ def _asked_by_name(engine: str, source: EngineSource) -> Resolution:
 
 def _as_asked(request: EngineRequest, source: EngineSource) -> Resolution:
     engine = engine_object(request)
-    why = "nothing else was asked for" if source == "default" else f"asked for by {_ASKERS[source]}"
+    why = "nothing else was asked for" if source == "default" else f"asked for by {ASKERS[source]}"
     return Resolution(
         requested="auto" if source == "default" else request,
         source=source,
@@ -433,22 +417,16 @@ def _as_asked(request: EngineRequest, source: EngineSource) -> Resolution:
         name=engine.name,
         downgraded=False,
         reason=None,
-        message=f"{_runs(engine.name)}: {why}",
+        message=f"{runs(engine.name)}: {why}",
         gpu=None,
     )
 
 
-def _runs(name: str) -> str:
+def runs(name: str) -> str:
+    """Return the clause that says which engine runs a query."""
     if name == "auto":
         return "the engine that Polars chooses runs"
     return f"the {'GPU' if name == 'gpu' else name} engine runs"
-
-
-def forbids_cpu(engine: pl.Engine) -> bool:
-    """Tell whether ``raise_on_fail`` keeps queries of a GPU engine off the CPU."""
-    # GPUEngine declares an attribute raise_on_fail and sets it in its config alone.
-    config = getattr(engine, "config", None)
-    return isinstance(config, Mapping) and bool(config.get("raise_on_fail"))
 
 
 def _listed(values: Iterable[str]) -> str:

@@ -10,10 +10,7 @@ from weakref import WeakSet
 import polars as pl
 from polars.io.plugins import register_io_source
 
-from polars_async._upstream import map_ipc, without_warning
-from polars_async.errors import PolarsAsyncError
-from polars_async.executors.extensions import extension_names, read_extended
-from polars_async.executors.files import (
+from polars_async._runtime.files import (
     Identity,
     content_of,
     found,
@@ -24,7 +21,10 @@ from polars_async.executors.files import (
     new_file,
     opened,
 )
-from polars_async.executors.parcels import mark_sorted, sorted_columns
+from polars_async._runtime.upstream import map_ipc, without_warning
+from polars_async.errors import PolarsAsyncError
+from polars_async.executors.extensions import extension_names, read_extended
+from polars_async.executors.serialization import mark_sorted, sorted_columns
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping

@@ -13,14 +13,17 @@ from typing import TYPE_CHECKING, Any, Final, Literal, TypeAlias, get_args
 
 import polars as pl
 
-from polars_async._native import allocate_lock, sleep
-from polars_async.gpu import _cudf, _nvml, _probe, simulation
-from polars_async.gpu._visible import DEVICE_ORDER, VISIBLE_DEVICES
+from polars_async._runtime.unpatched import allocate_lock, sleep
+from polars_async.executors.processes import initializer
+from polars_async.executors.processes.initializer import Initializer
+from polars_async.gpu import cudf as _cudf
+from polars_async.gpu import nvml, probe
 from polars_async.gpu.breaker import Health, breaker, stand_in
 from polars_async.gpu.offload import note_error_of_query
+from polars_async.gpu.visible import DEVICE_ORDER, VISIBLE_DEVICES
 
 if TYPE_CHECKING:
-    from collections.abc import Generator, Sequence
+    from collections.abc import Callable, Generator, Sequence
     from types import ModuleType
 
 __all__ = ["Fault", "SimulatedGpu", "simulate_gpu"]
@@ -214,14 +217,32 @@ def simulate_gpu(
         sys.meta_path.insert(0, finder)
         stack.callback(sys.meta_path.remove, finder)
         stack.enter_context(_noting_queries())
-        stack.callback(_probe.probe.stand_in, _probe.probe.stand_in(host))
+        stack.callback(probe.probe.stand_in, probe.probe.stand_in(host))
 
         def next_faults() -> tuple[str | None, dict[int, str]]:
             return gpu.next_fault(), dict(gpu.fail_on)
 
-        here = simulation.Simulation(arguments, next_faults)
-        stack.callback(simulation.begin, simulation.begin(here))
+        here = Initializer(lambda: partial(_simulate_in_worker, arguments()), next_faults)
+        stack.callback(initializer.use, initializer.use(here))
         yield gpu
+
+
+@contextmanager
+def _simulate_in_worker(arguments: dict[str, Any], ask: Callable[[], Any]) -> Generator[None]:
+    """Have in a worker process the simulated host of its parent, which counts the queries."""
+
+    def next_fault() -> Fault | None:
+        fault: Fault | None
+        fault, gpu.fail_on = ask()
+        gpu.queries += 1
+        gpu.fail = fault
+        return fault
+
+    environment = dict(os.environ)
+    with simulate_gpu(**arguments) as gpu:
+        os.environ.update(environment)  # it may see one of the GPUs alone
+        gpu.next_fault = next_fault  # type: ignore[method-assign]
+        yield
 
 
 def _check_count(count: object) -> None:
@@ -234,11 +255,11 @@ def _host(
     memory: int | None,
     compute_capability: tuple[int, int] | None,
     driver: tuple[int, int] | None,
-) -> _nvml.Host:
+) -> nvml.Host:
     if driver is None:
-        return _nvml.Host(fault=_nvml.NO_LIBRARY)
+        return nvml.Host(fault=nvml.NO_LIBRARY)
     devices = (
-        _nvml.HostDevice(
+        nvml.HostDevice(
             index=index,
             uuid=f"GPU-{index:08x}-0000-0000-0000-000000000000",
             name="Simulated GPU",
@@ -248,7 +269,7 @@ def _host(
         )
         for index in range(count)
     )
-    return _nvml.Host(devices=tuple(devices), cuda_version=driver)
+    return nvml.Host(devices=tuple(devices), cuda_version=driver)
 
 
 def _installed(version: str | None, fail: object) -> _cudf.CudfPolars:
@@ -364,7 +385,7 @@ def _take(gpu: SimulatedGpu, plan: Any, engine: pl.GPUEngine) -> None:
 
 def _index_of(number: int | None) -> int:
     """Return the index of the GPU that CUDA counts by `number`; -1 where it counts none by that."""
-    devices = _probe.probe.status(refresh=False).devices
+    devices = probe.probe.status(refresh=False).devices
     return next((each.index for each in devices if each.number == (number or 0)), -1)
 
 

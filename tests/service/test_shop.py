@@ -74,7 +74,7 @@ def test_gpu_that_keeps_failing_is_left_alone(gpu_host, engine_log):
         assert ask(often) == [BEST] * 6
     assert gpu_host.queries < 6
     engine_log.assert_ran_on("in-memory")
-    assert engine_log[-1].reason == pa.Reason.GPU_RESTS
+    assert engine_log[-1].reason == pa.Reason.GPU_COOLDOWN
 
 
 @pytest.mark.usefixtures("no_gpu_host")
@@ -83,7 +83,7 @@ def test_service_runs_without_a_gpu_and_says_so(engine_log):
         answer, health = ask(best)
     assert (answer, health.on_gpu) == (BEST, False)
     assert "install the NVIDIA driver" in health.complaint
-    engine_log.assert_ran_on("in-memory", because="no-library")
+    engine_log.assert_ran_on("in-memory", because="no_library")
 
 
 @pytest.mark.gpu_host(driver=(11, 8))

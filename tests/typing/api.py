@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, assert_type
 import polars as pl
 
 import polars_async as pa
-from polars_async.bridges.gevent import GeventHandle
+from polars_async.handle import GeventHandle
 from polars_async.testing import simulate_gpu
 
 if TYPE_CHECKING:
@@ -228,7 +228,7 @@ def tests(engine_log: EngineLog, gpu_host: SimulatedGpu) -> None:
     gpu_host.fail = "oom"
     assert_type(gpu_host.queries, int)
     engine_log.assert_ran_on("in-memory", because=pa.Reason.OUT_OF_MEMORY)
-    engine_log.assert_ran_on("in-memory", "out-of-gpu-memory")
+    engine_log.assert_ran_on("in-memory", "out_of_gpu_memory")
     assert_type(engine_log[0], pa.Resolution)
     assert_type([each.name for each in engine_log], list[str])
 

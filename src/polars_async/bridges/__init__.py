@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from types import FrameType
     from typing import Any
 
-    from polars_async.query import Awaited
+    from polars_async.bridges.waiting import Awaited
 
 
 class Bridge(Protocol):
@@ -28,9 +28,30 @@ class Bridge(Protocol):
         """Suspend the running task until `awaited` has come."""
         ...
 
-    def turn(self) -> Generator[Any, Any, None]:
-        """Let other tasks run once, as whoever never has to wait must do now and then."""
+    def checkpoint(self) -> Generator[Any, Any, None]:
+        """Let other tasks run once, as a task that never has to wait must do now and then."""
         ...
+
+
+class Suspension:
+    """What a coroutine awaits to have `bridge` wait for `awaited`."""
+
+    def __init__(self, bridge: Bridge, awaited: Awaited) -> None:
+        self._bridge = bridge
+        self._awaited = awaited
+
+    def __await__(self) -> Generator[Any, Any, None]:
+        return self._bridge.wait(self._awaited)
+
+
+class Checkpoint:
+    """What a coroutine awaits to let other tasks run."""
+
+    def __init__(self, bridge: Bridge) -> None:
+        self._bridge = bridge
+
+    def __await__(self) -> Generator[Any, Any, None]:
+        return self._bridge.checkpoint()
 
 
 def current() -> Bridge:

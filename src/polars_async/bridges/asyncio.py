@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from collections.abc import Generator
     from typing import Any
 
-    from polars_async.query import Awaited
+    from polars_async.bridges.waiting import Awaited
 
 CANCELLED: type[BaseException] = asyncio.CancelledError
 
@@ -80,6 +80,6 @@ def wait(awaited: Awaited) -> Generator[Any, Any, None]:
         raise
 
 
-def turn() -> Generator[Any, Any, None]:
+def checkpoint() -> Generator[Any, Any, None]:
     """Let other tasks run once."""
     yield

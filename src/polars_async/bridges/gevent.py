@@ -1,60 +1,18 @@
-"""The way into gevent, and the handle that Polars' ``gevent=True`` promises."""
+"""The way into gevent."""
 
 from __future__ import annotations
 
 from collections import deque
-from concurrent.futures import CancelledError
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
-from gevent import Timeout, get_hub
+from gevent import get_hub
 from gevent.event import AsyncResult
 
-from polars_async import _native
-from polars_async.handle import QueryHandle
+from polars_async._runtime import unpatched
 
 if TYPE_CHECKING:
-    from polars_async.query import Awaited
-
-T = TypeVar("T")
-
-
-class GeventHandle(QueryHandle[T]):
-    """A handle for greenlets, as Polars' own ``collect_async(gevent=True)`` gives."""
-
-    __slots__ = ()
-
-    def get(self, block: bool = True, timeout: float | None = None) -> T:  # noqa: FBT001, FBT002  # as Polars' own
-        """
-        Wait for the query, while other greenlets run.
-
-        A greenlet that is killed here, with nobody else waiting, cancels the query.
-
-        Parameters
-        ----------
-        block
-            Whether to wait at all.
-        timeout
-            Seconds to wait at most; None waits as long as it takes.
-
-        Raises
-        ------
-        gevent.Timeout
-            The query is not done, or was not in time. It goes on, and can be waited for again.
-        concurrent.futures.CancelledError
-            The query was cancelled.
-        BaseException
-            Whatever the query raised, unchanged.
-        """
-        query = self._query
-        try:
-            if not query.done and not block:
-                raise Timeout
-            if not query.done and not block_greenlet(query, timeout):
-                raise Timeout(timeout)
-            return query.outcome(CancelledError)
-        finally:
-            del self, query  # an error's traceback holds this frame, which else held the error
+    from polars_async.bridges.waiting import Awaited
 
 
 class _Mailbox:
@@ -99,7 +57,7 @@ class _Mailbox:
             raise
 
 
-_of_this_thread = _native.local()
+_of_this_thread = unpatched.local()
 
 
 class _Waiter:

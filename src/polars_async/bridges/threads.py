@@ -6,11 +6,11 @@ import sys
 from contextlib import suppress
 from typing import TYPE_CHECKING, ClassVar
 
-from polars_async._green import catch_up
-from polars_async._native import allocate_lock, wait_for
+from polars_async._runtime.green import catch_up
+from polars_async._runtime.unpatched import allocate_lock, wait_for
 
 if TYPE_CHECKING:
-    from polars_async.query import Awaited
+    from polars_async.bridges.waiting import Awaited
 
 
 class _Waiter:

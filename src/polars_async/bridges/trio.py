@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from collections.abc import Generator
     from typing import Any, Final
 
-    from polars_async.query import Awaited
+    from polars_async.bridges.waiting import Awaited
 
 CANCELLED: type[BaseException] = CancelledError
 
@@ -74,9 +74,9 @@ def wait(awaited: Awaited) -> Generator[Any, Any, None]:
         if waiter.task is not None:  # Ctrl-C, before trio knew that it waits
             abort(None)
         raise
-    yield from turn()
+    yield from checkpoint()
 
 
-def turn() -> Generator[Any, Any, None]:
+def checkpoint() -> Generator[Any, Any, None]:
     """Let other tasks run once."""
     yield from trio.lowlevel.checkpoint().__await__()  # noqa: ASYNC105  # as above

@@ -19,13 +19,13 @@ from types import FunctionType
 from typing import TYPE_CHECKING, Any, Final, TypeAlias
 from weakref import WeakKeyDictionary
 
-from polars_async._upstream import namespaces_of
+from polars_async._runtime.upstream import namespaces_of
 from polars_async.executors.blame import unsendable
-from polars_async.executors.mains import ADDED_TO, POLARS, kept
+from polars_async.executors.main_module import ADDED_TO, POLARS, kept
 from polars_async.executors.staying import UnsendableError
 
 if TYPE_CHECKING:
-    from polars_async.executors.mains import Definition, Key
+    from polars_async.executors.main_module import Definition, Key
 
 _Reduced: TypeAlias = tuple[Any, ...]
 _IT_IS: Final = pickle.dumps(object)

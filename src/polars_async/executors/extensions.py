@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Final
 
 import polars as pl
 
-from polars_async._native import RLock
+from polars_async._runtime.fork import new_lock
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Iterable
@@ -16,16 +15,7 @@ if TYPE_CHECKING:
 LOSES_THEM: Final = pl.__version__.startswith("1.")
 
 
-class _Registry:
-    lock = RLock()
-
-    @classmethod
-    def after_fork(cls) -> None:
-        cls.lock = RLock()  # a thread that stayed behind may hold the old one
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_Registry.after_fork)
+_registry: Final = new_lock()
 
 
 def extension_names(dtypes: Iterable[Any]) -> set[str]:
@@ -62,7 +52,7 @@ def extensions_known(names: set[str]) -> Generator[None]:
     if not names:
         yield
         return
-    with _Registry.lock:  # or one thread would forget what another one still reads
+    with _registry:  # or one thread would forget what another one still reads
         unknown = [name for name in names if pl.get_extension_type(name) is None]
         try:
             for name in unknown:

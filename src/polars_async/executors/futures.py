@@ -11,23 +11,23 @@ from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 import polars as pl
 
-from polars_async import _fork
-from polars_async._native import SimpleQueue
+from polars_async._runtime import fork
+from polars_async._runtime.unpatched import SimpleQueue
 from polars_async.errors import ForkedProcessError, PolarsAsyncError, WorkerDiedError
 from polars_async.executors.definitions import added_to_polars, definition
 from polars_async.executors.large_plans import warn_if_large
-from polars_async.executors.mains import POLARS, LookingUp, answer_for_polars
+from polars_async.executors.main_module import POLARS, LookingUp, answer_for_polars
 from polars_async.executors.outcomes import error_of, outcome_of, packed_error
-from polars_async.executors.parcels import Parcel, buffer_of, pack, unpack
+from polars_async.executors.serialization import Parcel, buffer_of, pack, unpack
 from polars_async.executors.staying import StaysHereError, run_here
 
 if TYPE_CHECKING:
     from collections.abc import Callable
     from concurrent.futures import Executor, Future
 
-    from polars_async.executors.mains import Definition, Key
-    from polars_async.gpu import GpuStatus
-    from polars_async.query import Query
+    from polars_async.executors import Job
+    from polars_async.executors.main_module import Definition, Key
+    from polars_async.gpu.status import GpuStatus
 
 T = TypeVar("T")
 
@@ -49,7 +49,7 @@ class Futures:
         """Do nothing: a GPU is no other place here."""
         return None
 
-    def run(self, work: Callable[[], T], query: Query[Any]) -> T:
+    def run(self, work: Callable[[], T], query: Job) -> T:
         """Run `work` there; what it raises has the other traceback as its cause."""
         buffer = buffer_of(work)
         task: bytes | str | None = None
@@ -73,7 +73,7 @@ class Futures:
             # An error's traceback holds this frame.
             del self, work, query, buffer, task, found, batches, failed
 
-    def _outcome(self, task: bytes, query: Query[Any]) -> tuple[str, Any, list[pl.DataFrame]]:
+    def _outcome(self, task: bytes, query: Job) -> tuple[str, Any, list[pl.DataFrame]]:
         mains = added_to_polars()
         try:
             while True:
@@ -89,7 +89,7 @@ class Futures:
         finally:
             del self, task, mains, query  # as above
 
-    def _answer(self, task: bytes, mains: dict[Key, Definition], query: Query[Any]) -> bytes:
+    def _answer(self, task: bytes, mains: dict[Key, Definition], query: Job) -> bytes:
         """Send `task`, and wait for what comes back."""
         future: Future[bytes] | None = None
         try:
@@ -137,7 +137,7 @@ def run_task(
         return mains.get((module, name))
 
     def work() -> object:
-        _fork.check()
+        fork.check()
         with LookingUp(look_up):
             try:
                 query = unpack(Parcel(task, []), batches)
@@ -159,7 +159,7 @@ def run_task(
         return pack(("error", packed_error(error), ()), in_files=False).data
 
 
-def _packed(work: Callable[[], object], query: Query[Any]) -> bytes | str:
+def _packed(work: Callable[[], object], query: Job) -> bytes | str:
     """Pack `work`, or give the reason why it stays here."""
     try:
         parcel = pack(work, in_files=False)
@@ -180,7 +180,7 @@ class _Batches(list[pl.DataFrame]):
         return False
 
 
-def _follow(future: Future[Any], query: Query[Any]) -> None:
+def _follow(future: Future[Any], query: Job) -> None:
     """Wait for the end of `future`, which is cancelled when nobody wants `query` any more."""
     told: SimpleQueue[None] = SimpleQueue()
     future.add_done_callback(lambda _: told.put(None))
@@ -203,7 +203,7 @@ def _here() -> str:
     return f"the worker process {os.getpid()} on {platform.node()}"
 
 
-def _failure(error: Exception, query: Query[Any]) -> PolarsAsyncError:
+def _failure(error: Exception, query: Job) -> PolarsAsyncError:
     """Give the error of a query that `error` kept from being run, or from being heard of."""
     what = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
     distributed = sys.modules.get("distributed")

@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
 from polars.exceptions import PerformanceWarning
 
-from polars_async._green import tell
-from polars_async.expectations import SENT_RATE
+from polars_async._runtime.green import tell
+from polars_async._runtime.plans import SENT_RATE
 
 if TYPE_CHECKING:
-    from polars_async.query import Query
+    from polars_async.executors import Job
 
 _LARGE: Final = 1 << 24
 """Bytes of a plan, which take a third of a second."""
 
 
-def warn_if_large(query: Query[Any], plan_bytes: int, *, same_machine: bool) -> None:
+def warn_if_large(query: Job, plan_bytes: int, *, same_machine: bool) -> None:
     """Say at the line that asked for `query` that its plan is large, and what to do."""
     site = query.call_site
     if plan_bytes < _LARGE or site is None:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import polars as pl
 
 from polars_async.errors import PolarsAsyncError, text_of
-from polars_async.executors.parcels import Parcel, pack, unpack
+from polars_async.executors.serialization import Parcel, pack, unpack
 from polars_async.gpu.failure import GpuFailure
 
 if TYPE_CHECKING:

@@ -4,22 +4,22 @@ from __future__ import annotations
 
 import logging
 from functools import partial
-from typing import TYPE_CHECKING, Any, Final, TypeVar
+from typing import TYPE_CHECKING, Final, TypeVar
 
 import polars as pl
 
-from polars_async._green import tell
+from polars_async._runtime.green import tell
+from polars_async._runtime.logs import log
+from polars_async._runtime.upstream import forbids_cpu
 from polars_async.errors import PolarsAsyncError
-from polars_async.events import log
 from polars_async.executors.threads import HERE
 from polars_async.gpu.failure import GpuFailure
 from polars_async.reasons import Reason
-from polars_async.resolution import forbids_cpu
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from polars_async.query import Query
+    from polars_async.executors import Job
 
 T = TypeVar("T")
 
@@ -41,7 +41,7 @@ class UnsendableError(PolarsAsyncError):
     """A query cannot be sent, since what it holds cannot be pickled."""
 
 
-def say_once(query: Query[Any], why: str, level: int = logging.INFO) -> None:
+def say_once(query: Job, why: str, level: int = logging.INFO) -> None:
     """Say that `query` runs in this process, unless it was said of another for the same reason."""
     if why in _said:
         return
@@ -52,7 +52,7 @@ def say_once(query: Query[Any], why: str, level: int = logging.INFO) -> None:
     tell(partial(log.log, level, message, query.named, why))
 
 
-def run_here(work: Callable[[], T], query: Query[Any], why: str) -> T | None:
+def run_here(work: Callable[[], T], query: Job, why: str) -> T | None:
     """
     Run on this thread what stays here, for the reason `why`, if it is still wanted.
 

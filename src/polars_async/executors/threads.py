@@ -5,17 +5,17 @@ from __future__ import annotations
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from threading import current_thread
-from typing import TYPE_CHECKING, Any, Final, TypeVar
+from typing import TYPE_CHECKING, Final, TypeVar
 
-from polars_async._green import leaving_no_hub
-from polars_async._native import SimpleQueue, get_ident, start_new_thread
-from polars_async._nesting import enter_context, enter_worker
+from polars_async._runtime.green import leaving_no_hub
+from polars_async._runtime.nesting import enter_context, enter_worker
+from polars_async._runtime.unpatched import SimpleQueue, get_ident, start_new_thread
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator
 
-    from polars_async.gpu import GpuStatus
-    from polars_async.query import Query
+    from polars_async.executors import Job
+    from polars_async.gpu.status import GpuStatus
 
 T = TypeVar("T")
 
@@ -32,7 +32,7 @@ class Threads:
         """Do nothing: a GPU is no other place here."""
         return None
 
-    def run(self, work: Callable[[], T], query: Query[Any]) -> T:
+    def run(self, work: Callable[[], T], query: Job) -> T:
         """Run `work` here; nothing stops it."""
         asking = query.context.run(enter_context)
         try:

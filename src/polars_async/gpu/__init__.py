@@ -2,89 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from polars_async.reasons import Reason
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class GpuDevice:
-    """
-    One GPU of this host, and what rules it in or out.
-
-    Attributes
-    ----------
-    index
-        Its place in NVML's list, which is by PCI bus.
-    uuid, name
-        As NVML gives them; None when unknown.
-    compute_capability
-        ``(major, minor)``; None when unknown.
-    memory_total, memory_free
-        In bytes, of the whole GPU, when NVML was last asked; None when unknown. Some integrated
-        GPUs have no memory of their own to tell of, and are usable.
-    number
-        By which number CUDA counts it in this process, as ``pl.GPUEngine(device=...)`` takes it;
-        None where it is hidden, or where the GPUs are not all alike and ``CUDA_DEVICE_ORDER`` does
-        not say in which order CUDA counts them.
-    taken
-        Whether this is the GPU that cudf-polars takes: the first in ``CUDA_VISIBLE_DEVICES``.
-    usable
-        Whether queries could run on it if it were taken: nothing is wrong with it, and it is
-        visible. What the driver and cudf-polars must be is the business of `GpuStatus`.
-    reason
-        What rules it out; None if it is usable.
-    message
-        The same in one sentence that a person can act on.
-    """
-
-    index: int
-    uuid: str | None = None
-    name: str | None = None
-    compute_capability: tuple[int, int] | None = None
-    memory_total: int | None = None
-    memory_free: int | None = None
-    number: int | None = None
-    taken: bool = False
-    usable: bool
-    reason: Reason | None = None
-    message: str
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class GpuStatus:
-    """
-    Whether the GPU engine can run in this process.
-
-    Attributes
-    ----------
-    usable
-        Whether it can, as far as can be told without loading CUDA.
-    reason
-        The first thing that rules it out, from the driver over the GPU to cudf-polars; None if
-        it is usable.
-    message
-        The same in one sentence that a person can act on. It can follow ``the GPU engine was asked
-        for, but``.
-    devices
-        Every GPU that the driver lists.
-    driver_version
-        The driver's own version, such as ``"580.65.06"``; None when unknown.
-    cuda_version
-        The newest CUDA that the driver runs, ``(major, minor)``; None when unknown.
-    cudf_polars_version
-        The installed version of cudf-polars, usable or not; None when unknown.
-    """
-
-    usable: bool
-    reason: Reason | None = None
-    message: str
-    devices: tuple[GpuDevice, ...] = ()
-    driver_version: str | None = None
-    cuda_version: tuple[int, int] | None = None
-    cudf_polars_version: str | None = None
+    from polars_async.gpu.status import GpuStatus
 
 
 def gpu_status(*, refresh: bool = False) -> GpuStatus:
@@ -115,6 +36,6 @@ def gpu_status(*, refresh: bool = False) -> GpuStatus:
     'cudf-polars is not installed: install polars-async[gpu-cu13], which installs a Polars that ...'
     """
     # Not at import: most programs never ask for a GPU.
-    from polars_async.gpu._probe import probe  # noqa: PLC0415
+    from polars_async.gpu.probe import probe  # noqa: PLC0415
 
     return probe.status(refresh=refresh)

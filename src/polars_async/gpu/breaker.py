@@ -6,12 +6,12 @@ from dataclasses import dataclass
 from time import monotonic
 from typing import TYPE_CHECKING, ClassVar, Final, NamedTuple
 
-from polars_async._native import allocate_lock
+from polars_async._runtime.unpatched import allocate_lock
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
-    from polars_async.gpu import GpuDevice
+    from polars_async.gpu.status import GpuDevice
 
 FAILURES: Final = 3
 """So many failures one after the other open the breaker."""
@@ -124,9 +124,9 @@ def stats() -> dict[str, float]:
     of_gpus = list(_Process.breakers.values())
     found: dict[str, float] = {
         "gpu_failures": max(each.health.failures for each in (breaker, *of_gpus)),
-        "gpu_rest_seconds": max(each.seconds_left() for each in (breaker, *of_gpus)),
+        "gpu_cooldown_seconds": max(each.seconds_left() for each in (breaker, *of_gpus)),
     }
     for each in of_gpus:
         found[f"gpu_{each.index}_failures"] = each.health.failures
-        found[f"gpu_{each.index}_rest_seconds"] = each.seconds_left()
+        found[f"gpu_{each.index}_cooldown_seconds"] = each.seconds_left()
     return found

@@ -9,7 +9,7 @@ from polars_async.reasons import Fault, Reason
 if TYPE_CHECKING:
     import polars as pl
 
-    from polars_async.gpu import GpuDevice, GpuStatus
+    from polars_async.gpu.status import GpuDevice, GpuStatus
 
 
 def named_device(engine: pl.Engine, status: GpuStatus) -> GpuDevice | None:
@@ -22,7 +22,7 @@ def named_device(engine: pl.Engine, status: GpuStatus) -> GpuDevice | None:
 
 def usable_devices(status: GpuStatus) -> list[GpuDevice]:
     """List the GPUs on which queries could run."""
-    return [each for each in status.devices if each.usable or each.taken]
+    return [each for each in status.devices if each.usable or each.selected]
 
 
 def candidates(engine: pl.Engine, status: GpuStatus) -> list[GpuDevice]:

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Final
 
 import polars as pl
 
-from polars_async._green import tell
+from polars_async._runtime.green import tell
+from polars_async._runtime.logs import log
 from polars_async.errors import text_of
-from polars_async.events import log
 from polars_async.gpu.support import is_of_the_gpu, operations_of, told, underlying
 from polars_async.reasons import Fault, Reason
 
@@ -57,7 +57,7 @@ _FAULTS: Final = {
             "cudf-polars' developers may want to know",
         ),
         Fault(
-            Reason.GPU_RESTS,
+            Reason.GPU_COOLDOWN,
             "the GPU rests for a while, since it kept failing",
             "it is tried again after that",
         ),

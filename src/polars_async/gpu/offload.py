@@ -3,29 +3,28 @@
 from __future__ import annotations
 
 import importlib
-import os
 import sys
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final, NoReturn
 
 import polars as pl
 
-from polars_async import _native, _upstream
-from polars_async._green import tell
-from polars_async._native import RLock, wait_for
-from polars_async._nesting import in_gpu_query
+from polars_async._runtime import unpatched, upstream
+from polars_async._runtime.fork import new_lock
+from polars_async._runtime.green import tell
+from polars_async._runtime.logs import log
+from polars_async._runtime.nesting import in_gpu_query
+from polars_async._runtime.unpatched import wait_for
 from polars_async.errors import EngineUnavailableError
-from polars_async.events import log
-from polars_async.gpu import _cudf
+from polars_async.gpu import cudf as _cudf
 from polars_async.gpu.breaker import breaker
 from polars_async.gpu.failure import GpuFailure, is_of_the_query, reason_of
 from polars_async.gpu.support import unsupported_error
 from polars_async.reasons import Reason
-from polars_async.resolution import forbids_cpu
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Generator
+    from collections.abc import Callable
 
     from polars_async.gpu.breaker import Breaker
 
@@ -33,26 +32,20 @@ OF_THE_GPU: Final = (Reason.OUT_OF_MEMORY, Reason.CUDA_ERROR)
 """What speaks against the GPU, and not against this one query or the engine."""
 
 
-class _Turn:
-    """
-    Whose turn on the GPU it is.
+_gpu_lock: Final = new_lock()
+"""
+Held by the thread of the query that is on the GPU.
 
-    cudf-polars sets memory resources of the whole process, and puts back what it found, without a
-    lock: of two queries at once one would run, or leave the process, with those of the other.
-    """
-
-    lock = RLock()
-
-    @classmethod
-    def after_fork(cls) -> None:
-        cls.lock = RLock()  # a thread that stayed behind may hold the old one
+cudf-polars sets memory resources of the whole process, and puts back what it found, without a lock:
+of two queries at once one would run, or leave the process, with those of the other.
+"""
 
 
 class _Context:
     is_poisoned = False
 
 
-class _ThisThread(_native.local):
+class _ThisThread(unpatched.local):
     has_context = False
     attempt: _Attempt | None = None
     is_wanted: Callable[[], bool] | None = None
@@ -62,31 +55,44 @@ class _ThisThread(_native.local):
 _this_thread: Final = _ThisThread()
 
 
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_Turn.after_fork)
-
-
-@contextmanager
-def turn(is_wanted: Callable[[], bool] | None = None) -> Generator[None]:
+class GpuTurn:
     """
     Wait until no other query of the process is on the GPU, and keep others off it.
 
-    `is_wanted` tells whether somebody still wants what the query gives.
+    `is_wanted` tells whether the result of the query is still wanted, and `waiting` is entered for
+    as long as it waits. It is a class, since a generator in its place would set the traceback of an
+    error that comes through, which may be frozen.
     """
-    lock = _Turn.lock
-    try:
-        wait_for(lock)
-        _this_thread.is_wanted = is_wanted
-        yield
-    finally:
+
+    def __init__(
+        self,
+        is_wanted: Callable[[], bool] | None = None,
+        waiting: Callable[[], AbstractContextManager[object]] = nullcontext,
+    ) -> None:
+        self._is_wanted = is_wanted
+        self._waiting = waiting
+
+    def __enter__(self) -> None:
+        try:
+            with self._waiting():
+                wait_for(_gpu_lock)
+            _this_thread.is_wanted = self._is_wanted
+        except BaseException:  # Ctrl-C may come before the lock is this thread's, or after
+            self.__exit__()
+            raise
+
+    def __exit__(self, *_: object) -> None:
         _this_thread.is_wanted = None
-        # Ctrl-C may have come before it was this thread's, or after.
-        if lock._is_owned():  # type: ignore[attr-defined]  # noqa: SLF001  # as threading uses it
-            lock.release()
+        if _has_gpu():
+            _gpu_lock.release()
+
+
+def _has_gpu() -> bool:
+    return _gpu_lock._is_owned()  # type: ignore[attr-defined,no-any-return]  # noqa: SLF001  # as threading uses it
 
 
 def is_wanted() -> bool:
-    """Tell whether somebody still wants the query whose turn it is on this thread."""
+    """Return whether the query that has the GPU on this thread is still wanted."""
     ask = _this_thread.is_wanted
     return ask is None or ask()
 
@@ -113,11 +119,11 @@ def collect_on_gpu(
     """
     if _this_thread.attempt is not None:
         refuse_nested()
-    if _Turn.lock._is_owned():  # type: ignore[attr-defined]  # noqa: SLF001  # as above
+    if _has_gpu():
         return _have_the_turn(lf, engine, optimizations, counts=counts)
     if in_gpu_query():
         refuse_nested()
-    with turn():
+    with GpuTurn():
         return _have_the_turn(lf, engine, optimizations, counts=counts)
 
 
@@ -165,10 +171,10 @@ def note_error_of_query(error: BaseException) -> None:
 def _have_the_turn(
     lf: pl.LazyFrame, engine: pl.GPUEngine, optimizations: pl.QueryOptFlags, *, counts: bool
 ) -> pl.DataFrame:
-    may_fall_back = not forbids_cpu(engine)
+    may_fall_back = not upstream.forbids_cpu(engine)
     reports = _this_thread.report is not None
     if may_fall_back and not reports and (rest := breaker.rest()) is not None:
-        raise GpuFailure(Reason.GPU_RESTS, rest.cause)
+        raise GpuFailure(Reason.GPU_COOLDOWN, rest.cause)
     failure: GpuFailure | None = None
     era, outer = breaker.era, sys.exception()
     try:
@@ -235,7 +241,7 @@ def _import_cudf_polars() -> None:
 def _collect(
     lf: pl.LazyFrame, engine: pl.GPUEngine, optimizations: pl.QueryOptFlags
 ) -> pl.DataFrame:
-    translate = _upstream.gpu_callback(engine)
+    translate = upstream.gpu_callback(engine)
     if translate is None:
         return engine.collect(lf, optimizations=optimizations)
     attempt = _this_thread.attempt = _Attempt(translate)

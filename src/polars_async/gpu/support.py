@@ -7,18 +7,15 @@ import importlib
 import os
 import re
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Final, NoReturn
+from typing import Any, Final, NoReturn
 
 import polars as pl
 
-from polars_async import _upstream
+from polars_async._runtime import upstream
+from polars_async._runtime.arguments import check_frame
 from polars_async.errors import text_of
-from polars_async.frames import check_frame
-from polars_async.gpu import _cudf
+from polars_async.gpu import cudf as _cudf
 from polars_async.reasons import Fault, Reason
-
-if TYPE_CHECKING:
-    from polars_async.resolution import EngineRequest
 
 EXECUTOR_VARIABLE: Final = "CUDF_POLARS__EXECUTOR"
 
@@ -80,7 +77,7 @@ class GpuSupport:
 def gpu_support(
     lf: pl.LazyFrame,
     *,
-    engine: EngineRequest = "gpu",
+    engine: str | pl.Engine = "gpu",
     optimizations: pl.QueryOptFlags = pl.QueryOptFlags(),  # noqa: B008  # as in Polars
 ) -> GpuSupport:
     """
@@ -184,7 +181,7 @@ def _translation_error(
         translator.translate_ir()
         return (translator.unsupported_operations_error(),)
 
-    told = _upstream.ask_optimized_plan(lf, optimizations, translate)
+    told = upstream.ask_optimized_plan(lf, optimizations, translate)
     if told is None:
         raise NotImplementedError("Polars hands out its plans no more")
     (error,) = told

@@ -1,0 +1,1 @@
+"""What the interpreter, gevent and Polars are, and how they are told apart: internals."""

@@ -1,0 +1,36 @@
+"""The logger ``polars_async``, and the errors that go no further than there."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import threading
+from functools import partial
+from typing import Final
+
+from polars_async._runtime.green import tell
+
+log: Final = logging.getLogger("polars_async")
+
+
+def complain(message: str, *arguments: object) -> None:
+    """
+    Log the error that is being handled, and raise nothing.
+
+    A handler that raises in its turn harms nothing either: a thread that has queries to end has to
+    survive it.
+    """
+    tell(partial(_complain, message, arguments, sys.exception()))
+
+
+def is_ctrl_c() -> bool:
+    """Return whether a KeyboardInterrupt is for the program, and not raised by a hook."""
+    return threading.current_thread() is threading.main_thread()
+
+
+def _complain(message: str, arguments: tuple[object, ...], error: BaseException | None) -> None:
+    try:
+        log.error(message, *arguments, exc_info=error)
+    except BaseException as raised:
+        if isinstance(raised, KeyboardInterrupt) and is_ctrl_c():
+            raise

@@ -1,0 +1,58 @@
+"""Files mapped into memory, which take no descriptor."""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import os
+from functools import partial
+from typing import TYPE_CHECKING, Final
+
+from polars_async._runtime.unpatched import start_new_thread
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+_libc: Final = ctypes.CDLL(None, use_errno=True)
+_libc.mmap.restype = ctypes.c_void_p
+_libc.mmap.argtypes = (
+    *(ctypes.c_void_p, ctypes.c_size_t),
+    *(ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_long),
+)
+_libc.munmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t)
+_FAILED: Final = ctypes.c_void_p(-1).value
+
+
+class Mapping:
+    """
+    A file in memory, to be read; before Python 3.13 that of `mmap` keeps a descriptor open.
+
+    It is undone on a thread of its own, and without the GIL, once nothing uses it any more. To free
+    its pages takes the kernel 20 ms for 144 MB, which would hold up every loop.
+
+    Attributes
+    ----------
+    address, size
+        Where it is, and how many bytes it has.
+    """
+
+    _undo: Callable[[], object] | None = None
+
+    def __init__(self, file: int) -> None:
+        self.size: Final = os.fstat(file).st_size
+        address = _libc.mmap(None, self.size, mmap.PROT_READ, mmap.MAP_SHARED, file, 0)
+        if address == _FAILED:
+            number = ctypes.get_errno()
+            raise OSError(number, f"a file could not be mapped: {os.strerror(number)}")
+        self.address: Final[int] = address
+        self._undo = partial(_libc.munmap, address, self.size)
+
+    # As a default, since a frozen program clears this module before it lets go of its own.
+    def __del__(self, start: Callable[..., int] = start_new_thread) -> None:
+        undo = self._undo
+        if undo is None:
+            return
+        try:
+            start(undo, ())
+        except RuntimeError:  # no thread to be had, or the program ends
+            undo()

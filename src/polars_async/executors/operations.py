@@ -1,0 +1,237 @@
+"""What a query does on its thread, as data that can be sent elsewhere or changed for a fallback."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, ClassVar, Final, Protocol, TypeVar, cast
+
+import polars as pl
+
+from polars_async._runtime.upstream import without_warning
+from polars_async.gpu.failure import GpuFailure
+from polars_async.gpu.offload import collect_on_gpu, is_wanted
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+
+    from polars_async.bridges.buffer import Buffer
+
+T = TypeVar("T")
+T_co = TypeVar("T_co", covariant=True)
+
+_sink_batches: Final[Callable[..., pl.LazyFrame]] = without_warning(pl.LazyFrame.sink_batches)
+_GPU_BATCH: Final = 100_000
+"""Rows of a batch of what the GPU collected, where none were asked for."""
+
+
+class Operation(Protocol[T_co]):
+    """What to do for one query. It is sent to other processes by its fields."""
+
+    runs_engine: ClassVar[bool]
+    """Whether an engine runs it; a schema takes none."""
+
+    @property
+    def frames(self) -> Sequence[pl.LazyFrame]:
+        """What it has to collect."""
+        ...
+
+    def __call__(self) -> T_co:
+        """Do it on the calling thread."""
+        ...
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Collect:
+    """Collect one frame."""
+
+    runs_engine: ClassVar = True
+
+    frame: pl.LazyFrame
+    engine: pl.Engine
+    optimizations: pl.QueryOptFlags
+
+    @property
+    def frames(self) -> Sequence[pl.LazyFrame]:
+        """What it has to collect."""
+        return (self.frame,)
+
+    def __call__(self) -> pl.DataFrame:
+        """Return the result."""
+        return _collect(self.frame, self.engine, self.optimizations)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class CollectAll:
+    """Collect frames as one query, or one by one on an engine that has no other way."""
+
+    runs_engine: ClassVar = True
+
+    all_frames: Sequence[pl.LazyFrame]
+    engine: pl.Engine
+    optimizations: pl.QueryOptFlags
+    collected: Mapping[int, pl.DataFrame] = field(default_factory=dict)
+    """The results that are there already, by the numbers of their frames."""
+
+    @property
+    def frames(self) -> Sequence[pl.LazyFrame]:
+        """What it has to collect."""
+        if not self.collected:
+            return self.all_frames
+        return [
+            frame for number, frame in enumerate(self.all_frames) if number not in self.collected
+        ]
+
+    def __call__(self) -> list[pl.DataFrame]:
+        """Return the results in the order of the frames."""
+        frames, engine, optimizations = list(self.frames), self.engine, self.optimizations
+        if isinstance(engine, pl.GPUEngine):
+            return _collect_each_on_gpu(frames, engine, optimizations)
+        if type(engine).collect_all is pl.Engine.collect_all:
+            return [engine.collect(frame, optimizations=optimizations) for frame in frames]
+        results = iter(pl.collect_all(frames, engine=engine, optimizations=optimizations))
+        if not self.collected:
+            return list(results)
+        return [
+            self.collected[number] if number in self.collected else next(results)
+            for number in range(len(self.all_frames))
+        ]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Sink:
+    """Run a sink, whose result is an empty frame."""
+
+    runs_engine: ClassVar = True
+
+    sink: pl.LazyFrame
+    engine: pl.Engine
+    optimizations: pl.QueryOptFlags
+
+    @property
+    def frames(self) -> Sequence[pl.LazyFrame]:
+        """What it has to collect."""
+        return (self.sink,)
+
+    def __call__(self) -> None:
+        """Write what the sink writes."""
+        _collect(self.sink, self.engine, self.optimizations)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Schema:
+    """Find out the schema of a frame."""
+
+    runs_engine: ClassVar = False
+
+    frame: pl.LazyFrame
+
+    @property
+    def frames(self) -> Sequence[pl.LazyFrame]:
+        """The frame of which the schema is wanted."""
+        return (self.frame,)
+
+    def __call__(self) -> pl.Schema:
+        """Return the schema."""
+        return self.frame.collect_schema()
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Batches:
+    """
+    Collect one frame into a buffer, batch by batch.
+
+    Not by Polars' own ``collect_batches``, which loses panics, but by a sink, which calls from the
+    midst of a synchronous query.
+    """
+
+    runs_engine: ClassVar = True
+
+    frame: pl.LazyFrame
+    engine: pl.Engine
+    optimizations: pl.QueryOptFlags
+    buffer: Buffer
+    chunk_size: int | None
+    maintain_order: bool
+
+    @property
+    def frames(self) -> Sequence[pl.LazyFrame]:
+        """What it has to collect."""
+        return (self.frame,)
+
+    def __call__(self) -> int:
+        """Put the batches into the buffer, and return how many rows they have."""
+        if isinstance(self.engine, pl.GPUEngine):
+            return self._feed_from_gpu(self.engine)
+        rows = 0
+        target: Buffer | None = self.buffer
+
+        def put(batch: pl.DataFrame) -> bool:
+            nonlocal rows
+            rows += batch.height
+            return target is None or target.put(batch)
+
+        try:
+            # The engine is named just so that it does not ask for an affinity, which is done.
+            plan = _sink_batches(
+                self.frame,
+                put,
+                lazy=True,
+                engine="in-memory",
+                chunk_size=self.chunk_size,
+                maintain_order=self.maintain_order,
+            )
+            self.engine.collect(plan, optimizations=self.optimizations)
+        finally:
+            # An error's traceback holds the plan, and the plan `put`, out of sight of the garbage
+            # collector: the query, which holds the error, would never be freed.
+            target = None
+            del self  # which holds the buffer, too
+        return rows
+
+    def _feed_from_gpu(self, engine: pl.GPUEngine) -> int:
+        """Put the whole result into the buffer, since the GPU engine has no sink of batches."""
+        frame = collect_on_gpu(self.frame, engine, self.optimizations)
+        for batch in frame.iter_slices(self.chunk_size or _GPU_BATCH):
+            self.buffer.add(batch)
+        return frame.height
+
+
+def on_engine(
+    operation: Callable[[], T],
+    engine: pl.Engine,
+    collected: Mapping[int, pl.DataFrame] | None = None,
+) -> Operation[T]:
+    """Return the same operation for `engine`, without the frames that are `collected` already."""
+    changed: object
+    if isinstance(operation, CollectAll) and collected is not None:
+        changed = replace(operation, engine=engine, collected=collected)
+    else:
+        assert isinstance(operation, (Collect, CollectAll, Sink, Batches))
+        changed = replace(operation, engine=engine)
+    return cast("Operation[T]", changed)
+
+
+def _collect(lf: pl.LazyFrame, engine: pl.Engine, optimizations: pl.QueryOptFlags) -> pl.DataFrame:
+    if isinstance(engine, pl.GPUEngine):
+        return collect_on_gpu(lf, engine, optimizations)
+    return engine.collect(lf, optimizations=optimizations)
+
+
+def _collect_each_on_gpu(
+    frames: list[pl.LazyFrame], engine: pl.GPUEngine, optimizations: pl.QueryOptFlags
+) -> list[pl.DataFrame]:
+    """Collect `frames` one by one; those that fail there are left for the CPU, as one query."""
+    found: dict[int, pl.DataFrame] = {}
+    failure: GpuFailure | None = None
+    for number, frame in enumerate(frames):
+        if not is_wanted():
+            break
+        try:
+            found[number] = collect_on_gpu(frame, engine, optimizations, counts=failure is None)
+        except GpuFailure as caught:
+            failure = failure or caught
+    if failure is None:
+        return list(found.values())
+    failure.found = found
+    failure.share = f"{len(frames) - len(found)} of {len(frames)} frames"
+    raise failure

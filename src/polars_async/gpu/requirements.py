@@ -1,0 +1,136 @@
+"""What a GPU, its driver and the environment have to be for cudf-polars to run."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from polars_async.gpu.cudf import CU12, CU13
+from polars_async.gpu.visible import BUS_ORDER, DEVICE_ORDER, VISIBLE_DEVICES, counts_by_bus
+from polars_async.reasons import Fault, Reason
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from polars_async.gpu.cudf import CudfPolars
+    from polars_async.gpu.nvml import Host, HostDevice
+    from polars_async.gpu.visible import Visibility
+
+
+def device_fault(device: HostDevice, cudf: CudfPolars) -> Fault | None:
+    """Tell what is wrong with a GPU itself, visible or not."""
+    if device.fault is not None:
+        return device.fault
+    found, needed = device.compute_capability, cudf.build.compute_capability
+    if found is not None and found < needed:
+        return Fault(
+            Reason.COMPUTE_CAPABILITY,
+            f"{device} has compute capability {_dotted(found)} and {cudf.build.name} needs "
+            f"{_dotted(needed)} or newer",
+            f"install {CU12.name}"
+            if found >= CU12.compute_capability
+            else "use a newer GPU, or the CPU",
+        )
+    if device.compute_prohibited:
+        return Fault(
+            Reason.COMPUTE_PROHIBITED,
+            f"the compute mode of {device} is Prohibited",
+            f"set it back with nvidia-smi -i {device.index} -c DEFAULT",
+        )
+    if device.mig_enabled and device.mig_instances == ():
+        return Fault(
+            Reason.MIG_WITHOUT_INSTANCE,
+            f"{device} is in MIG mode and has no MIG instance",
+            f"create one with nvidia-smi mig -i {device.index} -cgi PROFILE -C, or leave the mode "
+            f"with nvidia-smi -i {device.index} -mig 0",
+        )
+    return None
+
+
+def hidden_fault(device: HostDevice, visibility: Visibility) -> Fault:
+    """Tell how to see a GPU that CUDA_VISIBLE_DEVICES hides."""
+    cause = f"{VISIBLE_DEVICES}={visibility.devices!r} hides {device}"
+    return Fault(Reason.DEVICES_HIDDEN, cause, take(device))
+
+
+def take(device: HostDevice) -> str:
+    """Tell how to make a GPU the one that cudf-polars takes, in any order of numbering."""
+    if device.uuid is None:
+        return f"set {DEVICE_ORDER}={BUS_ORDER} and {VISIBLE_DEVICES}={device.index} to use it"
+    return f"set {VISIBLE_DEVICES}={device.uuid} to use {device}"
+
+
+def same_order(devices: Sequence[HostDevice], visibility: Visibility) -> bool:
+    """Tell whether CUDA and cudf-polars mean the same GPU by what CUDA_VISIBLE_DEVICES says."""
+    return counts_by_bus(devices, visibility) or not visibility.first.isdecimal()
+
+
+def order_fault(
+    devices: Sequence[HostDevice], selected: HostDevice, visibility: Visibility, cudf: CudfPolars
+) -> Fault | None:
+    """
+    Tell where CUDA would run on another GPU than the one that cudf-polars takes, and fail there.
+
+    cudf-polars reads an index as NVML's, which counts by PCI bus; CUDA, unless it is told
+    otherwise, counts the fastest GPU first. NVML does not know that order: compute capability
+    stands in for speed, and equal GPUs stay in the order of the bus.
+    """
+    if same_order(devices, visibility):
+        return None
+    fastest_first = sorted(
+        devices, key=lambda each: each.compute_capability or (0, 0), reverse=True
+    )
+    fault = device_fault(fastest_first[selected.index], cudf)
+    if fault is None or fault.reason is not Reason.COMPUTE_CAPABILITY:
+        return None
+    return Fault(
+        Reason.AMBIGUOUS_DEVICE_ORDER,
+        f"CUDA counts the fastest GPU first and cudf-polars counts by PCI bus, and {fault.cause}",
+        f"set {DEVICE_ORDER}={BUS_ORDER} to use {selected}",
+    )
+
+
+def usable(
+    devices: Sequence[HostDevice],
+    selected: HostDevice | Fault,
+    visibility: Visibility,
+    cudf: CudfPolars,
+) -> str:
+    """Tell where queries run, when nothing is in their way."""
+    if same_order(devices, visibility):
+        return f"queries run on {selected}, through {cudf}"
+    return (
+        f"queries run through {cudf} on what CUDA counts as GPU {visibility.first}, the fastest "
+        f"first: set {DEVICE_ORDER}={BUS_ORDER} to use {selected}"
+    )
+
+
+def driver_fault(host: Host, cudf: CudfPolars) -> Fault | None:
+    """Tell whether the driver is too old; one that does not tell its CUDA version passes."""
+    found, needed = host.cuda_version, cudf.build.cuda_version
+    if found is None or found >= needed:
+        return None
+    return Fault(
+        Reason.DRIVER_TOO_OLD,
+        f"the driver supports CUDA {_dotted(found)} and {cudf.build.name} needs "
+        f"{_dotted(needed)} or newer",
+        f"update the driver or install {CU12.name}"
+        if found >= CU12.cuda_version
+        else "update the driver",
+    )
+
+
+def missing_fault(host: Host, selected: HostDevice) -> Fault:
+    """Tell which cudf-polars to install for a GPU and its driver."""
+    newer = (host.cuda_version or (0, 0)) >= CU13.cuda_version and (
+        selected.compute_capability or (0, 0)
+    ) >= CU13.compute_capability
+    extra = "gpu-cu13" if newer else "gpu-cu12"
+    return Fault(
+        Reason.CUDF_MISSING,
+        "cudf-polars is not installed",
+        f"install polars-async[{extra}], which installs a Polars that cudf-polars supports too",
+    )
+
+
+def _dotted(version: tuple[int, int]) -> str:
+    return f"{version[0]}.{version[1]}"

@@ -1,0 +1,1 @@
+"""Which query runs, and when: the queue, the slots, and the threads behind them."""

@@ -1,0 +1,163 @@
+"""How much work a query is expected to be: by what its plan reads, and how long it took before."""
+
+from __future__ import annotations
+
+import os
+from math import frexp
+from stat import S_ISREG
+from time import perf_counter
+from typing import TYPE_CHECKING, Final, NamedTuple
+from weakref import ref
+
+from polars_async._runtime.fork import new_lock
+from polars_async._runtime.plans import FAR, NEAR, NOTHING, SENT_RATE, look_at
+from polars_async._runtime.upstream import memory_held
+from polars_async.scheduling.fair_queue import UNKNOWN
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    import polars as pl
+
+    from polars_async._runtime.plans import Plan
+
+_FRAME_RATE: Final = 200e6
+"""Bytes per second that a query makes of a frame in memory: just the order of magnitude."""
+_FILE_RATE: Final = 50e6
+"""Bytes per second that a query makes of a file."""
+_SLOWDOWN: Final = 1000
+"""How many times longer a query may take beside others: a tiny one waits for all the tasks of the
+heavy ones in Polars' own thread pool."""
+_HELD_UP: Final = 0.02
+"""Seconds that a query may have waited for the GIL alone, four times its switch interval, while a
+loop was busy: a tiny one must not count as large for that."""
+_NO_TIME: Final = 0.001
+"""Seconds below which it makes no difference."""
+_MOST_KNOWN: Final = 4096
+_MOST_COPIED: Final = 1 << 30
+"""Bytes of frames in memory: where there are more, no plan is looked at, since a look may copy one
+of them."""
+_SLOW_LOOK: Final = 0.25
+"""Seconds of a look that took too long, as with a frame of some hundred MB."""
+_REST: Final = 20
+"""How many times as long as a slow look took there is no other."""
+
+
+class Expectation(NamedTuple):
+    """What is expected of one query."""
+
+    seconds: float
+    fingerprint: int | None
+    """What stands for all queries of this shape and size; None if that is not to be had."""
+    is_exact: bool = True
+    """Whether the shape is all of the plan: others may be as slow as that of a function unseen."""
+
+
+class _Known(NamedTuple):
+    frame: ref[pl.LazyFrame]
+    plan: Plan
+    seconds: float
+    """How long its sources alone take."""
+
+
+class Expectations:
+    """
+    What a collector knows of the queries that it ran.
+
+    To look at a plan takes 10 us to some ms, and where it reads a frame in memory another 0.2 ms
+    for each MB of it. So it is nothing for the thread of a loop. It is looked at further with
+    `far`, which is worth it where a query may have to be sent.
+    """
+
+    def __init__(self, *, far: bool = False) -> None:
+        self._limit = FAR if far else NEAR
+        self._lock = new_lock()
+        self._taken: dict[int, float] = {}
+        self._plans: dict[int, _Known] = {}
+        self._resident = 0  # bytes that Polars held when no query ran
+        self._looks_again = 0.0  # in seconds of perf_counter
+
+    def of(self, frames: Sequence[pl.LazyFrame], engine: str) -> Expectation:
+        """Say what to expect of a query for `frames`; never raises."""
+        try:
+            known = [self._known(frame) for frame in frames]
+            seconds = sum(each.seconds for each in known)
+            if any(each.plan is NOTHING for each in known):
+                return Expectation(seconds, None)
+            shapes = [(each.plan.shape, frexp(each.seconds)[1]) for each in known]
+            fingerprint = hash((engine, *shapes))
+            is_exact = all(each.plan.is_whole for each in known)
+            return Expectation(self._taken.get(fingerprint, seconds), fingerprint, is_exact)
+        except BaseException:  # noqa: BLE001  # what is wrong with a plan, the query will tell
+            return Expectation(UNKNOWN, None)
+
+    def plan(self, frame: pl.LazyFrame) -> Plan:
+        """Return what the plan of `frame` tells, however long that takes; never raises."""
+        try:
+            return self._known(frame, at_any_cost=True).plan
+        except BaseException:  # noqa: BLE001  # as above
+            return NOTHING
+
+    def seconds_to_send(self, frames: Sequence[pl.LazyFrame]) -> float:
+        """Return how long it takes to send a query for `frames` to another process."""
+        return sum(self.plan(frame).frame_bytes for frame in frames) / SENT_RATE
+
+    def _known(self, frame: pl.LazyFrame, *, at_any_cost: bool = False) -> _Known:
+        # A frame that is collected again and again is looked at once.
+        key = id(frame)
+        plans = self._plans
+        known = plans.get(key)
+        if known is not None and known.frame() is frame:
+            return known
+        begun = perf_counter()
+        too_dear = self._resident > _MOST_COPIED or begun < self._looks_again
+        if too_dear and not at_any_cost:
+            return _Known(ref(frame), NOTHING, UNKNOWN)
+        plan = look_at(frame, self._limit)
+        if (took := perf_counter() - begun) > _SLOW_LOOK:
+            self._looks_again = begun + _REST * took
+        known = _Known(ref(frame, lambda _: plans.pop(key, None)), plan, _source_seconds(plan))
+        plans[key] = known
+        return known
+
+    def learn(
+        self, expected: Expectation, seconds: float, *, alone: bool, completed: bool = True
+    ) -> Expectation | None:
+        """
+        Correct what was expected of a query by the `seconds` that it took.
+
+        `alone` tells that no other query ran meanwhile, so that this is what it takes, but for its
+        waits for the GIL. Beside others it says no more than that the query takes no longer, nor
+        less by orders of magnitude. One that was not `completed` takes at least so long.
+        Gives the new expectation, or None where the old one was not off by half.
+        """
+        if alone:
+            self._resident = memory_held()
+        if expected.fingerprint is None or (seconds <= _NO_TIME and expected.seconds <= _NO_TIME):
+            return None
+        least = seconds - _HELD_UP if alone else seconds / _SLOWDOWN
+        with self._lock:
+            before = self._taken.pop(expected.fingerprint, expected.seconds)
+            fits = least / 2 <= max(before, _NO_TIME) and (
+                not completed or before <= max(2 * seconds, _NO_TIME)
+            )
+            now = before if fits else min(max(before, least), seconds)
+            if not expected.is_exact:  # the next of its kind may have another function
+                now = max(now, before / 2)
+            self._taken[expected.fingerprint] = now
+            if len(self._taken) > _MOST_KNOWN:
+                del self._taken[next(iter(self._taken))]
+        return None if fits else expected._replace(seconds=now)
+
+
+def _source_seconds(plan: Plan) -> float:
+    seconds = plan.frame_bytes / _FRAME_RATE + sum(map(_file_seconds, plan.paths))
+    return seconds if plan.is_whole else max(seconds, UNKNOWN)
+
+
+def _file_seconds(path: str) -> float:
+    try:
+        status = os.stat(path)  # noqa: PTH116  # as given, maybe an address
+    except (OSError, ValueError):
+        return UNKNOWN
+    return status.st_size / _FILE_RATE if S_ISREG(status.st_mode) else UNKNOWN

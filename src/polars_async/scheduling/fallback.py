@@ -1,0 +1,55 @@
+"""The way from the GPU engine to the in-memory engine, for a query that the first could not run."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING, TypeVar
+
+from polars_async.executors.operations import on_engine
+from polars_async.gpu.failure import GpuFailure
+from polars_async.resolution import ASKERS, IN_MEMORY, runs
+
+if TYPE_CHECKING:
+    from polars_async.executors.operations import Operation
+    from polars_async.resolution import Resolution
+    from polars_async.scheduling.admission import Admission
+    from polars_async.scheduling.query import Query
+
+T = TypeVar("T")
+
+
+def fall_back(query: Query[T], operation: Operation[T] | None, admission: Admission) -> bool:
+    """
+    Have `query`, which ran `operation` on the GPU, wait in `admission` for the in-memory engine.
+
+    Returns
+    -------
+    bool
+        False where nothing is to be run again: the GPU engine did not fail, what it raised is the
+        query's own error, or the query is not wanted any more.
+    """
+    failure = query.error
+    if operation is None or not isinstance(failure, GpuFailure):
+        return False
+    # Its traceback holds the frames of the query, and all of the query with it.
+    failure.__traceback__ = failure.__context__ = None
+    return query.requeue(
+        on_engine(operation, IN_MEMORY, failure.found),
+        fallen_back(query.resolution, failure),
+        admission.owner,
+    )
+
+
+def fallen_back(resolution: Resolution, failure: GpuFailure) -> Resolution:
+    """Say that the in-memory engine runs what the GPU engine could not."""
+    asks = f"{ASKERS[resolution.source]} asks for the GPU engine"
+    what_runs = " ".join(filter(None, (runs(IN_MEMORY.name), failure.share)))
+    return replace(
+        resolution,
+        engine=IN_MEMORY,
+        name=IN_MEMORY.name,
+        fell_back=True,
+        reason=failure.reason,
+        message=f"{asks}, but {failure}, so {what_runs}: {failure.remedy}",
+        cause=failure.cause,
+    )

@@ -1,0 +1,181 @@
+"""
+The end of the program while queries run or wait: prompt, silent, with the program's own status.
+
+While the interpreter is taken down, it ends each thread that comes back to Python, by unwinding its
+stack. Where Rust had called the Python, that aborts the process. PyO3 knows, and holds threads that
+come from Rust, so that a query in the midst of Rust can be left behind. Not so one in a UDF: it has
+to leave it before.
+"""
+
+from __future__ import annotations
+
+import atexit
+import ctypes
+import os
+import signal
+import sys
+import threading
+from contextlib import suppress
+from math import inf
+from time import monotonic
+from typing import TYPE_CHECKING, Final, Protocol
+from weakref import WeakSet
+
+from polars_async._runtime.green import catch_up
+from polars_async._runtime.origin import is_of_polars
+from polars_async._runtime.plans import end_looks
+from polars_async._runtime.unpatched import sleep
+from polars_async._runtime.upstream import PACKAGE_FOLDER
+from polars_async.bridges.waiting import Waking
+from polars_async.scheduling.query import Query
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from types import FrameType
+
+_PATIENCE: Final = 1.0
+"""Seconds that UDFs have to end; what blocks for longer will hardly come back during the exit."""
+_GRACE: Final = 0.1
+"""Seconds that queries in no UDF have: most are short, and the others are far from their end."""
+_AGAIN: Final = 0.2
+"""Seconds that the ``finally`` of a UDF has, until it counts as one that goes on regardless."""
+_PAUSE: Final = 0.002
+
+_RUN: Final = Query.run.__code__
+
+
+class _Admission(Protocol):
+    @property
+    def running(self) -> int: ...
+
+
+class _Lane(Protocol):
+    @property
+    def admission(self) -> _Admission: ...
+
+    def close(self, *, cancel_waiting: bool) -> None: ...
+
+
+class _Process:
+    lanes: Final[WeakSet[_Lane]] = WeakSet()
+    prepared = False
+    exits = False
+
+
+def watch(lane: _Lane) -> None:
+    """
+    Close `lane` when the program ends, and cancel its queries.
+
+    That comes after the functions that the program hands to `atexit` from now on, for which all is
+    as ever, and before those that it had handed over earlier: they find each query cancelled, and
+    each collector closed. Where the first collector is made in such a function, it comes after all
+    of them. Who already waits is told nothing: it is a thread that ends with the program, and would
+    have to say that its query was cancelled.
+    """
+    _Process.lanes.add(lane)
+    if not _Process.prepared and os.name == "posix":
+        _Process.prepared = True
+        atexit.register(_AtExit())
+    if _Process.exits:
+        lane.close(cancel_waiting=True)
+
+
+class _AtExit:
+    """
+    What `atexit` calls; or else lets go of, when all its functions have run.
+
+    It never calls what it is handed by a function that it has called.
+    """
+
+    def __init__(self) -> None:
+        self._pid = os.getpid()
+
+    def __call__(self) -> None:
+        _leave()
+
+    def __del__(self) -> None:
+        # multiprocessing has its children let go of all that, and they go on.
+        if not _Process.exits and self._pid == os.getpid():
+            _leave()
+
+
+def _leave() -> None:
+    _Process.exits = True
+    # For good: a task that is freed before its end complains of that.
+    ctypes.pythonapi.Py_IncRef(ctypes.py_object(unwoken := list[object]()))
+    Waking.withheld = unwoken
+    lanes = list(_Process.lanes)
+    for lane in lanes:
+        lane.close(cancel_waiting=True)
+    with suppress(KeyboardInterrupt):  # from somebody who waits no longer
+        _end_queries(lanes)
+    end_looks(_PATIENCE)
+    if _running(lanes):
+        _delay_abort()
+    catch_up()
+    Waking.withheld = None
+
+
+def _running(lanes: list[_Lane]) -> bool:
+    # In a forked child none does, even where some did in its parent.
+    return any(lane.admission.running for lane in lanes)
+
+
+def _end_queries(lanes: list[_Lane]) -> None:
+    """Cancel what runs, and make UDFs raise SystemExit until they are gone, or time is up."""
+    thrown_at: dict[FrameType, float] = {}
+    begun = in_udf = monotonic()
+    while _running(lanes) and (now := monotonic()) - begun < _PATIENCE and now - in_udf < _GRACE:
+        for thread, entrance, top in _threads_in_queries():
+            if entrance not in thrown_at:
+                thrown_at[entrance] = -inf
+                _cancel(entrance)
+            if top.f_code.co_filename.startswith(PACKAGE_FOLDER):
+                continue  # or Polars panics, and says so: it trusts its own Python not to raise
+            in_udf = now
+            if now - thrown_at[entrance] > _AGAIN:
+                thrown_at[entrance] = now
+                _throw_exit(thread)
+        sleep(_PAUSE)
+
+
+def _threads_in_queries() -> Iterator[tuple[int, FrameType, FrameType]]:
+    """
+    Find our workers and Polars' threads; gives the frame where each came in, and its last.
+
+    What runs on Polars' threads may also be of a plain ``collect`` of the program, which nothing
+    tells, and which could abort the process as well.
+    """
+    for thread, top in sys._current_frames().items():  # noqa: SLF001  # pyright: ignore[reportPrivateUsage]
+        if top is sys._getframe():  # noqa: SLF001  # pyright: ignore[reportPrivateUsage]
+            continue
+        entrance = top
+        while entrance.f_code is not _RUN and entrance.f_back is not None:
+            entrance = entrance.f_back
+        # A thread of `threading` might end right now, and could not be looked at any more.
+        is_python_s = entrance.f_code.co_filename == threading.__file__
+        if entrance.f_code is _RUN or (not is_python_s and is_of_polars(thread)):
+            yield thread, entrance, top
+
+
+def _cancel(entrance: FrameType) -> None:
+    query = entrance.f_locals.get("self")
+    if isinstance(query, Query):
+        query.cancel()
+
+
+def _throw_exit(thread: int) -> None:
+    """Have `thread` raise SystemExit in the next Python that it runs."""
+    exception = ctypes.py_object(SystemExit)
+    ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread), exception)
+
+
+def _delay_abort() -> None:
+    """
+    Let the program end before an abort does.
+
+    A UDF that would not end may come back to Python now, and that thread abort the process: it then
+    sleeps, for 6 seconds, which is the number of the signal.
+    """
+    c = ctypes.pythonapi
+    c.signal(signal.SIGABRT, ctypes.cast(c.sleep, ctypes.c_void_p))
