@@ -87,14 +87,12 @@ class CollectAll:
         if isinstance(engine, pl.GPUEngine):
             return _collect_each_on_gpu(frames, engine, optimizations)
         if type(engine).collect_all is pl.Engine.collect_all:
-            return [engine.collect(frame, optimizations=optimizations) for frame in frames]
-        results = iter(pl.collect_all(frames, engine=engine, optimizations=optimizations))
-        if not self.collected:
-            return list(results)
-        return [
-            self.collected[number] if number in self.collected else next(results)
-            for number in range(len(self.all_frames))
-        ]
+            results = [engine.collect(frame, optimizations=optimizations) for frame in frames]
+        else:
+            results = pl.collect_all(frames, engine=engine, optimizations=optimizations)
+        for number, frame in sorted(self.collected.items()):
+            results.insert(number, frame)
+        return results
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from time import monotonic
 from typing import TYPE_CHECKING, ClassVar, Final, NamedTuple
 
-from polars_async._runtime.unpatched import allocate_lock
+from polars_async._runtime.fork import new_lock
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -52,7 +52,7 @@ class Breaker:
 
     def __init__(self, clock: Callable[[], float] = monotonic, *, index: int | None = None) -> None:
         self._clock = clock
-        self._lock = allocate_lock()
+        self._lock = new_lock()
         self.index = index
         """NVML's index of the GPU; None for that of this process, whichever it is."""
         self.health = Health()
