@@ -190,7 +190,7 @@ class Book:
                 (len(admission.waiters), 0, "waiters for the end of all"),
                 (len(line._places), 0, "places in the line"),
             ]
-            if len(line._newcomers) + sum(map(len, line._heaps.values())) > 200:
+            if len(line._unestimated) + sum(map(len, line._heaps.values())) > 200:
                 found.append("the empty line holds more than 200 places")
         for query in list(self.expected.values()):
             outcomes, event = STATES[query.state.name], ended.get(query.id)

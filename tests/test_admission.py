@@ -27,7 +27,7 @@ from polars_async.executors.threads import ThreadExecutor
 from polars_async.scheduling import admission, estimates, lane, query
 from polars_async.scheduling.admission import Admission, Slot
 from polars_async.scheduling.estimates import UNKNOWN, Expectation, Expectations
-from polars_async.scheduling.fair_queue import QUICK, QUICK_ROW
+from polars_async.scheduling.fair_queue import QUICK, QUICK_STREAK
 from polars_async.testing import simulate_gpu
 
 HEAVY = pl.LazyFrame({"a": pl.zeros(5_000_000, dtype=pl.Int64, eager=True)}).select(
@@ -591,13 +591,13 @@ def test_nobody_is_appraised_while_more_slots_are_free_than_are_kept(
     assert looked == []
 
 
-def be_quick(collector, length=QUICK_ROW):
+def be_quick(collector, length=QUICK_STREAK):
     """Have a collector just after a row of quick queries, the last of them taken unseen."""
     admission = collector._cpu.admission
     with admission.lock:
         for _ in range(length):
-            admission._line.serve(QUICK, overtook=False)
-        admission._taken_unseen = perf_counter()
+            admission._line.note_ended(QUICK, overtook=False)
+        admission._started_unestimated = perf_counter()
 
 
 @pytest.fixture
@@ -638,7 +638,7 @@ def test_slot_kept_for_small_ones_looks_at_all_unless_the_last_were_quick(make, 
     monkeypatch.setattr(lane, "sleep", None)
     monkeypatch.setattr(admission, "SMALL", 1000.0)
     collector = make(max_running=2)
-    be_quick(collector, QUICK_ROW - 1)
+    be_quick(collector, QUICK_STREAK - 1)
     run_blocked(collector, block)
     assert collector.collect_async(TINY).result(30).item() == 1
 
@@ -686,8 +686,8 @@ def test_where_the_last_were_quick_the_next_is_taken_unseen_in_all_slots_but_one
     line._slots.add(others)
     line._start(other, others, small=False, overtook=False)
     line._line.add(waiting)
-    for _ in range(QUICK_ROW):
-        line._line.serve(QUICK, overtook=False)
+    for _ in range(QUICK_STREAK):
+        line._line.note_ended(QUICK, overtook=False)
     ending.times.started = ending.times.ended = 1.0  # this machine may be busy
     with line.lock:
         assert line.release(slot)
@@ -700,15 +700,15 @@ def test_only_those_taken_unseen_keep_the_slot_for_small_ones_standing_by(apprai
     first, second = (query_in(line) for _ in range(2))
     slot = line.enter(first)
     line.enter(second)
-    for _ in range(QUICK_ROW):
-        line._line.serve(QUICK, overtook=False)
+    for _ in range(QUICK_STREAK):
+        line._line.note_ended(QUICK, overtook=False)
     if appraised:
-        line._line.sort_in(line.newcomer(from_behind=False), QUICK)
+        line._line.rank(line.next_unestimated(from_behind=False), QUICK)
     first.times.started = first.times.ended = 1.0  # this machine may be busy
     with line.lock:
         assert line.release(slot)
     assert slot.query is second
-    assert (line._taken_unseen > -inf) == (not appraised)
+    assert (line._started_unestimated > -inf) == (not appraised)
 
 
 def test_slot_that_looked_at_nobody_is_given_back_when_nobody_waits(guard):
@@ -862,7 +862,7 @@ def test_nothing_is_known_of_a_directory_or_a_file_that_is_not_there(tmp_path):
 
 def test_row_of_queries_that_fail_at_once_is_no_row_of_quick_ones(make):
     collector = make(max_running=1)
-    for _ in range(2 * QUICK_ROW):
+    for _ in range(2 * QUICK_STREAK):
         with pytest.raises(pl.exceptions.ColumnNotFoundError):
             collector.collect_async(TINY.select("nope")).result(30)
     assert not collector._cpu.admission._line.is_quick

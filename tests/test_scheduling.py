@@ -9,24 +9,24 @@ from random import Random
 import pytest
 
 from polars_async.scheduling.fair_queue import (
-    FAIR_TURN,
-    PATIENCE,
+    FAIR_EVERY,
+    OVERTAKING_LIMIT,
     QUICK,
-    QUICK_ROW,
+    QUICK_STREAK,
     SMALL,
     UNKNOWN,
-    Line,
-    is_kept,
+    FairQueue,
+    is_reserved,
 )
 
 LEAST = 1e-5
 TOGETHER = 32
 
 
-def newcomers(line, at_most=TOGETHER):
+def unestimated(queue, at_most=TOGETHER):
     """Give places to some, as a thread does that appraises them."""
     found = []
-    while len(found) < at_most and (place := line.newcomer()) is not None:
+    while len(found) < at_most and (place := queue.next_unestimated()) is not None:
         found.append(place)
     return found
 
@@ -71,7 +71,7 @@ class Job:
         if self.priority:  # which is not appraised
             work = UNKNOWN
         self.work = work
-        self.patience = PATIENCE * min(max(work, LEAST), 60)
+        self.patience = OVERTAKING_LIMIT * min(max(work, LEAST), 60)
         self.small = self.priority > 0 or (self.priority == 0 and work <= 0.01)
 
 
@@ -83,14 +83,14 @@ class Simulation:
     """
 
     def __init__(self, slots, jobs, *, check=True):
-        self.line = Line()
+        self.queue = FairQueue()
         self.slots = slots
         self.jobs = jobs
         self.check = check
         self.now = self.overtaken = 0.0
-        self.quick_row = self.unseen = 0
+        self.quick_row = self.unestimated = 0
         self.running = []  # a heap of (end, number, job, small)
-        self.long_running = self.small_waiting = 0
+        self.large_running = self.small_waiting = 0
         self.appraised = {}
         # Those that anybody may take, and those for small ones only.
         self.turns = [0, 0]
@@ -124,11 +124,11 @@ class Simulation:
         job.overtaken_before = self.overtaken
         job.mark = self.overtaken + job.patience
         free = self.slots - len(self.running)
-        kept = 1 if self.quick_row >= QUICK_ROW else 2
-        if not len(self.line) and (free > kept or free == self.slots):
+        kept = 1 if self.quick_row >= QUICK_STREAK else 2
+        if not len(self.queue) and (free > kept or free == self.slots):
             self.start(job, small=False)
             return
-        self.line.add(job, priority=job.priority)
+        self.queue.add(job, priority=job.priority)
         job.state = "waiting"
         self.small_waiting += job.small
         if job.priority:
@@ -137,7 +137,7 @@ class Simulation:
         self.fill()
 
     def cancel(self, job):
-        self.line.discard(job)  # also those that run, or are done: it must not matter
+        self.queue.discard(job)  # also those that run, or are done: it must not matter
         if job.state == "waiting":
             self.leave(job, "cancelled")
 
@@ -150,9 +150,9 @@ class Simulation:
         self.now, _, job, small = heappop(self.running)
         assert job.state == "running"
         job.state = "done"
-        self.long_running -= not small
+        self.large_running -= not small
         self.overtaken += max(job.duration, LEAST) if job.overtook else 0
-        self.line.serve(job.duration, overtook=job.overtook)
+        self.queue.note_ended(job.duration, overtook=job.overtook)
         self.quick_row = self.quick_row + 1 if job.duration <= QUICK else 0
         if job.kind is not None and job.number % 3 == 0:
             self.learn(job)
@@ -161,16 +161,16 @@ class Simulation:
         self.check_slots()
 
     def keeps(self, slots):
-        return self.slots > 1 and self.long_running >= max(self.slots - slots, 1)
+        return self.slots > 1 and self.large_running >= max(self.slots - slots, 1)
 
     def take_quickly(self):
         only_small, only_seen = self.keeps(2), self.keeps(1)
-        oldest = next(iter(self.line), None)
-        turn = self.line.take_quickly(only_small=only_small, unseen=not only_seen)
+        oldest = next(iter(self.queue), None)
+        turn = self.queue.take_quickly(only_small=only_small, unestimated=not only_seen)
         if turn is None:
             return
         job, small, job.overtook = turn
-        assert self.quick_row >= QUICK_ROW
+        assert self.quick_row >= QUICK_STREAK
         if job in self.appraised:
             assert all(other.small for other in self.appraised)
             if self.check:
@@ -181,7 +181,7 @@ class Simulation:
             assert not self.appraised
             assert not only_seen
             assert job.priority == 0
-            self.unseen += 1
+            self.unestimated += 1
         assert small == (job in self.appraised)
         self.leave(job, "taken")
         self.start(job, small=small)
@@ -198,7 +198,7 @@ class Simulation:
                 job.expect(ended.duration)
                 self.small_waiting += job.small
                 job.mark = job.overtaken_before + job.patience
-        self.line.reappraise(ended.kind, ended.duration)
+        self.queue.re_estimate(ended.kind, ended.duration)
 
     def fill(self):
         while len(self.running) < self.slots:
@@ -217,9 +217,9 @@ class Simulation:
             self.start(job, small=small)
 
     def next(self, only_small):
-        line = self.line
+        queue = self.queue
         while True:
-            found = newcomers(line)
+            found = unestimated(queue)
             for place in found:
                 job = place.item
                 if job.dies_unappraised:
@@ -227,10 +227,10 @@ class Simulation:
                 else:
                     self.appraised[job] = None
                     job.sorted_in = tuple(self.turns)
-                line.sort_in(place, job.work, job.kind)
+                queue.rank(place, job.work, job.kind)
             if found:
-                assert line._sorted_in <= 2 * len(line) + 65
-            taken = line.take(only_small=only_small)
+                assert queue._heap_items <= 2 * len(queue) + 65
+            taken = queue.take(only_small=only_small)
             if taken is not None or not found:
                 return taken
 
@@ -238,13 +238,13 @@ class Simulation:
         job.state = "running"
         job.started = self.now
         job.overtaken_at_start = self.overtaken
-        self.long_running += not small
+        self.large_running += not small
         heappush(self.running, (self.now + job.duration, job.number, job, small))
 
     def check_slots(self):
-        slots, running, waiting = self.slots, len(self.running), len(self.line)
+        slots, running, waiting = self.slots, len(self.running), len(self.queue)
         if slots > 1:
-            assert self.long_running < slots, "long ones took the slot that is kept for small ones"
+            assert self.large_running < slots, "long ones took the slot that is kept for small ones"
         if running < slots:
             assert not self.small_waiting, "a small one waits beside a free slot"
             assert not waiting or self.keeps(2), "a slot is idle"
@@ -271,22 +271,22 @@ class Simulation:
                 assert job.work < other.work, "overtaken by its equal"
         assert first or lowest, "neither by priority nor by mark"
         self.by_marks_alone += not first
-        assert self.by_marks_alone <= (sum(self.turns) + 1) // FAIR_TURN, "priority disregarded"
+        assert self.by_marks_alone <= (sum(self.turns) + 1) // FAIR_EVERY, "priority disregarded"
         since = self.since_lowest[only_small] = 0 if lowest else self.since_lowest[only_small] + 1
         self.without_lowest = max(self.without_lowest, since)
 
     def check_end(self):
-        assert len(self.line) == 0
+        assert len(self.queue) == 0
         assert {job.state for job in self.jobs} <= {"done", "cancelled"}
-        assert not self.line._newcomers
-        assert self.line._sorted_in == 0
-        assert not any(self.line._heaps.values())
-        assert self.small_waiting == self.long_running == 0
+        assert not self.queue._unestimated
+        assert self.queue._heap_items == 0
+        assert not any(self.queue._heaps.values())
+        assert self.small_waiting == self.large_running == 0
 
 
-def take(line, *, only_small):
+def take(queue, *, only_small):
     """Take the next item and whether it is small, for those who do not ask whom it overtook."""
-    turn = line.take(only_small=only_small)
+    turn = queue.take(only_small=only_small)
     return None if turn is None else turn[:2]
 
 
@@ -354,7 +354,7 @@ def test_low_priority_is_passed_a_bounded_number_of_turns(slots):
     for _ in range(300):
         jobs = workload(rng, 40, ranked=1, learns=False)
         simulation = Simulation(slots, jobs).run()
-        assert simulation.without_lowest < FAIR_TURN
+        assert simulation.without_lowest < FAIR_EVERY
         turns = [job for job in jobs if job.turn is not None]
         for job in turns:
             passed = [after - before for after, before in zip(job.turn, job.sorted_in, strict=True)]
@@ -365,9 +365,9 @@ def test_low_priority_is_passed_a_bounded_number_of_turns(slots):
             # One turn in so many goes to it, or to one with a lower mark, of which none can come
             # any more once its patience is over. Turns for small ones are counted by themselves.
             if job.small:
-                assert sum(passed) - 1 <= FAIR_TURN * lower + 2 * (FAIR_TURN - 1)
+                assert sum(passed) - 1 <= FAIR_EVERY * lower + 2 * (FAIR_EVERY - 1)
             else:
-                assert passed[False] - 1 <= FAIR_TURN * lower + FAIR_TURN - 1
+                assert passed[False] - 1 <= FAIR_EVERY * lower + FAIR_EVERY - 1
 
 
 # ---- Endless streams
@@ -433,99 +433,99 @@ def test_tiny_ones_do_not_notice_an_endless_queue_of_heavy_ones():
 # ---- Step by step
 
 
-def put(line, item, work=1.0, priority=0, kind=None):
-    line.add(item, priority=priority)
-    for place in newcomers(line):
-        line.sort_in(place, work, kind)
+def put(queue, item, work=1.0, priority=0, kind=None):
+    queue.add(item, priority=priority)
+    for place in unestimated(queue):
+        queue.rank(place, work, kind)
 
 
-def drain(line):
-    for place in newcomers(line, 1_000):
-        line.sort_in(place, 1.0)
+def drain(queue):
+    for place in unestimated(queue, 1_000):
+        queue.rank(place, 1.0)
     taken = []
-    while (found := take(line, only_small=False)) is not None:
+    while (found := take(queue, only_small=False)) is not None:
         taken.append(found[0])
-    assert (list(line), len(line)) == ([], 0)
+    assert (list(queue), len(queue)) == ([], 0)
     return taken
 
 
 def test_equals_go_in_the_order_they_came():
-    line = Line()
+    queue = FairQueue()
     for item in "abcde":
-        put(line, item)
-    assert drain(line) == list("abcde")
+        put(queue, item)
+    assert drain(queue) == list("abcde")
 
 
 def test_less_work_overtakes_more():
-    line = Line()
+    queue = FairQueue()
     for item, work in (("heavy", 1.0), ("tiny", 0.001), ("medium", 0.1)):
-        put(line, item, work)
-    assert drain(line) == ["tiny", "medium", "heavy"]
+        put(queue, item, work)
+    assert drain(queue) == ["tiny", "medium", "heavy"]
 
 
 def test_nobody_overtakes_once_patience_is_over():
-    line = Line()
-    put(line, "heavy", 1.0)
-    line.serve(PATIENCE - 0.5, overtook=True)
-    put(line, "soon enough", 0.1)
-    line.serve(0.5, overtook=True)
-    put(line, "too late", 0.0)
-    assert drain(line) == ["soon enough", "heavy", "too late"]
+    queue = FairQueue()
+    put(queue, "heavy", 1.0)
+    queue.note_ended(OVERTAKING_LIMIT - 0.5, overtook=True)
+    put(queue, "soon enough", 0.1)
+    queue.note_ended(0.5, overtook=True)
+    put(queue, "too late", 0.0)
+    assert drain(queue) == ["soon enough", "heavy", "too late"]
 
 
 def test_work_too_short_to_measure_uses_up_patience_too():
-    line = Line()
-    put(line, "heavy", 0.001)
+    queue = FairQueue()
+    put(queue, "heavy", 0.001)
     for _ in range(1_000):
-        line.serve(0.0, overtook=True)
-    put(line, "nothing", 0.0)
-    assert drain(line) == ["heavy", "nothing"]
+        queue.note_ended(0.0, overtook=True)
+    put(queue, "nothing", 0.0)
+    assert drain(queue) == ["heavy", "nothing"]
 
 
 def test_higher_priority_goes_first():
-    line = Line()
+    queue = FairQueue()
     for priority in (0, -10, 10, 1, -1):
-        put(line, priority, 0.001, priority)
-    assert drain(line) == [10, 1, 0, -1, -10]
+        put(queue, priority, 0.001, priority)
+    assert drain(queue) == [10, 1, 0, -1, -10]
 
 
 def test_one_turn_in_so_many_goes_by_the_mark_alone():
-    line = Line()
-    put(line, "low", 0.01, -10)
+    queue = FairQueue()
+    put(queue, "low", 0.01, -10)
     for number in range(20):
-        put(line, number, 1.0, 10)
-    assert drain(line).index("low") == FAIR_TURN - 1
+        put(queue, number, 1.0, 10)
+    assert drain(queue).index("low") == FAIR_EVERY - 1
 
 
 def test_no_rhythm_of_the_turns_keeps_a_low_priority_out():
-    line = Line()
-    put(line, "low", 0.1, -1)
+    queue = FairQueue()
+    put(queue, "low", 0.1, -1)
     for _ in range(100):
-        put(line, "heavy", 1.0)
-        taken = [take(line, only_small=False)]
+        put(queue, "heavy", 1.0)
+        taken = [take(queue, only_small=False)]
         for _ in range(7):  # meanwhile, in the other slot
-            put(line, "tiny", 0.001)
-            taken.append(take(line, only_small=True))
+            put(queue, "tiny", 0.001)
+            taken.append(take(queue, only_small=True))
         for item, _ in taken:
             if item == "low":
                 return
-            line.serve(1.0, overtook=True)
+            queue.note_ended(1.0, overtook=True)
     pytest.fail("never had its turn")
 
 
 def test_no_rhythm_of_the_turns_keeps_a_small_one_out():
-    line = Line()
-    put(line, "small", 0.01)
+    queue = FairQueue()
+    put(queue, "small", 0.01)
     for _ in range(100):
-        put(line, "high", 1.0, 1)
-        taken = [take(line, only_small=True)]
+        put(queue, "high", 1.0, 1)
+        taken = [take(queue, only_small=True)]
         for _ in range(7):
-            put(line, "higher", 1.0, 2)
-            taken.append(take(line, only_small=False))
+            put(queue, "higher", 1.0, 2)
+            taken.append(take(queue, only_small=False))
         for item, _ in taken:
             if item == "small":
                 return
-            line.serve(1.0, overtook=True)
+            queue.note_ended(1.0, overtook=True)
     pytest.fail("never had its turn")
 
 
@@ -542,24 +542,24 @@ def test_no_rhythm_of_the_turns_keeps_a_small_one_out():
     ],
 )
 def test_small_is_little_work_or_high_priority(work, priority, small):
-    line = Line()
-    put(line, "it", work, priority)
-    assert take(line, only_small=True) == (("it", True) if small else None)
-    assert take(line, only_small=False) == (None if small else ("it", False))
+    queue = FairQueue()
+    put(queue, "it", work, priority)
+    assert take(queue, only_small=True) == (("it", True) if small else None)
+    assert take(queue, only_small=False) == (None if small else ("it", False))
 
 
 def test_what_is_not_small_waits_for_its_slot():
-    line = Line()
-    put(line, "heavy", 1.0)
-    put(line, "tiny", 0.001)
-    line.serve(100, overtook=True)
-    put(line, "later", 0.001)
-    assert [take(line, only_small=True) for _ in range(3)] == [
+    queue = FairQueue()
+    put(queue, "heavy", 1.0)
+    put(queue, "tiny", 0.001)
+    queue.note_ended(100, overtook=True)
+    put(queue, "later", 0.001)
+    assert [take(queue, only_small=True) for _ in range(3)] == [
         ("tiny", True),
         ("later", True),
         None,
     ]
-    assert drain(line) == ["heavy"]
+    assert drain(queue) == ["heavy"]
 
 
 @pytest.mark.parametrize(
@@ -572,238 +572,240 @@ def test_what_is_not_small_waits_for_its_slot():
 def test_some_of_several_slots_are_kept_for_small_ones(kept, expected):
     all_slots = (1, 2, 3, 4)
     assert [
-        [is_kept(kept, slots, busy) for busy in range(slots)] for slots in all_slots
+        [is_reserved(kept, slots, busy) for busy in range(slots)] for slots in all_slots
     ] == expected
-    assert not is_kept(kept, 1, 1)
-    assert is_kept(kept, 3, 5)  # some run beyond the slots
+    assert not is_reserved(kept, 1, 1)
+    assert is_reserved(kept, 3, 5)  # some run beyond the slots
 
 
 def test_nobody_goes_unappraised():
-    line = Line()
-    line.add("a")
-    assert take(line, only_small=False) is None
-    (place,) = newcomers(line)
-    assert take(line, only_small=False) is None
-    assert list(line) == ["a"]
-    assert newcomers(line) == []
-    line.sort_in(place, 1.0)
-    assert drain(line) == ["a"]
+    queue = FairQueue()
+    queue.add("a")
+    assert take(queue, only_small=False) is None
+    (place,) = unestimated(queue)
+    assert take(queue, only_small=False) is None
+    assert list(queue) == ["a"]
+    assert unestimated(queue) == []
+    queue.rank(place, 1.0)
+    assert drain(queue) == ["a"]
 
 
 def test_newcomers_come_in_order_or_from_behind():
-    line = Line()
+    queue = FairQueue()
     for item in "abcdefg":
-        line.add(item)
+        queue.add(item)
     for item in "bfg":
-        line.discard(item)
-    assert line.newcomer().item == "a"
-    assert line.newcomer(from_behind=True).item == "e"
-    assert [place.item for place in newcomers(line)] == ["c", "d"]
-    assert line.newcomer(from_behind=True) is None
+        queue.discard(item)
+    assert queue.next_unestimated().item == "a"
+    assert queue.next_unestimated(from_behind=True).item == "e"
+    assert [place.item for place in unestimated(queue)] == ["c", "d"]
+    assert queue.next_unestimated(from_behind=True) is None
 
 
 @pytest.mark.parametrize("priority", [1, -1])
 def test_priority_takes_part_unappraised_among_its_equals_in_the_order_of_their_coming(priority):
-    line = Line()
+    queue = FairQueue()
     for item in "abc":
-        line.add(item, priority=priority)
-    assert newcomers(line) == []
-    assert [take(line, only_small=False) for _ in "abc"] == [(item, priority > 0) for item in "abc"]
+        queue.add(item, priority=priority)
+    assert unestimated(queue) == []
+    assert [take(queue, only_small=False) for _ in "abc"] == [
+        (item, priority > 0) for item in "abc"
+    ]
 
 
 def test_high_priority_is_found_at_once_behind_many_newcomers():
-    line = Line()
+    queue = FairQueue()
     for item in range(20_000):
-        line.add(item)
-    line.add("urgent", priority=10)
-    assert not line.is_undecided
-    assert take(line, only_small=True) == ("urgent", True)
+        queue.add(item)
+    queue.add("urgent", priority=10)
+    assert not queue.is_undecided
+    assert take(queue, only_small=True) == ("urgent", True)
 
 
 def test_known_work_takes_part_unappraised():
-    line = Line()
-    line.add("large", work=1.0)
-    line.add("small", work=0.0)
-    assert [take(line, only_small=False) for _ in range(2)] == [("small", True), ("large", False)]
+    queue = FairQueue()
+    queue.add("large", work=1.0)
+    queue.add("small", work=0.0)
+    assert [take(queue, only_small=False) for _ in range(2)] == [("small", True), ("large", False)]
 
 
 def test_one_that_came_before_is_overtaken_wherever_it_was_looked_at():
-    line = Line()
+    queue = FairQueue()
     for item in "abc":
-        line.add(item)
+        queue.add(item)
     work = {"a": 5.0, "b": 1.0, "c": 0.001}
-    while (place := line.newcomer(from_behind=True)) is not None:
-        line.sort_in(place, work[place.item])
-    turns = [line.take(only_small=False) for _ in range(3)]
+    while (place := queue.next_unestimated(from_behind=True)) is not None:
+        queue.rank(place, work[place.item])
+    turns = [queue.take(only_small=False) for _ in range(3)]
     assert [turn.item for turn in turns] == ["c", "b", "a"]
     assert [turn.overtook for turn in turns] == [True, True, False]
 
 
 def test_line_lists_those_who_wait_in_the_order_they_came():
-    line = Line()
-    put(line, "b", 5.0)
-    put(line, "a", 1.0, 5)
-    line.add("c")
-    newcomers(line)
-    line.add("d")
-    assert list(line) == list("bacd")
-    assert len(line) == 4
-    assert take(line, only_small=False) == ("a", True)
-    for item in line:
-        line.discard(item)
-    assert (list(line), len(line)) == ([], 0)
+    queue = FairQueue()
+    put(queue, "b", 5.0)
+    put(queue, "a", 1.0, 5)
+    queue.add("c")
+    unestimated(queue)
+    queue.add("d")
+    assert list(queue) == list("bacd")
+    assert len(queue) == 4
+    assert take(queue, only_small=False) == ("a", True)
+    for item in queue:
+        queue.discard(item)
+    assert (list(queue), len(queue)) == ([], 0)
 
 
 def test_new_appraisal_is_for_all_of_the_kind_and_for_nobody_else():
-    line = Line()
-    put(line, "other", 0.5, kind="other")
-    put(line, "unknown", 0.6)
+    queue = FairQueue()
+    put(queue, "other", 0.5, kind="other")
+    put(queue, "unknown", 0.6)
     for item in "ab":
-        put(line, item, 1.0, kind="kind")
-    line.serve(1.0, overtook=True)
-    line.reappraise("kind", 0.1)
-    line.reappraise("no such kind", 0.1)
-    put(line, "c", 0.01)
-    assert list(line) == ["other", "unknown", "a", "b", "c"]
-    assert drain(line) == ["a", "b", "c", "other", "unknown"]
+        put(queue, item, 1.0, kind="kind")
+    queue.note_ended(1.0, overtook=True)
+    queue.re_estimate("kind", 0.1)
+    queue.re_estimate("no such kind", 0.1)
+    put(queue, "c", 0.01)
+    assert list(queue) == ["other", "unknown", "a", "b", "c"]
+    assert drain(queue) == ["a", "b", "c", "other", "unknown"]
 
 
 def test_new_appraisal_may_make_small_and_not_small():
-    line = Line()
+    queue = FairQueue()
     for item, priority in (("low", -1), ("a", 0), ("b", 0), ("high", 1)):
-        put(line, item, 1.0, priority, kind="kind")
-    line.reappraise("kind", 0.001)
-    taken = [take(line, only_small=True) for _ in range(2)]
+        put(queue, item, 1.0, priority, kind="kind")
+    queue.re_estimate("kind", 0.001)
+    taken = [take(queue, only_small=True) for _ in range(2)]
     assert taken == [("high", True), ("a", True)]
-    line.reappraise("kind", 2.0)
-    assert take(line, only_small=True) is None
-    assert [take(line, only_small=False) for _ in range(3)] == [("b", False), ("low", False), None]
-    assert len(line) == 0
+    queue.re_estimate("kind", 2.0)
+    assert take(queue, only_small=True) is None
+    assert [take(queue, only_small=False) for _ in range(3)] == [("b", False), ("low", False), None]
+    assert len(queue) == 0
 
 
 def test_new_appraisal_does_not_bring_back_who_left():
-    line = Line()
+    queue = FairQueue()
     for item in "abc":
-        put(line, item, kind="kind")
-    line.discard("a")
-    assert take(line, only_small=False) == ("b", False)
-    line.reappraise("kind", 0.001)
-    assert drain(line) == ["c"]
-    line.reappraise("kind", 0.001)
-    assert drain(line) == []
+        put(queue, item, kind="kind")
+    queue.discard("a")
+    assert take(queue, only_small=False) == ("b", False)
+    queue.re_estimate("kind", 0.001)
+    assert drain(queue) == ["c"]
+    queue.re_estimate("kind", 0.001)
+    assert drain(queue) == []
 
 
 def test_new_appraisals_leave_nothing_behind():
-    line = Line()
+    queue = FairQueue()
     for item in range(100):
-        put(line, item, kind="kind")
+        put(queue, item, kind="kind")
     for number in range(1_000):
-        line.reappraise("kind", (1.0, 0.001, 2.0)[number % 3])
-        assert held(line) <= 2 * len(line) + 65
-    assert line._sorted_in == sum(map(len, line._heaps.values()))
-    assert drain(line) == list(range(100))
+        queue.re_estimate("kind", (1.0, 0.001, 2.0)[number % 3])
+        assert held(queue) <= 2 * len(queue) + 65
+    assert queue._heap_items == sum(map(len, queue._heaps.values()))
+    assert drain(queue) == list(range(100))
 
 
 STAGES = ["newcomer", "being appraised", "sorted in"]
 
 
-def bring(line, stage):
+def bring(queue, stage):
     """Let "x" in, and have it stand where `stage` says; gives how to bring it all the way."""
-    line.add("x")
+    queue.add("x")
     if stage == "newcomer":
         return lambda: None
-    (place,) = newcomers(line)
+    (place,) = unestimated(queue)
     if stage == "being appraised":
-        return lambda: line.sort_in(place, 0.0)
-    line.sort_in(place, 0.0)
+        return lambda: queue.rank(place, 0.0)
+    queue.rank(place, 0.0)
     return lambda: None
 
 
 @pytest.mark.parametrize("stage", STAGES)
 @pytest.mark.parametrize("way_out", ["discard", "clear"])
 def test_who_leaves_never_comes_up(stage, way_out):
-    line = Line()
-    go_on = bring(line, stage)
+    queue = FairQueue()
+    go_on = bring(queue, stage)
     if way_out == "clear":
-        line.clear()
-        assert held(line) == 0
+        queue.clear()
+        assert held(queue) == 0
     else:
-        line.discard("x")
-        line.discard("x")
-    assert (list(line), len(line)) == ([], 0)
+        queue.discard("x")
+        queue.discard("x")
+    assert (list(queue), len(queue)) == ([], 0)
     go_on()
-    assert drain(line) == []
-    assert line._sorted_in == 0
-    put(line, "y")
-    assert drain(line) == ["y"]
+    assert drain(queue) == []
+    assert queue._heap_items == 0
+    put(queue, "y")
+    assert drain(queue) == ["y"]
 
 
 @pytest.mark.parametrize("stage", STAGES)
 @pytest.mark.parametrize("way_out", ["discard", "clear"])
 def test_who_left_may_come_again(stage, way_out):
-    line = Line()
-    go_on = bring(line, stage)
+    queue = FairQueue()
+    go_on = bring(queue, stage)
     if way_out == "clear":
-        line.clear()
+        queue.clear()
     else:
-        line.discard("x")
-    put(line, "y", 0.001)
-    put(line, "x", 0.01)
+        queue.discard("x")
+    put(queue, "y", 0.001)
+    put(queue, "x", 0.01)
     go_on()
-    assert list(line) == ["y", "x"]
-    assert drain(line) == ["y", "x"]
-    put(line, "x")
-    assert drain(line) == ["x"]
+    assert list(queue) == ["y", "x"]
+    assert drain(queue) == ["y", "x"]
+    put(queue, "x")
+    assert drain(queue) == ["x"]
 
 
 def test_discard_lets_a_stranger_be():
-    line = Line()
-    put(line, "a")
-    line.discard("b")
-    assert drain(line) == ["a"]
-    line.discard("a")
-    assert len(line) == 0
+    queue = FairQueue()
+    put(queue, "a")
+    queue.discard("b")
+    assert drain(queue) == ["a"]
+    queue.discard("a")
+    assert len(queue) == 0
 
 
-def held(line):
-    return max(len(line._oldest), len(line._newcomers) + sum(map(len, line._heaps.values())))
+def held(queue):
+    return max(len(queue._oldest), len(queue._unestimated) + sum(map(len, queue._heaps.values())))
 
 
 def test_those_who_left_are_not_kept_for_ever():
-    line = Line()
+    queue = FairQueue()
     for item in range(10):
-        put(line, item, 0.0)  # those in front stay, so nobody behind them is taken out by the way
+        put(queue, item, 0.0)  # those in front stay, so nobody behind them is taken out by the way
     for item in range(10_000):
-        put(line, -1 - item, 1.0, item % 21 - 10 if item % 2 else 0)
-        line.discard(-1 - item)
-        assert line._sorted_in == sum(map(len, line._heaps.values()))
-        assert held(line) <= 3 * len(line) + 70
-    assert drain(line) == list(range(10))
+        put(queue, -1 - item, 1.0, item % 21 - 10 if item % 2 else 0)
+        queue.discard(-1 - item)
+        assert queue._heap_items == sum(map(len, queue._heaps.values()))
+        assert held(queue) <= 3 * len(queue) + 70
+    assert drain(queue) == list(range(10))
 
 
 def test_those_who_left_unseen_are_not_kept_for_ever():
-    line = Line()
+    queue = FairQueue()
     for item in range(10_000):  # while all slots are taken, and nobody is appraised
-        line.add(item)
-        line.discard(item)
-        assert held(line) <= 100
-    assert drain(line) == []
+        queue.add(item)
+        queue.discard(item)
+        assert held(queue) <= 100
+    assert drain(queue) == []
 
 
 def test_line_forgets_all_when_all_left():
-    line = Line()
+    queue = FairQueue()
     for _ in range(3):
         for item in range(10_000):
-            line.add(item)
+            queue.add(item)
             if item % 2:
-                for place in newcomers(line):
-                    line.sort_in(place, 1.0)
-        for item in list(line):
-            line.discard(item)
-        put(line, "next")
-        assert held(line) <= 70
-        assert drain(line) == ["next"]
-        assert held(line) == 0
+                for place in unestimated(queue):
+                    queue.rank(place, 1.0)
+        for item in list(queue):
+            queue.discard(item)
+        put(queue, "next")
+        assert held(queue) <= 70
+        assert drain(queue) == ["next"]
+        assert held(queue) == 0
 
 
 # ---- A discard in the midst of it, as from a signal handler or a finaliser
@@ -811,7 +813,7 @@ def test_line_forgets_all_when_all_left():
 
 def interrupted(call, at, interrupt):
     """Call `call`, and `interrupt` before its `at`-th instruction; tells if it came so far."""
-    file = Line.take.__code__.co_filename
+    file = FairQueue.take.__code__.co_filename
     count = 0
 
     def trace(frame, event, _):
@@ -835,33 +837,33 @@ def interrupted(call, at, interrupt):
 
 
 def crowd(left):
-    line = Line()
+    queue = FairQueue()
     for item in range(left):
-        put(line, f"left {item}", 1.0)
-    put(line, "heavy", 5.0, 0, "kind")
-    put(line, "small", 0.001, 0)
-    put(line, "low", 0.1, -1, "kind")
+        put(queue, f"left {item}", 1.0)
+    put(queue, "heavy", 5.0, 0, "kind")
+    put(queue, "small", 0.001, 0)
+    put(queue, "low", 0.1, -1, "kind")
     for item in range(left):
-        line.discard(f"left {item}")
-    line.add("appraised")
-    (place,) = newcomers(line)
-    line.add("newcomer")
-    return line, place
+        queue.discard(f"left {item}")
+    queue.add("appraised")
+    (place,) = unestimated(queue)
+    queue.add("newcomer")
+    return queue, place
 
 
 HERE = {"heavy", "small", "low", "appraised", "newcomer"}
 
 
 METHODS = {
-    "add": lambda line, _: line.add("new"),
-    "newcomers": lambda line, _: newcomers(line),
-    "sort_in": lambda line, place: line.sort_in(place, 1.0, "kind"),
-    "sort_in and sweep": lambda line, place: line.sort_in(place, 1.0, "new kind"),
-    "reappraise": lambda line, _: line.reappraise("kind", 0.01),
-    "take": lambda line, _: line.take(only_small=False),
-    "take small": lambda line, _: line.take(only_small=True),
-    "serve": lambda line, _: line.serve(1.0, overtook=True),
-    "list": lambda line, _: list(line),
+    "add": lambda queue, _: queue.add("new"),
+    "newcomers": lambda queue, _: unestimated(queue),
+    "rank": lambda queue, place: queue.rank(place, 1.0, "kind"),
+    "rank and sweep": lambda queue, place: queue.rank(place, 1.0, "new kind"),
+    "reappraise": lambda queue, _: queue.re_estimate("kind", 0.01),
+    "take": lambda queue, _: queue.take(only_small=False),
+    "take small": lambda queue, _: queue.take(only_small=True),
+    "serve": lambda queue, _: queue.note_ended(1.0, overtook=True),
+    "list": lambda queue, _: list(queue),
 }
 
 
@@ -869,28 +871,28 @@ METHODS = {
 @pytest.mark.parametrize("method", METHODS)
 def test_discard_may_interrupt(method, victim):
     at, so_far = 0, True
-    sweeps = method == "sort_in and sweep"
+    sweeps = method == "rank and sweep"
     while so_far:
         at += 7 if sweeps else 1  # it does the same for each of many
-        line, place = crowd(80 if sweeps else 0)
+        queue, place = crowd(80 if sweeps else 0)
         gone = []
 
-        def interrupt(line=line, gone=gone):
-            gone += [item for item in line if item == victim]
-            line.discard(victim)
+        def interrupt(queue=queue, gone=gone):
+            gone += [item for item in queue if item == victim]
+            queue.discard(victim)
 
-        result, so_far = interrupted(partial(METHODS[method], line, place), at, interrupt)
+        result, so_far = interrupted(partial(METHODS[method], queue, place), at, interrupt)
         went = []
         if method == "newcomers":
             for found in result:
-                line.sort_in(found, 1.0)
+                queue.rank(found, 1.0)
         elif method.startswith("take") and result is not None:
             went.append(result[0])
-        if not method.startswith("sort_in"):
-            line.sort_in(place, 1.0)
-        went += drain(line)
+        if not method.startswith("rank"):
+            queue.rank(place, 1.0)
+        went += drain(queue)
         assert sorted(went + gone) == sorted([*HERE, "new"] if method == "add" else HERE)
-        assert line._sorted_in == 0
+        assert queue._heap_items == 0
     assert at > 1
 
 
@@ -899,10 +901,10 @@ def test_discard_may_interrupt_clear(victim):
     at, so_far = 0, True
     while so_far:
         at += 1
-        line, place = crowd(0)
-        _, so_far = interrupted(line.clear, at, lambda line=line: line.discard(victim))
-        line.sort_in(place, 1.0)
-        assert drain(line) == []
+        queue, place = crowd(0)
+        _, so_far = interrupted(queue.clear, at, lambda queue=queue: queue.discard(victim))
+        queue.rank(place, 1.0)
+        assert drain(queue) == []
     assert at > 1
 
 
@@ -910,13 +912,13 @@ def test_discard_may_interrupt_discard():
     at, so_far = 0, True
     while so_far:
         at += 1
-        line, place = crowd(0)
-        first = partial(line.discard, "heavy")
-        _, so_far = interrupted(first, at, lambda line=line: line.discard("low"))
-        line.discard("low")
-        line.sort_in(place, 1.0)
-        line.reappraise("kind", 0.01)
-        assert sorted(drain(line)) == ["appraised", "newcomer", "small"]
+        queue, place = crowd(0)
+        first = partial(queue.discard, "heavy")
+        _, so_far = interrupted(first, at, lambda queue=queue: queue.discard("low"))
+        queue.discard("low")
+        queue.rank(place, 1.0)
+        queue.re_estimate("kind", 0.01)
+        assert sorted(drain(queue)) == ["appraised", "newcomer", "small"]
     assert at > 1
 
 
@@ -925,74 +927,74 @@ def test_discard_may_interrupt_discard():
 
 @pytest.mark.parametrize("served", [0, 5, 25])
 def test_late_tiny_one_overtakes_a_backlog_that_overtook_nobody(served):
-    line = Line()
+    queue = FairQueue()
     for number in range(30):
-        put(line, f"heavy {number}", 10.0)
+        put(queue, f"heavy {number}", 10.0)
     for number in range(served):
-        assert take(line, only_small=False) == (f"heavy {number}", False)
-        line.serve(10.0, overtook=False)
-    put(line, "tiny", 0.001)
-    assert take(line, only_small=False) == ("tiny", True)
+        assert take(queue, only_small=False) == (f"heavy {number}", False)
+        queue.note_ended(10.0, overtook=False)
+    put(queue, "tiny", 0.001)
+    assert take(queue, only_small=False) == ("tiny", True)
 
 
-def take_quickly(line, *, only_small=False, unseen=True):
-    turn = line.take_quickly(only_small=only_small, unseen=unseen)
+def take_quickly(queue, *, only_small=False, unestimated=True):
+    turn = queue.take_quickly(only_small=only_small, unestimated=unestimated)
     return None if turn is None else turn.item
 
 
-def row_of_quick(line, length=QUICK_ROW):
+def row_of_quick(queue, length=QUICK_STREAK):
     for _ in range(length):
-        line.serve(QUICK, overtook=False)
+        queue.note_ended(QUICK, overtook=False)
 
 
 def test_newcomers_are_taken_unseen_after_a_row_of_quick_ones():
-    line = Line()
-    line.add("a")
-    line.add("b")
-    row_of_quick(line, QUICK_ROW - 1)
-    assert not line.is_quick
-    assert take_quickly(line) is None
-    row_of_quick(line, 1)
-    assert line.is_quick
-    assert [take_quickly(line) for _ in range(3)] == ["a", "b", None]
-    assert len(line) == 0
-    line.add("c")
-    line.serve(2 * QUICK, overtook=False)
-    assert not line.is_quick
-    assert take_quickly(line) is None
+    queue = FairQueue()
+    queue.add("a")
+    queue.add("b")
+    row_of_quick(queue, QUICK_STREAK - 1)
+    assert not queue.is_quick
+    assert take_quickly(queue) is None
+    row_of_quick(queue, 1)
+    assert queue.is_quick
+    assert [take_quickly(queue) for _ in range(3)] == ["a", "b", None]
+    assert len(queue) == 0
+    queue.add("c")
+    queue.note_ended(2 * QUICK, overtook=False)
+    assert not queue.is_quick
+    assert take_quickly(queue) is None
 
 
 @pytest.mark.parametrize("only_small", [False, True])
 def test_where_nobody_may_go_unseen_those_that_were_appraised_do(only_small):
-    line = Line()
-    row_of_quick(line)
-    line.add("a")
-    assert take_quickly(line, only_small=only_small, unseen=False) is None
-    assert list(line) == ["a"]
-    assert take_quickly(line, only_small=only_small) == "a"
-    put(line, "appraised", SMALL)
-    assert take_quickly(line, only_small=only_small, unseen=False) == "appraised"
+    queue = FairQueue()
+    row_of_quick(queue)
+    queue.add("a")
+    assert take_quickly(queue, only_small=only_small, unestimated=False) is None
+    assert list(queue) == ["a"]
+    assert take_quickly(queue, only_small=only_small) == "a"
+    put(queue, "appraised", SMALL)
+    assert take_quickly(queue, only_small=only_small, unestimated=False) == "appraised"
 
 
 def test_small_ones_that_were_appraised_go_before_newcomers_are_taken_unseen():
-    line = Line()
-    row_of_quick(line)
-    put(line, "appraised", SMALL)
-    line.add("newcomer")
-    assert [take_quickly(line) for _ in range(3)] == ["appraised", "newcomer", None]
+    queue = FairQueue()
+    row_of_quick(queue)
+    put(queue, "appraised", SMALL)
+    queue.add("newcomer")
+    assert [take_quickly(queue) for _ in range(3)] == ["appraised", "newcomer", None]
 
 
 def test_nobody_is_taken_unseen_past_a_priority_or_one_that_was_appraised():
-    line = Line()
-    row_of_quick(line)
-    line.add("a")
-    line.add("urgent", priority=1)
-    line.add("b")
-    assert [take_quickly(line) for _ in range(3)] == ["urgent", "a", "b"]
-    line.add("low", priority=-1)
-    line.add("d")
-    assert take_quickly(line) is None
-    line.discard("low")
-    put(line, "appraised", 1.0)
-    line.add("c")
-    assert take_quickly(line) is None
+    queue = FairQueue()
+    row_of_quick(queue)
+    queue.add("a")
+    queue.add("urgent", priority=1)
+    queue.add("b")
+    assert [take_quickly(queue) for _ in range(3)] == ["urgent", "a", "b"]
+    queue.add("low", priority=-1)
+    queue.add("d")
+    assert take_quickly(queue) is None
+    queue.discard("low")
+    put(queue, "appraised", 1.0)
+    queue.add("c")
+    assert take_quickly(queue) is None

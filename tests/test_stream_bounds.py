@@ -34,7 +34,7 @@ from polars_async import (
 from polars_async.bridges.buffer import BATCHES_AHEAD, Buffer
 from polars_async.scheduling import times
 from polars_async.scheduling.admission import Admission
-from polars_async.scheduling.fair_queue import FAIR_TURN
+from polars_async.scheduling.fair_queue import FAIR_EVERY
 from polars_async.testing import simulate_gpu
 
 OURS = str(Path(polars_async.__file__).parent)
@@ -444,7 +444,7 @@ def test_streams_that_take_turns_do_not_keep_out_the_queue(make, stints, blocked
             (stream,) = (each for each in streams if each._buffer is buffer)
             until(lambda buffer=buffer: len(buffer._arrivals.items) == BATCHES_AHEAD)
             take(stream)  # so that it is back while the other has the slot
-    assert FAIR_TURN - 2 <= turns <= 2 * FAIR_TURN
+    assert FAIR_EVERY - 2 <= turns <= 2 * FAIR_EVERY
     stints.let_on(1000)
     for stream in streams:
         stream.close()

@@ -38,7 +38,7 @@ from polars_async.resolution import (
 )
 from polars_async.scheduling.admission import stats_of
 from polars_async.scheduling.estimates import Expectation, Expectations
-from polars_async.scheduling.fair_queue import PRIORITIES, long_at_once
+from polars_async.scheduling.fair_queue import PRIORITIES, large_at_once
 from polars_async.scheduling.lane import Lane
 from polars_async.scheduling.open_streams import MAX_STREAMS
 from polars_async.scheduling.pausing import PausableQuery
@@ -156,7 +156,7 @@ class Collector:
         self._reporter: Final = Reporter(on_event)
         known = Expectations(far=executor == "auto")
         max_running = max_running or default_running(executor)
-        at_once = long_at_once(max_running)
+        at_once = large_at_once(max_running)
         place = place_of(executor, max_running, at_once, max_memory)
         self._cpu: Final = Lane(
             max_running,

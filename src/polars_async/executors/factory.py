@@ -29,12 +29,12 @@ def default_running(executor: ExecutorRequest) -> int:
 
 
 def place_of(
-    executor: ExecutorRequest, max_running: int, long_at_once: int, max_memory: int | None
+    executor: ExecutorRequest, max_running: int, large_at_once: int, max_memory: int | None
 ) -> Place:
     """
     Make the place for the queries of a collector.
 
-    Of the `max_running` that run at once, `long_at_once` may be queries that are not small: among
+    Of the `max_running` that run at once, `large_at_once` may be queries that are not small: among
     these the processors are shared out.
 
     Raises
@@ -66,14 +66,14 @@ def place_of(
     from polars_async.executors.processes.pool import Processes  # noqa: PLC0415  # what few need
 
     return Processes(
-        threads=_threads_each(long_at_once),
+        threads=_threads_each(large_at_once),
         most_idle=max_running,
         max_memory=max_memory,
         keeps_unsendable=executor == "auto",
     )
 
 
-def gpu_place_of(executor: ExecutorRequest, place: Place, long_at_once: int) -> Place:
+def gpu_place_of(executor: ExecutorRequest, place: Place, large_at_once: int) -> Place:
     """Make the place for the queries on a GPU of a collector that has `place` for the others."""
     if place is HERE:
         return GPU_HERE
@@ -81,7 +81,7 @@ def gpu_place_of(executor: ExecutorRequest, place: Place, long_at_once: int) -> 
         return place
     from polars_async.executors.processes.gpu_pool import GpuProcesses  # noqa: PLC0415  # what few need
 
-    return GpuProcesses(threads=_threads_each(long_at_once), keeps_unsendable=executor == "auto")
+    return GpuProcesses(threads=_threads_each(large_at_once), keeps_unsendable=executor == "auto")
 
 
 def _threads_each(at_once: int) -> int:

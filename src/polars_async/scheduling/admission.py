@@ -15,13 +15,13 @@ from polars_async.errors import CollectorClosedError, QueueFullError
 from polars_async.gpu.breaker import stats as health_of_gpus
 from polars_async.scheduling.counts import Counts
 from polars_async.scheduling.fair_queue import (
-    FAIR_TURN,
-    KEPT_FROM_LARGE,
-    KEPT_FROM_UNSEEN,
+    FAIR_EVERY,
+    RESERVED_FOR_ESTIMATED,
+    RESERVED_FOR_SMALL,
     SMALL,
     UNKNOWN,
-    Line,
-    is_kept,
+    FairQueue,
+    is_reserved,
 )
 from polars_async.scheduling.open_streams import OpenStreams
 from polars_async.scheduling.query import Owner
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
     from polars_async.bridges.waiting import Waiter
     from polars_async.scheduling.estimates import Expectation
-    from polars_async.scheduling.fair_queue import Place
+    from polars_async.scheduling.fair_queue import Entry
     from polars_async.scheduling.query import Query
 
 
@@ -63,7 +63,7 @@ class Admission:
 
     A query that waits for its consumer is paused, and has no slot. When its consumer is back it
     waits for one before those in the line, since it holds a thread and more; one turn in
-    `FAIR_TURN` is for the line all the same. While a query that is back waits, no slot is free that
+    `FAIR_EVERY` is for the line all the same. While a query that is back waits, no slot is free that
     it may have: whatever frees one gives it on.
 
     `lock` guards all of it, and the state of every query admitted here. It is held for a few
@@ -73,13 +73,13 @@ class Admission:
     """
 
     __slots__ = (
+        "_contended",
         "_inline",
-        "_line",
         "_paused",
+        "_queue",
         "_returning",
         "_slots",
-        "_taken_unseen",
-        "_turns",
+        "_started_unestimated",
         "closed",
         "counts",
         "exclusive",
@@ -113,10 +113,10 @@ class Admission:
         self.streams = OpenStreams() if streams is None else streams
         self._paused: dict[Query[Any], Slot] = {}
         self._returning: dict[Query[Any], Slot] = {}  # those of them whose consumers are back
-        self._turns = 0  # in which both they and the line waited for a slot
+        self._contended = 0  # in which both they and the line waited for a slot
         self._inline: set[Slot] = set()
-        self._line: Line[Query[Any]] = Line()
-        self._taken_unseen = -inf  # when that was last, in seconds of perf_counter
+        self._queue: FairQueue[Query[Any]] = FairQueue()
+        self._started_unestimated = -inf  # when that was last, in seconds of perf_counter
         self.waiters: dict[Waiter, None] = {}
         self.reserved: Slot | None = None
         """The slot that `enter` has made last: its caller may be interrupted before it has it."""
@@ -129,7 +129,7 @@ class Admission:
     @property
     def waiting(self) -> int:
         """How many queries stand in the line."""
-        return len(self._line)
+        return len(self._queue)
 
     @property
     def threads(self) -> int:
@@ -150,9 +150,9 @@ class Admission:
         """List the queries that run, or pause in the midst of it."""
         return holding(self.lock, self._in_slots)
 
-    def in_line(self) -> list[Query[Any]]:
+    def in_queue(self) -> list[Query[Any]]:
         """List the queries that wait."""
-        return holding(self.lock, list, self._line)
+        return holding(self.lock, list, self._queue)
 
     def enter(self, query: Query[Any]) -> Slot | None:
         """
@@ -185,10 +185,10 @@ class Admission:
             return slot
         free = self.max_running - len(self._slots)
         # What may be kept for small queries is not given away unseen.
-        kept = KEPT_FROM_UNSEEN if self._line.is_quick else KEPT_FROM_LARGE
+        reserved = RESERVED_FOR_ESTIMATED if self._queue.is_quick else RESERVED_FOR_SMALL
         if self.exclusive:
-            kept = 0
-        at_once = not self._line and (free > kept or free == self.max_running)
+            reserved = 0
+        at_once = not self._queue and (free > reserved or free == self.max_running)
         if at_once or (not self.exclusive and in_query()):
             slot = self.reserved = Slot()
             self._slots.add(slot)
@@ -225,7 +225,7 @@ class Admission:
 
     def forget(self, query: Query[Any], slot: Slot | None) -> None:
         """Take back, with the lock held, what `enter` may have given to a query."""
-        self._line.discard(query)
+        self._queue.discard(query)
         self.streams.discard(query)
         if slot is not None:
             slot.query = None
@@ -237,40 +237,42 @@ class Admission:
         with self.lock:
             return slot in self._slots
 
-    def newcomer(self, *, from_behind: bool) -> Place[Query[Any]] | None:
+    def next_unestimated(self, *, from_behind: bool) -> Entry[Query[Any]] | None:
         """Give one of the line, to be appraised without the lock; None if all have been."""
         with self.lock:
-            return self._line.newcomer(from_behind=from_behind)
+            return self._queue.next_unestimated(from_behind=from_behind)
 
-    def fill(self, slot: Slot, appraised: list[Place[Query[Any]]], *, thorough: bool) -> bool:
+    def fill(
+        self, slot: Slot, appraised: list[Entry[Query[Any]]], *, only_if_certain: bool
+    ) -> bool:
         """
         Sort in those `appraised`, and start the next in `slot`, or else take the slot back.
 
-        `thorough` is to take nobody but a small one while others have not been appraised. Gives
+        `only_if_certain` is to take nobody but a small one while others have not been appraised. Gives
         whether the thread of the slot has anything more to do: to run the slot's query, or, where
         it has none, to appraise more.
         """
         with self.lock:
-            line = self._line
-            for place in appraised:
-                expected = None if place.item is None else place.item.expectation
+            queue = self._queue
+            for entry in appraised:
+                expected = None if entry.item is None else entry.item.expectation
                 seconds, kind = (UNKNOWN, None) if expected is None else expected[:2]
-                line.sort_in(place, seconds, kind)
+                queue.rank(entry, seconds, kind)
             if slot not in self._slots or len(self._slots) > self.max_running:
                 self._free(slot)
                 return False
-            if thorough and line.is_undecided:
+            if only_if_certain and queue.is_undecided:
                 return True
-            only_small = is_kept(KEPT_FROM_LARGE, self.max_running, self._long_running())
-            while (turn := line.take(only_small=only_small)) is not None:
-                if self._start(turn.item, slot, small=turn.small, overtook=turn.overtook):
+            only_small = is_reserved(RESERVED_FOR_SMALL, self.max_running, self._large_running())
+            while (picked := queue.take(only_small=only_small)) is not None:
+                if self._start(picked.item, slot, small=picked.small, overtook=picked.overtook):
                     return True
-            if line.has_newcomers:
+            if queue.has_unestimated:
                 return True
             self._free(slot)
             return False
 
-    def seconds_on_guard(self) -> float:
+    def reserve_delay(self) -> float:
         """
         Tell how long the next free slot had better do nothing.
 
@@ -280,11 +282,11 @@ class Admission:
         """
         with self.lock:
             stands_by = (
-                self._line.is_quick
-                and bool(self._line)
-                and is_kept(KEPT_FROM_UNSEEN, self.max_running, self._long_running())
+                self._queue.is_quick
+                and bool(self._queue)
+                and is_reserved(RESERVED_FOR_ESTIMATED, self.max_running, self._large_running())
             )
-            return self._taken_unseen + SMALL - perf_counter() if stands_by else 0.0
+            return self._started_unestimated + SMALL - perf_counter() if stands_by else 0.0
 
     def release(self, slot: Slot) -> bool:
         """
@@ -293,7 +295,7 @@ class Admission:
         With the lock held.
         """
         query, slot.query = slot.query, None
-        line, slots = self._line, self._slots
+        queue, slots = self._queue, self._slots
         if slot.inline:
             self._inline.discard(slot)
         if query is not None and query.is_stream:
@@ -304,18 +306,20 @@ class Admission:
         if seconds is not None:
             self.counts.run_seconds += seconds
             completed = query is not None and query.completed
-            line.serve(seconds, overtook=slot.overtook, completed=completed)
+            queue.note_ended(seconds, overtook=slot.overtook, completed=completed)
         is_free = slot in slots and len(slots) <= self.max_running
-        if line and is_free and not (self._returning and self._is_turn_of_returning()):
-            long_running = self._long_running()
-            turn = line.take_quickly(
-                only_small=is_kept(KEPT_FROM_LARGE, self.max_running, long_running),
-                unseen=not is_kept(KEPT_FROM_UNSEEN, self.max_running, long_running),
+        if queue and is_free and not (self._returning and self._returning_is_next()):
+            large_running = self._large_running()
+            picked = queue.take_quickly(
+                only_small=is_reserved(RESERVED_FOR_SMALL, self.max_running, large_running),
+                unestimated=not is_reserved(
+                    RESERVED_FOR_ESTIMATED, self.max_running, large_running
+                ),
             )
-            if turn is not None:
-                self._start(turn.item, slot, small=turn.small, overtook=turn.overtook)
-                if not turn.small:
-                    self._taken_unseen = perf_counter()
+            if picked is not None:
+                self._start(picked.item, slot, small=picked.small, overtook=picked.overtook)
+                if not picked.small:
+                    self._started_unestimated = perf_counter()
             return True
         self._free(slot)
         return False
@@ -323,7 +327,7 @@ class Admission:
     def idle_slots(self) -> list[Slot]:
         """Take the slots that are free while somebody waits, for threads that look who may go."""
         with self.lock:
-            idle = min(self.max_running - len(self._slots), len(self._line))
+            idle = min(self.max_running - len(self._slots), len(self._queue))
             slots = [Slot() for _ in range(idle)]
             self._slots.update(slots)
             return slots
@@ -342,7 +346,7 @@ class Admission:
             slot.small = query.goes_as_small  # which nobody asked if it was let in at once
             self._paused[query] = slot
             self._slots.remove(slot)
-            if self._returning and self._is_turn_of_returning():
+            if self._returning and self._returning_is_next():
                 self._resume_next()
             return gate
 
@@ -358,10 +362,10 @@ class Admission:
         """Open the gate of a paused query that nobody wants: it needs no slot to end."""
         holding(self.lock, self._let_end, query)
 
-    def reappraise(self, expectation: Expectation) -> None:
+    def re_estimate(self, expectation: Expectation) -> None:
         """Sort in anew the queries of one kind in the line."""
         with self.lock:
-            self._line.reappraise(expectation.fingerprint, expectation.seconds)
+            self._queue.re_estimate(expectation.fingerprint, expectation.seconds)
 
     def add_waiter(self, waiter: Waiter) -> bool:
         """Have `waiter` woken when no query runs or waits; False if that is so already."""
@@ -371,7 +375,7 @@ class Admission:
         """Stop waiting; False if it is over already."""
         return holding(self.lock, self._remove_waiter, waiter)
 
-    def tell_if_empty(self) -> None:
+    def wake_if_empty(self) -> None:
         """Wake whoever waits for no query to be left, if none is."""
         waiters: list[Waiter] = []
         try:
@@ -383,20 +387,20 @@ class Admission:
 
     def reset(self) -> list[Query[Any]]:
         """Forget, and return, every query; for a forked child, which has none of their threads."""
-        lost = [*self.in_slots(), *self._line]
+        lost = [*self.in_slots(), *self._queue]
         self._slots.clear()
         self._paused.clear()
         self._inline.clear()
         self._returning.clear()
         self.streams.clear()
-        self._line.clear()
+        self._queue.clear()
         self.waiters.clear()
         return lost
 
     def _add(self, query: Query[Any]) -> None:
         known = query.expectation
         work = None if known is None else known.seconds
-        self._line.add(query, priority=query.priority, work=work)
+        self._queue.add(query, priority=query.priority, work=work)
 
     def _in_slots(self) -> list[Query[Any]]:
         slots = (*self._slots, *self._paused.values(), *self._inline)
@@ -434,7 +438,7 @@ class Admission:
 
         It wakes those that wait for no query to be left, if it was the last.
         """
-        self._line.discard(query)
+        self._queue.discard(query)
         self.streams.discard(query)
         if self.waiters and self._is_empty():
             query.wakes(self.waiters)  # before they are here no more
@@ -451,12 +455,12 @@ class Admission:
         if self._returning:
             self._resume_next()
 
-    def _is_turn_of_returning(self) -> bool:
+    def _returning_is_next(self) -> bool:
         """Tell whether the slot that is free now is for a query that is back, not for the line."""
         if self._next_returning() is None:
             return False
-        self._turns += 1
-        return not self._line or self._turns % FAIR_TURN != 0
+        self._contended += 1
+        return not self._queue or self._contended % FAIR_EVERY != 0
 
     def _resume_next(self) -> None:
         """Give free slots to queries that are back, in the order in which they came."""
@@ -464,7 +468,7 @@ class Admission:
             self._go_on(query, self._returning[query])
 
     def _next_returning(self) -> Query[Any] | None:
-        only_small = is_kept(KEPT_FROM_LARGE, self.max_running, self._long_running())
+        only_small = is_reserved(RESERVED_FOR_SMALL, self.max_running, self._large_running())
         for query, slot in self._returning.items():
             if slot.small or not only_small:
                 return query
@@ -492,7 +496,7 @@ class Admission:
         self.counts.queue_seconds += waited
         return True
 
-    def _long_running(self) -> int:
+    def _large_running(self) -> int:
         """Count those that leave few slots for others, which nobody does that has a whole GPU."""
         number = 0
         if self.exclusive:
@@ -503,7 +507,7 @@ class Admission:
         return number
 
     def _is_empty(self) -> bool:
-        return not self._line and not self._in_slots()
+        return not self._queue and not self._in_slots()
 
     def _check_room(self, max_waiting: int) -> None:
         # Not those that pause, whose slots are for others.

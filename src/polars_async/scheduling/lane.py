@@ -129,7 +129,7 @@ class Lane:
         except BaseException as error:
             query.cancel()  # it was let in, and nobody will ever have its handle
             if admission.waiters:  # it may have come in between
-                admission.tell_if_empty()
+                admission.wake_if_empty()
             if query.reports and query.state is State.REFUSED:
                 query.report(EventKind.REJECTED, error=error)
             raise
@@ -168,7 +168,7 @@ class Lane:
         # A stream may wait for its consumer, and that for ever.
         running = admission.in_slots()
         waiting = [query for query in running if query.is_stream]
-        waiting += admission.in_line()
+        waiting += admission.in_queue()
         for query in (*(waiting if cancel_waiting else ()), *(running if cancel_running else ())):
             query.cancel()
         self._close_place()
@@ -242,11 +242,11 @@ class Lane:
         together = 1  # since the first may be small already
         was_slow = False
         while slot.query is None:
-            if (seconds := admission.seconds_on_guard()) > 0:
+            if (seconds := admission.reserve_delay()) > 0:
                 sleep(seconds)
                 continue
             appraised, was_slow = self._appraise(together, was_slow=was_slow)
-            if not admission.fill(slot, appraised, thorough=together < _MOST_TOGETHER):
+            if not admission.fill(slot, appraised, only_if_certain=together < _MOST_TOGETHER):
                 return False
             together = min(2 * together, _MOST_TOGETHER)
             if len(appraised) > 1:
@@ -257,17 +257,17 @@ class Lane:
 
     def _appraise(
         self, at_most: int, *, was_slow: bool
-    ) -> tuple[list[fair_queue.Place[Query[Any]]], bool]:
+    ) -> tuple[list[fair_queue.Entry[Query[Any]]], bool]:
         """
         Look at some of those in the line, for no longer than a moment.
 
         Where the last look `was_slow`, the next is at the last in the line, which may be small, and
         need not wait until all before it have been looked at. Gives whether this one was, too.
         """
-        appraised: list[fair_queue.Place[Query[Any]]] = []
+        appraised: list[fair_queue.Entry[Query[Any]]] = []
         begun = perf_counter()
         while len(appraised) < at_most:
-            place = self.admission.newcomer(from_behind=was_slow)
+            place = self.admission.next_unestimated(from_behind=was_slow)
             if place is None:
                 break
             appraised.append(place)
@@ -312,7 +312,7 @@ class Lane:
         if not query.settle():
             self._look_back(query, alone=alone, away=away)
         if admission.waiters:
-            admission.tell_if_empty()
+            admission.wake_if_empty()
         del query, operation, waiters  # as in Query.run
         return kept
 
@@ -368,7 +368,7 @@ class Lane:
             query.report_end()
             wake(lost)
         if admission.waiters:
-            admission.tell_if_empty()
+            admission.wake_if_empty()
         return kept
 
     def _take_over(self, query: Query[Any]) -> Iterable[Waiter] | None:
@@ -396,7 +396,7 @@ class Lane:
                 self._executor.step_in()
         if corrected is not None:
             with admission.lock:
-                admission.reappraise(corrected)
+                admission.re_estimate(corrected)
                 self._use_idle_slots()
 
 
