@@ -289,7 +289,7 @@ class Soak:
         full = [mailbox for mailbox in boxes if mailbox._items]
         if full or len(boxes) > 1:
             found.append(f"{len(boxes)} mailboxes, {full} with something")
-        known = [book.lanes[0]._expectations for book in self.books]
+        known = [book.lanes[0]._costs for book in self.books]
         sizes = [(len(each._taken), len(each._plans)) for each in known]
         if any(taken > 4096 or plans > 100 for taken, plans in sizes):
             found.append(f"so many plans are known: {sizes}")

@@ -26,7 +26,7 @@ from polars_async.executors.operations import Collect
 from polars_async.executors.threads import ThreadExecutor
 from polars_async.scheduling import admission, estimates, lane, query
 from polars_async.scheduling.admission import Admission, Slot
-from polars_async.scheduling.estimates import UNKNOWN, Expectation, Expectations
+from polars_async.scheduling.estimates import UNKNOWN, CostModel, Estimate
 from polars_async.scheduling.fair_queue import QUICK, QUICK_STREAK
 from polars_async.testing import simulate_gpu
 
@@ -457,12 +457,12 @@ def test_small_query_runs_beside_a_small_one_and_a_long_one_waits_for_neither(ma
 
 
 def test_unknown_query_counts_as_small_once_its_runs_were_quick(make, block, monkeypatch):
-    learn = Expectations.learn
+    observe = CostModel.observe
 
     def learn_that_it_was_quick(known, expected, _, **options):  # this machine may be busy
-        return learn(known, expected, 0.0005, **options | {"alone": True})
+        return observe(known, expected, 0.0005, **options | {"alone": True})
 
-    monkeypatch.setattr(Expectations, "learn", learn_that_it_was_quick)
+    monkeypatch.setattr(CostModel, "observe", learn_that_it_was_quick)
     collector = make(max_running=2)
     _, blocked = run_blocked(collector, block)
     waiting = [collector.collect_async(UNSEEN) for _ in range(10)]
@@ -478,7 +478,7 @@ def test_unknown_query_counts_as_small_once_its_runs_were_quick(make, block, mon
 def test_new_appraisal_wakes_a_slot_that_nobody_looks_after(make, block, monkeypatch):
     waiting = []
 
-    def learn(_, expected, __, **___):
+    def observe(_, expected, __, **___):
         # Nobody waited when the query ended, so its slot was taken back; then somebody comes, finds
         # the slot free but is not small, as far as is known before this returns. Those before it
         # may be learnt from as late as it.
@@ -487,13 +487,13 @@ def test_new_appraisal_wakes_a_slot_that_nobody_looks_after(make, block, monkeyp
             other.start()
             other.join()
             settle(collector)
-        return Expectation(0.0, expected.fingerprint)
+        return Estimate(0.0, expected.fingerprint)
 
-    kind = Expectations().of([UNSEEN], "in-memory").fingerprint
+    kind = CostModel().of([UNSEEN], "in-memory").fingerprint
     assert kind is not None
-    monkeypatch.setattr(Expectations, "learn", learn)
+    monkeypatch.setattr(CostModel, "observe", observe)
     monkeypatch.setattr(ThreadExecutor, "shed", lambda *_: None)
-    monkeypatch.setattr(query, "_WORTH_APPRAISING", 0.0)  # however quick it was
+    monkeypatch.setattr(query, "_WORTH_ESTIMATING", 0.0)  # however quick it was
     collector = make(max_running=2)
     run_blocked(collector, block)
     # So that there is a thread beside the two that are busy, since none ends.
@@ -580,7 +580,7 @@ def looked(monkeypatch):
 def test_nobody_is_appraised_while_more_slots_are_free_than_are_kept(
     make, block, looked, monkeypatch
 ):
-    monkeypatch.setattr(query, "_WORTH_APPRAISING", inf)  # this machine may be busy
+    monkeypatch.setattr(query, "_WORTH_ESTIMATING", inf)  # this machine may be busy
     collector = make(max_running=4)
     for _ in range(10):
         collector.collect_async(UNSEEN).result(30)
@@ -695,20 +695,20 @@ def test_where_the_last_were_quick_the_next_is_taken_unseen_in_all_slots_but_one
 
 
 @pytest.mark.parametrize("appraised", [False, True])
-def test_only_those_taken_unseen_keep_the_slot_for_small_ones_standing_by(appraised):
+def test_only_those_taken_unseen_keep_the_slot_for_small_ones_standing_by(estimated):
     line = Admission(1)
     first, second = (query_in(line) for _ in range(2))
     slot = line.enter(first)
     line.enter(second)
     for _ in range(QUICK_STREAK):
         line._line.note_ended(QUICK, overtook=False)
-    if appraised:
+    if estimated:
         line._line.rank(line.next_unestimated(from_behind=False), QUICK)
     first.times.started = first.times.ended = 1.0  # this machine may be busy
     with line.lock:
         assert line.release(slot)
     assert slot.query is second
-    assert (line._started_unestimated > -inf) == (not appraised)
+    assert (line._started_unestimated > -inf) == (not estimated)
 
 
 def test_slot_that_looked_at_nobody_is_given_back_when_nobody_waits(guard):
@@ -720,7 +720,7 @@ def test_slot_that_looked_at_nobody_is_given_back_when_nobody_waits(guard):
 
 
 def test_query_that_took_long_is_appraised_after_its_end(make, looked, monkeypatch):
-    monkeypatch.setattr(query, "_WORTH_APPRAISING", 0.0)
+    monkeypatch.setattr(query, "_WORTH_ESTIMATING", 0.0)
     collector = make(max_running=1)
     collector.collect_async(UNSEEN).result(30)
     until(lambda: looked)
@@ -728,19 +728,19 @@ def test_query_that_took_long_is_appraised_after_its_end(make, looked, monkeypat
 
 
 def test_free_slot_has_a_thread_while_another_thread_still_appraises(make, monkeypatch):
-    appraises, gate = threading.Event(), threading.Event()
+    estimates, gate = threading.Event(), threading.Event()
 
     def of(*_):
-        appraises.set()
+        estimates.set()
         gate.wait()
-        return Expectation(UNKNOWN, None)
+        return Estimate(UNKNOWN, None)
 
-    monkeypatch.setattr(query, "_WORTH_APPRAISING", 0.0)
-    monkeypatch.setattr(Expectations, "of", of)
+    monkeypatch.setattr(query, "_WORTH_ESTIMATING", 0.0)
+    monkeypatch.setattr(CostModel, "of", of)
     collector = make(max_running=1)
     try:
         collector.collect_async(TINY).result(30)
-        assert appraises.wait(30)  # of which a file on a slow disk may make long work
+        assert estimates.wait(30)  # of which a file on a slow disk may make long work
         assert collector._cpu.admission.threads == 0
         assert collector.collect_async(TINY).result(5).item() == 1
     finally:
@@ -761,7 +761,7 @@ class HeldWaiter:
 
 
 def test_thread_that_goes_to_look_back_is_not_let_go_by_another(make, block, monkeypatch):
-    monkeypatch.setattr(query, "_WORTH_APPRAISING", 0.0)
+    monkeypatch.setattr(query, "_WORTH_ESTIMATING", 0.0)
     collector = make(max_running=1)
     executor, nested = collector._cpu._executor, [block() for _ in range(2)]
     held = [HeldWaiter() for _ in range(3)]
@@ -817,7 +817,7 @@ def test_frame_that_is_asked_for_again_is_looked_at_once(make, block, looked):
 
 def test_broken_plan_is_unknown_and_its_query_reports_its_own_error(make, block):
     broken = TINY.select("nope")
-    assert Expectations().of([broken], "in-memory").seconds < UNKNOWN
+    assert CostModel().of([broken], "in-memory").seconds < UNKNOWN
     collector = make(max_running=2)
     run_blocked(collector, block)
     handle = collector.collect_async(broken, priority=1)
@@ -836,7 +836,7 @@ def scan_of(folder, *, megabytes, name="data.csv"):
 
 
 def of(*frames, engine="in-memory"):
-    return Expectations().of(frames, engine)
+    return CostModel().of(frames, engine)
 
 
 def test_more_is_expected_of_more_bytes(tmp_path):
@@ -920,33 +920,33 @@ def test_fingerprint_of_a_small_file_is_not_that_of_a_large_one(tmp_path):
     ],
 )
 def test_history_corrects_what_is_expected(expected, took, alone, now):
-    known = Expectations()
+    known = CostModel()
     before = known.of([TINY], "in-memory")
-    found = known.learn(before._replace(seconds=expected), took, alone=alone)
+    found = known.observe(before._replace(seconds=expected), took, alone=alone)
     if now is None:
         assert found is None
         assert known.of([TINY], "in-memory").seconds in (expected, before.seconds)
     else:
-        assert found == Expectation(pytest.approx(now), before.fingerprint)
+        assert found == Estimate(pytest.approx(now), before.fingerprint)
         assert known.of([TINY], "in-memory") == found
 
 
 @pytest.mark.parametrize("took", [0.001, 0.01])
 def test_query_that_did_not_complete_says_no_more_than_that_it_takes_so_long(took):
-    known = Expectations()
+    known = CostModel()
     before = known.of([TINY], "in-memory")
-    assert known.learn(before._replace(seconds=0.1), took, alone=True, completed=False) is None
+    assert known.observe(before._replace(seconds=0.1), took, alone=True, completed=False) is None
     assert known.of([TINY], "in-memory").seconds == 0.1
-    now = known.learn(before, 5.0, alone=True, completed=False)
+    now = known.observe(before, 5.0, alone=True, completed=False)
     assert known.of([TINY], "in-memory").seconds == now.seconds == pytest.approx(4.98)
 
 
 def test_what_is_not_all_of_a_plan_is_expected_to_be_quick_only_after_some_quick_runs():
-    known = Expectations()
+    known = CostModel()
     assert not known.of([UNSEEN], "in-memory").is_exact
-    expected = [known.learn(known.of([UNSEEN], "in-memory"), 0.001, alone=True) for _ in range(3)]
+    expected = [known.observe(known.of([UNSEEN], "in-memory"), 0.001, alone=True) for _ in range(3)]
     assert [each.seconds for each in expected] == pytest.approx([0.05, 0.025, 0.0125])
-    assert known.learn(known.of([UNSEEN], "in-memory"), 1.0, alone=True).seconds > 0.9
+    assert known.observe(known.of([UNSEEN], "in-memory"), 1.0, alone=True).seconds > 0.9
 
 
 @pytest.mark.everywhere
@@ -954,11 +954,11 @@ def test_what_is_not_all_of_a_plan_is_expected_to_be_quick_only_after_some_quick
 def test_nothing_quick_is_learned_of_a_query_that_did_not_complete(make, block, monkeypatch, how):
     learned = []
 
-    def learn(_, __, ___, *, alone, completed):  # noqa: ARG001
+    def observe(_, __, ___, *, alone, completed):  # noqa: ARG001
         learned.append(completed)
 
-    monkeypatch.setattr(Expectations, "learn", learn)
-    monkeypatch.setattr(query, "_WORTH_APPRAISING", 0.0)
+    monkeypatch.setattr(CostModel, "observe", observe)
+    monkeypatch.setattr(query, "_WORTH_ESTIMATING", 0.0)
     collector = make(max_running=1)
     if how == "fails":
         handle = collector.collect_async(TINY.map_batches(lambda _: 1 / 0))
@@ -1017,30 +1017,30 @@ def test_urgent_query_is_found_at_once_behind_many(make, block, looked):
 
 
 def test_newer_history_corrects_older():
-    known = Expectations()
+    known = CostModel()
     for took in (1.0, 0.01, 1.0):
-        known.learn(known.of([TINY], "in-memory"), took, alone=True)
+        known.observe(known.of([TINY], "in-memory"), took, alone=True)
         assert known.of([TINY], "in-memory").seconds == pytest.approx(took, abs=0.021)
         equal = pl.LazyFrame({"a": [5]})
         assert known.of([equal], "in-memory") == known.of([TINY], "in-memory")
 
 
 def test_nothing_is_learned_of_a_query_without_fingerprint():
-    known = Expectations()
-    assert known.learn(Expectation(UNKNOWN, None), 5.0, alone=True) is None
+    known = CostModel()
+    assert known.observe(Estimate(UNKNOWN, None), 5.0, alone=True) is None
     assert not known._taken
 
 
 def test_history_is_bounded_and_forgets_what_ran_longest_ago(monkeypatch):
     monkeypatch.setattr(estimates, "_MOST_KNOWN", 3)
-    known = Expectations()
+    known = CostModel()
     for fingerprint in (1, 2, 3, 1, 4, 5):
-        known.learn(Expectation(0.1, fingerprint), 2.0, alone=True)
+        known.observe(Estimate(0.1, fingerprint), 2.0, alone=True)
     assert sorted(known._taken) == [1, 4, 5]
 
 
 def test_frame_is_looked_at_once_and_forgotten_with_it(looked):
-    known = Expectations()
+    known = CostModel()
     frame = pl.LazyFrame({"a": [1]})
     assert known.of([frame], "in-memory") == known.of([frame], "in-memory")
     assert known.of([frame], "streaming") != known.of([frame], "in-memory")
@@ -1052,11 +1052,11 @@ def test_frame_is_looked_at_once_and_forgotten_with_it(looked):
 def test_queries_know_whether_they_ran_alone(make, block, monkeypatch):
     learned = []
 
-    def learn(_, expected, __, *, alone, completed):  # noqa: ARG001
+    def observe(_, expected, __, *, alone, completed):  # noqa: ARG001
         learned.append(alone)
 
-    monkeypatch.setattr(Expectations, "learn", learn)
-    monkeypatch.setattr(query, "_WORTH_APPRAISING", 0.0)
+    monkeypatch.setattr(CostModel, "observe", observe)
+    monkeypatch.setattr(query, "_WORTH_ESTIMATING", 0.0)
     collector = make(max_running=2)
     collector.collect_async(TINY).result(30)
     until(lambda: learned == [True])

@@ -338,7 +338,7 @@ def test_event_of_an_error_of_many_lines_reads_as_one_line_too(telling, heard):
 def test_hook_that_raises_on_a_worker_is_logged_once_and_harms_no_query(
     caplog, kind, executor, monkeypatch
 ):
-    monkeypatch.setattr(query, "_WORTH_APPRAISING", inf)  # else a thread more may be taken
+    monkeypatch.setattr(query, "_WORTH_ESTIMATING", inf)  # else a thread more may be taken
 
     def on_event(event):
         if event.kind is EventKind.STARTED:
@@ -633,7 +633,7 @@ def names(seen):
 @linux
 @pytest.mark.cannot("processes", "dask", because="its query runs on no thread of this process")
 def test_thread_has_the_name_of_the_query_while_it_runs(collector, monkeypatch):
-    monkeypatch.setattr(query, "_WORTH_APPRAISING", inf)  # else a thread more may be taken
+    monkeypatch.setattr(query, "_WORTH_ESTIMATING", inf)  # else a thread more may be taken
     seen = Notes()
     for label in ("top ten of the customers", None, "ten"):
         collector.collect_async(names(seen), label=label).result(30)

@@ -167,14 +167,14 @@ def test_query_on_the_gpu_that_asks_for_another_there_fails_instead_of_waiting_f
 def test_slow_gpu_query_that_is_looked_back_at_leaves_the_gpu_one_thread(offloading, gpu):
     """To appraise a long query afterwards, a thread of the CPU's lane lets another take over."""
     looked, done = threading.Event(), threading.Event()
-    of = offloading._gpu._expectations.of
+    of = offloading._gpu._costs.of
 
     def slow(*arguments):
         looked.set()
         assert done.wait(30)
         return of(*arguments)
 
-    offloading._gpu._expectations.of = slow
+    offloading._gpu._costs.of = slow
 
     def note(df):
         gpu.threads.append(threading.get_ident())

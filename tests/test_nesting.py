@@ -18,7 +18,7 @@ from test_collector import nested_on_pool
 from polars_async import Collector, CollectorClosedError, EventKind, QueryTimeoutError
 from polars_async._runtime.nesting import Asking
 from polars_async.scheduling import query as query_module
-from polars_async.scheduling.estimates import Expectations
+from polars_async.scheduling.estimates import CostModel
 
 
 def by_result(collector, lf):
@@ -406,11 +406,11 @@ def test_query_on_the_thread_of_polars_that_asks_runs_in_any_place(collector):
 def test_query_on_the_thread_of_polars_that_asks_does_not_run_alone(monkeypatch):
     learned = []
 
-    def learn(_, __, ___, *, alone, completed):  # noqa: ARG001
+    def observe(_, __, ___, *, alone, completed):  # noqa: ARG001
         learned.append(alone)
 
-    monkeypatch.setattr(Expectations, "learn", learn)
-    monkeypatch.setattr(query_module, "_WORTH_APPRAISING", 0.0)
+    monkeypatch.setattr(CostModel, "observe", observe)
+    monkeypatch.setattr(query_module, "_WORTH_ESTIMATING", 0.0)
     with Collector() as collector:
         columns = [
             pl.col("a")

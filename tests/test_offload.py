@@ -615,14 +615,14 @@ def test_query_that_fell_back_is_appraised_as_what_it_is_then(collector, tried):
     first = collector.collect_async(tried.lf, engine="gpu")
     assert tried.started.wait(30)
     waiting = collector.collect_async(TINY, engine="gpu")
-    appraised = waiting._query
-    appraised.appraise(collector._gpu._expectations)  # as it is where more of them wait
-    before = appraised.expectation
+    estimated = waiting._query
+    estimated.set_estimate(collector._gpu._costs)  # as it is where more of them wait
+    before = estimated.estimate
     tried.gate.set()
     first.result(30)
     waiting.result(30)
-    assert appraised.expectation == collector._cpu._expectations.of([TINY], "in-memory")
-    assert appraised.expectation != before
+    assert estimated.estimate == collector._cpu._costs.of([TINY], "in-memory")
+    assert estimated.estimate != before
 
 
 def test_time_on_the_gpu_counts_as_time_until_it_ran(collector, tried, events):
@@ -882,9 +882,9 @@ def test_text_of_a_time_out_tells_of_the_gpu(collector, tried, blocked):
 def test_what_some_frames_took_is_not_learned_for_all(collector, gpu, monkeypatch):
     gpu.fail = {2: "oom"}
     looked_at = []
-    of = collector._cpu._expectations.of
+    of = collector._cpu._costs.of
     monkeypatch.setattr(
-        collector._cpu._expectations,
+        collector._cpu._costs,
         "of",
         lambda lfs, engine: (looked_at.append((list(lfs), engine)), of(lfs, engine))[1],
     )

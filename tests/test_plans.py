@@ -286,7 +286,7 @@ TYPED_BY_A_CALL = {
 def test_functions_are_called_no_more_often_than_by_polars(
     collector, blocked, monkeypatch, make, executor
 ):
-    monkeypatch.setattr(query, "_WORTH_APPRAISING", 0.0)
+    monkeypatch.setattr(query, "_WORTH_ESTIMATING", 0.0)
     alone, ours = Counted(), Counted()
     plan = make(alone)
     if executor != "threads":  # where Polars has forgotten what it knows of a function

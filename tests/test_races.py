@@ -16,7 +16,7 @@ from polars_async.bridges.buffer import Arrivals
 from polars_async.events import Reporter
 from polars_async.executors.threads import HERE
 from polars_async.scheduling.admission import Admission
-from polars_async.scheduling.estimates import Expectations
+from polars_async.scheduling.estimates import CostModel
 from polars_async.scheduling.query import Query, State
 
 
@@ -247,7 +247,7 @@ def end(admission, query):
         admission.release(slot)
     for waiter in waiters:
         waiter.wake()
-    query.after_end(Expectations(), alone=True)
+    query.after_end(CostModel(), alone=True)
 
 
 @pytest.mark.usefixtures("_switch_often")

@@ -91,7 +91,7 @@ class Simulation:
         self.quick_row = self.unestimated = 0
         self.running = []  # a heap of (end, number, job, small)
         self.large_running = self.small_waiting = 0
-        self.appraised = {}
+        self.estimated = {}
         # Those that anybody may take, and those for small ones only.
         self.turns = [0, 0]
         self.since_lowest = [0, 0]  # turns since one that went to the lowest mark
@@ -132,7 +132,7 @@ class Simulation:
         job.state = "waiting"
         self.small_waiting += job.small
         if job.priority:
-            self.appraised[job] = None
+            self.estimated[job] = None
             job.sorted_in = tuple(self.turns)
         self.fill()
 
@@ -144,7 +144,7 @@ class Simulation:
     def leave(self, job, state):
         job.state = state
         self.small_waiting -= job.small
-        self.appraised.pop(job, None)
+        self.estimated.pop(job, None)
 
     def end(self):
         self.now, _, job, small = heappop(self.running)
@@ -155,7 +155,7 @@ class Simulation:
         self.queue.note_ended(job.duration, overtook=job.overtook)
         self.quick_row = self.quick_row + 1 if job.duration <= QUICK else 0
         if job.kind is not None and job.number % 3 == 0:
-            self.learn(job)
+            self.observe(job)
         self.take_quickly()
         self.fill()
         self.check_slots()
@@ -171,18 +171,18 @@ class Simulation:
             return
         job, small, job.overtook = turn
         assert self.quick_row >= QUICK_STREAK
-        if job in self.appraised:
-            assert all(other.small for other in self.appraised)
+        if job in self.estimated:
+            assert all(other.small for other in self.estimated)
             if self.check:
                 self.check_turn(job, only_small)
             self.count_turn(job, only_small)
         else:
             assert job is oldest
-            assert not self.appraised
+            assert not self.estimated
             assert not only_seen
             assert job.priority == 0
             self.unestimated += 1
-        assert small == (job in self.appraised)
+        assert small == (job in self.estimated)
         self.leave(job, "taken")
         self.start(job, small=small)
 
@@ -190,9 +190,9 @@ class Simulation:
         self.turns[only_small] += 1
         job.turn = tuple(self.turns)
 
-    def learn(self, ended):
+    def observe(self, ended):
         """Expect of all who wait and are of its kind what `ended` really took."""
-        for job in self.appraised:
+        for job in self.estimated:
             if job.kind == ended.kind and not job.priority:
                 self.small_waiting -= job.small
                 job.expect(ended.duration)
@@ -210,7 +210,7 @@ class Simulation:
             assert job.state == "waiting"
             assert small == job.small
             if self.check:
-                assert job.overtook == any(other.number < job.number for other in self.appraised)
+                assert job.overtook == any(other.number < job.number for other in self.estimated)
                 self.check_turn(job, only_small)
             self.count_turn(job, only_small)
             self.leave(job, "taken")
@@ -225,7 +225,7 @@ class Simulation:
                 if job.dies_unappraised:
                     self.cancel(job)
                 else:
-                    self.appraised[job] = None
+                    self.estimated[job] = None
                     job.sorted_in = tuple(self.turns)
                 queue.rank(place, job.work, job.kind)
             if found:
@@ -248,12 +248,12 @@ class Simulation:
         if running < slots:
             assert not self.small_waiting, "a small one waits beside a free slot"
             assert not waiting or self.keeps(2), "a slot is idle"
-        assert waiting >= len(self.appraised)
+        assert waiting >= len(self.estimated)
 
     def check_turn(self, job, only_small):
         first = lowest = True
         mark, number, priority = job.mark, job.number, job.priority
-        for other in self.appraised:
+        for other in self.estimated:
             if only_small and not other.small:
                 continue
             if other.mark < mark or (other.mark == mark and other.number < number):

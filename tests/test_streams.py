@@ -673,7 +673,7 @@ def test_no_batch_is_put_while_two_lie_ready(loop, collector, monkeypatch, engin
 def test_consumer_asks_for_other_queries_on_the_one_slot(
     loop, collector, engine, other, monkeypatch
 ):
-    monkeypatch.setattr(query_module, "_WORTH_APPRAISING", inf)  # else a thread more may be taken
+    monkeypatch.setattr(query_module, "_WORTH_ESTIMATING", inf)  # else a thread more may be taken
 
     async def main():
         total = 0
@@ -766,7 +766,7 @@ def test_time_that_a_stream_is_held_up_is_not_work(loop, collector, monkeypatch)
     assert len(loop.run(listed, stream)) == ROWS // 100
     assert collector.collect_async(TINY).result().item() == 1  # after what there was to learn
     assert collector.stats()["run_seconds"] < 3600
-    expected = collector._cpu._expectations.of((lf,), "streaming")
+    expected = collector._cpu._costs.of((lf,), "streaming")
     assert expected.seconds < 3600
 
 

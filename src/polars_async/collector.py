@@ -37,7 +37,7 @@ from polars_async.resolution import (
     warn_of,
 )
 from polars_async.scheduling.admission import stats_of
-from polars_async.scheduling.estimates import Expectation, Expectations
+from polars_async.scheduling.estimates import CostModel, Estimate
 from polars_async.scheduling.fair_queue import PRIORITIES, large_at_once
 from polars_async.scheduling.lane import Lane
 from polars_async.scheduling.open_streams import MAX_STREAMS
@@ -59,7 +59,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 DEFAULT_OPTIMIZATIONS: Final = pl.QueryOptFlags()
-_TINY: Final = Expectation(0.0, None)
+_TINY: Final = Estimate(0.0, None)
 
 
 class QueryOptions(TypedDict, total=False):
@@ -154,7 +154,7 @@ class Collector:
         self._gpu_policy: Final = gpu
         self._default_engine: Final = default_engine
         self._reporter: Final = Reporter(on_event)
-        known = Expectations(far=executor == "auto")
+        known = CostModel(far=executor == "auto")
         max_running = max_running or default_running(executor)
         at_once = large_at_once(max_running)
         place = place_of(executor, max_running, at_once, max_memory)
@@ -170,7 +170,7 @@ class Collector:
         self._make_gpu_lane: Final = partial(
             Lane,
             max_waiting=max_waiting,
-            expectations=known,
+            costs=known,
             place=gpu_place_of(executor, place, at_once),
             exclusive=True,
             fallback=self._cpu,
@@ -830,7 +830,7 @@ class Collector:
             lane.admission.owner,
             priority=priority,
             label=label,
-            expectation=None if operation.runs_engine else _TINY,
+            estimate=None if operation.runs_engine else _TINY,
         )
         if isinstance(operation, operations.Batches):
             operation.buffer.bind(PausableQuery(lane, query))

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from polars_async.bridges.waiting import Waiter
-    from polars_async.scheduling.estimates import Expectation
+    from polars_async.scheduling.estimates import Estimate
     from polars_async.scheduling.fair_queue import Entry
     from polars_async.scheduling.query import Query
 
@@ -243,10 +243,10 @@ class Admission:
             return self._queue.next_unestimated(from_behind=from_behind)
 
     def fill(
-        self, slot: Slot, appraised: list[Entry[Query[Any]]], *, only_if_certain: bool
+        self, slot: Slot, estimated: list[Entry[Query[Any]]], *, only_if_certain: bool
     ) -> bool:
         """
-        Sort in those `appraised`, and start the next in `slot`, or else take the slot back.
+        Sort in those `estimated`, and start the next in `slot`, or else take the slot back.
 
         `only_if_certain` is to take nobody but a small one while others have not been appraised. Gives
         whether the thread of the slot has anything more to do: to run the slot's query, or, where
@@ -254,8 +254,8 @@ class Admission:
         """
         with self.lock:
             queue = self._queue
-            for entry in appraised:
-                expected = None if entry.item is None else entry.item.expectation
+            for entry in estimated:
+                expected = None if entry.item is None else entry.item.estimate
                 seconds, kind = (UNKNOWN, None) if expected is None else expected[:2]
                 queue.rank(entry, seconds, kind)
             if slot not in self._slots or len(self._slots) > self.max_running:
@@ -362,10 +362,10 @@ class Admission:
         """Open the gate of a paused query that nobody wants: it needs no slot to end."""
         holding(self.lock, self._let_end, query)
 
-    def re_estimate(self, expectation: Expectation) -> None:
+    def re_estimate(self, estimate: Estimate) -> None:
         """Sort in anew the queries of one kind in the line."""
         with self.lock:
-            self._queue.re_estimate(expectation.fingerprint, expectation.seconds)
+            self._queue.re_estimate(estimate.fingerprint, estimate.seconds)
 
     def add_waiter(self, waiter: Waiter) -> bool:
         """Have `waiter` woken when no query runs or waits; False if that is so already."""
@@ -398,7 +398,7 @@ class Admission:
         return lost
 
     def _add(self, query: Query[Any]) -> None:
-        known = query.expectation
+        known = query.estimate
         work = None if known is None else known.seconds
         self._queue.add(query, priority=query.priority, work=work)
 

@@ -43,7 +43,7 @@ _REST: Final = 20
 """How many times as long as a slow look took there is no other."""
 
 
-class Expectation(NamedTuple):
+class Estimate(NamedTuple):
     """What is expected of one query."""
 
     seconds: float
@@ -60,7 +60,7 @@ class _Known(NamedTuple):
     """How long its sources alone take."""
 
 
-class Expectations:
+class CostModel:
     """
     What a collector knows of the queries that it ran.
 
@@ -77,19 +77,19 @@ class Expectations:
         self._resident = 0  # bytes that Polars held when no query ran
         self._looks_again = 0.0  # in seconds of perf_counter
 
-    def of(self, frames: Sequence[pl.LazyFrame], engine: str) -> Expectation:
+    def of(self, frames: Sequence[pl.LazyFrame], engine: str) -> Estimate:
         """Say what to expect of a query for `frames`; never raises."""
         try:
             known = [self._known(frame) for frame in frames]
             seconds = sum(each.seconds for each in known)
             if any(each.plan is NOTHING for each in known):
-                return Expectation(seconds, None)
+                return Estimate(seconds, None)
             shapes = [(each.plan.shape, frexp(each.seconds)[1]) for each in known]
             fingerprint = hash((engine, *shapes))
             is_exact = all(each.plan.is_whole for each in known)
-            return Expectation(self._taken.get(fingerprint, seconds), fingerprint, is_exact)
+            return Estimate(self._taken.get(fingerprint, seconds), fingerprint, is_exact)
         except BaseException:  # noqa: BLE001  # what is wrong with a plan, the query will tell
-            return Expectation(UNKNOWN, None)
+            return Estimate(UNKNOWN, None)
 
     def plan(self, frame: pl.LazyFrame) -> Plan:
         """Return what the plan of `frame` tells, however long that takes; never raises."""
@@ -120,9 +120,9 @@ class Expectations:
         plans[key] = known
         return known
 
-    def learn(
-        self, expected: Expectation, seconds: float, *, alone: bool, completed: bool = True
-    ) -> Expectation | None:
+    def observe(
+        self, expected: Estimate, seconds: float, *, alone: bool, completed: bool = True
+    ) -> Estimate | None:
         """
         Correct what was expected of a query by the `seconds` that it took.
 

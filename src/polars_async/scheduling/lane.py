@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from polars_async.gpu.status import GpuStatus
     from polars_async.scheduling import fair_queue
     from polars_async.scheduling.admission import Slot
-    from polars_async.scheduling.estimates import Expectations
+    from polars_async.scheduling.estimates import CostModel
     from polars_async.scheduling.query import Query
 
 
@@ -64,8 +64,8 @@ class Lane:
 
     __slots__ = (
         "__weakref__",
+        "_costs",
         "_executor",
-        "_expectations",
         "_here",
         "_tiny_here",
         "admission",
@@ -77,7 +77,7 @@ class Lane:
         self,
         max_running: int,
         max_waiting: int | None,
-        expectations: Expectations,
+        costs: CostModel,
         *,
         place: Place = HERE,
         tiny_here: bool = False,
@@ -96,7 +96,7 @@ class Lane:
         self.place = place
         self._here: Place = GPU_HERE if exclusive else HERE
         self._tiny_here = tiny_here
-        self._expectations = expectations
+        self._costs = costs
         _lanes.add(self)
         shutdown.watch(self)
 
@@ -245,17 +245,17 @@ class Lane:
             if (seconds := admission.reserve_delay()) > 0:
                 sleep(seconds)
                 continue
-            appraised, was_slow = self._appraise(together, was_slow=was_slow)
-            if not admission.fill(slot, appraised, only_if_certain=together < _MOST_TOGETHER):
+            estimated, was_slow = self._estimate(together, was_slow=was_slow)
+            if not admission.fill(slot, estimated, only_if_certain=together < _MOST_TOGETHER):
                 return False
             together = min(2 * together, _MOST_TOGETHER)
-            if len(appraised) > 1:
+            if len(estimated) > 1:
                 # Whoever looked at the line meanwhile did not see these, and gave its slot back.
                 with admission.lock:
                     self._use_idle_slots()
         return True
 
-    def _appraise(
+    def _estimate(
         self, at_most: int, *, was_slow: bool
     ) -> tuple[list[fair_queue.Entry[Query[Any]]], bool]:
         """
@@ -264,20 +264,20 @@ class Lane:
         Where the last look `was_slow`, the next is at the last in the line, which may be small, and
         need not wait until all before it have been looked at. Gives whether this one was, too.
         """
-        appraised: list[fair_queue.Entry[Query[Any]]] = []
+        estimated: list[fair_queue.Entry[Query[Any]]] = []
         begun = perf_counter()
-        while len(appraised) < at_most:
+        while len(estimated) < at_most:
             place = self.admission.next_unestimated(from_behind=was_slow)
             if place is None:
                 break
-            appraised.append(place)
+            estimated.append(place)
             query = place.item
             if query is not None:  # it may leave at any time
-                query.appraise(self._expectations)
+                query.set_estimate(self._costs)
             if perf_counter() - begun > _MOMENT:
-                return appraised, not was_slow
+                return estimated, not was_slow
             was_slow = False
-        return appraised, False
+        return estimated, False
 
     def _run(self, query: Query[Any], slot: Slot) -> bool:
         """Run `query` in `slot`; False if nobody is next, and the slot was taken back."""
@@ -300,7 +300,7 @@ class Lane:
             waiters = query.end()
             # To look at a large plan takes some ms. So that nobody waits for this thread meanwhile,
             # but where it is none of ours, or that of the GPU, which has one:
-            away = query.is_worth_appraising and not self.admission.exclusive and not slot.inline
+            away = query.is_worth_estimating and not self.admission.exclusive and not slot.inline
             kept = None if query.reports else self._release(slot, away=away)
         if kept is None:
             # With the slot still taken, since the hook may ask for another query and wait for it:
@@ -336,15 +336,15 @@ class Lane:
         One with Python functions is not, however small it is: they may end the process. Where that
         is not to be seen, its frames in memory would take long to be sent.
         """
-        known = self._expectations
+        known = self._costs
         plans = [known.plan(frame) for frame in query.frames]
         if not all(plan.is_sendable for plan in plans):
             say_once(query, "they read or write an open file, or an object of this process")
             return True
         if any(plan.runs_python for plan in plans):
             return False
-        query.appraise(known)
-        expected = query.expectation
+        query.set_estimate(known)
+        expected = query.estimate
         return (
             any(plan.runs_python is None for plan in plans)
             or query.is_small
@@ -390,7 +390,7 @@ class Lane:
     def _look_back(self, query: Query[Any], *, alone: bool, away: bool) -> None:
         """Learn from a query that ended, when nobody waits for it any more."""
         admission = self.admission
-        corrected = query.after_end(self._expectations, alone=alone)
+        corrected = query.after_end(self._costs, alone=alone)
         if away:
             with admission.lock:
                 self._executor.step_in()

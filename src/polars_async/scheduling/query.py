@@ -34,12 +34,12 @@ if TYPE_CHECKING:
     from polars_async.executors.operations import Operation
     from polars_async.resolution import Resolution
     from polars_async.scheduling.counts import Counts
-    from polars_async.scheduling.estimates import Expectation, Expectations
+    from polars_async.scheduling.estimates import CostModel, Estimate
 
 T = TypeVar("T")
 
 _ids: Final = count(1)
-_WORTH_APPRAISING: Final = 0.01
+_WORTH_ESTIMATING: Final = 0.01
 
 
 class State(enum.Enum):
@@ -95,7 +95,7 @@ class Query(Generic[T]):
         "_waiters",
         "call_site",
         "context",
-        "expectation",
+        "estimate",
         "frames",
         "id",
         "is_nested",
@@ -118,14 +118,14 @@ class Query(Generic[T]):
         reporter: Reporter,
         owner: Owner,
         *,
-        expectation: Expectation | None = None,
+        estimate: Estimate | None = None,
         priority: int = 0,
         label: str | None = None,
     ) -> None:
         self.id = next(_ids)
         self.resolution = resolution
         self.state = State.WAITING
-        self.expectation = expectation
+        self.estimate = estimate
         self.priority = priority
         self.label = label
         self.is_stream = isinstance(operation, Batches)
@@ -171,7 +171,7 @@ class Query(Generic[T]):
     @property
     def is_small(self) -> bool:
         """Whether it is expected to be small, once it was appraised."""
-        return self.expectation is not None and self.expectation.seconds <= SMALL
+        return self.estimate is not None and self.estimate.seconds <= SMALL
 
     @property
     def goes_as_small(self) -> bool:
@@ -205,10 +205,10 @@ class Query(Generic[T]):
         self.state = State.REFUSED
         self.times.refuse()
 
-    def appraise(self, expectations: Expectations) -> None:
+    def set_estimate(self, costs: CostModel) -> None:
         """Find out what is to be expected of it; never raises."""
-        if self.expectation is None:
-            self.expectation = expectations.of(self.frames, self.resolution.name)
+        if self.estimate is None:
+            self.estimate = costs.of(self.frames, self.resolution.name)
 
     @property
     def operation(self) -> Operation[T] | None:
@@ -269,7 +269,7 @@ class Query(Generic[T]):
             self.frames = operation.frames
             _, self._counts, self._leave_queue = owner
             self.state = State.WAITING
-            self.expectation = None
+            self.estimate = None
             self.times.requeue()
         return True
 
@@ -331,22 +331,22 @@ class Query(Generic[T]):
         return waiters
 
     @property
-    def is_worth_appraising(self) -> bool:
+    def is_worth_estimating(self) -> bool:
         """Whether to find out what it was takes little of the time that it took."""
         return (
-            self.expectation is None
+            self.estimate is None
             and bool(self.frames)
-            and (self.times.run_seconds or 0.0) >= _WORTH_APPRAISING
+            and (self.times.run_seconds or 0.0) >= _WORTH_ESTIMATING
         )
 
     def settle(self) -> bool:
         """Drop what nobody needs now; False where its end still has to be looked into."""
-        if self.state is not State.ENDED or self.expectation is not None:
+        if self.state is not State.ENDED or self.estimate is not None:
             return False
         times = self.times
         if times.started is None or times.ended is None:
             return False
-        if times.ended - times.started >= _WORTH_APPRAISING:
+        if times.ended - times.started >= _WORTH_ESTIMATING:
             return False
         self.frames = ()
         return True
@@ -360,7 +360,7 @@ class Query(Generic[T]):
         else:
             self.report(EventKind.FAILED, error=self._outcome.error)
 
-    def after_end(self, expectations: Expectations, *, alone: bool) -> Expectation | None:
+    def after_end(self, costs: CostModel, *, alone: bool) -> Estimate | None:
         """
         Do what nobody has to wait for: drop what is not wanted, and learn from what it took.
 
@@ -369,13 +369,13 @@ class Query(Generic[T]):
         completed = self.completed  # while it still has its error
         if self.state is not State.ENDED:
             self._outcome.drop()
-        if self.is_worth_appraising:
-            self.appraise(expectations)
+        if self.is_worth_estimating:
+            self.set_estimate(costs)
         self.frames = ()
         seconds = self.times.run_seconds
-        if self.expectation is None or seconds is None:
+        if self.estimate is None or seconds is None:
             return None
-        return expectations.learn(self.expectation, seconds, alone=alone, completed=completed)
+        return costs.observe(self.estimate, seconds, alone=alone, completed=completed)
 
     def lose(self, error: BaseException) -> None:
         """End a query whose thread stayed behind in a fork, with an error of our own."""
