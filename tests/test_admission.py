@@ -23,7 +23,7 @@ from polars_async import (
 )
 from polars_async.events import Reporter
 from polars_async.executors.operations import Collect
-from polars_async.executors.threads import ThreadExecutor
+from polars_async.executors.threads import ThreadPool
 from polars_async.scheduling import admission, estimates, lane, query
 from polars_async.scheduling.admission import Admission, Slot
 from polars_async.scheduling.estimates import UNKNOWN, CostModel, Estimate
@@ -492,7 +492,7 @@ def test_new_appraisal_wakes_a_slot_that_nobody_looks_after(make, block, monkeyp
     kind = CostModel().of([UNSEEN], "in-memory").fingerprint
     assert kind is not None
     monkeypatch.setattr(CostModel, "observe", observe)
-    monkeypatch.setattr(ThreadExecutor, "shed", lambda *_: None)
+    monkeypatch.setattr(ThreadPool, "shed", lambda *_: None)
     monkeypatch.setattr(query, "_WORTH_ESTIMATING", 0.0)  # however quick it was
     collector = make(max_running=2)
     run_blocked(collector, block)

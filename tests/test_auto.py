@@ -51,13 +51,13 @@ def test_large_ones_run_in_processes(collector, large):
 def sent(collector, monkeypatch):
     """The queries that went to a worker process."""
     sent = []
-    run = collector._cpu.place.run
+    run = collector._cpu.executor.run
 
     def note(work, query):
         sent.append(query.label)
         return run(work, query)
 
-    monkeypatch.setattr(collector._cpu.place, "run", note)
+    monkeypatch.setattr(collector._cpu.executor, "run", note)
     return sent
 
 

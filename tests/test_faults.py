@@ -49,7 +49,7 @@ class Asyncio:
         """Give what the await of `handle` in a new loop gives or raises."""
         return asyncio.run(caught(handle))
 
-    def abandon(self, handle, meanwhile=lambda: None):
+    def reset_after_fork(self, handle, meanwhile=lambda: None):
         """Wait for `handle` in a new loop, do `meanwhile`, cancel the wait, and end the loop."""
 
         async def main():
@@ -78,7 +78,7 @@ class Trio:
     def outcome(self, handle):
         return trio.run(caught, handle)
 
-    def abandon(self, handle, meanwhile=lambda: None):
+    def reset_after_fork(self, handle, meanwhile=lambda: None):
         async def main():
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(plainly, handle)
@@ -109,7 +109,7 @@ class Gevent:
 
         return self.within(lambda: gevent.spawn(get).get())
 
-    def abandon(self, handle, meanwhile=lambda: None):
+    def reset_after_fork(self, handle, meanwhile=lambda: None):
         def main():
             greenlet = gevent.spawn(handle.get)
             gevent.sleep(0)
@@ -223,7 +223,7 @@ def test_cancelled_wait_takes_a_waiting_query_out_of_the_line(
     ran = Gate()
     collector.collect_async(blocked.lf)
     handle = collector.collect_async(TINY.map_batches(lambda df: (ran.set(), df)[1]), gevent=True)
-    loop.abandon(handle)
+    loop.reset_after_fork(handle)
     assert collector._cpu.admission.waiting == 0
     assert handle.done()
     blocked.gate.set()
@@ -238,7 +238,7 @@ def test_cancelled_wait_lets_go_of_a_running_query(
 ):
     handle = collector.collect_async(blocked.lf, gevent=True)
     blocked.started.wait()
-    loop.abandon(handle)
+    loop.reset_after_fork(handle)
     assert handle.done()
     is_let_go(collector)
     blocked.gate.set()
@@ -258,7 +258,7 @@ def test_error_of_a_query_that_was_let_go_is_not_reported(loop, collector, works
 
     handle = collector.collect_async(TINY.map_batches(udf), gevent=True)
     started.wait()
-    loop.abandon(handle)
+    loop.reset_after_fork(handle)
     gate.set()
     works_after()
 
@@ -270,7 +270,7 @@ def test_cancelled_wait_is_quiet_when_the_result_is_on_its_way(
     wake = loop.bridge._Waiter.wake
     monkeypatch.setattr(loop.bridge._Waiter, "wake", lambda waiter: (wake(waiter), told.set()))
     handle = collector.collect_async(blocked.lf, gevent=True)
-    loop.abandon(handle, lambda: (blocked.gate.set(), told.wait()))
+    loop.reset_after_fork(handle, lambda: (blocked.gate.set(), told.wait()))
     assert handle.result(20).item() == 1
     works_after()
 
@@ -289,7 +289,7 @@ def test_loop_that_ends_with_the_result_on_its_way_loses_nothing(
     handle = collector.collect_async(blocked.lf, gevent=True)
     with monkeypatch.context() as patch:
         patch.setattr(loop.bridge._Waiter, "wake", wake_late)
-        loop.abandon(handle, lambda: (blocked.gate.set(), ended.wait()))
+        loop.reset_after_fork(handle, lambda: (blocked.gate.set(), ended.wait()))
         over.set()
         assert handle.result(20).item() == 1
         assert loop.outcome(handle).item() == 1
@@ -361,7 +361,7 @@ def test_query_runs_on_when_one_of_two_loops_lets_go(
         patch.setattr(Query, "add_waiter", lambda *to: (add_waiter(*to), waits.set())[0])
         unpatched.start_new_thread(lambda: other.put(loop.outcome(handle)), ())
         waits.wait()
-    loop.abandon(handle)
+    loop.reset_after_fork(handle)
     blocked.gate.set()
     assert other.get(timeout=20).item() == 1
     works_after()
@@ -400,7 +400,7 @@ def test_place_that_cannot_stop_a_query_costs_nobody_the_wake_up(
     ended = unpatched.SimpleQueue()
     unpatched.start_new_thread(lambda: ended.put(outcome_of(handle)), ())
     until(lambda: handle._query._waiters)
-    handle._query.on_let_go(stop)
+    handle._query.on_cancel(stop)
     assert handle.cancel()
     assert isinstance(ended.get(timeout=LIMIT), CancelledError)
     blocked.gate.set()

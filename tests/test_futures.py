@@ -32,8 +32,8 @@ from polars_async import (
 )
 from polars_async.executors import futures
 from polars_async.executors.futures import run_task
-from polars_async.executors.outcomes import WorkerTraceback, unpacked_error
-from polars_async.executors.serialization import Parcel, pack, unpack
+from polars_async.executors.outcomes import RemoteTraceback, unpacked_error
+from polars_async.executors.serialization import Message, pack, unpack
 
 FRAME = pl.LazyFrame({"a": [1, 2, 3]})
 PANIC = pl.select(1).lazy().select(pl.int_range(0, 2**62))
@@ -206,7 +206,7 @@ def test_error_is_that_of_polars_with_the_other_traceback(collector, lf, capfd):
     error = error_of(collector.collect_async(lf))
     assert type(error) is type(caught.value)
     assert str(error) == str(caught.value)
-    assert isinstance(error.__cause__, WorkerTraceback)
+    assert isinstance(error.__cause__, RemoteTraceback)
     assert type(error).__name__ in str(error.__cause__)
     capfd.readouterr()  # Rust reports a panic
 
@@ -230,7 +230,7 @@ def test_result_that_cannot_be_sent_is_an_error(collector):
 
     objects = FRAME.map_batches(replace, schema={"a": pl.Object})
     error = error_of(collector.collect_async(objects))
-    assert isinstance(error.__cause__, WorkerTraceback)  # and so the executor knows of no error
+    assert isinstance(error.__cause__, RemoteTraceback)  # and so the executor knows of no error
     assert collector.collect_async(FRAME.sum()).result().item() == 6
 
 
@@ -253,7 +253,7 @@ def test_missing_file_is_said_to_be_missing_on_the_worker(collector):
 def test_plan_of_another_polars_is_said_to_be_one(version):
     task = pack([FRAME], in_files=False).data.replace(b"DSL_VERSION", b"DSL_FASHION")
     assert task != pack([FRAME], in_files=False).data
-    kind, packed, batches = unpack(Parcel(run_task(task, version, {}), []))
+    kind, packed, batches = unpack(Message(run_task(task, version, {}), []))
     assert (kind, batches) == ("error", [])
     error = unpacked_error(packed)
     other = version != pl.__version__

@@ -10,7 +10,7 @@ import polars as pl
 import pytest
 
 import polars_async as pa
-from polars_async.executors.serialization import Halt, pack, unpack
+from polars_async.executors.serialization import SerializationAbort, pack, unpack
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="files in memory")
 
@@ -19,7 +19,7 @@ def open_files():
     return len(list(Path("/proc/self/fd").iterdir()))
 
 
-class HaltInTheMidst(Halt):
+class HaltInTheMidst(SerializationAbort):
     """Comes when the first of the plan is written."""
 
     def watch(self, file):
@@ -35,23 +35,23 @@ class HaltInTheMidst(Halt):
 @pytest.mark.parametrize("when", ["before", "meanwhile"])
 def test_packing_ends_before_its_time(when):
     plan = pl.select(pl.int_range(3_000_000, dtype=pl.Int64).alias("a")).lazy()
-    halt = HaltInTheMidst() if when == "meanwhile" else Halt()
+    abort = HaltInTheMidst() if when == "meanwhile" else SerializationAbort()
     files = open_files()
     if when == "before":
-        halt()
+        abort()
     with pytest.raises(pa.PolarsAsyncError):
-        pack(plan, in_files=True, halt=halt)
+        pack(plan, in_files=True, abort=abort)
     assert open_files() <= files  # one of an earlier test may be closed meanwhile
 
 
 def test_halt_that_comes_late_leaves_what_is_packed():
-    halt = Halt()
-    parcel = pack(pl.LazyFrame({"a": [1]}), in_files=True, halt=halt)
-    halt()
-    file = parcel.files[0]
+    abort = SerializationAbort()
+    message = pack(pl.LazyFrame({"a": [1]}), in_files=True, abort=abort)
+    abort()
+    file = message.files[0]
     os.truncate(file, os.fstat(file).st_size + 1)  # which a sealed one would refuse
     os.truncate(file, os.fstat(file).st_size - 1)
-    assert unpack(parcel).collect().to_dict(as_series=False) == {"a": [1]}
+    assert unpack(message).collect().to_dict(as_series=False) == {"a": [1]}
 
 
 @pytest.mark.filterwarnings("ignore:the query takes:polars.exceptions.PerformanceWarning")

@@ -32,7 +32,7 @@ from polars_async import (
     resolve_engine,
 )
 from polars_async._runtime import upstream
-from polars_async.executors.threads import ThreadExecutor
+from polars_async.executors.threads import ThreadPool
 from polars_async.gpu import offload
 from polars_async.gpu.breaker import FAILURES, REST, Health, breaker
 from polars_async.scheduling.admission import Admission
@@ -760,7 +760,7 @@ def test_close_waits_for_the_query_that_falls_back_meanwhile(tried, collector, c
 def no_thread(collector, monkeypatch):
     """No thread is to be had any more for queries on the CPU."""
 
-    start = ThreadExecutor.start
+    start = ThreadPool.start
 
     def start_none(executor, *job, **options):
         if executor is collector._cpu._executor:
@@ -768,7 +768,7 @@ def no_thread(collector, monkeypatch):
         start(executor, *job, **options)
 
     with monkeypatch.context() as patch:
-        yield lambda: patch.setattr(ThreadExecutor, "start", start_none)
+        yield lambda: patch.setattr(ThreadPool, "start", start_none)
 
 
 def test_query_fails_where_no_thread_is_to_be_had_for_its_fallback(

@@ -14,7 +14,7 @@ from conftest import TINY
 from polars_async import Collector, CollectorClosedError
 from polars_async.bridges.buffer import Arrivals
 from polars_async.events import Reporter
-from polars_async.executors.threads import HERE
+from polars_async.executors.threads import IN_PROCESS
 from polars_async.scheduling.admission import Admission
 from polars_async.scheduling.estimates import CostModel
 from polars_async.scheduling.query import Query, State
@@ -236,7 +236,7 @@ class Value:
 def query_of(admission, value):
     query = Query(Value(value), None, Reporter(None), admission.owner)
     assert admission.enter(query).query is query
-    query.run(HERE.run)
+    query.run(IN_PROCESS.run)
     return query
 
 

@@ -851,7 +851,7 @@ def crowd(left):
     return queue, place
 
 
-HERE = {"heavy", "small", "low", "appraised", "newcomer"}
+IN_PROCESS = {"heavy", "small", "low", "appraised", "newcomer"}
 
 
 METHODS = {
@@ -867,7 +867,7 @@ METHODS = {
 }
 
 
-@pytest.mark.parametrize("victim", sorted(HERE))
+@pytest.mark.parametrize("victim", sorted(IN_PROCESS))
 @pytest.mark.parametrize("method", METHODS)
 def test_discard_may_interrupt(method, victim):
     at, so_far = 0, True
@@ -891,12 +891,14 @@ def test_discard_may_interrupt(method, victim):
         if not method.startswith("rank"):
             queue.rank(place, 1.0)
         went += drain(queue)
-        assert sorted(went + gone) == sorted([*HERE, "new"] if method == "add" else HERE)
+        assert sorted(went + gone) == sorted(
+            [*IN_PROCESS, "new"] if method == "add" else IN_PROCESS
+        )
         assert queue._heap_items == 0
     assert at > 1
 
 
-@pytest.mark.parametrize("victim", sorted(HERE))
+@pytest.mark.parametrize("victim", sorted(IN_PROCESS))
 def test_discard_may_interrupt_clear(victim):
     at, so_far = 0, True
     while so_far:

@@ -17,7 +17,7 @@ from test_gpu_processes import WHERE, uuid
 
 import polars_async as pa
 from polars_async import cli, resolve_engine
-from polars_async.executors.processes.pool import Processes
+from polars_async.executors.processes.pool import ProcessExecutor
 from polars_async.gpu import probe
 from polars_async.gpu.breaker import FAILURES, REST, Health, Rest, breaker, breaker_of
 from polars_async.testing import simulate_gpu
@@ -254,7 +254,7 @@ def workers(monkeypatch):
     def run(place, *given):
         return workers.run(place, *given)
 
-    monkeypatch.setattr(Processes, "run", run)
+    monkeypatch.setattr(ProcessExecutor, "run", run)
     yield workers
     workers.release()
 

@@ -31,7 +31,7 @@ from polars_async import (
 )
 from polars_async.bridges.buffer import BATCHES_AHEAD, Buffer
 from polars_async.executors import threads
-from polars_async.executors.outcomes import WorkerTraceback
+from polars_async.executors.outcomes import RemoteTraceback
 from polars_async.scheduling import query as query_module
 from polars_async.scheduling import times
 from polars_async.streams import Batches
@@ -245,7 +245,7 @@ def test_error_arrives_unchanged_and_alone(loop, collector, kind, error, is_that
     ((found, context, cause),) = raised
     assert is_that(found, error)
     assert context is None
-    assert cause is None or isinstance(cause, WorkerTraceback)
+    assert cause is None or isinstance(cause, RemoteTraceback)
 
 
 @pytest.mark.parametrize("kind", KINDS)

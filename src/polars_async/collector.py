@@ -22,9 +22,14 @@ from polars_async.bridges.buffer import Buffer
 from polars_async.bridges.threads import block_or_let_run
 from polars_async.events import Reporter
 from polars_async.executors import operations
-from polars_async.executors.factory import IN_PROCESSES, default_running, gpu_place_of, place_of
+from polars_async.executors.factory import (
+    WITH_WORKERS,
+    default_running,
+    make_executor,
+    make_gpu_executor,
+)
 from polars_async.executors.operations import Collect, CollectAll, Schema, Sink
-from polars_async.executors.threads import Threads
+from polars_async.executors.threads import ThreadsExecutor
 from polars_async.gpu.breaker import key_of
 from polars_async.gpu.devices import named_device
 from polars_async.handle import BackgroundQuery, GeventHandle, QueryHandle
@@ -157,12 +162,12 @@ class Collector:
         known = CostModel(far=executor == "auto")
         max_running = max_running or default_running(executor)
         at_once = large_at_once(max_running)
-        place = place_of(executor, max_running, at_once, max_memory)
+        cpu_executor = make_executor(executor, max_running, at_once, max_memory)
         self._cpu: Final = Lane(
             max_running,
             max_waiting,
             known,
-            place=place,
+            executor=cpu_executor,
             tiny_here=executor == "auto",
             max_streams=max_streams or MAX_STREAMS,
         )
@@ -171,12 +176,12 @@ class Collector:
             Lane,
             max_waiting=max_waiting,
             costs=known,
-            place=gpu_place_of(executor, place, at_once),
+            executor=make_gpu_executor(executor, cpu_executor, at_once),
             exclusive=True,
             fallback=self._cpu,
         )
         self._gpu: Final = self._make_gpu_lane(max_running if self._elsewhere else 1)
-        self._gpus_in_workers: Final = executor in IN_PROCESSES
+        self._gpus_in_workers: Final = executor in WITH_WORKERS
         self._of_one_gpu: Final[dict[str | int, Lane]] = {}
         """The lanes of queries that name a GPU, where several work side by side."""
 
@@ -655,9 +660,9 @@ class Collector:
         """
         *on_gpus, cpu = (lane.admission for lane in self._lanes)
         found = stats_of(cpu, on_gpus)
-        places = (self._gpu.place, self._cpu.place)  # those of all
-        found["workers"] = sum(place.workers for place in places)
-        found["workers_died"] = sum(place.died for place in places)
+        executors = (self._gpu.executor, self._cpu.executor)  # those of all
+        found["workers"] = sum(each.workers for each in executors)
+        found["workers_died"] = sum(each.died for each in executors)
         return found
 
     def close(
@@ -834,7 +839,7 @@ class Collector:
         )
         if isinstance(operation, operations.Batches):
             operation.buffer.bind(PausableQuery(lane, query))
-        if not isinstance(lane.place, Threads):
+        if not isinstance(lane.executor, ThreadsExecutor):
             query.call_site = call_site()
         here = lane.submit(query)
         try:

@@ -43,7 +43,7 @@ class Job(Protocol):
         """Count the time in here as no work."""
         ...
 
-    def on_let_go(self, stop: Callable[[], object] | None, *, for_sure: bool = True) -> bool:
+    def on_cancel(self, stop: Callable[[], object] | None, *, for_sure: bool = True) -> bool:
         """
         Have `stop` called if it is cancelled or times out while it runs; False if that is so.
 
@@ -53,7 +53,7 @@ class Job(Protocol):
         ...
 
 
-class Place(Protocol):
+class QueryExecutor(Protocol):
     """Where the queries of a lane run. The thread of a slot hands each over, and waits for it."""
 
     @property
@@ -73,7 +73,7 @@ class Place(Protocol):
         """
         Run `work`, which is that of `query`, and give its result or raise its error.
 
-        `query.on_let_go` tells when nobody wants it any more: a place that can stop it does so.
+        `query.on_cancel` tells when nobody wants it any more: a place that can stop it does so.
         What cannot leave this process runs on the calling thread.
         """
         ...
@@ -81,5 +81,5 @@ class Place(Protocol):
     def close(self) -> None:
         """Keep nothing for queries to come, but for those in line. It may be called again."""
 
-    def abandon(self) -> None:
+    def reset_after_fork(self) -> None:
         """Forget everything, in a forked child, to which none of it belongs."""

@@ -9,14 +9,14 @@ from math import ceil
 from typing import TYPE_CHECKING, Final, Literal
 
 from polars_async.executors.gpu_thread import GPU_HERE
-from polars_async.executors.threads import HERE
+from polars_async.executors.threads import IN_PROCESS
 
 if TYPE_CHECKING:
-    from polars_async.executors import Place
+    from polars_async.executors import QueryExecutor
 
 ExecutorRequest = Literal["threads", "processes", "auto"] | Executor
 
-IN_PROCESSES: Final = ("processes", "auto")
+WITH_WORKERS: Final = ("processes", "auto")
 _ELSEWHERE: Final = 32
 """Queries at once in an executor of the caller's, which has bounds of its own."""
 
@@ -28,9 +28,9 @@ def default_running(executor: ExecutorRequest) -> int:
     return min(4, max(2, os.cpu_count() or 2)) + 1
 
 
-def place_of(
+def make_executor(
     executor: ExecutorRequest, max_running: int, large_at_once: int, max_memory: int | None
-) -> Place:
+) -> QueryExecutor:
     """
     Make the place for the queries of a collector.
 
@@ -42,18 +42,18 @@ def place_of(
     ValueError
         `executor` is none, or not to be had on this system; or `max_memory` is not for it.
     """
-    if max_memory is not None and executor not in IN_PROCESSES:
+    if max_memory is not None and executor not in WITH_WORKERS:
         raise ValueError(
             f"max_memory={max_memory!r} is for worker processes: it needs executor='processes' or "
             f"executor='auto', and executor is {executor!r}"
         )
     if executor == "threads":
-        return HERE
+        return IN_PROCESS
     if isinstance(executor, Executor):
-        from polars_async.executors.futures import Futures  # noqa: PLC0415  # as below
+        from polars_async.executors.futures import FuturesExecutor  # noqa: PLC0415  # as below
 
-        return Futures(executor)
-    if executor not in IN_PROCESSES:
+        return FuturesExecutor(executor)
+    if executor not in WITH_WORKERS:
         raise ValueError(
             "executor must be 'threads', 'processes', 'auto' or a concurrent.futures.Executor, got "
             f"{executor!r}"
@@ -63,9 +63,9 @@ def place_of(
             f"executor={executor!r} needs Linux, and this is {sys.platform}: give it an executor, "
             "such as concurrent.futures.ProcessPoolExecutor()"
         )
-    from polars_async.executors.processes.pool import Processes  # noqa: PLC0415  # what few need
+    from polars_async.executors.processes.pool import ProcessExecutor  # noqa: PLC0415  # what few need
 
-    return Processes(
+    return ProcessExecutor(
         threads=_threads_each(large_at_once),
         most_idle=max_running,
         max_memory=max_memory,
@@ -73,15 +73,19 @@ def place_of(
     )
 
 
-def gpu_place_of(executor: ExecutorRequest, place: Place, large_at_once: int) -> Place:
-    """Make the place for the queries on a GPU of a collector that has `place` for the others."""
-    if place is HERE:
+def make_gpu_executor(
+    executor: ExecutorRequest, elsewhere: QueryExecutor, large_at_once: int
+) -> QueryExecutor:
+    """Make the place for the queries on a GPU of a collector that has `elsewhere` for the others."""
+    if elsewhere is IN_PROCESS:
         return GPU_HERE
-    if executor not in IN_PROCESSES:
-        return place
-    from polars_async.executors.processes.gpu_pool import GpuProcesses  # noqa: PLC0415  # what few need
+    if executor not in WITH_WORKERS:
+        return elsewhere
+    from polars_async.executors.processes.gpu_pool import GpuProcessExecutor  # noqa: PLC0415  # what few need
 
-    return GpuProcesses(threads=_threads_each(large_at_once), keeps_unsendable=executor == "auto")
+    return GpuProcessExecutor(
+        threads=_threads_each(large_at_once), keeps_unsendable=executor == "auto"
+    )
 
 
 def _threads_each(at_once: int) -> int:

@@ -18,7 +18,7 @@ from polars_async.executors.definitions import added_to_polars, definition
 from polars_async.executors.large_plans import warn_if_large
 from polars_async.executors.main_module import POLARS, LookingUp, answer_for_polars
 from polars_async.executors.outcomes import error_of, outcome_of, packed_error
-from polars_async.executors.serialization import Parcel, buffer_of, pack, unpack
+from polars_async.executors.serialization import Message, buffer_of, pack, unpack
 from polars_async.executors.staying import StaysHereError, run_here
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 
-class Futures:
+class FuturesExecutor:
     """
     Somebody else's executor, which runs one function for each query.
 
@@ -45,7 +45,7 @@ class Futures:
         _check_unpatched()
         self._executor: Final = executor
 
-    def prepare(self, gpu: GpuStatus) -> int | None:  # noqa: ARG002  # as GpuProcesses
+    def prepare(self, gpu: GpuStatus) -> int | None:  # noqa: ARG002  # as GpuProcessExecutor
         """Do nothing: a GPU is no other place here."""
         return None
 
@@ -74,45 +74,47 @@ class Futures:
             del self, work, query, buffer, task, found, batches, failed
 
     def _outcome(self, task: bytes, query: Job) -> tuple[str, Any, list[pl.DataFrame]]:
-        mains = added_to_polars()
+        main_module = added_to_polars()
         try:
             while True:
-                answer = self._answer(task, mains, query)
-                found: tuple[str, Any, list[pl.DataFrame]] = unpack(Parcel(answer, []))
+                answer = self._answer(task, main_module, query)
+                found: tuple[str, Any, list[pl.DataFrame]] = unpack(Message(answer, []))
                 if found[0] != "missing":
                     return found
                 # It could not be unpacked, or not all of its expressions, before it began.
                 keys, error = found[1]
-                mains |= {key: definition(*key) for key in keys}
-                if all(mains[key] is None for key in keys):
+                main_module |= {key: definition(*key) for key in keys}
+                if all(main_module[key] is None for key in keys):
                     return "error", error, []
         finally:
-            del self, task, mains, query  # as above
+            del self, task, main_module, query  # as above
 
-    def _answer(self, task: bytes, mains: dict[Key, Definition], query: Job) -> bytes:
+    def _answer(self, task: bytes, main_module: dict[Key, Definition], query: Job) -> bytes:
         """Send `task`, and wait for what comes back."""
         future: Future[bytes] | None = None
         try:
             # dask's own executor gives equal calls one result, unless told otherwise.
-            future = self._executor.submit(run_task, task, pl.__version__, mains, os.urandom(16))
+            future = self._executor.submit(
+                run_task, task, pl.__version__, main_module, os.urandom(16)
+            )
             _follow(future, query)
             return future.result()
         except Exception as error:
             raise _failure(error, query) from error
         finally:
-            query.on_let_go(None)
+            query.on_cancel(None)
             if future is not None:
                 future.cancel()  # the program ends, or there is nothing left to cancel
-            del self, task, mains, query, future  # as above
+            del self, task, main_module, query, future  # as above
 
     def close(self) -> None:
         """Do nothing: the executor is the caller's."""
 
-    abandon = close
+    reset_after_fork = close
 
 
 def run_task(
-    task: bytes, version: str, mains: dict[Key, Definition], _unique: bytes = b""
+    task: bytes, version: str, main_module: dict[Key, Definition], _unique: bytes = b""
 ) -> bytes:
     """
     Run a query, and pack what comes of it.
@@ -128,19 +130,21 @@ def run_task(
     """
     batches = _Batches()
     missing: list[Key] = []
-    if mains:
+    if main_module:
         answer_for_polars()
 
     def look_up(module: str, name: str) -> Definition:
-        if module != POLARS and (module, name) not in mains:  # all that Polars was given is there
+        if (
+            module != POLARS and (module, name) not in main_module
+        ):  # all that Polars was given is there
             missing.append((module, name))
-        return mains.get((module, name))
+        return main_module.get((module, name))
 
     def work() -> object:
         fork.check()
         with LookingUp(look_up):
             try:
-                query = unpack(Parcel(task, []), batches)
+                query = unpack(Message(task, []), batches)
             except BaseException as error:
                 if version == pl.__version__:
                     raise
@@ -162,11 +166,11 @@ def run_task(
 def _packed(work: Callable[[], object], query: Job) -> bytes | str:
     """Pack `work`, or give the reason why it stays here."""
     try:
-        parcel = pack(work, in_files=False)
+        message = pack(work, in_files=False)
     except StaysHereError as reason:
         return str(reason)
-    warn_if_large(query, parcel.plan_bytes, same_machine=False)
-    return parcel.data
+    warn_if_large(query, message.plan_bytes, same_machine=False)
+    return message.data
 
 
 class _Batches(list[pl.DataFrame]):
@@ -184,7 +188,7 @@ def _follow(future: Future[Any], query: Job) -> None:
     """Wait for the end of `future`, which is cancelled when nobody wants `query` any more."""
     told: SimpleQueue[None] = SimpleQueue()
     future.add_done_callback(lambda _: told.put(None))
-    if query.on_let_go(partial(told.put, None), for_sure=False):
+    if query.on_cancel(partial(told.put, None), for_sure=False):
         told.get()
     if not future.done():
         # On this thread, since to cancel may block: that of dask asks its own event loop.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import partial
 from typing import TYPE_CHECKING, Final, TypeVar
 
-from polars_async.executors.threads import Threads
+from polars_async.executors.threads import ThreadsExecutor
 from polars_async.gpu.offload import GpuTurn
 
 if TYPE_CHECKING:
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 
-class GpuThread(Threads):
+class GpuThreadExecutor(ThreadsExecutor):
     """The thread of the slot itself, while no other query of the process is on the GPU."""
 
     def run(self, work: Callable[[], T], query: Job) -> T:
@@ -33,4 +33,4 @@ def _is_wanted(query: Job) -> bool:
     return not query.done
 
 
-GPU_HERE: Final = GpuThread()
+GPU_HERE: Final = GpuThreadExecutor()

@@ -11,14 +11,14 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import polars as pl
 
 from polars_async.errors import PolarsAsyncError, text_of
-from polars_async.executors.serialization import Parcel, pack, unpack
+from polars_async.executors.serialization import Message, pack, unpack
 from polars_async.gpu.failure import GpuFailure
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
 
-class WorkerTraceback(Exception):  # noqa: N818  # no error of its own
+class RemoteTraceback(Exception):  # noqa: N818  # no error of its own
     """The traceback of an error in another process, as a text: the ``__cause__`` of that error."""
 
     def __str__(self) -> str:
@@ -82,7 +82,7 @@ def unpacked_error(packed: tuple[bytes, str]) -> BaseException:
             f"that cannot be unpickled here ({type(refused).__name__}: {text_of(refused)})"
         )
     with suppress(BaseException):  # an error may be frozen
-        error.__cause__ = WorkerTraceback(text)
+        error.__cause__ = RemoteTraceback(text)
     return error
 
 
@@ -170,7 +170,7 @@ def _sendable(value: Any, outer: frozenset[int]) -> Any:
         return type(value)(_sendable(each, outer) for each in value)
     for dump in (_dump, _dump_by_value):
         with suppress(BaseException):
-            unpack(Parcel(dump(value), []))
+            unpack(Message(dump(value), []))
             return value
     raise ValueError("it cannot be pickled")
 
@@ -213,7 +213,7 @@ def _dump_by_value(item: object) -> bytes:
 
 
 def _load(data: bytes) -> BaseException:
-    error: BaseException = _whole(unpack(Parcel(data, [])))
+    error: BaseException = _whole(unpack(Message(data, [])))
     return error
 
 

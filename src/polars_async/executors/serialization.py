@@ -52,7 +52,7 @@ _INLINE: Final = 1 << 18
 """Bytes of a frame up to which it goes along with the rest: to map it would take longer."""
 
 
-class Parcel(NamedTuple):
+class Message(NamedTuple):
     """What `pack` makes of an object."""
 
     data: bytes
@@ -76,7 +76,7 @@ class Parcel(NamedTuple):
             os.close(self.files.pop())
 
 
-class Halt:
+class SerializationAbort:
     """
     Ends the packing of what nobody wants any more, from any thread and a signal handler.
 
@@ -91,9 +91,9 @@ class Halt:
 
     def __call__(self) -> None:
         """Let no file grow."""
-        holding(self._lock, self._halt)
+        holding(self._lock, self._abort)
 
-    def _halt(self) -> None:
+    def _abort(self) -> None:
         self._came = True
         for file in self._files:
             _stop_growth(file)
@@ -137,10 +137,12 @@ class _Packer(pickle.Pickler):
     nobody else can open them, and nothing is left of them once nobody has them open or mapped.
     """
 
-    def __init__(self, file: io.BytesIO, files: list[int] | None, halt: Halt | None = None) -> None:
+    def __init__(
+        self, file: io.BytesIO, files: list[int] | None, abort: SerializationAbort | None = None
+    ) -> None:
         super().__init__(file, protocol=5)
         self._files = files
-        self._halt = halt
+        self._abort = abort
         self.plan_bytes = 0
 
     def persistent_id(self, item: Any) -> tuple[str, Any] | None:
@@ -187,15 +189,15 @@ class _Packer(pickle.Pickler):
         assert self._files is not None
         file = new_file()
         self._files.append(file)
-        if self._halt is not None:
-            self._halt.watch(file)
+        if self._abort is not None:
+            self._abort.watch(file)
         return len(self._files) - 1, file
 
 
 class _Unpacker(pickle.Unpickler):
-    def __init__(self, parcel: Parcel, buffer: object | None) -> None:
-        super().__init__(io.BytesIO(parcel.data))
-        self._files = parcel.files
+    def __init__(self, message: Message, buffer: object | None) -> None:
+        super().__init__(io.BytesIO(message.data))
+        self._files = message.files
         self._buffer = buffer
 
     def persistent_load(self, pid: tuple[str, Any]) -> Any:
@@ -236,11 +238,11 @@ class _Unpacker(pickle.Unpickler):
         return mark_sorted(read_extended(read, extensions), in_order)
 
 
-def pack(item: object, *, in_files: bool, halt: Halt | None = None) -> Parcel:
+def pack(item: object, *, in_files: bool, abort: SerializationAbort | None = None) -> Message:
     """
     Pack up any object that can be pickled, and frames and queries as well.
 
-    With `in_files`, what is large goes in files, for another process of this machine. `halt` ends
+    With `in_files`, what is large goes in files, for another process of this machine. `abort` ends
     it before its time, with any error.
 
     Raises
@@ -250,29 +252,29 @@ def pack(item: object, *, in_files: bool, halt: Halt | None = None) -> Parcel:
     StaysHereError
         A query has to run in this process.
     """
-    parcel_files: list[int] = []
+    message_files: list[int] = []
     shared: dict[Identity, int] = {}
     target = io.BytesIO()
-    packer = _Packer(target, parcel_files if in_files else None, halt)
+    packer = _Packer(target, message_files if in_files else None, abort)
     try:
         taking_along(shared if in_files else None, partial(packer.dump, item))
     except BaseException:
-        if halt is not None:
-            halt.end()
-        Parcel(b"", [*parcel_files, *shared.values()]).close()
+        if abort is not None:
+            abort.end()
+        Message(b"", [*message_files, *shared.values()]).close()
         raise
-    if halt is not None:
-        halt.end()
-    files = [*parcel_files, *shared.values()]
-    return Parcel(target.getvalue(), files, len(shared), packer.plan_bytes)
+    if abort is not None:
+        abort.end()
+    files = [*message_files, *shared.values()]
+    return Message(target.getvalue(), files, len(shared), packer.plan_bytes)
 
 
-def unpack(parcel: Parcel, buffer: object | None = None) -> Any:
+def unpack(message: Message, buffer: object | None = None) -> Any:
     """Give what was packed, with `buffer` for that of a stream, and close the files."""
     try:
-        return _Unpacker(parcel, buffer).load()
+        return _Unpacker(message, buffer).load()
     finally:
-        parcel.close()
+        message.close()
 
 
 def buffer_of(work: Callable[[], object]) -> Buffer | None:

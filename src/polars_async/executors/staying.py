@@ -12,7 +12,7 @@ from polars_async._runtime.green import tell
 from polars_async._runtime.logs import log
 from polars_async._runtime.upstream import forbids_cpu
 from polars_async.errors import PolarsAsyncError
-from polars_async.executors.threads import HERE
+from polars_async.executors.threads import IN_PROCESS
 from polars_async.gpu.failure import GpuFailure
 from polars_async.reasons import Reason
 
@@ -63,7 +63,7 @@ def run_here(work: Callable[[], T], query: Job, why: str) -> T | None:
             return None
         engine = query.resolution.engine
         if not isinstance(engine, pl.GPUEngine):
-            return HERE.run(work, query)
+            return IN_PROCESS.run(work, query)
         if forbids_cpu(engine):
             raise PolarsAsyncError(f"{query.named} cannot run on a GPU elsewhere: {why}")
         raise GpuFailure(Reason.UNSUPPORTED_QUERY, NotImplementedError(why))

@@ -23,12 +23,12 @@ _SYSTEM_NAME: Final = Path("/proc/thread-self/comm")
 _OWN_NAME: Final = "polars-async"
 
 
-class Threads:
+class ThreadsExecutor:
     """The thread of the slot itself, in this process: where queries run unless told otherwise."""
 
     workers = died = 0
 
-    def prepare(self, gpu: GpuStatus) -> int | None:  # noqa: ARG002  # as GpuProcesses
+    def prepare(self, gpu: GpuStatus) -> int | None:  # noqa: ARG002  # as GpuProcessExecutor
         """Do nothing: a GPU is no other place here."""
         return None
 
@@ -44,13 +44,13 @@ class Threads:
     def close(self) -> None:
         """Do nothing: the threads are those of the lane."""
 
-    abandon = close
+    reset_after_fork = close
 
 
-HERE: Final = Threads()
+IN_PROCESS: Final = ThreadsExecutor()
 
 
-class ThreadExecutor:
+class ThreadPool:
     """
     Threads that live from the first job that needs them until `close`, or until there are too many.
 

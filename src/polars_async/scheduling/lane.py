@@ -15,7 +15,7 @@ from polars_async.bridges.waiting import wake
 from polars_async.events import EventKind
 from polars_async.executors.gpu_thread import GPU_HERE
 from polars_async.executors.staying import say_once
-from polars_async.executors.threads import HERE, ThreadExecutor, named_thread
+from polars_async.executors.threads import IN_PROCESS, ThreadPool, named_thread
 from polars_async.gpu.offload import check_outside
 from polars_async.scheduling import shutdown
 from polars_async.scheduling.admission import Admission
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from polars_async.bridges.waiting import Waiter
-    from polars_async.executors import Place
+    from polars_async.executors import QueryExecutor
     from polars_async.gpu.status import GpuStatus
     from polars_async.scheduling import fair_queue
     from polars_async.scheduling.admission import Slot
@@ -48,7 +48,7 @@ class Lane:
     """
     Where the queries of one kind go: those for the CPU, or those for the GPU.
 
-    They run in its `place`, but for those whose engine is the caller's own object: it may hold what
+    They run in its `executor`, but for those whose engine is the caller's own object: it may hold what
     cannot be sent. With `tiny_here` those stay here, too, that are expected to be small, or to take
     longer to be sent, and have no Python functions.
 
@@ -65,12 +65,12 @@ class Lane:
     __slots__ = (
         "__weakref__",
         "_costs",
-        "_executor",
         "_here",
+        "_threads",
         "_tiny_here",
         "admission",
+        "executor",
         "fallback",
-        "place",
     )
 
     def __init__(
@@ -79,7 +79,7 @@ class Lane:
         max_waiting: int | None,
         costs: CostModel,
         *,
-        place: Place = HERE,
+        executor: QueryExecutor = IN_PROCESS,
         tiny_here: bool = False,
         exclusive: bool = False,
         fallback: Lane | None = None,
@@ -92,9 +92,9 @@ class Lane:
             max_running, max_waiting, exclusive=exclusive, lock=lock, streams=both
         )
         self.fallback = fallback
-        self._executor = ThreadExecutor(for_gpu=exclusive)
-        self.place = place
-        self._here: Place = GPU_HERE if exclusive else HERE
+        self._threads = ThreadPool(for_gpu=exclusive)
+        self.executor = executor
+        self._here: QueryExecutor = GPU_HERE if exclusive else IN_PROCESS
         self._tiny_here = tiny_here
         self._costs = costs
         _lanes.add(self)
@@ -102,7 +102,7 @@ class Lane:
 
     def use(self, gpu: GpuStatus) -> None:
         """Have as many slots as there are GPUs for queries to run on at once."""
-        if (slots := self.place.prepare(gpu)) is not None:
+        if (slots := self.executor.prepare(gpu)) is not None:
             self.admission.max_running = slots
 
     def submit(self, query: Query[Any]) -> Slot | None:
@@ -142,7 +142,7 @@ class Lane:
         """Run `query`, on one of Polars' own threads that asks for it, in the slot of `submit`."""
         self._run(query, slot)
         if self.admission.closed:
-            self._close_place()
+            self._close_executor()
 
     def of(self, query: Query[Any]) -> Lane:
         """Return the lane where `query`, which came to this one, is now."""
@@ -160,10 +160,10 @@ class Lane:
         """Take no more queries, and let the threads end with the last of those here."""
         admission = self.admission
         try:
-            holding(admission.lock, self._let_nobody_in)
+            holding(admission.lock, self._refuse_new)
         except BaseException:  # out of a signal handler
             if admission.closed:
-                self._executor.close()
+                self._threads.close()
             raise
         # A stream may wait for its consumer, and that for ever.
         running = admission.in_slots()
@@ -171,16 +171,16 @@ class Lane:
         waiting += admission.in_queue()
         for query in (*(waiting if cancel_waiting else ()), *(running if cancel_running else ())):
             query.cancel()
-        self._close_place()
+        self._close_executor()
 
-    def _let_nobody_in(self) -> None:
+    def _refuse_new(self) -> None:
         self.admission.closed = True
-        self._executor.close()
+        self._threads.close()
 
-    def abandon(self, error: BaseException) -> None:
+    def reset_after_fork(self, error: BaseException) -> None:
         """Start afresh in a forked child, which has neither the threads nor their queries."""
-        self._executor = ThreadExecutor(for_gpu=self.admission.exclusive)
-        self.place.abandon()
+        self._threads = ThreadPool(for_gpu=self.admission.exclusive)
+        self.executor.reset_after_fork()
         for query in self.admission.reset():
             query.lose(error)
 
@@ -209,7 +209,7 @@ class Lane:
         return slot if slot is not None and slot.inline else None
 
     def _start_thread(self, slot: Slot) -> None:
-        self._executor.start(partial(self._serve, slot), at_once=self.admission.threads)
+        self._threads.start(partial(self._serve, slot), at_once=self.admission.threads)
 
     def _use_idle_slots(self) -> None:
         for slot in self.admission.idle_slots():
@@ -225,16 +225,16 @@ class Lane:
             query = slot.query
             goes_on = self._fill(slot) if query is None else self._run(query, slot)
             del query  # or it would live until the next has ended
-        if self._executor.threads > self.admission.max_running:
+        if self._threads.threads > self.admission.max_running:
             with self.admission.lock:
-                self._executor.shed(self.admission.threads_to_keep)
+                self._threads.shed(self.admission.threads_to_keep)
         if self.admission.closed:
-            self._close_place()
+            self._close_executor()
 
-    def _close_place(self) -> None:
+    def _close_executor(self) -> None:
         """Close the place, unless queries of the line still need it."""
         if not self.admission.threads:
-            self.place.close()
+            self.executor.close()
 
     def _fill(self, slot: Slot) -> bool:
         """Find a query for `slot`; False if there is none, and the slot was taken back."""
@@ -267,11 +267,11 @@ class Lane:
         estimated: list[fair_queue.Entry[Query[Any]]] = []
         begun = perf_counter()
         while len(estimated) < at_most:
-            place = self.admission.next_unestimated(from_behind=was_slow)
-            if place is None:
+            executor = self.admission.next_unestimated(from_behind=was_slow)
+            if executor is None:
                 break
-            estimated.append(place)
-            query = place.item
+            estimated.append(executor)
+            query = executor.item
             if query is not None:  # it may leave at any time
                 query.set_estimate(self._costs)
             if perf_counter() - begun > _MOMENT:
@@ -281,13 +281,13 @@ class Lane:
 
     def _run(self, query: Query[Any], slot: Slot) -> bool:
         """Run `query` in `slot`; False if nobody is next, and the slot was taken back."""
-        place = self._place_of(query)
+        executor = self._executor_of(query)
         operation = None if self.fallback is None else query.operation
         if query.label is None or slot.inline:  # Polars' own threads keep their names
-            query.run(place.run)
+            query.run(executor.run)
         else:
             with named_thread(query.label):
-                query.run(place.run)
+                query.run(executor.run)
         if self.fallback is not None and fall_back(query, operation, self.fallback.admission):
             return self._hand_over(query, slot, self.fallback)
         if query.reports:
@@ -321,13 +321,13 @@ class Lane:
         kept = self.admission.release(slot)
         if away:
             # At once: a thread that has no slot, and is still counted on, may be let go by another.
-            self._executor.step_out()
+            self._threads.step_out()
         return kept
 
-    def _place_of(self, query: Query[Any]) -> Place:
+    def _executor_of(self, query: Query[Any]) -> QueryExecutor:
         if type(query.resolution.engine) not in BUILT_IN_ENGINES:
             return self._here
-        return self._here if self._tiny_here and self._belongs_here(query) else self.place
+        return self._here if self._tiny_here and self._belongs_here(query) else self.executor
 
     def _belongs_here(self, query: Query[Any]) -> bool:
         """
@@ -393,16 +393,16 @@ class Lane:
         corrected = query.after_end(self._costs, alone=alone)
         if away:
             with admission.lock:
-                self._executor.step_in()
+                self._threads.step_in()
         if corrected is not None:
             with admission.lock:
                 admission.re_estimate(corrected)
                 self._use_idle_slots()
 
 
-def _abandon_all() -> None:
+def _reset_after_fork() -> None:
     for lane in list(_lanes):
-        lane.abandon(fork.lost())
+        lane.reset_after_fork(fork.lost())
 
 
-fork.in_child(fork.Step.FAIL, _abandon_all)
+fork.in_child(fork.Step.FAIL, _reset_after_fork)

@@ -234,7 +234,7 @@ class Query(Generic[T]):
         finally:
             del self, operation  # the frames of the traceback lead back here all the same
 
-    def on_let_go(self, stop: Callable[[], object] | None, *, for_sure: bool = True) -> bool:
+    def on_cancel(self, stop: Callable[[], object] | None, *, for_sure: bool = True) -> bool:
         """
         Have `stop` called if somebody lets go of it while it runs; False if it is done.
 

@@ -17,7 +17,7 @@ from polars_async._runtime.unpatched import RLock, holding
 from polars_async.errors import QueryMemoryError
 from polars_async.executors.definitions import definition
 from polars_async.executors.main_module import POLARS
-from polars_async.executors.serialization import Parcel, pack, unpack
+from polars_async.executors.serialization import Message, pack, unpack
 from polars_async.executors.staying import UnsendableError
 
 if TYPE_CHECKING:
@@ -27,13 +27,13 @@ if TYPE_CHECKING:
     from polars_async.bridges.buffer import Buffer
     from polars_async.executors import Job
     from polars_async.executors.main_module import Definition
-    from polars_async.executors.processes.process import Worker
+    from polars_async.executors.processes.process import WorkerProcess
 
 GRACE: Final = 0.05
 """Seconds that a query has to end after SIGINT, before its worker is killed."""
 _START_WITHIN: Final = 10.0
 """Seconds that a worker has to start, once nobody wants the query for which it does."""
-_NUDGES: Final = 5
+_INTERRUPTS: Final = 5
 """How often it is sent meanwhile: one that comes just before the query begins has no effect."""
 _SAMPLED: Final = 0.01
 """Seconds from one look at the memory of a worker to the next."""
@@ -45,12 +45,12 @@ class _Phase(enum.Enum):
     """The worker may not be there yet; the next query can have it, if it comes."""
     RUNS = enum.auto()
     """The worker has the query, and SIGINT is meant for that."""
-    RESTS = enum.auto()
+    DRAINS = enum.auto()
     """The query has ended, and the worker gets over the signals that came."""
     OVER = enum.auto()
 
 
-class Errand:
+class WorkerCall:
     """
     One query in one worker.
 
@@ -61,7 +61,7 @@ class Errand:
 
     def __init__(
         self,
-        worker: Worker,
+        worker: WorkerProcess,
         query: Job,
         max_memory: int | None,
         on_gpu: Callable[[Any], None] | None,
@@ -72,40 +72,40 @@ class Errand:
         self._on_gpu = on_gpu or _ignore
         self._lock = RLock()
         self._phase = _Phase.STARTS
-        self._nudges = 0
+        self._interrupts = 0
         self._deadline: Deadline | None = None
         self._begun = False
         self._looks_at = monotonic() + _SAMPLED
         """When to look at the memory of the worker, though it may send one thing after another."""
         self.stopped = False
-        self.outgrown: QueryMemoryError | None = None
+        self.memory_error: QueryMemoryError | None = None
         self._unsendable: UnsendableError | None = None
 
-    def run(self, parcel: Parcel, buffer: Buffer | None) -> tuple[str, Any]:
+    def run(self, message: Message, buffer: Buffer | None) -> tuple[str, Any]:
         """Give what came of it; EOFError when the worker is gone."""
         query = self._query
         try:
-            if not query.on_let_go(self.stop):
+            if not query.on_cancel(self.stop):
                 return "value", None
             with query.paused():  # or it would seem to be a slow query
                 self._worker.await_start()
             if not self._is_to_run():
                 return "value", None
             self._worker.bring_up_to_date()
-            kind, found = self._follow(parcel, buffer)
-            query.on_let_go(None)
-            if self._is_to_rest():
-                self._follow(Parcel(b"", []), None)
+            kind, found = self._follow(message, buffer)
+            query.on_cancel(None)
+            if self._is_to_drain():
+                self._follow(Message(b"", []), None)
         finally:
-            parcel.close()
-            query.on_let_go(None)
+            message.close()
+            query.on_cancel(None)
             with self._lock:
                 self._phase = _Phase.OVER
                 self._lift()
             del self, query
         return kind, found
 
-    def has_harmed_none(self, exitcode: int | None) -> bool:
+    def may_retry(self, exitcode: int | None) -> bool:
         """Tell whether the worker died before it began; one that fails to start does so again."""
         may_start = self._worker.is_ready or (exitcode is not None and exitcode < 0)
         return may_start and not self._begun and not self.stopped
@@ -125,21 +125,21 @@ class Errand:
             self._expire_in(_START_WITHIN)
         elif self._phase is _Phase.RUNS:
             self.stopped = True
-            self._nudge()
+            self._interrupt()
 
     def expire(self) -> None:
         """Ask once more, or kill the worker when it was asked often enough."""
         with self._lock:
             if self._phase is not _Phase.OVER:
-                self._nudge()
+                self._interrupt()
 
-    def _nudge(self) -> None:
-        self._nudges += 1
-        if self._nudges > _NUDGES or self._phase is not _Phase.RUNS:
+    def _interrupt(self) -> None:
+        self._interrupts += 1
+        if self._interrupts > _INTERRUPTS or self._phase is not _Phase.RUNS:
             self._worker.signal(signal.SIGKILL)
             return
         self._worker.signal(signal.SIGINT)
-        self._expire_in(GRACE / _NUDGES)
+        self._expire_in(GRACE / _INTERRUPTS)
 
     def _is_to_run(self) -> bool:
         with self._lock:
@@ -147,9 +147,9 @@ class Errand:
                 self._phase = _Phase.RUNS
             return not self.stopped
 
-    def _is_to_rest(self) -> bool:
+    def _is_to_drain(self) -> bool:
         with self._lock:
-            self._phase = _Phase.RESTS if self.stopped else _Phase.OVER
+            self._phase = _Phase.DRAINS if self.stopped else _Phase.OVER
             if self.stopped:
                 self._expire_in(GRACE)
             return self.stopped
@@ -165,39 +165,39 @@ class Errand:
         if self._deadline is not None:
             self._deadline.lift()
 
-    def _follow(self, parcel: Parcel, buffer: Buffer | None) -> tuple[str, Any]:
-        """Send `parcel`, and take what the worker sends, up to the outcome."""
-        channel = self._worker.channel
-        channel.send(parcel)
+    def _follow(self, message: Message, buffer: Buffer | None) -> tuple[str, Any]:
+        """Send `message`, and take what the worker sends, up to the outcome."""
+        transport = self._worker.transport
+        transport.send(message)
         while True:
             self._check_memory()
             try:
-                parcel = channel.receive(None if self._max_memory is None else _SAMPLED)
+                message = transport.receive(None if self._max_memory is None else _SAMPLED)
             except TimeoutError:
                 continue
-            kind, content = unpack(parcel)
+            kind, content = unpack(message)
             if kind == "begun":
                 self._begun = True
             elif kind == "log":
                 _log(content)
             elif kind == "main":
-                channel.send(self._defined(*content))
+                transport.send(self._defined(*content))
             elif kind == "leaving":
                 self._worker.is_leaving = True
             elif kind == "gpu":
                 self._on_gpu(content)
             elif kind == "ask" and self._worker.initializer is not None:
-                channel.send(pack(self._worker.initializer.answer(), in_files=False))
+                transport.send(pack(self._worker.initializer.answer(), in_files=False))
             elif kind in _OF_STREAMS and buffer is not None:
                 enough = getattr(buffer, kind)(content)
-                channel.send(pack(bool(enough), in_files=False))
+                transport.send(pack(bool(enough), in_files=False))
             else:
                 return kind, content
 
-    def _defined(self, module: str, name: str) -> Parcel:
+    def _defined(self, module: str, name: str) -> Message:
         shared: dict[Identity, int] = {}
         found = taking_along(shared, partial(self._definition, module, name))
-        return Parcel(pack(found, in_files=False).data, list(shared.values()), len(shared))
+        return Message(pack(found, in_files=False).data, list(shared.values()), len(shared))
 
     def _definition(self, module: str, name: str) -> Definition:
         """Define what the worker asks for, or give it the reason why not as its error."""
@@ -210,11 +210,11 @@ class Errand:
 
     def _check_memory(self) -> None:
         limit = self._max_memory
-        if limit is None or self.outgrown is not None or monotonic() < self._looks_at:
+        if limit is None or self.memory_error is not None or monotonic() < self._looks_at:
             return
         self._looks_at = monotonic() + _SAMPLED
         if (memory := self._worker.memory()) > limit:
-            self.outgrown = QueryMemoryError(
+            self.memory_error = QueryMemoryError(
                 f"{self._query.named} outgrew the memory of its worker process, and was stopped: "
                 f"it took {memory:,} bytes, of at most max_memory={limit:,}. Ask for less at once, "
                 "try the streaming engine, or allow for more",

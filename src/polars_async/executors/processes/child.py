@@ -25,7 +25,7 @@ from polars_async.errors import PolarsAsyncError
 from polars_async.executors.main_module import LookingUp, answer_for_polars
 from polars_async.executors.outcomes import outcome_of, packed_error
 from polars_async.executors.processes.surroundings import Follower
-from polars_async.executors.processes.transport import Channel
+from polars_async.executors.processes.transport import Transport
 from polars_async.executors.serialization import pack, unpack
 from polars_async.gpu.offload import context_is_poisoned, report_health_to
 
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from polars_async.executors.main_module import Definition
-    from polars_async.executors.serialization import Parcel
+    from polars_async.executors.serialization import Message
 
 _NAME = Path("/proc/self/comm")
 _BADNESS = Path("/proc/self/oom_score_adj")
@@ -61,57 +61,57 @@ def main(socket_file: int, lifeline: int, path: list[str]) -> None:
         os.nice(_NICENESS)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
     enter_worker(for_gpu=False)
-    channel = Channel(socket(fileno=socket_file))
+    transport = Transport(socket(fileno=socket_file))
     # What a Python function starts may outlive this process, whose end the parent would not see,
     # and a copy that it has forked would go on with the query, and answer, too.
     for file in (socket_file, lifeline):
         fcntl.fcntl(file, fcntl.F_SETFD, fcntl.FD_CLOEXEC)
-    in_child(Step.FORGET, channel.abandon)
+    in_child(Step.FORGET, transport.reset_after_fork)
     # A service is often stopped by a signal to all its processes, and then sees to it that queries
     # end; not so what a Python function forks.
     signal.signal(signal.SIGTERM, _do_nothing)
     in_child(Step.FORGET, lambda: signal.signal(signal.SIGTERM, signal.SIG_DFL))
     with suppress(EOFError):
-        levels, set_up = unpack(channel.receive())
-        logs = _Logs(channel)
+        levels, set_up = unpack(transport.receive())
+        logs = _Logs(transport)
         _set_up_logging(logs, levels)
-        report_health_to(partial(_report_health, channel))
-        with nullcontext() if set_up is None else set_up(partial(_ask, channel)):
-            channel.send(pack(("ready", None), in_files=False))
+        report_health_to(partial(_report_health, transport))
+        with nullcontext() if set_up is None else set_up(partial(_ask, transport)):
+            transport.send(pack(("ready", None), in_files=False))
             follower = Follower(path)
             answer_for_polars()
             while not context_is_poisoned():
-                _serve(channel, logs, follower)
+                _serve(transport, logs, follower)
 
 
 def _do_nothing(_number: int, _frame: object) -> None: ...
 
 
-def _serve(channel: Channel, logs: _Logs, follower: Follower) -> None:
-    task = channel.receive()
+def _serve(transport: Transport, logs: _Logs, follower: Follower) -> None:
+    task = transport.receive()
     if follower.take(task):
-        task = channel.receive()
+        task = transport.receive()
     if not task.data:
-        _come_to_rest()
-        channel.send(pack(("rested", None), in_files=False))
+        _drain_interrupts()
+        transport.send(pack(("rested", None), in_files=False))
         return
-    channel.send(pack(("begun", None), in_files=False))
+    transport.send(pack(("begun", None), in_files=False))
     logs.listens = True
-    outcome = outcome_of(partial(_run, task, channel, follower))
+    outcome = outcome_of(partial(_run, task, transport, follower))
     with suppress(Exception):  # what a Python function has printed would stay here
         sys.stdout.flush()
     logs.listens = False
     if context_is_poisoned():
-        channel.send(pack(("leaving", None), in_files=False))
+        transport.send(pack(("leaving", None), in_files=False))
     try:
-        parcel = pack(outcome, in_files=True)
+        message = pack(outcome, in_files=True)
     except BaseException as error:  # noqa: BLE001  # as of a column of Python objects
-        parcel = pack(("error", packed_error(error)), in_files=False)
-    channel.send(parcel)
+        message = pack(("error", packed_error(error)), in_files=False)
+    transport.send(message)
 
 
-def _run(task: Parcel, channel: Channel, follower: Follower) -> object:
-    parent = _Parent(channel)
+def _run(task: Message, transport: Transport, follower: Follower) -> object:
+    parent = _Parent(transport)
     follower.enter_folder()
     bring(task.take_shared())
     try:
@@ -123,19 +123,19 @@ def _run(task: Parcel, channel: Channel, follower: Follower) -> object:
         put_away()
 
 
-def _ask(channel: Channel) -> Any:
+def _ask(transport: Transport) -> Any:
     """Return what the initializer answers in the parent."""
-    channel.send(pack(("ask", None), in_files=False))
-    return unpack(channel.receive())
+    transport.send(pack(("ask", None), in_files=False))
+    return unpack(transport.receive())
 
 
-def _report_health(channel: Channel, failure: tuple[str, Exception] | None) -> None:
+def _report_health(transport: Transport, failure: tuple[str, Exception] | None) -> None:
     """Tell the parent, which has the breaker of the GPU, since workers come and go."""
     told = None if failure is None else (failure[0], packed_error(failure[1]))
-    channel.send(pack(("gpu", told), in_files=False))
+    transport.send(pack(("gpu", told), in_files=False))
 
 
-def _come_to_rest() -> None:
+def _drain_interrupts() -> None:
     """
     Wait until the signal that has stopped a query stops no more.
 
@@ -158,18 +158,18 @@ class _Parent:
     still ask has no answer.
     """
 
-    def __init__(self, channel: Channel) -> None:
-        self._channel = channel
+    def __init__(self, transport: Transport) -> None:
+        self._transport = transport
         self._lock = RLock()
         self._listens = True
 
-    def ask(self, question: Parcel) -> Any:
+    def ask(self, question: Message) -> Any:
         with self._lock:
             if not self._listens:
                 question.close()
                 raise PolarsAsyncError("the query has ended: what is left of it has no answer")
-            self._channel.send(question)
-            answer = self._channel.receive()
+            self._transport.send(question)
+            answer = self._transport.receive()
             bring(answer.take_shared())
             return unpack(answer)
 
@@ -204,10 +204,10 @@ class _RemoteBuffer:
 class _Logs(logging.Handler):
     """Sends what is logged to the parent, while that listens."""
 
-    def __init__(self, channel: Channel) -> None:
+    def __init__(self, transport: Transport) -> None:
         super().__init__()
         self.listens = False
-        self._channel = channel
+        self._transport = transport
 
     def emit(self, record: logging.LogRecord) -> None:
         if not self.listens:
@@ -219,7 +219,7 @@ class _Logs(logging.Handler):
                 sent["exc_text"] = logging.Formatter().formatException(record.exc_info)
                 sent["exc_info"] = None
             sent = {name: _as_data(value) for name, value in sent.items()}
-            self._channel.send(pack(("log", sent), in_files=False))
+            self._transport.send(pack(("log", sent), in_files=False))
         except Exception:  # noqa: BLE001  # as every handler does
             self.handleError(record)
 

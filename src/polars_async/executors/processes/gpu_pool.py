@@ -15,7 +15,7 @@ from polars_async._runtime.upstream import forbids_cpu
 from polars_async.errors import EngineUnavailableError, WorkerDiedError
 from polars_async.executors.operations import on_engine
 from polars_async.executors.outcomes import unpacked_error
-from polars_async.executors.processes.pool import Processes
+from polars_async.executors.processes.pool import ProcessExecutor
 from polars_async.gpu.breaker import breaker_of, key_of, rest_of
 from polars_async.gpu.devices import candidates, usable_devices
 from polars_async.gpu.failure import GpuFailure
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 
-class GpuProcesses:
+class GpuProcessExecutor:
     """
     A worker process for each GPU, so that all work side by side, and this process loads no CUDA.
 
@@ -47,27 +47,27 @@ class GpuProcesses:
         self._threads: Final = threads
         self._keeps_unsendable: Final = keeps_unsendable
         self._lock = RLock()
-        self._places: dict[str | int, Processes] = {}
+        self._pools: dict[str | int, ProcessExecutor] = {}
         self._idle: list[str | int] = []
         self._asks: list[_Ask] = []
 
     @property
     def workers(self) -> int:
         """How many worker processes there are."""
-        return sum(place.workers for place in list(self._places.values()))
+        return sum(pool.workers for pool in list(self._pools.values()))
 
     @property
     def died(self) -> int:
         """How many of them have died."""
-        return sum(place.died for place in list(self._places.values()))
+        return sum(pool.died for pool in list(self._pools.values()))
 
     def prepare(self, gpu: GpuStatus) -> int:
         """Have a place for each usable GPU; gives how many those are."""
         usable = usable_devices(gpu)
         with self._lock:
             for each in usable:
-                if (key := key_of(each)) not in self._places:
-                    self._places[key] = Processes(
+                if (key := key_of(each)) not in self._pools:
+                    self._pools[key] = ProcessExecutor(
                         threads=self._threads,
                         keeps_unsendable=self._keeps_unsendable,
                         env=_env(each),
@@ -86,27 +86,27 @@ class GpuProcesses:
                 return None  # type: ignore[return-value]  # which nobody wants
             return self._run_on(ask.found, _for_only_gpu(work, query), query)
         finally:
-            self._leave(ask)
+            self._withdraw(ask)
             del self, work, query, ask  # an error's traceback holds this frame
 
     def close(self) -> None:
         """Let idle workers end, and the others after their query."""
-        for place in list(self._places.values()):
-            place.close()
+        for pool in list(self._pools.values()):
+            pool.close()
 
-    def abandon(self) -> None:
+    def reset_after_fork(self) -> None:
         """Forget the workers, which are the children of another process."""
         self._lock = RLock()
-        for place in self._places.values():
-            place.abandon()
-        self._idle = list(self._places)
+        for pool in self._pools.values():
+            pool.reset_after_fork()
+        self._idle = list(self._pools)
         self._asks = []
 
     def _run_on(self, gpu: GpuDevice, work: Callable[[], T], query: Job) -> T:
         health = breaker_of(gpu)
         era = health.era
         try:
-            return self._places[key_of(gpu)].run(work, query, partial(_count, health, era))
+            return self._pools[key_of(gpu)].run(work, query, partial(_count, health, era))
         except WorkerDiedError as error:
             if (crash := _crash(error)) is not None:
                 count_failure(health, crash, EngineUnavailableError(crash), era)
@@ -119,15 +119,15 @@ class GpuProcesses:
         with self._lock:
             self._asks.append(ask)
             self._hand_out()
-        query.on_let_go(ask.wake)
+        query.on_cancel(ask.wake)
         with query.paused():
             while not ask.is_answered and not query.done:
                 when_put(ask.news, ask.seconds_to_rest())
                 with self._lock:
                     self._hand_out()
-        query.on_let_go(None)
+        query.on_cancel(None)
 
-    def _leave(self, ask: _Ask) -> None:
+    def _withdraw(self, ask: _Ask) -> None:
         with self._lock:
             if ask in self._asks:
                 self._asks.remove(ask)

@@ -12,10 +12,10 @@ from polars_async._runtime.unpatched import RLock, holding
 from polars_async.errors import PolarsAsyncError, WorkerDiedError, signal_of
 from polars_async.executors.large_plans import warn_if_large
 from polars_async.executors.outcomes import error_of
-from polars_async.executors.processes.call import Errand
+from polars_async.executors.processes.call import WorkerCall
 from polars_async.executors.processes.initializer import current
-from polars_async.executors.processes.process import Worker, dismiss
-from polars_async.executors.serialization import Halt, buffer_of, pack
+from polars_async.executors.processes.process import WorkerProcess, shut_down
+from polars_async.executors.serialization import SerializationAbort, buffer_of, pack
 from polars_async.executors.staying import StaysHereError, UnsendableError, run_here, say_once
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ _TRIES: Final = 3
 _PLAN_CHARACTERS: Final = 200
 
 
-class Processes:
+class ProcessExecutor:
     """
     Worker processes, each of which runs one query at a time.
 
@@ -56,8 +56,8 @@ class Processes:
             (StaysHereError, UnsendableError) if keeps_unsendable else (StaysHereError,)
         )
         self._lock = RLock()
-        self._idle: list[Worker] = []
-        self._workers: set[Worker] = set()
+        self._idle: list[WorkerProcess] = []
+        self._workers: set[WorkerProcess] = set()
         self._closed = False
         self.died = 0
         """How many workers have died with a query."""
@@ -67,7 +67,7 @@ class Processes:
         """How many worker processes there are."""
         return len(self._workers)
 
-    def prepare(self, gpu: GpuStatus) -> int | None:  # noqa: ARG002  # as GpuProcesses
+    def prepare(self, gpu: GpuStatus) -> int | None:  # noqa: ARG002  # as GpuProcessExecutor
         """Do nothing: a GPU is no other place here."""
         return None
 
@@ -87,12 +87,12 @@ class Processes:
             outcome = self._outcome(work, query, on_gpu)
             if isinstance(outcome, str):
                 return run_here(work, query, outcome)  # type: ignore[return-value]  # None is for nobody
-            kind, found, outgrown = outcome
+            kind, found, memory_error = outcome
             error = error_of(kind, found)
             if error is None:
                 return found  # type: ignore[no-any-return]
-            if outgrown is not None and isinstance(error, KeyboardInterrupt):
-                error = outgrown
+            if memory_error is not None and isinstance(error, KeyboardInterrupt):
+                error = memory_error
             raise error
         finally:
             del self, work, query, error  # an error's traceback holds this frame
@@ -104,33 +104,33 @@ class Processes:
         on_gpu: Callable[[Any], None] | None,
     ) -> tuple[str, Any, QueryMemoryError | None] | str:
         """Give what came of it in a worker, or the reason why it stays here."""
-        errand: Errand | None = None
+        call: WorkerCall | None = None
         try:
             for _ in range(_TRIES):
-                halt = Halt()
-                if not query.on_let_go(halt):
-                    halt()
-                parcel = pack(work, in_files=True, halt=halt)
+                abort = SerializationAbort()
+                if not query.on_cancel(abort):
+                    abort()
+                message = pack(work, in_files=True, abort=abort)
                 try:
-                    warn_if_large(query, parcel.plan_bytes, same_machine=True)
+                    warn_if_large(query, message.plan_bytes, same_machine=True)
                     worker = self._take()
                 except BaseException:
-                    parcel.close()
+                    message.close()
                     raise
-                errand = Errand(worker, query, self._max_memory, on_gpu)
+                call = WorkerCall(worker, query, self._max_memory, on_gpu)
                 try:
-                    kind, found = errand.run(parcel, buffer_of(work))
+                    kind, found = call.run(message, buffer_of(work))
                 except EOFError:
                     exitcode = self._lose(worker)
-                    if errand.has_harmed_none(exitcode):
+                    if call.may_retry(exitcode):
                         continue
-                    raise self._death(worker, exitcode, errand, query) from None
+                    raise self._death(worker, exitcode, call, query) from None
                 except BaseException:  # as when the program ends
                     self._lose(worker)
                     raise
                 self._take_back(worker)
-                errand.check_sendable(kind)
-                return kind, found, errand.outgrown
+                call.check_sendable(kind)
+                return kind, found, call.memory_error
             raise WorkerDiedError(
                 f"{_TRIES} worker processes in a row died before they began a query"
             )
@@ -139,32 +139,32 @@ class Processes:
                 say_once(query, str(reason), logging.WARNING)
             return str(reason)
         finally:
-            query.on_let_go(None)
-            del self, work, query, errand  # as above
+            query.on_cancel(None)
+            del self, work, query, call  # as above
 
     def close(self) -> None:
         """Let idle workers end, and the others after their query."""
-        idle: list[Worker] = []
+        idle: list[WorkerProcess] = []
         try:
             holding(self._lock, self._close, idle)
-            dismiss(idle)
+            shut_down(idle)
         except BaseException:  # out of a signal handler
-            dismiss(idle)
+            shut_down(idle)
             raise
 
-    def _close(self, idle: list[Worker]) -> None:
+    def _close(self, idle: list[WorkerProcess]) -> None:
         self._closed = True
         idle.extend(self._idle)  # before they are there no more
         self._idle.clear()
         self._workers.difference_update(idle)
 
-    def abandon(self) -> None:
+    def reset_after_fork(self) -> None:
         """Forget the workers, which are the children of another process."""
         self._lock = RLock()
         self._workers.clear()
         self._idle.clear()
 
-    def _take(self) -> Worker:
+    def _take(self) -> WorkerProcess:
         while True:
             with self._lock:
                 worker = self._idle.pop() if self._idle else None
@@ -175,41 +175,41 @@ class Processes:
             # Lost to the kernel, for want of memory, or of another initializer.
             self._lose(worker)
 
-    def _start(self) -> Worker:
-        worker = Worker(self._env)
+    def _start(self) -> WorkerProcess:
+        worker = WorkerProcess(self._env)
         with self._lock:
             self._workers.add(worker)
         return worker
 
-    def _take_back(self, worker: Worker) -> None:
-        if worker.is_leaving or self._is_bloated(worker):
+    def _take_back(self, worker: WorkerProcess) -> None:
+        if worker.is_leaving or self._retains_memory(worker):
             self._replace(worker)
         else:
             self._give(worker)
 
-    def _give(self, worker: Worker) -> None:
+    def _give(self, worker: WorkerProcess) -> None:
         with self._lock:
             if not self._closed and len(self._idle) < self._most_idle:
                 self._idle.append(worker)
                 return
             self._workers.discard(worker)
-        dismiss([worker])
+        shut_down([worker])
 
-    def _lose(self, worker: Worker) -> int | None:
+    def _lose(self, worker: WorkerProcess) -> int | None:
         """Have `worker` gone for good; gives its exit code, if that is known."""
         with self._lock:
             self._workers.discard(worker)
         return worker.end()
 
-    def _is_bloated(self, worker: Worker) -> bool:
+    def _retains_memory(self, worker: WorkerProcess) -> bool:
         """Tell whether it keeps memory that might be taken for that of the next query."""
         return self._max_memory is not None and worker.memory() > self._max_memory / 2
 
-    def _replace(self, worker: Worker) -> None:
+    def _replace(self, worker: WorkerProcess) -> None:
         """Let a fresh worker take the place of one that ends by itself."""
         with self._lock:
             self._workers.discard(worker)
-        dismiss([worker])
+        shut_down([worker])
         self._refill()
 
     def _refill(self) -> None:
@@ -220,20 +220,20 @@ class Processes:
                 self._give(fresh)
 
     def _death(
-        self, worker: Worker, exitcode: int | None, errand: Errand, query: Job
+        self, worker: WorkerProcess, exitcode: int | None, call: WorkerCall, query: Job
     ) -> BaseException:
         """Put a fresh worker in the place of one that is gone; gives the error of its query."""
         if worker.is_ready:  # else the next one might not start, either
             self._refill()
-        if errand.outgrown is not None:
-            return errand.outgrown
-        if not errand.stopped:
+        if call.memory_error is not None:
+            return call.memory_error
+        if not call.stopped:
             with self._lock:
                 self.died += 1
         return _death(worker, exitcode, query)
 
 
-def _death(worker: Worker, exitcode: int | None, query: Job) -> WorkerDiedError:
+def _death(worker: WorkerProcess, exitcode: int | None, query: Job) -> WorkerDiedError:
     if not worker.is_ready:
         return WorkerDiedError(
             f"the worker process {worker.pid} ended before it was ready, {_told(exitcode)}: what "

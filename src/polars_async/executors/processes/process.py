@@ -23,13 +23,13 @@ from polars_async.executors.processes.children import Child
 from polars_async.executors.processes.initializer import current
 from polars_async.executors.processes.interpreter import executable
 from polars_async.executors.processes.surroundings import changes, surroundings
-from polars_async.executors.processes.transport import Channel
+from polars_async.executors.processes.transport import Transport
 from polars_async.executors.serialization import pack, unpack
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-_FAREWELL: Final = 2.0
+_EXIT_TIMEOUT: Final = 2.0
 """Seconds that an idle worker has to end by itself."""
 _START: Final = (
     "import marshal, os, signal, sys; signal.signal(signal.SIGINT, lambda *_: None); "
@@ -42,7 +42,7 @@ _START: Final = (
 _PAGE: Final = os.sysconf("SC_PAGE_SIZE")
 
 
-class Worker:
+class WorkerProcess:
     """One worker process, and this end of the channel to it."""
 
     def __init__(self, env: Mapping[str, str]) -> None:
@@ -54,7 +54,7 @@ class Worker:
         ours, theirs = map(_above_standard_files, socketpair(AF_UNIX, SOCK_STREAM))
         lifeline, ours_of_it = map(above_standard_files, os.pipe())
         self._lifeline: int | None = ours_of_it
-        self.channel = Channel(ours)
+        self.transport = Transport(ours)
         _alive.add(self)
         self._lock = RLock()
         self._reaped = False
@@ -69,7 +69,7 @@ class Worker:
             self._child = self._start(theirs.fileno(), lifeline)
             self.pid = self._child.pid
         except BaseException:
-            self.channel.close()
+            self.transport.close()
             self._drop_lifeline()
             _alive.discard(self)
             raise
@@ -114,20 +114,20 @@ class Worker:
         if self.is_ready:
             return
         set_up = None if self.initializer is None else self.initializer.set_up()
-        self.channel.send(pack((_levels(), set_up), in_files=False))
-        unpack(self.channel.receive())
+        self.transport.send(pack((_levels(), set_up), in_files=False))
+        unpack(self.transport.receive())
         self.is_ready = True
 
     def bring_up_to_date(self) -> None:
         """Have its next query find around it what there is here now."""
         now = surroundings()
         if now != self._surroundings:
-            self.channel.send(changes(self._surroundings, now, apart_from=self._own))
+            self.transport.send(changes(self._surroundings, now, apart_from=self._own))
             self._surroundings = now
 
     def is_alive(self) -> bool:
         """Tell whether it lives; it may die at any time."""
-        return self.channel.is_open()
+        return self.transport.is_open()
 
     def signal(self, number: int) -> None:
         """Send it a signal, if it is there. Any thread may."""
@@ -157,11 +157,11 @@ class Worker:
         self._child.await_end()
         return self._reap()
 
-    def leave(self) -> None:
+    def request_exit(self) -> None:
         """Have it end by itself."""
-        self.channel.close()
+        self.transport.close()
 
-    def see_off(self, until: float) -> None:
+    def join_or_kill(self, until: float) -> None:
         """Wait for the end of one that was to leave, and kill it when it is time."""
         while not self._reaped and monotonic() < until:
             self._reap()
@@ -169,11 +169,11 @@ class Worker:
         if not self._reaped:
             self.end()
 
-    def abandon(self) -> None:
+    def reset_after_fork(self) -> None:
         """Close what a forked child has of it, so that the worker sees its parent's end."""
         self._reaped = True  # by the parent, as far as the child is concerned
         self._child.close()
-        self.channel.abandon()
+        self.transport.reset_after_fork()
         self._drop_lifeline()
 
     def _reap(self) -> int | None:
@@ -188,7 +188,7 @@ class Worker:
             self._reaped = True
             _alive.discard(self)
             self._child.close()
-            self.channel.close()
+            self.transport.close()
             self._drop_lifeline()
             return exitcode
 
@@ -199,23 +199,23 @@ class Worker:
             os.close(lifeline)
 
 
-def dismiss(workers: list[Worker]) -> None:
+def shut_down(workers: list[WorkerProcess]) -> None:
     """Have `workers` end by themselves, which nobody waits for."""
     if not workers:
         return
     for worker in workers:
-        worker.leave()
+        worker.request_exit()
     try:
-        start_new_thread(_see_off, (workers,))
+        start_new_thread(_join_or_kill, (workers,))
     except RuntimeError:  # no thread to be had
-        _see_off(workers, 0.0)
+        _join_or_kill(workers, 0.0)
 
 
 @leaving_no_hub
-def _see_off(workers: list[Worker], farewell: float = _FAREWELL) -> None:
-    until = monotonic() + farewell
+def _join_or_kill(workers: list[WorkerProcess], exit_timeout: float = _EXIT_TIMEOUT) -> None:
+    until = monotonic() + exit_timeout
     for worker in workers:
-        worker.see_off(until)
+        worker.join_or_kill(until)
 
 
 def _above_standard_files(socket: Socket) -> Socket:
@@ -254,18 +254,18 @@ def _levels() -> dict[str, int]:
     return levels | {"": logging.getLogger().level}
 
 
-def _abandon_all() -> None:
+def _reset_after_fork() -> None:
     for worker in list(_alive):
-        worker.abandon()
+        worker.reset_after_fork()
     _alive.clear()
 
 
-_alive: Final[WeakSet[Worker]] = WeakSet()
+_alive: Final[WeakSet[WorkerProcess]] = WeakSet()
 _no_fork: Final = RLock()
 """Held while a worker is spawned: a child forked meanwhile would keep the worker's end of all, and
 hide its death."""
 
-in_child(Step.FORGET, _abandon_all)
+in_child(Step.FORGET, _reset_after_fork)
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(
         before=_no_fork.acquire, after_in_parent=_no_fork.release, after_in_child=_no_fork.release

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 import polars as pl
 
-from polars_async.executors.serialization import Parcel
+from polars_async.executors.serialization import Message
 
 if TYPE_CHECKING:
     from collections.abc import Container
@@ -39,7 +39,7 @@ def surroundings() -> Surroundings:
     return Surroundings((status.st_dev, status.st_ino), path, _variables())
 
 
-def changes(before: Surroundings, now: Surroundings, apart_from: Container[bytes]) -> Parcel:
+def changes(before: Surroundings, now: Surroundings, apart_from: Container[bytes]) -> Message:
     """Pack up what a worker has to change that is as `before`; some variables are its own."""
     names = [
         name
@@ -50,7 +50,7 @@ def changes(before: Surroundings, now: Surroundings, apart_from: Container[bytes
     folder: list[int] = []
     if now.folder is not None and now.folder != before.folder:
         folder.append(os.open(".", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC))
-    return Parcel(_MARK + pickle.dumps((now.path, variables)), folder)
+    return Message(_MARK + pickle.dumps((now.path, variables)), folder)
 
 
 class Follower:
@@ -60,20 +60,20 @@ class Follower:
         self._path = path
         self._folder: int | None = None
 
-    def take(self, parcel: Parcel) -> bool:
-        """Put in force what `parcel` says; False if it says something else."""
-        if not parcel.data.startswith(_MARK):
+    def take(self, message: Message) -> bool:
+        """Put in force what `message` says; False if it says something else."""
+        if not message.data.startswith(_MARK):
             return False
-        path, variables = pickle.loads(parcel.data[len(_MARK) :])  # noqa: S301  # of the parent
+        path, variables = pickle.loads(message.data[len(_MARK) :])  # noqa: S301  # of the parent
         _set_variables(variables)
         # A library may have added its own when it was imported.
         added = [each for each in sys.path if each not in self._path]
         self._path = path
         sys.path[:] = [*path, *added]
-        if parcel.files:
+        if message.files:
             if self._folder is not None:
                 os.close(self._folder)
-            self._folder = parcel.files.pop()
+            self._folder = message.files.pop()
         return True
 
     def enter_folder(self) -> None:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Final
 
 from polars_async._runtime.descriptors import above_standard_files
 from polars_async._runtime.unpatched import RLock
-from polars_async.executors.serialization import Parcel
+from polars_async.executors.serialization import Message
 
 if TYPE_CHECKING:
     # The class of the interpreter's own: that of the module `socket` is green under gevent.
@@ -30,35 +30,35 @@ _MOST_ANCILLARY: Final = 4096
 _PIECE: Final = 1 << 20
 
 
-class Channel:
+class Transport:
     """One end. Any thread may send; one at a time may receive."""
 
     def __init__(self, socket: Socket) -> None:
         self._socket = socket
         self._lock = RLock()
 
-    def send(self, parcel: Parcel) -> None:
+    def send(self, message: Message) -> None:
         """
-        Send `parcel`, and close its files.
+        Send `message`, and close its files.
 
         Raises
         ------
         EOFError
             The other end is gone.
         """
-        head = _HEAD.pack(len(parcel.data), len(parcel.files), parcel.shared)
-        rights = [(SOL_SOCKET, SCM_RIGHTS, array("i", parcel.files))] if parcel.files else []
+        head = _HEAD.pack(len(message.data), len(message.files), message.shared)
+        rights = [(SOL_SOCKET, SCM_RIGHTS, array("i", message.files))] if message.files else []
         try:
             with self._lock:
-                sent = self._socket.sendmsg([head, parcel.data], rights, MSG_NOSIGNAL)
-                if sent < len(head) + len(parcel.data):
-                    self._socket.sendall(memoryview(head + parcel.data)[sent:], MSG_NOSIGNAL)
+                sent = self._socket.sendmsg([head, message.data], rights, MSG_NOSIGNAL)
+                if sent < len(head) + len(message.data):
+                    self._socket.sendall(memoryview(head + message.data)[sent:], MSG_NOSIGNAL)
         except OSError as error:
             raise EOFError from error
         finally:
-            parcel.close()
+            message.close()
 
-    def receive(self, timeout: float | None = None) -> Parcel:
+    def receive(self, timeout: float | None = None) -> Message:
         """
         Wait for a parcel.
 
@@ -86,12 +86,12 @@ class Channel:
             if len(files) < number:
                 message = f"{number} files came, and this process may not open as many"
                 raise OSError(EMFILE, message)  # noqa: TRY301  # as for any other error
-            return Parcel(self._exactly(size), files, shared)
+            return Message(self._exactly(size), files, shared)
         except ConnectionError as error:
-            Parcel(b"", files).close()
+            Message(b"", files).close()
             raise EOFError from error
         except BaseException:
-            Parcel(b"", files).close()
+            Message(b"", files).close()
             raise
 
     def is_open(self) -> bool:
@@ -112,7 +112,7 @@ class Channel:
             self._socket.shutdown(SHUT_RDWR)
         self._socket.close()
 
-    def abandon(self) -> None:
+    def reset_after_fork(self) -> None:
         """Close the copy of a forked child, which leaves the channel as it is."""
         self._socket.close()
 
