@@ -750,7 +750,7 @@ def test_free_slot_has_a_thread_while_another_thread_still_appraises(make, monke
 class HeldWaiter:
     """A waiter that is not told before it is let go on."""
 
-    survives_fork = told_at_exit = False
+    survives_fork = wake_at_exit = False
 
     def __init__(self):
         self.came, self.gate = threading.Event(), threading.Event()

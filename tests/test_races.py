@@ -214,7 +214,7 @@ class Told:
     """A waiter that counts how often it is woken."""
 
     survives_fork = False
-    told_at_exit = False
+    wake_at_exit = False
 
     def __init__(self):
         self.times = 0
@@ -438,7 +438,7 @@ def test_state_cannot_change_between_the_look_at_it_and_the_act(monkeypatch, ope
 class Counted:
     """A waiter that counts how often it is compared with another."""
 
-    survives_fork = told_at_exit = False
+    survives_fork = wake_at_exit = False
     compared = 0
 
     def __hash__(self):

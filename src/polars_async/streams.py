@@ -163,7 +163,7 @@ def _outcome(query: Query[T], bridge: Bridge) -> T:
 
 class _Ending:
     survives_fork: ClassVar[bool] = True  # so that the child is told that its query is lost
-    told_at_exit: ClassVar[bool] = True
+    wake_at_exit: ClassVar[bool] = True
 
     def __init__(self, number: int, arrivals: Arrivals[int]) -> None:
         self._number = number
@@ -175,7 +175,7 @@ class _Ending:
 
 class _BufferEnding:
     survives_fork: ClassVar[bool] = True  # so that the child is told that its query is lost
-    told_at_exit: ClassVar[bool] = True
+    wake_at_exit: ClassVar[bool] = True
 
     def __init__(self, query: Query[int], buffer: Buffer) -> None:
         self._query = query

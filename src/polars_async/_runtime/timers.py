@@ -32,7 +32,7 @@ class Deadline:
     def __init__(self, query: Timed) -> None:
         self.query: Timed | None = query
 
-    def lift(self) -> None:
+    def cancel(self) -> None:
         """Forget the query, which is done. It takes no lock, so that a finaliser may do it."""
         self.query = None
 
@@ -47,7 +47,7 @@ class _Clock:
     def __init__(self, now: Callable[[], float] = monotonic) -> None:
         self._now = now
         self.lock = RLock()
-        self.bell: SimpleQueue[None] = SimpleQueue()
+        self.wakeup: SimpleQueue[None] = SimpleQueue()
         self.deadlines: list[tuple[float, int, Deadline]] = []
         self.number = 0
         self.wakes_at = 0.0
@@ -65,7 +65,7 @@ class _Clock:
         try:
             holding(self.lock, self._add, self._now() + seconds, deadline)
         except BaseException:  # no thread to be had, or Ctrl-C
-            deadline.lift()
+            deadline.cancel()
             raise
         return deadline
 
@@ -85,13 +85,13 @@ class _Clock:
         elif time < self.wakes_at:
             # Not just where it is the first: the one before may have been added, but Ctrl-C have
             # come before the bell.
-            self.bell.put(None)
+            self.wakeup.put(None)
 
     @leaving_no_hub
     def run(self) -> None:
         try:
             while (wait := self.expire_due()) is not None:
-                when_put(self.bell, wait)
+                when_put(self.wakeup, wait)
         except BaseException:  # noqa: BLE001  # no memory, for one
             with self.lock:
                 self.thread.clear()  # so that the next deadline finds another thread

@@ -25,7 +25,7 @@ class _Waiter:
     __slots__ = ("future", "loop", "mailbox")
 
     survives_fork: ClassVar[bool] = False
-    told_at_exit: ClassVar[bool] = False
+    wake_at_exit: ClassVar[bool] = False
 
     def __init__(self) -> None:
         try:

@@ -62,7 +62,7 @@ _of_this_thread = unpatched.local()
 
 class _Waiter:
     survives_fork: ClassVar[bool] = True  # greenlets go on in the child, and their hub with them
-    told_at_exit: ClassVar[bool] = False
+    wake_at_exit: ClassVar[bool] = False
 
     def __init__(self) -> None:
         loop = get_hub().loop

@@ -17,7 +17,7 @@ class _Waiter:
     __slots__ = ("_lock",)
 
     survives_fork: ClassVar[bool] = False
-    told_at_exit: ClassVar[bool] = False
+    wake_at_exit: ClassVar[bool] = False
 
     def __init__(self) -> None:
         self._lock = allocate_lock()

@@ -23,7 +23,7 @@ class _Waiter:
     __slots__ = ("mailbox", "task", "token")
 
     survives_fork: ClassVar[bool] = False
-    told_at_exit: ClassVar[bool] = False
+    wake_at_exit: ClassVar[bool] = False
 
     def __init__(self) -> None:
         self.token = trio.lowlevel.current_trio_token()

@@ -15,7 +15,7 @@ class Waiter(Protocol):
 
     survives_fork: ClassVar[bool]
     """Whether it still waits in a forked child."""
-    told_at_exit: ClassVar[bool]
+    wake_at_exit: ClassVar[bool]
     """Whether it is woken while the program ends: a loop is over then, a thread about to be."""
 
     def wake(self) -> None:
@@ -45,14 +45,14 @@ class Awaited(Protocol):
 class Waking:
     """Waiters that must not be woken while the program ends; kept until the process does."""
 
-    withheld: ClassVar[list[object] | None] = None
+    held_at_exit: ClassVar[list[object] | None] = None
 
 
 def wake(waiters: Iterable[Waiter]) -> None:
     """Wake `waiters`, each whatever happens to the others."""
     for waiter in waiters:
-        if Waking.withheld is not None and not waiter.told_at_exit:
-            Waking.withheld.append(waiter)
+        if Waking.held_at_exit is not None and not waiter.wake_at_exit:
+            Waking.held_at_exit.append(waiter)
             continue
         persist(waiter.wake, "a waiter could not be woken")
 

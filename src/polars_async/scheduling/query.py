@@ -183,7 +183,7 @@ class Query(Generic[T]):
         self._timeout = seconds
         self._deadline = set_deadline(seconds, self)
         if self.done:  # it was, before there was a deadline that it could lift
-            self._deadline.lift()
+            self._deadline.cancel()
 
     def start(self) -> float | None:
         """
@@ -326,7 +326,7 @@ class Query(Generic[T]):
         else:
             counts.failed += 1
         if self._deadline is not None:
-            self._deadline.lift()
+            self._deadline.cancel()
         waiters, self._waiters = self._waiters, {}
         return waiters
 
@@ -479,7 +479,7 @@ class Query(Generic[T]):
         if self.times.started is None:
             self._operation, self.frames = None, ()
         if self._deadline is not None:
-            self._deadline.lift()
+            self._deadline.cancel()
         if self._stop is not None:
             persist(self._stop, "a query that was let go could not be stopped")
         if self._untold:

@@ -103,7 +103,7 @@ def _leave() -> None:
     _Process.exits = True
     # For good: a task that is freed before its end complains of that.
     ctypes.pythonapi.Py_IncRef(ctypes.py_object(unwoken := list[object]()))
-    Waking.withheld = unwoken
+    Waking.held_at_exit = unwoken
     lanes = list(_Process.lanes)
     for lane in lanes:
         lane.close(cancel_waiting=True)
@@ -113,7 +113,7 @@ def _leave() -> None:
     if _running(lanes):
         _delay_abort()
     catch_up()
-    Waking.withheld = None
+    Waking.held_at_exit = None
 
 
 def _running(lanes: list[_Lane]) -> bool:

@@ -101,7 +101,7 @@ class WorkerCall:
             query.on_cancel(None)
             with self._lock:
                 self._phase = _Phase.OVER
-                self._lift()
+                self._cancel_timer()
             del self, query
         return kind, found
 
@@ -155,15 +155,15 @@ class WorkerCall:
             return self.stopped
 
     def _expire_in(self, seconds: float) -> None:
-        self._lift()
+        self._cancel_timer()
         try:
             self._deadline = set_deadline(seconds, self)
         except RuntimeError:  # no thread to be had for the clock
             self._worker.signal(signal.SIGKILL)
 
-    def _lift(self) -> None:
+    def _cancel_timer(self) -> None:
         if self._deadline is not None:
-            self._deadline.lift()
+            self._deadline.cancel()
 
     def _follow(self, message: Message, buffer: Buffer | None) -> tuple[str, Any]:
         """Send `message`, and take what the worker sends, up to the outcome."""
