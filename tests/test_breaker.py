@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from polars_async.gpu import breaker as breaker_module
-from polars_async.gpu.breaker import FAILURES, LONGEST_REST, REST, Breaker, Health
+from polars_async.gpu.breaker import COOLDOWN, FAILURES, LONGEST_COOLDOWN, Breaker, Health
 
 OOM = "out of memory", MemoryError("full")
 
@@ -32,55 +32,55 @@ def breaker(clock):
 
 def trip(breaker):
     for _ in range(FAILURES):
-        breaker.failed(*OOM, breaker.era)
+        breaker.failed(*OOM, breaker.generation)
 
 
 def test_gpu_is_tried_until_it_has_failed_several_times_in_a_row(breaker):
-    assert [breaker.failed(*OOM, breaker.era) for _ in range(FAILURES - 1)] == [None] * (
+    assert [breaker.failed(*OOM, breaker.generation) for _ in range(FAILURES - 1)] == [None] * (
         FAILURES - 1
     )
-    assert (breaker.rest(), breaker.seconds_left()) == (None, 0.0)
-    rest = breaker.failed(*OOM, breaker.era)
-    assert breaker.rest() is rest
-    assert (rest.seconds, rest.failure, rest.cause) == (REST, *OOM)
-    assert breaker.seconds_left() == REST
+    assert (breaker.cooldown(), breaker.seconds_left()) == (None, 0.0)
+    cooldown = breaker.failed(*OOM, breaker.generation)
+    assert breaker.cooldown() is cooldown
+    assert (cooldown.seconds, cooldown.failure, cooldown.cause) == (COOLDOWN, *OOM)
+    assert breaker.seconds_left() == COOLDOWN
 
 
 def test_success_in_between_starts_the_count_anew(breaker):
     for _ in range(3):
         for _ in range(FAILURES - 1):
-            breaker.failed(*OOM, breaker.era)
-        breaker.succeeded(breaker.era)
+            breaker.failed(*OOM, breaker.generation)
+        breaker.succeeded(breaker.generation)
     assert breaker.health == Health()
 
 
 def test_gpu_is_tried_again_after_its_rest(breaker, clock):
     trip(breaker)
-    clock.now = REST - 0.001
-    assert breaker.rest() is not None
-    clock.now = REST
-    assert (breaker.rest(), breaker.seconds_left()) == (None, 0.0)
+    clock.now = COOLDOWN - 0.001
+    assert breaker.cooldown() is not None
+    clock.now = COOLDOWN
+    assert (breaker.cooldown(), breaker.seconds_left()) == (None, 0.0)
 
 
 def test_one_failure_after_the_rest_begins_one_twice_as_long(breaker, clock):
     trip(breaker)
     for turn in range(1, 4):
         clock.now += breaker.seconds_left()
-        assert breaker.failed(*OOM, breaker.era).seconds == REST * 2**turn
+        assert breaker.failed(*OOM, breaker.generation).seconds == COOLDOWN * 2**turn
 
 
 def test_one_success_after_the_rest_ends_it_all(breaker, clock):
     trip(breaker)
-    clock.now = REST
-    breaker.succeeded(breaker.era)
+    clock.now = COOLDOWN
+    breaker.succeeded(breaker.generation)
     assert breaker.health == Health()
-    assert breaker.failed(*OOM, breaker.era) is None
+    assert breaker.failed(*OOM, breaker.generation) is None
 
 
 def test_rests_grow_to_a_limit(breaker):
     for _ in range(10_000):
-        breaker.failed(*OOM, breaker.era)
-    assert breaker.seconds_left() == LONGEST_REST
+        breaker.failed(*OOM, breaker.generation)
+    assert breaker.seconds_left() == LONGEST_COOLDOWN
 
 
 def test_failures_told_by_many_threads_are_all_counted(breaker, monkeypatch):
@@ -90,7 +90,9 @@ def test_failures_told_by_many_threads_are_all_counted(breaker, monkeypatch):
     try:
         with ThreadPoolExecutor(8) as pool:
             for _ in range(8):
-                pool.submit(lambda: [breaker.failed(*OOM, breaker.era) for _ in range(10_000)])
+                pool.submit(
+                    lambda: [breaker.failed(*OOM, breaker.generation) for _ in range(10_000)]
+                )
     finally:
         sys.setswitchinterval(interval)
     assert breaker.health.failures == 8 * 10_000

@@ -18,7 +18,7 @@ from polars_async import Collector, Reason, cli, gpu_status, resolution, resolve
 from polars_async.gpu import cudf as _cudf
 from polars_async.gpu import probe
 from polars_async.gpu.nvml import Host, HostDevice
-from polars_async.reasons import Fault
+from polars_async.reasons import Diagnosis
 from polars_async.testing import simulate_gpu
 
 AFFINITY = "POLARS_ENGINE_AFFINITY"
@@ -38,7 +38,7 @@ H100 = {
 }
 GB10 = {"name": "NVIDIA GB10", "uuid": UUIDS[2], "compute_capability": (12, 1)}
 
-NO_DRIVER = Host(fault=Fault(Reason.NO_DRIVER, "the driver sleeps", "wake it up"))
+NO_DRIVER = Host(fault=Diagnosis(Reason.NO_DRIVER, "the driver sleeps", "wake it up"))
 
 
 def host_of(*devices):
@@ -83,7 +83,7 @@ def doctor(site, monkeypatch, capsys):  # noqa: ARG001  # usefixtures does nothi
     def run(*arguments, host=NO_DRIVER, **environment):
         for name, value in environment.items():
             monkeypatch.setenv(name, value)
-        probe.probe.stand_in(host)
+        probe.probe.override(host)
         status = cli.main(["doctor", *arguments])
         printed, errors = capsys.readouterr()
         assert errors == ""

@@ -999,16 +999,16 @@ def test_many_threads_ask_nvml_once(nvml, monkeypatch):
 @pytest.mark.usefixtures("usable")
 def test_stand_in_host_is_judged_instead_of_nvml():
     assert (
-        probe.probe.stand_in(Host(devices=(HostDevice(index=0, compute_capability=(5, 0)),)))
+        probe.probe.override(Host(devices=(HostDevice(index=0, compute_capability=(5, 0)),)))
         is None
     )
     assert gpu_status().reason is Reason.COMPUTE_CAPABILITY
     assert gpu_status(refresh=True).reason is Reason.COMPUTE_CAPABILITY
-    before = probe.probe.stand_in(Host())
+    before = probe.probe.override(Host())
     assert gpu_status().reason is Reason.NO_DEVICE
-    probe.probe.stand_in(before)
+    probe.probe.override(before)
     assert gpu_status().reason is Reason.COMPUTE_CAPABILITY
-    probe.probe.stand_in(None)
+    probe.probe.override(None)
     assert gpu_status().usable
 
 

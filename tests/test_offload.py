@@ -34,7 +34,7 @@ from polars_async import (
 from polars_async._runtime import upstream
 from polars_async.executors.threads import ThreadPool
 from polars_async.gpu import offload
-from polars_async.gpu.breaker import FAILURES, REST, Health, breaker
+from polars_async.gpu.breaker import COOLDOWN, FAILURES, Health, breaker
 from polars_async.scheduling.admission import Admission
 from polars_async.testing import simulate_gpu
 
@@ -248,8 +248,8 @@ def test_batches_that_nobody_fetches_do_not_keep_the_gpu(collector):
         stream = collector.collect_batches_async(lf, engine="gpu", chunk_size=1)
         first = await anext(stream)
         other = await collector.collect_async(TINY, engine="gpu")
-        rest = [batch.item() async for batch in stream]
-        return first.item(), other.item(), rest
+        cooldown = [batch.item() async for batch in stream]
+        return first.item(), other.item(), cooldown
 
     assert asyncio.run(main()) == (0, 1, list(range(1, 100)))
     assert collector._gpu._executor.threads == 1
@@ -1160,7 +1160,7 @@ def test_gpu_that_keeps_failing_rests_and_is_tried_again(collector, gpu, clock, 
         while collector.stats()["running"]:
             time.sleep(0.001)
     stats = collector.stats()
-    assert (stats["gpu_failures"], stats["gpu_cooldown_seconds"]) == (FAILURES, REST)
+    assert (stats["gpu_failures"], stats["gpu_cooldown_seconds"]) == (FAILURES, COOLDOWN)
     assert "the GPU rests for 30 s: the memory of the GPU did not suffice" in caplog.text
 
     with pytest.warns(EngineDowngradeWarning, match=r"keeps failing.*a rest of 30 s.*MemoryError"):
@@ -1170,7 +1170,7 @@ def test_gpu_that_keeps_failing_rests_and_is_tried_again(collector, gpu, clock, 
     assert gpu.queries == FAILURES
 
     gpu.fail = None
-    clock.now = REST
+    clock.now = COOLDOWN
     handle = collector.collect_async(TINY, engine="gpu")
     assert handle.result(30).item() == 1
     assert handle.resolution.name == "gpu"
@@ -1212,7 +1212,7 @@ def test_resting_gpu_is_an_error_where_it_is_required_and_is_tried_where_the_cpu
         with pytest.raises(MemoryError):
             collector.collect_async(TINY, engine=STRICT).result(30)
     assert gpu.queries == FAILURES + 1
-    assert breaker.seconds_left() == 2 * REST
+    assert breaker.seconds_left() == 2 * COOLDOWN
     with pytest.raises(EngineUnavailableError, match=r"gpu='require' forbids any other.*rests"):
         resolve_engine("gpu", gpu="require")
     gpu.fail = None
@@ -1300,7 +1300,7 @@ def test_breaker_keeps_no_query_in_memory(collector, gpu, events, engine):
         time.sleep(0.001)
     del lf, handle, events[:]
     gc.collect()
-    assert breaker.rest() is not None
+    assert breaker.cooldown() is not None
     assert kept() is None
 
 

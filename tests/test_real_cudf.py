@@ -30,7 +30,7 @@ def taken_for_a_host_with_a_gpu(monkeypatch):
     monkeypatch.setattr(probe, "probe", probe.Probe())
     monkeypatch.setattr(breaker, "health", Health())
     device = HostDevice(index=0, name="NVIDIA H100", compute_capability=(9, 0))
-    probe.probe.stand_in(Host(devices=(device,), cuda_version=(13, 0)))
+    probe.probe.override(Host(devices=(device,), cuda_version=(13, 0)))
 
 
 @pytest.fixture
@@ -109,7 +109,7 @@ def test_failing_driver_lets_the_gpu_rest(collector):
     handles = [collector.collect_async(TINY, engine="gpu") for _ in range(3)]
     for handle in handles:
         handle.result(60)
-    assert breaker.rest() is not None
+    assert breaker.cooldown() is not None
     assert collector.stats()["gpu_failures"] == 3
 
 
@@ -131,7 +131,7 @@ from polars_async.gpu.nvml import Host, HostDevice
 import logging
 logging.disable()
 device = HostDevice(index=0, compute_capability=(9, 0))
-probe.probe.stand_in(Host(devices=(device,), cuda_version=(13, 0)))
+probe.probe.override(Host(devices=(device,), cuda_version=(13, 0)))
 asked = []
 class Watch:
     def find_spec(self, name, path, target=None):

@@ -26,7 +26,7 @@ from polars_async._runtime.upstream import AUTO_ENGINE
 from polars_async.errors import EngineDowngradeWarning, EngineUnavailableError
 from polars_async.gpu import probe as _probe
 from polars_async.gpu.nvml import Host, HostDevice
-from polars_async.reasons import Fault, Reason
+from polars_async.reasons import Diagnosis, Reason
 from polars_async.resolution import resolve_engine
 
 VARIABLE = "POLARS_ENGINE_AFFINITY"
@@ -234,7 +234,7 @@ class Gpu(NamedTuple):
 
 
 H100 = HostDevice(index=0, name="NVIDIA H100 80GB HBM3", compute_capability=(9, 0))
-ASLEEP = Fault(Reason.NVML_ERROR, "the driver sleeps", "wake it up")
+ASLEEP = Diagnosis(Reason.NVML_ERROR, "the driver sleeps", "wake it up")
 HOSTS = {
     "usable": Gpu(Host(devices=(H100,), cuda_version=(13, 0)), ModuleType("cudf_polars")),
     "no cudf-polars": Gpu(
@@ -270,7 +270,7 @@ def host(monkeypatch):
 
     def put(name):
         gpu = HOSTS[name]
-        _probe.probe.stand_in(gpu.host)
+        _probe.probe.override(gpu.host)
         monkeypatch.setitem(sys.modules, "cudf_polars", gpu.module)
         return gpu
 

@@ -19,7 +19,7 @@ import polars_async as pa
 from polars_async import cli, resolve_engine
 from polars_async.executors.processes.pool import ProcessExecutor
 from polars_async.gpu import probe
-from polars_async.gpu.breaker import FAILURES, REST, Health, Rest, breaker, breaker_of
+from polars_async.gpu.breaker import COOLDOWN, FAILURES, Cooldown, Health, breaker, breaker_of
 from polars_async.testing import simulate_gpu
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="worker processes need Linux")
@@ -42,10 +42,10 @@ def almost_rests(*indices):
         of_gpu(index).health = Health(FAILURES - 1)
 
 
-def rests(index, seconds=3600.0):
+def opened(index, seconds=3600.0):
     gpu = of_gpu(index)
-    rest = Rest(gpu._clock() + seconds, seconds, "it has failed", MemoryError("full"))
-    gpu.health = Health(FAILURES, rest)
+    cooldown = Cooldown(gpu._clock() + seconds, seconds, "it has failed", MemoryError("full"))
+    gpu.health = Health(FAILURES, cooldown)
 
 
 def failures(collector, index):
@@ -84,7 +84,7 @@ def test_broken_gpu_fails_three_queries_and_the_other_runs_all_that_come_after(
         stats = collector.stats()
         assert (stats["gpu_0_failures"], stats["gpu_0_cooldown_seconds"]) == (0, 0)
         assert (stats["gpu_1_failures"], stats["gpu_failures"]) == (FAILURES, FAILURES)
-        assert 0 < stats["gpu_1_cooldown_seconds"] <= REST
+        assert 0 < stats["gpu_1_cooldown_seconds"] <= COOLDOWN
         handles = [collector.collect_async(WHERE) for _ in range(6)]
         assert {ran_on(handle) for handle in handles} == {uuid(0)}
         assert not any(handle.resolution.fell_back for handle in handles)
@@ -115,10 +115,10 @@ def test_gpu_is_tried_again_after_its_rest_by_a_worker_that_does_not_rest_either
         of_gpu(0)._clock = lambda: now
         for _ in range(FAILURES):
             collector.collect_async(WHERE).result(30)
-        now += REST
+        now += COOLDOWN
         collector.collect_async(WHERE).result(30)
-        assert collector.stats()["gpu_0_cooldown_seconds"] == 2 * REST
-        now += 2 * REST
+        assert collector.stats()["gpu_0_cooldown_seconds"] == 2 * COOLDOWN
+        now += 2 * COOLDOWN
         gpu.fail = None
         assert ran_on(collector.collect_async(WHERE)) == uuid(0)
         assert gpu.queries == FAILURES + 2
@@ -188,7 +188,7 @@ def test_threads_have_one_breaker_which_is_none_of_the_workers(offloading):
         collector = offloading("threads")
         for _ in range(FAILURES):
             collector.collect_async(WHERE).result(30)
-        assert breaker.rest() is not None
+        assert breaker.cooldown() is not None
         assert resolve_engine("gpu", gpu="offload").reason is pa.Reason.GPU_COOLDOWN
         assert offloading().resolve_engine().name == "gpu"
 
@@ -326,9 +326,9 @@ def test_worker_of_a_gpu_in_mig_mode_sees_the_instance_that_is_visible(
     offloading, workers, monkeypatch, visible, gpus
 ):
     with simulate_gpu(2):
-        host = probe.probe._stand_in
+        host = probe.probe._override
         first = replace(host.devices[0], mig_enabled=True, mig_instances=("MIG-a", "MIG-b"))
-        probe.probe.stand_in(replace(host, devices=(first, host.devices[1])))
+        probe.probe.override(replace(host, devices=(first, host.devices[1])))
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
         collector = offloading()
         for number, gpu in enumerate(gpus):
@@ -389,7 +389,7 @@ def test_query_that_is_let_go_while_it_waits_for_its_gpu_gives_up_its_slot(offlo
 
 def test_query_waits_for_a_gpu_that_works_rather_than_try_one_that_rests(offloading, workers):
     with simulate_gpu(2):
-        rests(1)
+        opened(1)
         workers.hold(0)
         collector = offloading()
         handles = [collector.collect_async(TINY) for _ in range(3)]
@@ -400,7 +400,7 @@ def test_query_waits_for_a_gpu_that_works_rather_than_try_one_that_rests(offload
 
 def test_query_that_waits_tries_a_gpu_whose_rest_is_over(offloading, workers):
     with simulate_gpu(2):
-        rests(1, seconds=0.2)
+        opened(1, seconds=0.2)
         workers.hold(0)
         collector = offloading()
         handles = [collector.collect_async(TINY) for _ in range(2)]
@@ -411,7 +411,7 @@ def test_query_that_waits_tries_a_gpu_whose_rest_is_over(offloading, workers):
 
 def test_gpu_that_is_named_and_rests_is_a_downgrade_though_another_works(offloading, workers):
     with simulate_gpu(2):
-        rests(1)
+        opened(1)
         collector = offloading()
         with pytest.warns(pa.EngineDowngradeWarning, match="rests"):
             assert ran_on(collector.collect_async(TINY, engine=on_device(1))) == "none"
@@ -483,7 +483,7 @@ def test_queue_for_a_gpu_that_is_named_has_a_bound_of_its_own(offloading, worker
 
 def test_doctor_tells_of_each_gpu_of_this_process(capsys):
     with simulate_gpu(2):
-        rests(1)
+        opened(1)
         cli.main(["doctor", "--json"])
         devices = json.loads(capsys.readouterr().out)["gpu"]["devices"]
         assert [each["number"] for each in devices] == [0, 1]
@@ -498,9 +498,9 @@ def test_doctor_tells_of_each_gpu_of_this_process(capsys):
 
 def test_simulated_host_leaves_no_failures_behind():
     with simulate_gpu(2):
-        rests(1)
+        opened(1)
         with simulate_gpu(2):
             assert of_gpu(1).health == Health()
-        assert of_gpu(1).rest() is not None
+        assert of_gpu(1).cooldown() is not None
     with simulate_gpu(2):
         assert of_gpu(1).health == Health()

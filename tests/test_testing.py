@@ -271,10 +271,10 @@ def test_failures_of_a_simulated_gpu_count_for_nothing_afterwards():
     with simulate_gpu(fail="oom"), pa.Collector(gpu="offload") as collector:
         for _ in range(3):
             collector.collect_async(TINY, engine="gpu").result(30)
-        assert breaker.rest() is not None
+        assert breaker.cooldown() is not None
         with simulate_gpu():
             assert breaker.health == Health()
-        assert breaker.rest() is not None
+        assert breaker.cooldown() is not None
     assert breaker.health == Health()
 
 
@@ -394,9 +394,9 @@ def test_status_of_a_simulated_host_holds_for_no_other(monkeypatch):
     monkeypatch.setattr(_probe, "probe", probe)
     host = Host(devices=(HostDevice(index=0),), cuda_version=(13, 0))
     with simulate_gpu(cudf_polars="27.1"):
-        probe.stand_in(host)
+        probe.override(host)
         assert pa.gpu_status().cudf_polars_version == "27.1"
         judged = probe._judged
-    probe.stand_in(host)
+    probe.override(host)
     probe._judged = judged
     assert pa.gpu_status().cudf_polars_version != "27.1"

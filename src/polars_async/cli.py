@@ -19,7 +19,7 @@ import polars as pl
 
 from polars_async import resolution
 from polars_async.gpu import gpu_status
-from polars_async.gpu.breaker import FAILURES, REST, breaker, breaker_of
+from polars_async.gpu.breaker import COOLDOWN, FAILURES, breaker, breaker_of
 from polars_async.gpu.cudf import find_cudf_polars
 from polars_async.gpu.status import GpuStatus
 from polars_async.gpu.visible import DEVICE_ORDER, VISIBLE_DEVICES
@@ -222,10 +222,10 @@ def _breaker(of: Breaker) -> Report:
     seconds = of.seconds_left()
     message = (
         f"closed: after {FAILURES} failures in a row, a process leaves the GPU alone for a while, "
-        f"{REST:g} s at first"
+        f"{COOLDOWN:g} s at first"
     )
-    if (rest := of.rest()) is not None:
-        message = f"open: the GPU rests for {seconds:.0f} s more. Last time, {rest.failure}"
+    if (cooldown := of.cooldown()) is not None:
+        message = f"open: the GPU rests for {seconds:.0f} s more. Last time, {cooldown.failure}"
     return {"failures": of.health.failures, "cooldown_seconds": seconds, "message": message}
 
 

@@ -74,7 +74,7 @@ class Reason(enum.StrEnum):
     """The GPU has failed several times in a row, and is left alone for a while."""
 
 
-class Fault(NamedTuple):
+class Diagnosis(NamedTuple):
     """What rules a GPU out: the reason, what was needed and found, and what to do about it."""
 
     reason: Reason

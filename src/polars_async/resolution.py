@@ -15,7 +15,7 @@ from polars_async._runtime import upstream
 from polars_async._runtime.callers import level_of_caller
 from polars_async.errors import EngineDowngradeWarning, EngineUnavailableError
 from polars_async.gpu import gpu_status
-from polars_async.gpu.breaker import breaker, rest_of
+from polars_async.gpu.breaker import breaker, cooldown_of
 from polars_async.gpu.devices import candidates, device_fault
 from polars_async.reasons import Reason
 
@@ -274,13 +274,13 @@ def _gpu_rule(
     elif (fault := device_fault(engine, status, in_workers=in_workers)) is not None:
         reason, why, remedy = fault
     else:
-        rest = None
+        cooldown = None
         if not upstream.forbids_cpu(engine):
-            rest = rest_of(candidates(engine, status)) if in_workers else breaker.rest()
-        if rest is None:
+            cooldown = cooldown_of(candidates(engine, status)) if in_workers else breaker.cooldown()
+        if cooldown is None:
             return replace(asked, gpu=status)
         reason, why = Reason.GPU_COOLDOWN, "it keeps failing, and rests for a while"
-        remedy = f"it is tried again after a rest of {rest.seconds:g} s. Last time, {rest.failure}"
+        remedy = f"it is tried again after a rest of {cooldown.seconds:g} s. Last time, {cooldown.failure}"
     asks = f"{ASKERS[asked.source]} asks for the GPU engine"
     if asked.reason is not None:
         asks = f"{asked.message}; {asks}"

@@ -18,7 +18,7 @@ from polars_async.executors.processes import initializer
 from polars_async.executors.processes.initializer import Initializer
 from polars_async.gpu import cudf as _cudf
 from polars_async.gpu import nvml, probe
-from polars_async.gpu.breaker import Health, breaker, stand_in
+from polars_async.gpu.breaker import Health, breaker, override
 from polars_async.gpu.offload import note_error_of_query
 from polars_async.gpu.visible import DEVICE_ORDER, VISIBLE_DEVICES
 
@@ -26,15 +26,15 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Sequence
     from types import ModuleType
 
-__all__ = ["Fault", "SimulatedGpu", "simulate_gpu"]
+__all__ = ["SimulatedFault", "SimulatedGpu", "simulate_gpu"]
 
-Fault: TypeAlias = Literal[
+SimulatedFault: TypeAlias = Literal[
     "unsupported", "translation", "oom", "cuda", "slow", "import", "incompatible"
 ]
 
-Failing: TypeAlias = Fault | Mapping[int, Fault] | None
+Failing: TypeAlias = SimulatedFault | Mapping[int, SimulatedFault] | None
 
-_FAULTS: Final[tuple[Fault, ...]] = get_args(Fault)
+_FAULTS: Final[tuple[SimulatedFault, ...]] = get_args(SimulatedFault)
 _SLOW: Final = 0.5
 """Seconds that a slow GPU takes."""
 _UNSUPPORTED: Final = "Query execution with GPU not possible: unsupported operations (simulated)"
@@ -56,7 +56,7 @@ class SimulatedGpu:
         The faults of single GPUs, as `simulate_gpu` takes them; they may be set anew.
     """
 
-    def __init__(self, fail: Failing, fail_on: Mapping[int, Fault] | None = None) -> None:
+    def __init__(self, fail: Failing, fail_on: Mapping[int, SimulatedFault] | None = None) -> None:
         self._lock = allocate_lock()
         self.queries = 0
         self.fail = fail
@@ -89,12 +89,12 @@ class SimulatedGpu:
         self._fail: Failing = fail
 
     @property
-    def fail_on(self) -> Mapping[int, Fault]:
+    def fail_on(self) -> Mapping[int, SimulatedFault]:
         """The faults of single GPUs, by their indices, which go before `fail`."""
         return self._fail_on
 
     @fail_on.setter
-    def fail_on(self, fail_on: Mapping[int, Fault]) -> None:
+    def fail_on(self, fail_on: Mapping[int, SimulatedFault]) -> None:
         given: Any = fail_on
         known = isinstance(given, Mapping) and all(
             isinstance(index, int) and fault in _FAULTS[:-2] for index, fault in given.items()
@@ -106,14 +106,14 @@ class SimulatedGpu:
             )
         self._fail_on = fail_on
 
-    def next_fault(self) -> Fault | None:
+    def next_fault(self) -> SimulatedFault | None:
         """Count one more query, and give what it is to suffer, unless `fail_on` tells."""
         with self._lock:
             self.queries += 1
             return self.fault
 
     @property
-    def fault(self) -> Fault | None:
+    def fault(self) -> SimulatedFault | None:
         """What the last query has suffered, and where all suffer the same, the next one too."""
         if isinstance(self._fail, Mapping):
             return self._fail.get(self.queries)
@@ -136,7 +136,7 @@ def simulate_gpu(
     driver: tuple[int, int] | None = (13, 0),
     cudf_polars: str | None = "26.10.2",
     fail: Failing = None,
-    fail_on: Mapping[int, Fault] | None = None,
+    fail_on: Mapping[int, SimulatedFault] | None = None,
 ) -> Generator[SimulatedGpu]:
     """
     Have this process believe, for the time being, that its host has GPUs, or has none.
@@ -206,10 +206,10 @@ def simulate_gpu(
     with ExitStack() as stack:
         for variable in (VISIBLE_DEVICES, DEVICE_ORDER):
             stack.callback(_set_variable, variable, os.environ.pop(variable, None))
-        stack.callback(_cudf.stand_in, _cudf.stand_in(_cudf.Known(_installed(cudf_polars, fail))))
-        stack.callback(stand_in, stand_in({}))
-        stack.callback(_begin_era, breaker.health)
-        _begin_era(Health())
+        stack.callback(_cudf.override, _cudf.override(_cudf.Known(_installed(cudf_polars, fail))))
+        stack.callback(override, override({}))
+        stack.callback(_begin_generation, breaker.health)
+        _begin_generation(Health())
         stack.callback(_set_module, sys.modules.pop(_cudf.MODULE, _cudf.MODULE))
         if cudf_polars is None:
             _set_module(None)
@@ -217,7 +217,7 @@ def simulate_gpu(
         sys.meta_path.insert(0, finder)
         stack.callback(sys.meta_path.remove, finder)
         stack.enter_context(_noting_queries())
-        stack.callback(probe.probe.stand_in, probe.probe.stand_in(host))
+        stack.callback(probe.probe.override, probe.probe.override(host))
 
         def next_faults() -> tuple[str | None, dict[int, str]]:
             return gpu.next_fault(), dict(gpu.fail_on)
@@ -231,8 +231,8 @@ def simulate_gpu(
 def _simulate_in_worker(arguments: dict[str, Any], ask: Callable[[], Any]) -> Generator[None]:
     """Have in a worker process the simulated host of its parent, which counts the queries."""
 
-    def next_fault() -> Fault | None:
-        fault: Fault | None
+    def next_fault() -> SimulatedFault | None:
+        fault: SimulatedFault | None
         fault, gpu.fail_on = ask()
         gpu.queries += 1
         gpu.fail = fault
@@ -278,9 +278,9 @@ def _installed(version: str | None, fail: object) -> _cudf.CudfPolars:
     return here._replace(fault=_cudf.incompatible(here, "<1")) if needs_another else here
 
 
-def _begin_era(health: Health) -> None:
+def _begin_generation(health: Health) -> None:
     """Have the GPU be in that health, whatever comes of a query that is on its way."""
-    breaker.era, breaker.health = object(), health
+    breaker.generation, breaker.health = object(), health
 
 
 def _set_variable(name: str, value: str | None) -> None:
@@ -390,7 +390,7 @@ def _index_of(number: int | None) -> int:
 
 
 def _run(
-    fault: Fault | Literal["no device"] | None,
+    fault: SimulatedFault | Literal["no device"] | None,
     lf: pl.LazyFrame,
     optimizations: pl.QueryOptFlags,
     *_arguments: object,

@@ -8,7 +8,7 @@ from concurrent.futures import Executor
 from math import ceil
 from typing import TYPE_CHECKING, Final, Literal
 
-from polars_async.executors.gpu_thread import GPU_HERE
+from polars_async.executors.gpu_thread import GPU_IN_PROCESS
 from polars_async.executors.threads import IN_PROCESS
 
 if TYPE_CHECKING:
@@ -78,7 +78,7 @@ def make_gpu_executor(
 ) -> QueryExecutor:
     """Make the place for the queries on a GPU of a collector that has `elsewhere` for the others."""
     if elsewhere is IN_PROCESS:
-        return GPU_HERE
+        return GPU_IN_PROCESS
     if executor not in WITH_WORKERS:
         return elsewhere
     from polars_async.executors.processes.gpu_pool import GpuProcessExecutor  # noqa: PLC0415  # what few need

@@ -33,4 +33,4 @@ def _is_wanted(query: Job) -> bool:
     return not query.done
 
 
-GPU_HERE: Final = GpuThreadExecutor()
+GPU_IN_PROCESS: Final = GpuThreadExecutor()

@@ -15,13 +15,13 @@ if TYPE_CHECKING:
 
 FAILURES: Final = 3
 """So many failures one after the other open the breaker."""
-REST: Final = 30.0
+COOLDOWN: Final = 30.0
 """Seconds of the first rest; each further one is twice as long."""
-LONGEST_REST: Final = 600.0
+LONGEST_COOLDOWN: Final = 600.0
 
 
 @dataclass(frozen=True, slots=True)
-class Rest:
+class Cooldown:
     """A rest of the GPU, and what it is for."""
 
     until: float
@@ -39,7 +39,7 @@ class Health(NamedTuple):
 
     failures: int = 0
     """How many times in a row it has failed."""
-    rest: Rest | None = None
+    cooldown: Cooldown | None = None
     """The last rest, over or not; None since it last succeeded."""
 
 
@@ -56,35 +56,35 @@ class Breaker:
         self.index = index
         """NVML's index of the GPU; None for that of this process, whichever it is."""
         self.health = Health()
-        self.era = object()
+        self.generation = object()
         """What is told of another one counts for nothing; `polars_async.testing` begins eras."""
 
-    def rest(self) -> Rest | None:
+    def cooldown(self) -> Cooldown | None:
         """Give the rest that the GPU takes now; None if a query may try it."""
-        rest = self.health.rest
-        return rest if rest is not None and self._clock() < rest.until else None
+        cooldown = self.health.cooldown
+        return cooldown if cooldown is not None and self._clock() < cooldown.until else None
 
     def seconds_left(self) -> float:
         """Tell how long the GPU still rests; 0 if a query may try it."""
-        rest = self.health.rest
-        return 0.0 if rest is None else max(rest.until - self._clock(), 0.0)
+        cooldown = self.health.cooldown
+        return 0.0 if cooldown is None else max(cooldown.until - self._clock(), 0.0)
 
-    def failed(self, failure: str, cause: Exception, era: object) -> Rest | None:
+    def failed(self, failure: str, cause: Exception, generation: object) -> Cooldown | None:
         """Count a failure; gives the rest that begins with it, if one does."""
         with self._lock:
-            if era is not self.era:
+            if generation is not self.generation:
                 return None
-            failures, rest = self.health.failures + 1, None
+            failures, cooldown = self.health.failures + 1, None
             if failures >= FAILURES:
-                seconds = min(REST * 2.0 ** min(failures - FAILURES, 10), LONGEST_REST)
-                rest = Rest(self._clock() + seconds, seconds, failure, cause)
-            self.health = Health(failures, rest)
-        return rest
+                seconds = min(COOLDOWN * 2.0 ** min(failures - FAILURES, 10), LONGEST_COOLDOWN)
+                cooldown = Cooldown(self._clock() + seconds, seconds, failure, cause)
+            self.health = Health(failures, cooldown)
+        return cooldown
 
-    def succeeded(self, era: object) -> None:
+    def succeeded(self, generation: object) -> None:
         """Forget the failures so far."""
         with self._lock:
-            if self.health.failures and era is self.era:
+            if self.health.failures and generation is self.generation:
                 self.health = Health()
 
 
@@ -106,14 +106,18 @@ def key_of(gpu: GpuDevice) -> str | int:
     return gpu.index if gpu.uuid is None else gpu.uuid
 
 
-def rest_of(gpus: Iterable[GpuDevice]) -> Rest | None:
+def cooldown_of(gpus: Iterable[GpuDevice]) -> Cooldown | None:
     """Return the rest that is over first; None if a query may try one of the `gpus`."""
-    rests = [breaker_of(each).rest() for each in gpus]
-    resting = [rest for rest in rests if rest is not None]
-    return min(resting, key=lambda rest: rest.until) if len(resting) == len(rests) > 0 else None
+    cooldowns = [breaker_of(each).cooldown() for each in gpus]
+    resting = [cooldown for cooldown in cooldowns if cooldown is not None]
+    return (
+        min(resting, key=lambda cooldown: cooldown.until)
+        if len(resting) == len(cooldowns) > 0
+        else None
+    )
 
 
-def stand_in(breakers: dict[str | int, Breaker]) -> dict[str | int, Breaker]:
+def override(breakers: dict[str | int, Breaker]) -> dict[str | int, Breaker]:
     """Have other breakers of GPUs, for `polars_async.testing`; return those before."""
     before, _Process.breakers = _Process.breakers, breakers
     return before

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 
 import polars as pl
 
-from polars_async.reasons import Fault, Reason
+from polars_async.reasons import Diagnosis, Reason
 
 if TYPE_CHECKING:
     from importlib.metadata import Distribution
@@ -38,14 +38,14 @@ class CudfPolars(NamedTuple):
     installed: bool = True
     build: Build = UNKNOWN
     version: str | None = None
-    fault: Fault | None = None
+    fault: Diagnosis | None = None
 
     def __str__(self) -> str:
         return self.build.name if self.version is None else f"{self.build.name} {self.version}"
 
 
 _import_failure: str | None = None
-_stand_in: CudfPolars | None = None
+_override: CudfPolars | None = None
 
 
 def note_import_failure(error: BaseException) -> None:
@@ -81,9 +81,9 @@ def imported() -> object:
     return sys.modules.get(MODULE, MODULE)
 
 
-def stood_in() -> CudfPolars | None:
+def overridden() -> CudfPolars | None:
     """Give what stands in for what is installed; None if nothing does."""
-    return _stand_in
+    return _override
 
 
 def import_failure() -> str | None:
@@ -99,18 +99,18 @@ class Known(NamedTuple):
     import_failure: str | None = None
 
 
-def stand_in(known: Known) -> Known:
+def override(known: Known) -> Known:
     """Put what is known aside, for `polars_async.testing`; gives that, to put it back."""
-    global _import_failure, _stand_in  # facts about the process
-    before = Known(_stand_in, _import_failure)
-    _stand_in, _import_failure = known
+    global _import_failure, _override  # facts about the process
+    before = Known(_override, _import_failure)
+    _override, _import_failure = known
     return before
 
 
 def find_cudf_polars() -> CudfPolars:
     """Look for cudf-polars; an imported module counts, whatever its distribution says."""
-    if _stand_in is not None:
-        here = _stand_in
+    if _override is not None:
+        here = _override
         failed = here.fault is None and _import_failure is not None
         return here._replace(fault=import_fault(here)) if failed else here
     found = [(build, each) for build in (CU12, CU13, UNKNOWN) for each in _distributions(build)]
@@ -131,25 +131,27 @@ def find_cudf_polars() -> CudfPolars:
     return here._replace(fault=_fault(here, [each for _, each in found]))
 
 
-def _fault(here: CudfPolars, distributions: list[Distribution]) -> Fault | None:
+def _fault(here: CudfPolars, distributions: list[Distribution]) -> Diagnosis | None:
     for needed in filter(None, map(_unmet_polars, distributions)):
         return incompatible(here, needed)
     return None if _import_failure is None else import_fault(here)
 
 
-def incompatible(here: CudfPolars, needed: str) -> Fault:
+def incompatible(here: CudfPolars, needed: str) -> Diagnosis:
     """Tell that cudf-polars needs another Polars, such as ``"<1.45"``."""
     cause = f"{here} needs Polars {needed} and Polars {pl.__version__} is installed"
-    return Fault(Reason.CUDF_INCOMPATIBLE, cause, f'install "polars{needed}"')
+    return Diagnosis(Reason.CUDF_INCOMPATIBLE, cause, f'install "polars{needed}"')
 
 
-def import_fault(here: CudfPolars) -> Fault:
+def import_fault(here: CudfPolars) -> Diagnosis:
     """Tell of the import that failed."""
     return _broken(here, f"but its import fails ({_import_failure})")
 
 
-def _broken(here: CudfPolars, how: str) -> Fault:
-    return Fault(Reason.CUDF_BROKEN, f"{here} is installed, {how}", f"reinstall {here.build.name}")
+def _broken(here: CudfPolars, how: str) -> Diagnosis:
+    return Diagnosis(
+        Reason.CUDF_BROKEN, f"{here} is installed, {how}", f"reinstall {here.build.name}"
+    )
 
 
 def _distributions(build: Build) -> list[Distribution]:

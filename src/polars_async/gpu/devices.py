@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from polars_async.reasons import Fault, Reason
+from polars_async.reasons import Diagnosis, Reason
 
 if TYPE_CHECKING:
     import polars as pl
@@ -31,7 +31,7 @@ def candidates(engine: pl.Engine, status: GpuStatus) -> list[GpuDevice]:
     return usable_devices(status) if named is None else [named]
 
 
-def device_fault(engine: pl.Engine, status: GpuStatus, *, in_workers: bool) -> Fault | None:
+def device_fault(engine: pl.Engine, status: GpuStatus, *, in_workers: bool) -> Diagnosis | None:
     """Tell what rules out the GPU that ``device=`` of `engine` names, if it names one."""
     number = getattr(engine, "device", None)
     if number is None:
@@ -42,18 +42,18 @@ def device_fault(engine: pl.Engine, status: GpuStatus, *, in_workers: bool) -> F
     if named is not None:
         if named in usable or named.reason is None:
             return None
-        return Fault(named.reason, f"{asked} names a GPU that cannot be used", named.message)
+        return Diagnosis(named.reason, f"{asked} names a GPU that cannot be used", named.message)
     if any(each.number is None for each in usable):
         if not in_workers:  # CUDA itself knows
             return None
-        return Fault(
+        return Diagnosis(
             Reason.AMBIGUOUS_DEVICE_ORDER,
             f"{asked} may be one or another, since the GPUs are not alike and CUDA counts the "
             "fastest first",
             "set CUDA_DEVICE_ORDER=PCI_BUS_ID to have them counted as polars-async doctor does",
         )
     numbers = ", ".join(str(each) for each in sorted(each.number or 0 for each in usable))
-    return Fault(
+    return Diagnosis(
         Reason.UNKNOWN_DEVICE,
         f"{asked} names no GPU that is visible to CUDA",
         f"name one of these that are: {numbers}",

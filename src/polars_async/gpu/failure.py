@@ -15,7 +15,7 @@ from polars_async._runtime.green import tell
 from polars_async._runtime.logs import log
 from polars_async.errors import text_of
 from polars_async.gpu.support import is_of_the_gpu, operations_of, told, underlying
-from polars_async.reasons import Fault, Reason
+from polars_async.reasons import Diagnosis, Reason
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -29,34 +29,34 @@ _LIBRARIES: Final = sys.stdlib_module_names | {
 _FAULTS: Final = {
     fault.reason: fault
     for fault in (
-        Fault(Reason.CUDF_MISSING, "cudf-polars is not installed", "install cudf-polars"),
-        Fault(Reason.CUDF_BROKEN, "cudf-polars cannot be imported", "reinstall cudf-polars"),
-        Fault(
+        Diagnosis(Reason.CUDF_MISSING, "cudf-polars is not installed", "install cudf-polars"),
+        Diagnosis(Reason.CUDF_BROKEN, "cudf-polars cannot be imported", "reinstall cudf-polars"),
+        Diagnosis(
             Reason.UNSUPPORTED_QUERY,
             "it does not support the query",
             "polars_async.gpu_support tells so beforehand",
         ),
-        Fault(
+        Diagnosis(
             Reason.TRANSLATION_FAILED,
             "it failed to translate the query",
             "polars_async.gpu_support tells more, and cudf-polars' developers may want to know",
         ),
-        Fault(
+        Diagnosis(
             Reason.OUT_OF_MEMORY,
             "the memory of the GPU did not suffice",
             "ask for fewer rows or columns at once, or for the streaming engine",
         ),
-        Fault(
+        Diagnosis(
             Reason.CUDA_ERROR,
             "CUDA failed",
             "look into nvidia-smi and the kernel's log for the cause",
         ),
-        Fault(
+        Diagnosis(
             Reason.GPU_FAILED,
             "it failed while the query ran",
             "cudf-polars' developers may want to know",
         ),
-        Fault(
+        Diagnosis(
             Reason.GPU_COOLDOWN,
             "the GPU rests for a while, since it kept failing",
             "it is tried again after that",

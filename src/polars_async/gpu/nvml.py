@@ -6,7 +6,7 @@ import contextlib
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
-from polars_async.reasons import Fault, Reason
+from polars_async.reasons import Diagnosis, Reason
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -23,37 +23,37 @@ _MIG_ENABLED: Final = 1
 _COMPUTE_PROHIBITED: Final = 2
 
 _FAULTS: Final = {
-    _NO_PERMISSION: Fault(
+    _NO_PERMISSION: Diagnosis(
         Reason.NO_PERMISSION,
         "this process has no permission to ask the NVIDIA driver",
         "give its user access to /dev/nvidiactl and /dev/nvidia*",
     ),
-    9: Fault(
+    9: Diagnosis(
         Reason.NO_DRIVER,
         "the NVIDIA driver is installed and its kernel module is not loaded",
         "load it with modprobe nvidia, or give the container GPU access",
     ),
-    _LIBRARY_NOT_FOUND: Fault(
+    _LIBRARY_NOT_FOUND: Diagnosis(
         Reason.NO_LIBRARY,
         "the NVIDIA driver's library libnvidia-ml.so.1 was not found",
         "install the NVIDIA driver, or give the container GPU access",
     ),
-    _GPU_IS_LOST: Fault(
+    _GPU_IS_LOST: Diagnosis(
         Reason.GPU_LOST,
         "the NVIDIA driver has lost a GPU, which is no longer reachable on its bus",
         "reset that GPU or restart the machine",
     ),
-    17: Fault(
+    17: Diagnosis(
         Reason.NO_PERMISSION,
         "the operating system or its cgroups bar this process from the NVIDIA driver",
         "give the container GPU access",
     ),
-    18: Fault(
+    18: Diagnosis(
         Reason.DRIVER_MISMATCH,
         "the NVIDIA driver's library and its loaded kernel module are of different versions",
         "restart the machine, or reload the kernel module",
     ),
-    28: Fault(
+    28: Diagnosis(
         Reason.NO_DEVICE,
         "the NVIDIA driver lists no GPU",
         "run on a machine with an NVIDIA GPU, or give the container access to one",
@@ -62,12 +62,12 @@ _FAULTS: Final = {
 NO_DEVICE: Final = _FAULTS[28]
 NO_LIBRARY: Final = _FAULTS[_LIBRARY_NOT_FOUND]
 _LOOK_CLOSER: Final = "look into nvidia-smi and the kernel's log for the cause"
-_NO_PYNVML: Final = Fault(
+_NO_PYNVML: Final = Diagnosis(
     Reason.NO_LIBRARY,
     "the Python package nvidia-ml-py, which asks the NVIDIA driver, cannot be imported",
     "install nvidia-ml-py",
 )
-_NO_LIBCUDA: Final = Fault(
+_NO_LIBCUDA: Final = Diagnosis(
     Reason.NO_LIBRARY,
     "the NVIDIA driver's library libcuda.so.1 was not found",
     "install all of the driver, or start the container with "
@@ -88,7 +88,7 @@ class HostDevice:
     compute_prohibited: bool = False
     mig_enabled: bool = False
     mig_instances: tuple[str, ...] | None = None
-    fault: Fault | None = None
+    fault: Diagnosis | None = None
 
     def __str__(self) -> str:
         return f"GPU {self.index}" if self.name is None else f"GPU {self.index} ({self.name})"
@@ -101,7 +101,7 @@ class Host:
     devices: tuple[HostDevice, ...] = ()
     driver_version: str | None = None
     cuda_version: tuple[int, int] | None = None
-    fault: Fault | None = None
+    fault: Diagnosis | None = None
 
 
 def read_host() -> Host:
@@ -137,7 +137,7 @@ def _read_host(nvml: ModuleType) -> Host:
     )
 
 
-def _cuda_version(nvml: ModuleType) -> tuple[tuple[int, int] | None, Fault | None]:
+def _cuda_version(nvml: ModuleType) -> tuple[tuple[int, int] | None, Diagnosis | None]:
     """Ask for the newest CUDA that the driver runs; NVML asks libcuda.so.1 for it."""
     try:
         version: int = nvml.nvmlSystemGetCudaDriverVersion_v2()
@@ -174,7 +174,7 @@ def _read_handle(nvml: ModuleType, index: int, handle: object) -> HostDevice:
 
 def _memory(
     nvml: ModuleType, index: int, handle: object
-) -> tuple[int | None, int | None, Fault | None]:
+) -> tuple[int | None, int | None, Diagnosis | None]:
     try:
         memory = nvml.nvmlDeviceGetMemoryInfo(handle)
     except nvml.NVMLError as error:
@@ -186,7 +186,7 @@ def _memory(
         # error than the one above: every query fails where it is refused (NVIDIA/cudf#22388).
         cause = f"NVML does not tell cudf-polars the memory of GPU {index} ({error})"
         remedy = "give this process access to the whole GPU, not to a MIG instance of it"
-        return None, None, Fault(Reason.NO_PERMISSION, cause, remedy)
+        return None, None, Diagnosis(Reason.NO_PERMISSION, cause, remedy)
     return memory.total, memory.free, None
 
 
@@ -226,19 +226,19 @@ def _text(value: str | bytes | None) -> str | None:
     return value.decode(errors="replace") if isinstance(value, bytes) else value
 
 
-def _fault(error: Any) -> Fault:
+def _fault(error: Any) -> Diagnosis:
     """Explain an NVMLError that rules out every GPU."""
-    return _FAULTS.get(error.value) or Fault(
+    return _FAULTS.get(error.value) or Diagnosis(
         Reason.NVML_ERROR,
         f"NVML, the NVIDIA driver's library, fails ({error}, error {error.value})",
         _LOOK_CLOSER,
     )
 
 
-def _device_fault(error: Any, index: int) -> Fault:
+def _device_fault(error: Any, index: int) -> Diagnosis:
     """Explain an NVMLError that rules out one GPU."""
     known = _FAULTS.get(error.value)
-    return Fault(
+    return Diagnosis(
         known.reason if known else Reason.NVML_ERROR,
         f"NVML cannot read GPU {index} ({error}, error {error.value})",
         known.remedy if known else _LOOK_CLOSER,

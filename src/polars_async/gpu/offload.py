@@ -150,11 +150,11 @@ def report_health_to(report: Callable[[tuple[str, Exception] | None], object]) -
     _this_thread.report = report
 
 
-def count_failure(health: Breaker, text: str, cause: Exception, era: object) -> None:
+def count_failure(health: Breaker, text: str, cause: Exception, generation: object) -> None:
     """Count a failure that speaks against a GPU."""
-    if (rest := health.failed(text, cause, era)) is not None:
+    if (cooldown := health.failed(text, cause, generation)) is not None:
         gpu = "the GPU" if health.index is None else f"GPU {health.index}"
-        tell(partial(log.warning, "%s rests for %g s: %s", gpu, rest.seconds, text))
+        tell(partial(log.warning, "%s rests for %g s: %s", gpu, cooldown.seconds, text))
 
 
 def context_is_poisoned() -> bool:
@@ -173,10 +173,10 @@ def _have_the_turn(
 ) -> pl.DataFrame:
     may_fall_back = not upstream.forbids_cpu(engine)
     reports = _this_thread.report is not None
-    if may_fall_back and not reports and (rest := breaker.rest()) is not None:
-        raise GpuFailure(Reason.GPU_COOLDOWN, rest.cause)
+    if may_fall_back and not reports and (cooldown := breaker.cooldown()) is not None:
+        raise GpuFailure(Reason.GPU_COOLDOWN, cooldown.cause)
     failure: GpuFailure | None = None
-    era, outer = breaker.era, sys.exception()
+    generation, outer = breaker.generation, sys.exception()
     try:
         try:
             _prepare_thread()
@@ -184,7 +184,7 @@ def _have_the_turn(
         except GpuFailure as caught:
             failure = caught
         else:
-            _count_success(era)
+            _count_success(generation)
             return frame
         if isinstance(failure.cause, _LeftToCpuError):
             failure = _why_unsupported(lf, engine, optimizations)
@@ -196,22 +196,22 @@ def _have_the_turn(
             # What the caller gets to see keeps its traceback, and with it what the query held.
             text = str(failure)
             cause = failure.cause if may_fall_back else EngineUnavailableError(text)
-            _count_failure(text, cause, era)
+            _count_failure(text, cause, generation)
         raise failure if may_fall_back else failure.raised
     finally:
         del failure  # which its own traceback would hold, and all of the query with it
 
 
-def _count_success(era: object) -> None:
+def _count_success(generation: object) -> None:
     if _this_thread.report is None:
-        breaker.succeeded(era)
+        breaker.succeeded(generation)
     else:
         _this_thread.report(None)
 
 
-def _count_failure(text: str, cause: Exception, era: object) -> None:
+def _count_failure(text: str, cause: Exception, generation: object) -> None:
     if _this_thread.report is None:
-        count_failure(breaker, text, cause, era)
+        count_failure(breaker, text, cause, generation)
     else:
         _this_thread.report((text, cause))
 
@@ -228,11 +228,11 @@ def _prepare_thread() -> None:
 
 
 def _import_cudf_polars() -> None:
-    era = breaker.era
+    generation = breaker.generation
     try:
         importlib.import_module(_cudf.MODULE)
     except Exception as error:  # noqa: BLE001  # it has raised more than ImportError
-        if breaker.era is era:
+        if breaker.generation is generation:
             _cudf.note_import_failure(error)
         missing = isinstance(error, ModuleNotFoundError) and error.name == _cudf.MODULE
         raise GpuFailure(Reason.CUDF_MISSING if missing else Reason.CUDF_BROKEN, error) from None

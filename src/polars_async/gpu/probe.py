@@ -12,12 +12,12 @@ from polars_async.gpu.cudf import (
     forget_import_failure,
     import_failure,
     imported,
-    stood_in,
+    overridden,
 )
 from polars_async.gpu.nvml import Host, HostDevice, read_host
 from polars_async.gpu.status import GpuDevice, GpuStatus
 from polars_async.gpu.visible import Visibility, numbers, selected, shown
-from polars_async.reasons import Fault
+from polars_async.reasons import Diagnosis
 
 if TYPE_CHECKING:
     from polars_async.gpu.cudf import CudfPolars
@@ -29,7 +29,7 @@ class Probe:
     def __init__(self) -> None:
         self._lock = new_lock()
         self._host: Host | None = None
-        self._stand_in: Host | None = None
+        self._override: Host | None = None
         self._judged: tuple[object, GpuStatus] | None = None
 
     def status(self, *, refresh: bool) -> GpuStatus:
@@ -40,7 +40,7 @@ class Probe:
         with self._lock:
             return self._judge(refresh=refresh)
 
-    def stand_in(self, host: Host | None) -> Host | None:
+    def override(self, host: Host | None) -> Host | None:
         """
         Judge a host that is not there, for `polars_async.testing`.
 
@@ -55,7 +55,7 @@ class Probe:
             The stand-in that was in place before, to put it back.
         """
         with self._lock:
-            before, self._stand_in = self._stand_in, host
+            before, self._override = self._override, host
             self._judged = None
         return before
 
@@ -68,7 +68,7 @@ class Probe:
         # Another thread may have judged while this one waited for the lock.
         if self._judged is not None and not refresh and self._judged[0] == circumstances:
             return self._judged[1]
-        host = self._stand_in
+        host = self._override
         if host is None:
             host = self._host = self._host or read_host()
         status = _status(host, Visibility.now(), find_cudf_polars())
@@ -81,7 +81,7 @@ probe: Final = Probe()
 
 def _circumstances() -> tuple[object, ...]:
     """Everything that may change the status while NVML's facts stay the same."""
-    return (*Visibility.now(), imported(), import_failure(), stood_in())
+    return (*Visibility.now(), imported(), import_failure(), overridden())
 
 
 def _status(host: Host, visibility: Visibility, cudf: CudfPolars) -> GpuStatus:
@@ -115,15 +115,15 @@ def _status(host: Host, visibility: Visibility, cudf: CudfPolars) -> GpuStatus:
 
 def _fault(
     host: Host,
-    choice: HostDevice | Fault,
-    faults: list[Fault | None],
+    choice: HostDevice | Diagnosis,
+    faults: list[Diagnosis | None],
     visibility: Visibility,
     cudf: CudfPolars,
-) -> Fault | None:
+) -> Diagnosis | None:
     """Find the first thing that rules out the GPU that cudf-polars would take."""
     if host.fault is not None:
         return host.fault
-    if isinstance(choice, Fault):
+    if isinstance(choice, Diagnosis):
         return choice
     own = faults[choice.index]
     if own is not None:
@@ -139,7 +139,7 @@ def _fault(
 
 
 def _device(
-    device: HostDevice, fault: Fault | None, pick: HostDevice | None, number: int | None
+    device: HostDevice, fault: Diagnosis | None, pick: HostDevice | None, number: int | None
 ) -> GpuDevice:
     if fault is not None:
         message = fault.message

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from polars_async.gpu.cudf import CU12, CU13
 from polars_async.gpu.visible import BUS_ORDER, DEVICE_ORDER, VISIBLE_DEVICES, counts_by_bus
-from polars_async.reasons import Fault, Reason
+from polars_async.reasons import Diagnosis, Reason
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -16,13 +16,13 @@ if TYPE_CHECKING:
     from polars_async.gpu.visible import Visibility
 
 
-def device_fault(device: HostDevice, cudf: CudfPolars) -> Fault | None:
+def device_fault(device: HostDevice, cudf: CudfPolars) -> Diagnosis | None:
     """Tell what is wrong with a GPU itself, visible or not."""
     if device.fault is not None:
         return device.fault
     found, needed = device.compute_capability, cudf.build.compute_capability
     if found is not None and found < needed:
-        return Fault(
+        return Diagnosis(
             Reason.COMPUTE_CAPABILITY,
             f"{device} has compute capability {_dotted(found)} and {cudf.build.name} needs "
             f"{_dotted(needed)} or newer",
@@ -31,13 +31,13 @@ def device_fault(device: HostDevice, cudf: CudfPolars) -> Fault | None:
             else "use a newer GPU, or the CPU",
         )
     if device.compute_prohibited:
-        return Fault(
+        return Diagnosis(
             Reason.COMPUTE_PROHIBITED,
             f"the compute mode of {device} is Prohibited",
             f"set it back with nvidia-smi -i {device.index} -c DEFAULT",
         )
     if device.mig_enabled and device.mig_instances == ():
-        return Fault(
+        return Diagnosis(
             Reason.MIG_WITHOUT_INSTANCE,
             f"{device} is in MIG mode and has no MIG instance",
             f"create one with nvidia-smi mig -i {device.index} -cgi PROFILE -C, or leave the mode "
@@ -46,10 +46,10 @@ def device_fault(device: HostDevice, cudf: CudfPolars) -> Fault | None:
     return None
 
 
-def hidden_fault(device: HostDevice, visibility: Visibility) -> Fault:
+def hidden_fault(device: HostDevice, visibility: Visibility) -> Diagnosis:
     """Tell how to see a GPU that CUDA_VISIBLE_DEVICES hides."""
     cause = f"{VISIBLE_DEVICES}={visibility.devices!r} hides {device}"
-    return Fault(Reason.DEVICES_HIDDEN, cause, take(device))
+    return Diagnosis(Reason.DEVICES_HIDDEN, cause, take(device))
 
 
 def take(device: HostDevice) -> str:
@@ -66,7 +66,7 @@ def same_order(devices: Sequence[HostDevice], visibility: Visibility) -> bool:
 
 def order_fault(
     devices: Sequence[HostDevice], selected: HostDevice, visibility: Visibility, cudf: CudfPolars
-) -> Fault | None:
+) -> Diagnosis | None:
     """
     Tell where CUDA would run on another GPU than the one that cudf-polars takes, and fail there.
 
@@ -82,7 +82,7 @@ def order_fault(
     fault = device_fault(fastest_first[selected.index], cudf)
     if fault is None or fault.reason is not Reason.COMPUTE_CAPABILITY:
         return None
-    return Fault(
+    return Diagnosis(
         Reason.AMBIGUOUS_DEVICE_ORDER,
         f"CUDA counts the fastest GPU first and cudf-polars counts by PCI bus, and {fault.cause}",
         f"set {DEVICE_ORDER}={BUS_ORDER} to use {selected}",
@@ -91,7 +91,7 @@ def order_fault(
 
 def usable(
     devices: Sequence[HostDevice],
-    selected: HostDevice | Fault,
+    selected: HostDevice | Diagnosis,
     visibility: Visibility,
     cudf: CudfPolars,
 ) -> str:
@@ -104,12 +104,12 @@ def usable(
     )
 
 
-def driver_fault(host: Host, cudf: CudfPolars) -> Fault | None:
+def driver_fault(host: Host, cudf: CudfPolars) -> Diagnosis | None:
     """Tell whether the driver is too old; one that does not tell its CUDA version passes."""
     found, needed = host.cuda_version, cudf.build.cuda_version
     if found is None or found >= needed:
         return None
-    return Fault(
+    return Diagnosis(
         Reason.DRIVER_TOO_OLD,
         f"the driver supports CUDA {_dotted(found)} and {cudf.build.name} needs "
         f"{_dotted(needed)} or newer",
@@ -119,13 +119,13 @@ def driver_fault(host: Host, cudf: CudfPolars) -> Fault | None:
     )
 
 
-def missing_fault(host: Host, selected: HostDevice) -> Fault:
+def missing_fault(host: Host, selected: HostDevice) -> Diagnosis:
     """Tell which cudf-polars to install for a GPU and its driver."""
     newer = (host.cuda_version or (0, 0)) >= CU13.cuda_version and (
         selected.compute_capability or (0, 0)
     ) >= CU13.compute_capability
     extra = "gpu-cu13" if newer else "gpu-cu12"
-    return Fault(
+    return Diagnosis(
         Reason.CUDF_MISSING,
         "cudf-polars is not installed",
         f"install polars-async[{extra}], which installs a Polars that cudf-polars supports too",

@@ -15,11 +15,11 @@ from polars_async._runtime import upstream
 from polars_async._runtime.arguments import check_frame
 from polars_async.errors import text_of
 from polars_async.gpu import cudf as _cudf
-from polars_async.reasons import Fault, Reason
+from polars_async.reasons import Diagnosis, Reason
 
 EXECUTOR_VARIABLE: Final = "CUDF_POLARS__EXECUTOR"
 
-_MISSING: Final = Fault(
+_MISSING: Final = Diagnosis(
     Reason.CUDF_MISSING,
     "cudf-polars is not installed",
     "install polars-async[gpu-cu13] or polars-async[gpu-cu12], with a Polars that it supports",
@@ -254,17 +254,19 @@ def told(error: BaseException) -> str:
     return _cudf.described(error)
 
 
-def _failure(error: BaseException, found: _cudf.CudfPolars) -> Fault:
+def _failure(error: BaseException, found: _cudf.CudfPolars) -> Diagnosis:
     if is_of_the_gpu(error):
         return _gpu_fault(error)
     cause = f"the translator of {found} could not be asked ({_cudf.described(error)})"
-    return Fault(Reason.TRANSLATION_FAILED, cause, _TRY)
+    return Diagnosis(Reason.TRANSLATION_FAILED, cause, _TRY)
 
 
-def _gpu_fault(error: BaseException) -> Fault:
+def _gpu_fault(error: BaseException) -> Diagnosis:
     cause = f"cudf-polars asks the GPU about this query, and that fails ({_cudf.described(error)})"
-    return Fault(Reason.GPU_NEEDED, cause, "ask on a host where gpu_status() finds a usable GPU")
+    return Diagnosis(
+        Reason.GPU_NEEDED, cause, "ask on a host where gpu_status() finds a usable GPU"
+    )
 
 
-def _unknown(fault: Fault) -> GpuSupport:
+def _unknown(fault: Diagnosis) -> GpuSupport:
     return GpuSupport(answer=Support.UNKNOWN, reason=fault.reason, message=fault.message)

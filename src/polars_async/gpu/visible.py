@@ -6,7 +6,7 @@ import os
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 from polars_async.gpu.nvml import NO_DEVICE
-from polars_async.reasons import Fault, Reason
+from polars_async.reasons import Diagnosis, Reason
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -44,7 +44,7 @@ class Visibility(NamedTuple):
         return "".join(self.devices.split(",")[number : number + 1]).strip()
 
 
-def selected(devices: Sequence[HostDevice], visibility: Visibility) -> HostDevice | Fault:
+def selected(devices: Sequence[HostDevice], visibility: Visibility) -> HostDevice | Diagnosis:
     """
     Find the GPU that cudf-polars 26.10 takes.
 
@@ -56,10 +56,12 @@ def selected(devices: Sequence[HostDevice], visibility: Visibility) -> HostDevic
     entry = visibility.first
     if entry in _HIDE_ALL:
         cause = f"{VISIBLE_DEVICES}={visibility.devices!r} hides every GPU"
-        return Fault(Reason.DEVICES_HIDDEN, cause, f"unset it, or set it to {_entries(devices)}")
+        return Diagnosis(
+            Reason.DEVICES_HIDDEN, cause, f"unset it, or set it to {_entries(devices)}"
+        )
     if _named(devices, entry.strip()) is not None and not shown(devices, visibility):
         cause = f"{VISIBLE_DEVICES}={visibility.devices!r} names a GPU twice, and so hides them all"
-        return Fault(Reason.DEVICES_HIDDEN, cause, "name each GPU once")
+        return Diagnosis(Reason.DEVICES_HIDDEN, cause, "name each GPU once")
     for device in devices:
         if entry == device.uuid or entry in (device.mig_instances or ()):
             return device
@@ -126,7 +128,7 @@ def _unlisted_instance(devices: Sequence[HostDevice], entry: str) -> HostDevice 
     return next(silent, None)
 
 
-def _invalid(devices: Sequence[HostDevice], entry: str) -> Fault:
+def _invalid(devices: Sequence[HostDevice], entry: str) -> Diagnosis:
     named = _named(devices, entry.strip())
     if named is None:
         cause = f"{VISIBLE_DEVICES} begins with {entry!r}, and the driver lists no such GPU"
@@ -136,7 +138,7 @@ def _invalid(devices: Sequence[HostDevice], entry: str) -> Fault:
         whole = (named.uuid, *(named.mig_instances or ()))
         uuids = [each for each in whole if each is not None and each.startswith(entry.strip())]
         remedy = f"set it to {uuids[0] if uuids else named.index} for {named}"
-    return Fault(Reason.INVALID_VISIBLE_DEVICES, cause, remedy)
+    return Diagnosis(Reason.INVALID_VISIBLE_DEVICES, cause, remedy)
 
 
 def _entries(devices: Sequence[HostDevice]) -> str:

@@ -13,7 +13,7 @@ from polars_async._runtime.unpatched import holding, sleep
 from polars_async._runtime.upstream import BUILT_IN_ENGINES
 from polars_async.bridges.waiting import wake
 from polars_async.events import EventKind
-from polars_async.executors.gpu_thread import GPU_HERE
+from polars_async.executors.gpu_thread import GPU_IN_PROCESS
 from polars_async.executors.staying import say_once
 from polars_async.executors.threads import IN_PROCESS, ThreadPool, named_thread
 from polars_async.gpu.offload import check_outside
@@ -94,7 +94,7 @@ class Lane:
         self.fallback = fallback
         self._threads = ThreadPool(for_gpu=exclusive)
         self.executor = executor
-        self._here: QueryExecutor = GPU_HERE if exclusive else IN_PROCESS
+        self._here: QueryExecutor = GPU_IN_PROCESS if exclusive else IN_PROCESS
         self._tiny_here = tiny_here
         self._costs = costs
         _lanes.add(self)

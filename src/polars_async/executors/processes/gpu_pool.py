@@ -16,7 +16,7 @@ from polars_async.errors import EngineUnavailableError, WorkerDiedError
 from polars_async.executors.operations import on_engine
 from polars_async.executors.outcomes import unpacked_error
 from polars_async.executors.processes.pool import ProcessExecutor
-from polars_async.gpu.breaker import breaker_of, key_of, rest_of
+from polars_async.gpu.breaker import breaker_of, cooldown_of, key_of
 from polars_async.gpu.devices import candidates, usable_devices
 from polars_async.gpu.failure import GpuFailure
 from polars_async.gpu.offload import count_failure
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from polars_async.executors import Job
-    from polars_async.gpu.breaker import Breaker, Rest
+    from polars_async.gpu.breaker import Breaker, Cooldown
     from polars_async.gpu.status import GpuDevice, GpuStatus
 
 T = TypeVar("T")
@@ -80,8 +80,8 @@ class GpuProcessExecutor:
         ask = _Ask(query)
         try:
             self._wait(ask, query)
-            if ask.rest is not None:
-                raise GpuFailure(Reason.GPU_COOLDOWN, ask.rest.cause)
+            if ask.cooldown is not None:
+                raise GpuFailure(Reason.GPU_COOLDOWN, ask.cooldown.cause)
             if ask.found is None:
                 return None  # type: ignore[return-value]  # which nobody wants
             return self._run_on(ask.found, _for_only_gpu(work, query), query)
@@ -104,12 +104,12 @@ class GpuProcessExecutor:
 
     def _run_on(self, gpu: GpuDevice, work: Callable[[], T], query: Job) -> T:
         health = breaker_of(gpu)
-        era = health.era
+        generation = health.generation
         try:
-            return self._pools[key_of(gpu)].run(work, query, partial(_count, health, era))
+            return self._pools[key_of(gpu)].run(work, query, partial(_count, health, generation))
         except WorkerDiedError as error:
             if (crash := _crash(error)) is not None:
-                count_failure(health, crash, EngineUnavailableError(crash), era)
+                count_failure(health, crash, EngineUnavailableError(crash), generation)
             raise
         finally:
             del self, work, query  # as above
@@ -122,7 +122,7 @@ class GpuProcessExecutor:
         query.on_cancel(ask.wake)
         with query.paused():
             while not ask.is_answered and not query.done:
-                when_put(ask.news, ask.seconds_to_rest())
+                when_put(ask.news, ask.seconds_to_wait())
                 with self._lock:
                     self._hand_out()
         query.on_cancel(None)
@@ -153,13 +153,13 @@ class _Ask:
         self._insists = forbids_cpu(engine)
         self.news: SimpleQueue[None] = SimpleQueue()
         self.found: GpuDevice | None = None
-        self.rest: Rest | None = None
+        self.cooldown: Cooldown | None = None
         """The rest that keeps it off all of them."""
 
     @property
     def is_answered(self) -> bool:
         """Whether it waits no longer."""
-        return self.found is not None or self.rest is not None
+        return self.found is not None or self.cooldown is not None
 
     def wake(self) -> None:
         """Have it look whether it has an answer, or is let go. Any thread may."""
@@ -167,8 +167,8 @@ class _Ask:
 
     def answer(self, idle: list[str | int]) -> bool:
         """Take a GPU out of those that are `idle`, or a rest that all take; False for neither."""
-        if not self._insists and (rest := rest_of(self._gpus)) is not None:
-            self.rest = rest
+        if not self._insists and (cooldown := cooldown_of(self._gpus)) is not None:
+            self.cooldown = cooldown
             return True
         may_run = {key_of(each): each for each in self._gpus if self._may_try(each)}
         key = next((each for each in idle if each in may_run), None)
@@ -178,13 +178,13 @@ class _Ask:
         self.found = may_run[key]
         return True
 
-    def seconds_to_rest(self) -> float:
+    def seconds_to_wait(self) -> float:
         """Tell after how long one more GPU may be tried."""
-        rests = (breaker_of(each).seconds_left() for each in self._gpus)
-        return min((seconds for seconds in rests if seconds > 0), default=inf)
+        cooldowns = (breaker_of(each).seconds_left() for each in self._gpus)
+        return min((seconds for seconds in cooldowns if seconds > 0), default=inf)
 
     def _may_try(self, gpu: GpuDevice) -> bool:
-        return self._insists or breaker_of(gpu).rest() is None
+        return self._insists or breaker_of(gpu).cooldown() is None
 
 
 def _env(device: GpuDevice) -> dict[str, str]:
@@ -207,13 +207,13 @@ def _for_only_gpu(work: Callable[[], T], query: Job) -> Callable[[], T]:
     return on_engine(work, engine)
 
 
-def _count(health: Breaker, era: object, told: tuple[str, Any] | None) -> None:
+def _count(health: Breaker, generation: object, told: tuple[str, Any] | None) -> None:
     """Count what a worker process tells of its GPU: a failure, or None where a query is done."""
     if told is None:
-        health.succeeded(era)
+        health.succeeded(generation)
     else:
         text, cause = told
-        count_failure(health, text, unpacked_error(cause), era)  # type: ignore[arg-type]  # as sent
+        count_failure(health, text, unpacked_error(cause), generation)  # type: ignore[arg-type]  # as sent
 
 
 def _crash(error: WorkerDiedError) -> str | None:
