@@ -11,7 +11,7 @@ from polars_async._runtime.arguments import checked_frames
 from polars_async._runtime.upstream import AUTO_ENGINE
 from polars_async.api import default_collector, warn_of_streaming
 from polars_async.errors import EngineUnavailableError
-from polars_async.events import tell_observers
+from polars_async.events import notify_observers
 from polars_async.executors.operations import CollectAll
 from polars_async.gpu.failure import GpuFailure
 from polars_async.gpu.offload import collect_on_gpu
@@ -160,7 +160,7 @@ class AsyncEngine(DeferringEngine):
             lf = self.collector.collect_async(lf, optimizations=optimizations).result().lazy()
             engine = pl.InMemoryEngine()
         else:
-            tell_observers(resolution)
+            notify_observers(resolution)
         return engine.collect_batches(lf, optimizations=optimizations, **options)
 
     def execute(self, lf: pl.LazyFrame, *, optimizations: pl.QueryOptFlags) -> QueryResult:
@@ -197,7 +197,7 @@ class AsyncEngine(DeferringEngine):
         resolution = self._resolved("sync", optimizations)
         if is_on_gpu(resolution):
             return _GPUEngineHere(resolution)
-        tell_observers(resolution)
+        notify_observers(resolution)
         return resolution.engine
 
     def _resolved(self, path: QueryPath, optimizations: pl.QueryOptFlags) -> Resolution:
@@ -225,7 +225,7 @@ class _GPUEngineHere(pl.GPUEngine):
         engine = self._resolution.engine
         assert isinstance(engine, pl.GPUEngine)
         if post_opt_callback is not None:  # instead of that of the GPU engine
-            tell_observers(self._resolution)
+            notify_observers(self._resolution)
             return engine.collect(
                 lf, optimizations=optimizations, post_opt_callback=post_opt_callback
             )
@@ -234,8 +234,8 @@ class _GPUEngineHere(pl.GPUEngine):
         except GpuFailure as failure:
             resolution = fallen_back(self._resolution, failure)
         else:
-            tell_observers(self._resolution)
+            notify_observers(self._resolution)
             return frame
-        tell_observers(resolution)
+        notify_observers(resolution)
         warn_of(resolution)
         return resolution.engine.collect(lf, optimizations=optimizations)

@@ -103,7 +103,7 @@ class QueryEvent:
         return ", ".join(parts)
 
 
-def tell_observers(resolution: Resolution) -> None:
+def notify_observers(resolution: Resolution) -> None:
     """Tell of a query which engine it was that ran it."""
     for observer in tuple(observers):
         try:

@@ -40,7 +40,7 @@ def leaving_no_hub(run: Callable[_P, None]) -> Callable[_P, None]:
     return run_and_leave
 
 
-class Telling:
+class Delivery:
     """What is to be told of one query, or of none, in its order and on the thread of a hub."""
 
     def __init__(self, hub: Any) -> None:
@@ -80,14 +80,14 @@ class Telling:
         spawn(self.catch_up)
 
 
-_pending: Final[dict[Telling, None]] = {}
+_pending: Final[dict[Delivery, None]] = {}
 
 
 class _Main:
     hub: Any = None
 
 
-def telling() -> Telling | None:
+def delivery() -> Delivery | None:
     """Give where to tell of what happens, unless that is wherever it happens."""
     monkey = sys.modules.get("gevent.monkey")
     if monkey is None or not monkey.is_module_patched("threading"):
@@ -96,12 +96,12 @@ def telling() -> Telling | None:
 
     if get_ident() == hubs.MAIN_THREAD_IDENT:  # pyright: ignore[reportAttributeAccessIssue]
         _Main.hub = hubs.get_hub()
-    return None if _Main.hub is None else Telling(_Main.hub)
+    return None if _Main.hub is None else Delivery(_Main.hub)
 
 
-def tell(call: Callable[[], None]) -> None:
+def deliver(call: Callable[[], None]) -> None:
     """Make a call that may touch what is green."""
-    there = telling()
+    there = delivery()
     if there is None:
         call()
     else:

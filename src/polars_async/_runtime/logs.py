@@ -8,7 +8,7 @@ import threading
 from functools import partial
 from typing import Final
 
-from polars_async._runtime.green import tell
+from polars_async._runtime.green import deliver
 
 log: Final = logging.getLogger("polars_async")
 
@@ -20,7 +20,7 @@ def complain(message: str, *arguments: object) -> None:
     A handler that raises in its turn harms nothing either: a thread that has queries to end has to
     survive it.
     """
-    tell(partial(_complain, message, arguments, sys.exception()))
+    deliver(partial(_complain, message, arguments, sys.exception()))
 
 
 def is_ctrl_c() -> bool:

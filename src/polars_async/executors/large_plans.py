@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Final
 
 from polars.exceptions import PerformanceWarning
 
-from polars_async._runtime.green import tell
+from polars_async._runtime.green import deliver
 from polars_async._runtime.plans import SENT_RATE
 
 if TYPE_CHECKING:
@@ -29,4 +29,4 @@ def warn_if_large(query: Job, plan_bytes: int, *, same_machine: bool) -> None:
         "once, with polars_async.share(frame), and query what that gives instead of frame.lazy()"
         f"{otherwise}"
     )
-    tell(partial(site.warn, text, PerformanceWarning))
+    deliver(partial(site.warn, text, PerformanceWarning))

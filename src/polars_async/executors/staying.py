@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Final, TypeVar
 
 import polars as pl
 
-from polars_async._runtime.green import tell
+from polars_async._runtime.green import deliver
 from polars_async._runtime.logs import log
 from polars_async._runtime.upstream import forbids_cpu
 from polars_async.errors import PolarsAsyncError
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-_MOST_SAID: Final = 1000
+_MOST_LOGGED: Final = 1000
 _said: Final[set[str]] = set()
 
 
@@ -41,15 +41,15 @@ class UnsendableError(PolarsAsyncError):
     """A query cannot be sent, since what it holds cannot be pickled."""
 
 
-def say_once(query: Job, why: str, level: int = logging.INFO) -> None:
+def log_once(query: Job, why: str, level: int = logging.INFO) -> None:
     """Say that `query` runs in this process, unless it was said of another for the same reason."""
     if why in _said:
         return
-    if len(_said) >= _MOST_SAID:  # there may be addresses in what an object says of itself
+    if len(_said) >= _MOST_LOGGED:  # there may be addresses in what an object says of itself
         _said.clear()
     _said.add(why)
     message = "%s runs in this process, as others will for the same reason: %s"
-    tell(partial(log.log, level, message, query.named, why))
+    deliver(partial(log.log, level, message, query.named, why))
 
 
 def run_here(work: Callable[[], T], query: Job, why: str) -> T | None:

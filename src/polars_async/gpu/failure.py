@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Final
 
 import polars as pl
 
-from polars_async._runtime.green import tell
+from polars_async._runtime.green import deliver
 from polars_async._runtime.logs import log
 from polars_async.errors import text_of
 from polars_async.gpu.support import is_of_the_gpu, operations_of, told, underlying
@@ -112,7 +112,7 @@ class GpuFailure(Exception):  # noqa: N818  # no error to be seen: it says where
         if log.isEnabledFor(logging.DEBUG):
             # As a text, since some handlers keep what they are given.
             text = "".join(format_exception(self.raised))
-            tell(partial(log.debug, "a query failed on the GPU\n%s", text))
+            deliver(partial(log.debug, "a query failed on the GPU\n%s", text))
         for error in _chain(self.raised, outer):
             error.__traceback__ = None
             for each in underlying(error):  # which are not in the chain

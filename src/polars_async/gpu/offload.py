@@ -12,7 +12,7 @@ import polars as pl
 
 from polars_async._runtime import unpatched, upstream
 from polars_async._runtime.fork import new_lock
-from polars_async._runtime.green import tell
+from polars_async._runtime.green import deliver
 from polars_async._runtime.logs import log
 from polars_async._runtime.nesting import in_gpu_query
 from polars_async._runtime.unpatched import wait_for
@@ -154,7 +154,7 @@ def count_failure(health: Breaker, text: str, cause: Exception, generation: obje
     """Count a failure that speaks against a GPU."""
     if (cooldown := health.failed(text, cause, generation)) is not None:
         gpu = "the GPU" if health.index is None else f"GPU {health.index}"
-        tell(partial(log.warning, "%s rests for %g s: %s", gpu, cooldown.seconds, text))
+        deliver(partial(log.warning, "%s rests for %g s: %s", gpu, cooldown.seconds, text))
 
 
 def context_is_poisoned() -> bool:

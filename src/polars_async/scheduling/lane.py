@@ -14,7 +14,7 @@ from polars_async._runtime.upstream import BUILT_IN_ENGINES
 from polars_async.bridges.waiting import wake
 from polars_async.events import EventKind
 from polars_async.executors.gpu_thread import GPU_IN_PROCESS
-from polars_async.executors.staying import say_once
+from polars_async.executors.staying import log_once
 from polars_async.executors.threads import IN_PROCESS, ThreadPool, named_thread
 from polars_async.gpu.offload import check_outside
 from polars_async.scheduling import shutdown
@@ -339,7 +339,7 @@ class Lane:
         known = self._costs
         plans = [known.plan(frame) for frame in query.frames]
         if not all(plan.is_sendable for plan in plans):
-            say_once(query, "they read or write an open file, or an object of this process")
+            log_once(query, "they read or write an open file, or an object of this process")
             return True
         if any(plan.runs_python for plan in plans):
             return False

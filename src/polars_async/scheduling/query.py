@@ -9,12 +9,12 @@ from functools import partial
 from itertools import count
 from typing import TYPE_CHECKING, Any, Final, Generic, NamedTuple, TypeVar
 
-from polars_async._runtime.green import telling
+from polars_async._runtime.green import delivery
 from polars_async._runtime.timers import set_deadline
 from polars_async._runtime.unpatched import get_ident, holding
 from polars_async.bridges.waiting import persist, wake
 from polars_async.errors import QueryTimeoutError
-from polars_async.events import EventKind, QueryEvent, rows_of, tell_observers
+from polars_async.events import EventKind, QueryEvent, notify_observers, rows_of
 from polars_async.executors.operations import Batches
 from polars_async.scheduling.fair_queue import SMALL
 from polars_async.scheduling.outcome import Outcome
@@ -95,6 +95,7 @@ class Query(Generic[T]):
         "_waiters",
         "call_site",
         "context",
+        "delivery",
         "estimate",
         "frames",
         "id",
@@ -107,7 +108,6 @@ class Query(Generic[T]):
         "resolution",
         "runs_engine",
         "state",
-        "telling",
         "times",
     )
 
@@ -135,7 +135,7 @@ class Query(Generic[T]):
         """Where it was asked for, if it may go to another process."""
         self.times = Times()
         self.reports = reporter.listens
-        self.telling = telling() if self.reports else None
+        self.delivery = delivery() if self.reports else None
         self.lock, self._counts, self._leave_queue = owner
         self._reporter = reporter
         self._operation: Operation[T] | None = operation
@@ -290,10 +290,10 @@ class Query(Generic[T]):
             error=error,
             resolution=self.resolution,
         )
-        if self.telling is None:
+        if self.delivery is None:
             self._reporter(event)
         else:
-            self.telling.post(partial(self._reporter, event))
+            self.delivery.post(partial(self._reporter, event))
 
     def report_fall_back(self) -> None:
         """Tell that the GPU engine has failed, and why."""
@@ -302,7 +302,7 @@ class Query(Generic[T]):
     def report_engine(self) -> None:
         """Tell which engine has run it, before it is done: whoever sees that finds it told."""
         if self.state is State.RUNNING and self.runs_engine:
-            tell_observers(self.resolution)
+            notify_observers(self.resolution)
 
     def fail(self, error: BaseException) -> Iterable[Waiter]:
         """End with an error of our own, with the lock held; gives whom to wake."""
@@ -401,8 +401,8 @@ class Query(Generic[T]):
 
     def outcome(self, cancelled: type[BaseException]) -> T:
         """Give the result of a query that is done, or raise its error."""
-        if self.telling is not None:
-            self.telling.catch_up()
+        if self.delivery is not None:
+            self.delivery.catch_up()
         if self.state is State.CANCELLED:
             raise cancelled(f"{self.named} was cancelled")
         try:
@@ -504,7 +504,7 @@ class Query(Generic[T]):
 
     def _tell_let_go(self) -> None:
         if self.frames and self.runs_engine:  # without frames it was still in the queue
-            tell_observers(self.resolution)
+            notify_observers(self.resolution)
         kind = EventKind.CANCELLED if self.state is State.CANCELLED else EventKind.TIMED_OUT
         self.report(kind, error=self._late)
 

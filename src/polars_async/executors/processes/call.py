@@ -10,7 +10,7 @@ from time import monotonic
 from typing import TYPE_CHECKING, Any, Final
 
 from polars_async._runtime.files import Identity, taking_along
-from polars_async._runtime.green import tell
+from polars_async._runtime.green import deliver
 from polars_async._runtime.logs import complain
 from polars_async._runtime.timers import set_deadline
 from polars_async._runtime.unpatched import RLock, holding
@@ -231,7 +231,7 @@ def _log(content: dict[str, Any]) -> None:
     record = logging.makeLogRecord(content)
     logger = logging.getLogger(record.name)
     if logger.isEnabledFor(record.levelno):
-        tell(partial(_handle, logger, record))
+        deliver(partial(_handle, logger, record))
 
 
 def _handle(logger: logging.Logger, record: logging.LogRecord) -> None:

@@ -16,7 +16,7 @@ from polars_async.executors.processes.call import WorkerCall
 from polars_async.executors.processes.initializer import current
 from polars_async.executors.processes.process import WorkerProcess, shut_down
 from polars_async.executors.serialization import SerializationAbort, buffer_of, pack
-from polars_async.executors.staying import StaysHereError, UnsendableError, run_here, say_once
+from polars_async.executors.staying import StaysHereError, UnsendableError, log_once, run_here
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -136,7 +136,7 @@ class ProcessExecutor:
             )
         except self._stay_here as reason:
             if isinstance(reason, UnsendableError):
-                say_once(query, str(reason), logging.WARNING)
+                log_once(query, str(reason), logging.WARNING)
             return str(reason)
         finally:
             query.on_cancel(None)
