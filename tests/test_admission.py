@@ -694,7 +694,7 @@ def test_where_the_last_were_quick_the_next_is_taken_unseen_in_all_slots_but_one
     assert (slot.query is waiting) == is_taken
 
 
-@pytest.mark.parametrize("appraised", [False, True])
+@pytest.mark.parametrize("estimated", [False, True])
 def test_only_those_taken_unseen_keep_the_slot_for_small_ones_standing_by(estimated):
     line = Admission(1)
     first, second = (query_in(line) for _ in range(2))
@@ -763,18 +763,18 @@ class HeldWaiter:
 def test_thread_that_goes_to_look_back_is_not_let_go_by_another(make, block, monkeypatch):
     monkeypatch.setattr(query, "_WORTH_ESTIMATING", 0.0)
     collector = make(max_running=1)
-    executor, nested = collector._cpu._executor, [block() for _ in range(2)]
+    executor, nested = collector._cpu._threads, [block() for _ in range(2)]
     held = [HeldWaiter() for _ in range(3)]
     asked, is_out, is_back = [], threading.Event(), threading.Event()
-    after_end = query.Query.after_end
+    observe_cost = query.Query.observe_cost
 
     def look_back(self, *arguments, **options):
         if asked and self is asked[0]._query:
             is_out.set()
             assert is_back.wait(30)
-        return after_end(self, *arguments, **options)
+        return observe_cost(self, *arguments, **options)
 
-    monkeypatch.setattr(query.Query, "after_end", look_back)
+    monkeypatch.setattr(query.Query, "observe_cost", look_back)
 
     def ask_two(df):
         for blocked, waiter in zip(nested, held, strict=False):

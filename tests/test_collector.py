@@ -83,7 +83,7 @@ def test_collect_all_of_nothing_is_an_empty_list(collector, engine):
 def test_collect_all_of_what_is_no_lazy_frame_is_refused(collector, frames, message):
     with pytest.raises(TypeError, match=message):
         collector.collect_all_async(frames)
-    assert not collector._cpu._executor.threads
+    assert not collector._cpu._threads.threads
 
 
 @pytest.mark.parametrize("method", ["collect_async", "collect_background"])
@@ -98,7 +98,7 @@ def test_collect_all_of_what_is_no_lazy_frame_is_refused(collector, frames, mess
 def test_what_is_no_lazy_frame_is_refused_before_anything_runs(collector, method, frame, message):
     with pytest.raises(TypeError, match=message):
         getattr(collector, method)(frame)
-    assert not collector._cpu._executor.threads
+    assert not collector._cpu._threads.threads
 
 
 # Slots and the line
@@ -128,7 +128,7 @@ def test_no_more_than_max_running_queries_run_at_once(slots, executor):
         handles = [collector.collect_async(query, priority=1) for query in queries]
         for handle in handles:
             handle.result(30)
-        until(lambda: collector._cpu._executor.threads == slots)  # one may still look at its plan
+        until(lambda: collector._cpu._threads.threads == slots)  # one may still look at its plan
     assert max(accumulate(both)) == slots
 
 
@@ -170,7 +170,7 @@ def test_thread_that_cannot_start_is_an_error_and_costs_no_slot(collector, monke
                 collector.collect_async(TINY)
     assert not collector._cpu.admission.running
     assert collector.collect_async(TINY).result().item() == 1
-    until(lambda: collector._cpu._executor.threads == 1)  # it may still look back at the query
+    until(lambda: collector._cpu._threads.threads == 1)  # it may still look back at the query
 
 
 @pytest.mark.cannot("processes", "dask", because="contextvars belong to the process that has them")
@@ -285,15 +285,15 @@ def test_query_on_an_engine_that_is_none_is_refused(collector):
 
 def test_nothing_starts_before_the_first_query_and_all_ends_with_close(ended, executor):
     collector = Collector(executor=executor, max_running=3)
-    assert not collector._cpu._executor.threads
-    assert not collector._gpu._executor.threads
+    assert not collector._cpu._threads.threads
+    assert not collector._gpu._threads.threads
     queries = [Blocked() for _ in range(3)]
     for query in queries:
         collector.collect_async(query.lf)
         assert query.started.wait(30)
         query.gate.set()
-    assert 1 <= collector._cpu._executor.threads <= 3
-    started = collector._cpu._executor.threads
+    assert 1 <= collector._cpu._threads.threads <= 3
+    started = collector._cpu._threads.threads
     collector.close()
     for _ in range(started):
         assert ended.acquire(timeout=30)
@@ -361,7 +361,7 @@ def test_closed_collector_takes_no_query(method):
         collector.close()
         with pytest.raises(CollectorClosedError):
             getattr(collector, method)([TINY] if "all" in method else TINY)
-    assert not collector._cpu._executor.threads
+    assert not collector._cpu._threads.threads
 
 
 def test_many_threads_close_at_once_and_all_wait(collector, blocked):

@@ -348,7 +348,7 @@ def test_hook_that_raises_on_a_worker_is_logged_once_and_harms_no_query(
         assert collector.collect_async(TINY).result(30).item() == 1
         assert len(caplog.records) == 1
         assert collector.collect_async(TINY).result(30).item() == 1
-        assert collector._cpu._executor.threads == 1
+        assert collector._cpu._threads.threads == 1
     assert len(caplog.records) == 2
     record = caplog.records[0]
     assert (record.name, record.levelname) == ("polars_async", "ERROR")
@@ -645,7 +645,7 @@ def test_thread_has_the_name_of_the_query_while_it_runs(collector, monkeypatch):
     assert short == ("ten", "ten")
     assert plain == after
     assert plain[1] == "polars-async"
-    assert collector._cpu._executor.threads == 1
+    assert collector._cpu._threads.threads == 1
 
 
 GREEN = """

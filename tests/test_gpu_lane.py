@@ -59,8 +59,8 @@ def test_gpu_queries_run_one_at_a_time_on_one_thread(offloading, gpu):
     assert len(gpu.threads) == 50
     assert len(set(gpu.threads)) == 1
     assert gpu.threads[0] != threading.get_ident()
-    assert offloading._gpu._executor.threads == 1
-    assert not offloading._cpu._executor.threads
+    assert offloading._gpu._threads.threads == 1
+    assert not offloading._cpu._threads.threads
 
 
 def test_gpu_thread_stays_the_same_after_a_failure(offloading, gpu, seen):

@@ -252,7 +252,7 @@ def test_batches_that_nobody_fetches_do_not_keep_the_gpu(collector):
         return first.item(), other.item(), cooldown
 
     assert asyncio.run(main()) == (0, 1, list(range(1, 100)))
-    assert collector._gpu._executor.threads == 1
+    assert collector._gpu._threads.threads == 1
 
 
 def test_sink_runs_on_the_gpu(collector, gpu, tmp_path):
@@ -763,7 +763,7 @@ def no_thread(collector, monkeypatch):
     start = ThreadPool.start
 
     def start_none(executor, *job, **options):
-        if executor is collector._cpu._executor:
+        if executor is collector._cpu._threads:
             raise RuntimeError("can't start new thread")
         start(executor, *job, **options)
 

@@ -16,8 +16,9 @@ from polars_async.bridges.buffer import Arrivals
 from polars_async.events import Reporter
 from polars_async.executors.threads import IN_PROCESS
 from polars_async.scheduling.admission import Admission
+from polars_async.scheduling.counts import State
 from polars_async.scheduling.estimates import CostModel
-from polars_async.scheduling.query import Query, State
+from polars_async.scheduling.query import Query
 
 
 def test_query_that_ends_just_before_the_greenlet_waits_wakes_it(collector, blocked, monkeypatch):
@@ -243,11 +244,11 @@ def query_of(admission, value):
 def end(admission, query):
     with admission.lock:
         (slot,) = admission._slots
-        waiters = query.end()
+        waiters = query.set_finished()
         admission.release(slot)
     for waiter in waiters:
         waiter.wake()
-    query.after_end(CostModel(), alone=True)
+    query.observe_cost(CostModel(), alone=True)
 
 
 @pytest.mark.usefixtures("_switch_often")
@@ -427,7 +428,7 @@ def test_state_cannot_change_between_the_look_at_it_and_the_act(monkeypatch, ope
         assert acts[operation]()
         other.join(30)
     assert len(states) == (0 if operation == "remove_waiter" else 1)
-    assert query.state is (State.ENDED if operation == "add_waiter" else State.CANCELLED)
+    assert query.state is (State.COMPLETED if operation == "add_waiter" else State.CANCELLED)
     assert [query.state] * len(states) == states
     assert query._outcome.value == (1 if operation == "add_waiter" else None)
 

@@ -845,13 +845,13 @@ def crowd(left):
     put(queue, "low", 0.1, -1, "kind")
     for item in range(left):
         queue.discard(f"left {item}")
-    queue.add("appraised")
+    queue.add("estimated")
     (place,) = unestimated(queue)
     queue.add("newcomer")
     return queue, place
 
 
-IN_PROCESS = {"heavy", "small", "low", "appraised", "newcomer"}
+IN_PROCESS = {"heavy", "small", "low", "estimated", "newcomer"}
 
 
 METHODS = {
@@ -920,7 +920,7 @@ def test_discard_may_interrupt_discard():
         queue.discard("low")
         queue.rank(place, 1.0)
         queue.re_estimate("kind", 0.01)
-        assert sorted(drain(queue)) == ["appraised", "newcomer", "small"]
+        assert sorted(drain(queue)) == ["estimated", "newcomer", "small"]
     assert at > 1
 
 
@@ -974,16 +974,16 @@ def test_where_nobody_may_go_unseen_those_that_were_appraised_do(only_small):
     assert take_quickly(queue, only_small=only_small, unestimated=False) is None
     assert list(queue) == ["a"]
     assert take_quickly(queue, only_small=only_small) == "a"
-    put(queue, "appraised", SMALL)
-    assert take_quickly(queue, only_small=only_small, unestimated=False) == "appraised"
+    put(queue, "estimated", SMALL)
+    assert take_quickly(queue, only_small=only_small, unestimated=False) == "estimated"
 
 
 def test_small_ones_that_were_appraised_go_before_newcomers_are_taken_unseen():
     queue = FairQueue()
     row_of_quick(queue)
-    put(queue, "appraised", SMALL)
+    put(queue, "estimated", SMALL)
     queue.add("newcomer")
-    assert [take_quickly(queue) for _ in range(3)] == ["appraised", "newcomer", None]
+    assert [take_quickly(queue) for _ in range(3)] == ["estimated", "newcomer", None]
 
 
 def test_nobody_is_taken_unseen_past_a_priority_or_one_that_was_appraised():
@@ -997,6 +997,6 @@ def test_nobody_is_taken_unseen_past_a_priority_or_one_that_was_appraised():
     queue.add("d")
     assert take_quickly(queue) is None
     queue.discard("low")
-    put(queue, "appraised", 1.0)
+    put(queue, "estimated", 1.0)
     queue.add("c")
     assert take_quickly(queue) is None

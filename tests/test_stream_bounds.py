@@ -671,7 +671,7 @@ def test_threads_of_a_burst_of_streams_end(make):
     assert own_threads() >= 8
     for stream in streams:
         stream.close()
-    until(lambda: collector._cpu._executor.threads <= 2)
+    until(lambda: collector._cpu._threads.threads <= 2)
     until(lambda: own_threads() <= before + 2)
     handles = [collector.collect_async(TINY) for _ in range(10)]
     assert [handle.result(30).item() for handle in handles] == [1] * 10
@@ -680,7 +680,7 @@ def test_threads_of_a_burst_of_streams_end(make):
 def test_threads_of_nested_queries_end(make):
     collector = make(max_running=1)
     assert collector.collect_async(ask_plan(collector, by_result, 5)).result(30).item() == 1
-    until(lambda: collector._cpu._executor.threads == 1)
+    until(lambda: collector._cpu._threads.threads == 1)
 
 
 def test_workers_of_a_burst_of_streams_end():
@@ -775,4 +775,4 @@ def test_streams_that_end_in_any_way_at_any_moment_lose_no_slot(make, monkeypatc
     until(lambda: not admission.threads)
     assert collector.stats()["waiting"] == collector.stats()["streams"] == 0
     assert collector.collect_async(TINY).result(30).item() == 1
-    until(lambda: collector._cpu._executor.threads <= slots)
+    until(lambda: collector._cpu._threads.threads <= slots)

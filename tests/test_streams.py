@@ -319,7 +319,7 @@ def test_wrong_frame_schedules_nothing(collector):
         with pytest.raises(ValueError, match=next(iter(options))):
             collector.collect_batches_async(TINY, **options)
     assert collector.stats()["submitted"] == 0
-    assert not collector._cpu._executor.threads
+    assert not collector._cpu._threads.threads
 
 
 def test_full_line_in_the_midst_cancels_what_was_scheduled(blocked, executor):
@@ -683,7 +683,7 @@ def test_consumer_asks_for_other_queries_on_the_one_slot(
         return total
 
     assert loop.run(main) == sum(range(ROWS))
-    assert collector._cpu._executor.threads <= 2
+    assert collector._cpu._threads.threads <= 2
 
 
 @pytest.mark.parametrize("streams", [2, 8])

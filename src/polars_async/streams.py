@@ -10,7 +10,6 @@ import polars as pl
 
 from polars_async import bridges
 from polars_async.bridges.buffer import Arrivals, Buffer
-from polars_async.scheduling.query import State
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -182,4 +181,4 @@ class _BufferEnding:
         self._buffer = buffer
 
     def wake(self) -> None:
-        self._buffer.finish(drop=self._query.state is not State.ENDED)
+        self._buffer.finish(drop=self._query.is_cancelled)

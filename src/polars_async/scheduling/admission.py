@@ -1,8 +1,7 @@
-"""Which query runs now and which waits: slots, the line, and the count of what became of all."""
+"""Which query runs now and which waits: slots, the queue before them, and the counts."""
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from math import inf
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
@@ -13,7 +12,7 @@ from polars_async._runtime.unpatched import allocate_lock, holding
 from polars_async.bridges.waiting import wake
 from polars_async.errors import CollectorClosedError, QueueFullError
 from polars_async.gpu.breaker import stats as health_of_gpus
-from polars_async.scheduling.counts import Counts
+from polars_async.scheduling.counts import Counts, State
 from polars_async.scheduling.fair_queue import (
     FAIR_EVERY,
     RESERVED_FOR_ESTIMATED,
@@ -38,15 +37,16 @@ if TYPE_CHECKING:
 
 class Slot:
     """
-    A thread's right to run queries, one after the other; without one while it looks for one.
+    A worker thread's permit to run queries, one at a time.
 
-    Or, `inline`, to run just one on the thread that asks for it, which takes no slot from others.
+    `query` is None while the thread chooses the next one. An `inline` slot is the permit of the
+    submitting thread to run just one query itself; it does not count against `max_running`.
     """
 
     __slots__ = ("alone", "gate", "inline", "overtook", "query", "small")
 
     def __init__(self, *, inline: bool = False) -> None:
-        self.gate: LockType | None = None  # where a paused query waits
+        self.gate: LockType | None = None  # at which the thread of a paused query waits
         self.query: Query[Any] | None = None
         self.inline = inline
         self.small = False
@@ -56,18 +56,18 @@ class Slot:
 
 class Admission:
     """
-    `max_running` slots, and a line of the queries that wait for one.
+    `max_running` slots, and the queue of the queries that wait for one.
 
-    A slot is taken by a query that finds one free, and is kept by its thread until there is nobody
-    left to take: so it is also while the thread appraises those in the line.
+    A query takes a slot that it finds free. The slot's thread keeps it from query to query, also
+    while it estimates those in the queue, and gives it back when none is left to start.
 
-    A query that waits for its consumer is paused, and has no slot. When its consumer is back it
-    waits for one before those in the line, since it holds a thread and more; one turn in
-    `FAIR_EVERY` is for the line all the same. While a query that is back waits, no slot is free that
-    it may have: whatever frees one gives it on.
+    A stream that waits for its consumer is paused, and has no slot. When its consumer is back it
+    waits for a slot ahead of the queue, since it holds a thread and more; one free slot in
+    `FAIR_EVERY` goes to the queue all the same. While such a query waits, no slot is free that it
+    may have: whatever frees one passes it on.
 
     `lock` guards all of it, and the state of every query admitted here. It is held for a few
-    instructions at a time, never while a query runs or is appraised, or a waiter is woken. It is
+    instructions at a time, never while a query runs or is estimated, or a waiter is woken. It is
     reentrant because a signal handler or a finaliser may come in at any instruction and cancel a
     query.
     """
@@ -108,69 +108,71 @@ class Admission:
         self.closed = False
         self.counts = Counts()
         self.owner = Owner(self.lock, self.counts, self._leave)
-        """What its queries are to know of it."""
+        """What its queries know of it."""
         self._slots: set[Slot] = set()
         self.streams = OpenStreams() if streams is None else streams
         self._paused: dict[Query[Any], Slot] = {}
-        self._returning: dict[Query[Any], Slot] = {}  # those of them whose consumers are back
-        self._contended = 0  # in which both they and the line waited for a slot
+        self._returning: dict[Query[Any], Slot] = {}  # of these, whose consumers are back
+        self._contended = 0  # free slots that both they and the queue waited for, so far
         self._inline: set[Slot] = set()
         self._queue: FairQueue[Query[Any]] = FairQueue()
-        self._started_unestimated = -inf  # when that was last, in seconds of perf_counter
+        self._started_unestimated = -inf  # when a slot last did so, in seconds of perf_counter
         self.waiters: dict[Waiter, None] = {}
         self.reserved: Slot | None = None
-        """The slot that `enter` has made last: its caller may be interrupted before it has it."""
+        """The last slot that `enter` made: its caller may be interrupted before it gets it."""
 
     @property
     def running(self) -> int:
-        """How many queries run, those included that were let go."""
+        """How many queries run, including cancelled ones that have not stopped yet."""
         return len(self.in_slots())
 
     @property
     def waiting(self) -> int:
-        """How many queries stand in the line."""
+        """How many queries are in the queue."""
         return len(self._queue)
 
     @property
     def threads(self) -> int:
-        """How many threads of ours it takes now."""
+        """How many worker threads have a query, or look for one, now."""
         return len(self._slots) + len(self._paused)
 
     @property
     def threads_to_keep(self) -> int:
-        """How many threads it may take soon."""
+        """How many worker threads may be needed soon."""
         return max(self.max_running, len(self._slots)) + len(self._paused)
 
     @property
     def paused(self) -> int:
-        """How many queries wait for their consumers, or for a slot after that."""
+        """How many queries are paused, or wait for a slot after a pause."""
         return len(self._paused)
 
     def in_slots(self) -> list[Query[Any]]:
-        """List the queries that run, or pause in the midst of it."""
+        """Return the queries that run or are paused."""
         return holding(self.lock, self._in_slots)
 
     def in_queue(self) -> list[Query[Any]]:
-        """List the queries that wait."""
+        """Return the queries in the queue."""
         return holding(self.lock, list, self._queue)
 
     def enter(self, query: Query[Any]) -> Slot | None:
         """
-        Give `query` a slot, or a place in the line, and maybe a slot to whoever is next.
+        Admit `query`: start it in a free slot, or queue it. Called with the lock held.
 
-        With the lock held.
+        Return a slot that needs a thread, or None. The slot has the query, or is to be filled from
+        the queue.
 
-        What a running query asks for itself runs beyond the slots: it may wait for it, and the line
-        would then wait for both. Where one of Polars' own threads asks, it is that one that runs it
-        (the slot is `inline`): others may need that very thread. Only a stream needs another, since
-        what asks is its consumer. Not so where the slots are exclusive, as the GPU is.
+        A query submitted by a running one goes beyond the slots: the running one may wait for it,
+        and both would wait for ever for a slot. If the submitting thread is one of Polars' own, it
+        runs the query itself, in an `inline` slot, since other queries may need that very thread.
+        Streams need another thread, since the submitting one consumes them. Exclusive slots, those
+        of a GPU, make none of these exceptions.
 
         Raises
         ------
         CollectorClosedError
-            Nobody is let in any more.
+            The collector was closed.
         QueueFullError
-            As many queries are here, or streams are open, as may be.
+            The queue is full, or too many streams are open.
         """
         if self.closed:
             raise CollectorClosedError(
@@ -184,7 +186,7 @@ class Admission:
             self._start(query, slot, small=False, overtook=False)
             return slot
         free = self.max_running - len(self._slots)
-        # What may be kept for small queries is not given away unseen.
+        # A slot reserved for small queries is not given to one without an estimate.
         reserved = RESERVED_FOR_ESTIMATED if self._queue.is_quick else RESERVED_FOR_SMALL
         if self.exclusive:
             reserved = 0
@@ -205,10 +207,10 @@ class Admission:
 
     def take_over(self, query: Query[Any]) -> Slot | None:
         """
-        Give a place in the line, whatever the limits, to a query that was let in elsewhere.
+        Admit `query`, whatever the limits, after another admission had admitted it.
 
-        One that a running query asked for is given a slot, as by `enter`; or else there may be one
-        for whoever is next.
+        If a running query submitted it, it starts at once, as in `enter`. Return a slot that needs
+        a thread, or None.
         """
         with self.lock:
             if query.is_nested:
@@ -224,7 +226,7 @@ class Admission:
             return slot
 
     def forget(self, query: Query[Any], slot: Slot | None) -> None:
-        """Take back, with the lock held, what `enter` may have given to a query."""
+        """Undo, with the lock held, what `enter` may have done for `query`."""
         self._queue.discard(query)
         self.streams.discard(query)
         if slot is not None:
@@ -233,12 +235,12 @@ class Admission:
             self._free(slot)
 
     def has(self, slot: Slot) -> bool:
-        """Tell whether `slot` was not taken back."""
+        """Return whether `slot` is still valid: `forget` may have taken it back."""
         with self.lock:
             return slot in self._slots
 
     def next_unestimated(self, *, from_behind: bool) -> Entry[Query[Any]] | None:
-        """Give one of the line, to be appraised without the lock; None if all have been."""
+        """Return the entry of a query to be estimated without the lock; None if all have been."""
         with self.lock:
             return self._queue.next_unestimated(from_behind=from_behind)
 
@@ -246,11 +248,10 @@ class Admission:
         self, slot: Slot, estimated: list[Entry[Query[Any]]], *, only_if_certain: bool
     ) -> bool:
         """
-        Sort in those `estimated`, and start the next in `slot`, or else take the slot back.
+        Rank the `estimated` ones, and start the best query in `slot`, or release the slot.
 
-        `only_if_certain` is to take nobody but a small one while others have not been appraised. Gives
-        whether the thread of the slot has anything more to do: to run the slot's query, or, where
-        it has none, to appraise more.
+        With `only_if_certain`, do not start a large query while unestimated ones wait. Return False
+        if the slot was released; else its thread has a query to run, or more of them to estimate.
         """
         with self.lock:
             queue = self._queue
@@ -274,25 +275,25 @@ class Admission:
 
     def reserve_delay(self) -> float:
         """
-        Tell how long the next free slot had better do nothing.
+        Return how many seconds a reserved slot should stay idle.
 
-        That is where it is kept for small queries, and the others are quick: to look at a plan
-        takes longer than they need to run it. It is there once they have taken nobody for a while,
-        whatever keeps them.
+        While recent queries each took under 1 ms, estimating one costs more than running it, so the
+        other slots run them without; the reserved slot helps only after they have started nothing
+        for 10 ms, whatever keeps them.
         """
         with self.lock:
-            stands_by = (
+            is_idle = (
                 self._queue.is_quick
                 and bool(self._queue)
                 and is_reserved(RESERVED_FOR_ESTIMATED, self.max_running, self._large_running())
             )
-            return self._started_unestimated + SMALL - perf_counter() if stands_by else 0.0
+            return self._started_unestimated + SMALL - perf_counter() if is_idle else 0.0
 
     def release(self, slot: Slot) -> bool:
         """
-        Take back the slot of a query that really ended, unless there may be a next one for it.
+        Take `slot` from a query that really ended; return False if its thread has to give it up.
 
-        With the lock held.
+        Called with the lock held. The slot may have its next query then, or have to be filled.
         """
         query, slot.query = slot.query, None
         queue, slots = self._queue, self._slots
@@ -305,8 +306,10 @@ class Admission:
         seconds = None if query is None else query.times.run_seconds
         if seconds is not None:
             self.counts.run_seconds += seconds
-            completed = query is not None and query.completed
+            completed = query is not None and query.state is State.COMPLETED
             queue.note_ended(seconds, overtook=slot.overtook, completed=completed)
+        # The next query starts in the same hold of the lock in which the last one ended. If the
+        # slot were free in between, a query submitted just then would take it, past the queue.
         is_free = slot in slots and len(slots) <= self.max_running
         if queue and is_free and not (self._returning and self._returning_is_next()):
             large_running = self._large_running()
@@ -325,7 +328,7 @@ class Admission:
         return False
 
     def idle_slots(self) -> list[Slot]:
-        """Take the slots that are free while somebody waits, for threads that look who may go."""
+        """Take the free slots that queued queries could use, for threads that fill them."""
         with self.lock:
             idle = min(self.max_running - len(self._slots), len(self._queue))
             slots = [Slot() for _ in range(idle)]
@@ -333,17 +336,17 @@ class Admission:
             return slots
 
     def give_back(self, slot: Slot) -> None:
-        """Take back a slot that was not used."""
+        """Free a slot that was not used."""
         with self.lock:
             self._free(slot)
 
     def pause(self, query: Query[Any]) -> LockType:
-        """Free the slot of a query that waits for its consumer; gives the gate to wait at."""
+        """Free the slot of a query that waits for its consumer; return the gate to wait at."""
         with self.lock:
             slot = next(each for each in self._slots if each.query is query)
             slot.gate = gate = allocate_lock()
             gate.acquire()
-            slot.small = query.goes_as_small  # which nobody asked if it was let in at once
+            slot.small = query.goes_as_small  # unknown so far if it started at once
             self._paused[query] = slot
             self._slots.remove(slot)
             if self._returning and self._returning_is_next():
@@ -354,29 +357,29 @@ class Admission:
         """
         Have a paused query, whose consumer is back, go on as soon as a slot is free for it.
 
-        One that a running query asked for, or reads, goes on at once: see `enter`.
+        A query that a running one submitted, or reads, goes on at once: see `enter`.
         """
         holding(self.lock, self._resume, query)
 
     def let_end(self, query: Query[Any]) -> None:
-        """Open the gate of a paused query that nobody wants: it needs no slot to end."""
+        """Open the gate of a paused query that was cancelled: it needs no slot to end."""
         holding(self.lock, self._let_end, query)
 
     def re_estimate(self, estimate: Estimate) -> None:
-        """Sort in anew the queries of one kind in the line."""
+        """Rank anew the queued queries of one kind, by a corrected estimate."""
         with self.lock:
             self._queue.re_estimate(estimate.fingerprint, estimate.seconds)
 
     def add_waiter(self, waiter: Waiter) -> bool:
-        """Have `waiter` woken when no query runs or waits; False if that is so already."""
+        """Have `waiter` woken when no query runs or waits; return False if that is so already."""
         return holding(self.lock, self._add_waiter, waiter)
 
     def remove_waiter(self, waiter: Waiter, *, last_cancels: bool) -> bool:  # noqa: ARG002  # as Query
-        """Stop waiting; False if it is over already."""
+        """Remove `waiter`; return False if it was woken already."""
         return holding(self.lock, self._remove_waiter, waiter)
 
     def wake_if_empty(self) -> None:
-        """Wake whoever waits for no query to be left, if none is."""
+        """Wake the waiters for the last query to end, if no query is left."""
         waiters: list[Waiter] = []
         try:
             holding(self.lock, self._move_waiters, waiters)
@@ -386,7 +389,7 @@ class Admission:
             raise
 
     def reset(self) -> list[Query[Any]]:
-        """Forget, and return, every query; for a forked child, which has none of their threads."""
+        """Forget and return all queries, in a forked child: it does not have their threads."""
         lost = [*self.in_slots(), *self._queue]
         self._slots.clear()
         self._paused.clear()
@@ -434,9 +437,9 @@ class Admission:
 
     def _leave(self, query: Query[Any]) -> None:
         """
-        Take out a query that was cancelled or timed out while it waited, with the lock held.
+        Remove a query that was cancelled or timed out while it waited, with the lock held.
 
-        It wakes those that wait for no query to be left, if it was the last.
+        If it was the last one, its waiters and those of the admission are woken together.
         """
         self._queue.discard(query)
         self.streams.discard(query)
@@ -456,14 +459,14 @@ class Admission:
             self._resume_next()
 
     def _returning_is_next(self) -> bool:
-        """Tell whether the slot that is free now is for a query that is back, not for the line."""
+        """Return whether a free slot goes to a query after its pause rather than to the queue."""
         if self._next_returning() is None:
             return False
         self._contended += 1
         return not self._queue or self._contended % FAIR_EVERY != 0
 
     def _resume_next(self) -> None:
-        """Give free slots to queries that are back, in the order in which they came."""
+        """Give free slots to queries whose consumers are back, in the order of their return."""
         while len(self._slots) < self.max_running and (query := self._next_returning()) is not None:
             self._go_on(query, self._returning[query])
 
@@ -475,14 +478,15 @@ class Admission:
         return None
 
     def _go_on(self, query: Query[Any], slot: Slot) -> None:
-        # Ctrl-C may come at any of these, out of the consumer, which then lets go of the query.
+        # The gate opens when the slot is taken, so that at most `max_running` queries run. Ctrl-C
+        # may come between any two of these, in the consumer's thread, which then cancels the query.
         self._slots.add(slot)
         _open(slot)
         self._returning.pop(query, None)
         self._paused.pop(query, None)
 
     def _start(self, query: Query[Any], slot: Slot, *, small: bool, overtook: bool) -> bool:
-        waited = query.start()
+        waited = query.set_running()
         if waited is None:
             return False
         slot.alone = True
@@ -497,7 +501,11 @@ class Admission:
         return True
 
     def _large_running(self) -> int:
-        """Count those that leave few slots for others, which nobody does that has a whole GPU."""
+        """
+        Return how many running queries are not small.
+
+        That is always 0 where slots are exclusive: a query there takes nothing from others.
+        """
         number = 0
         if self.exclusive:
             return number
@@ -510,7 +518,7 @@ class Admission:
         return not self._queue and not self._in_slots()
 
     def _check_room(self, max_waiting: int) -> None:
-        # Not those that pause, whose slots are for others.
+        # Without paused queries, which have no slots.
         running = sum(slot.query is not None for slot in self._slots)
         waiting = self.waiting
         room = self.max_running + max_waiting
@@ -532,7 +540,7 @@ def _open(slot: Slot) -> None:
 
 
 def stats_of(cpu: Admission, gpus: Sequence[Admission]) -> dict[str, float]:
-    """Add up what `Collector.stats` explains."""
+    """Return the statistics of a collector, as `Collector.stats` explains them."""
     found = holding(cpu.lock, _counted, cpu, gpus)  # the lock is that of all
     found |= health_of_gpus()
     found |= {"streams": len(cpu.streams), "max_streams": cpu.streams.most}
@@ -550,12 +558,12 @@ def _counted(cpu: Admission, gpus: Sequence[Admission]) -> dict[str, float]:
             "abandoned": abandoned,
             "paused": admission.paused,
             "waiting": admission.waiting,
-            **asdict(admission.counts),
+            **admission.counts.as_stats(),
         }
         for key, value in now.items():
             found[key] = found.get(key, 0) + value
-        # Not counted by itself: who is interrupted would have to count it, and take that back.
-        found["submitted"] += admission.counts.ended + len(running) - abandoned + now["waiting"]
+        # Not counted by itself: a submission that is interrupted would have to take that back.
+        found["submitted"] += admission.counts.done + len(running) - abandoned + now["waiting"]
         if admission is not cpu:
             found["gpu_running"] += now["running"]
             found["gpu_waiting"] += now["waiting"]

@@ -1,25 +1,47 @@
-"""How many queries came to which outcome."""
+"""The states of a query, and how many queries have come to each final one."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import enum
 
 
-@dataclass(slots=True)
+class State(enum.IntEnum):
+    """The state of a query; all but the first two are final."""
+
+    WAITING = 0
+    RUNNING = 1
+    COMPLETED = 2
+    FAILED = 3
+    CANCELLED = 4
+    TIMED_OUT = 5
+    REJECTED = 6
+
+
 class Counts:
     """What became of the queries of one admission so far."""
 
-    completed: int = 0
-    failed: int = 0
-    cancelled: int = 0
-    timed_out: int = 0
-    rejected: int = 0
-    downgraded: int = 0
-    fell_back: int = 0
-    queue_seconds: float = 0.0
-    run_seconds: float = 0.0
+    __slots__ = ("by_state", "downgraded", "fell_back", "queue_seconds", "run_seconds")
+
+    def __init__(self) -> None:
+        self.by_state = [0] * len(State)
+        """How many queries have come to each state; only final states are counted."""
+        self.downgraded = 0
+        self.fell_back = 0
+        self.queue_seconds = 0.0
+        self.run_seconds = 0.0
 
     @property
-    def ended(self) -> int:
-        """How many have come to one of the five outcomes."""
-        return self.completed + self.failed + self.cancelled + self.timed_out + self.rejected
+    def done(self) -> int:
+        """How many queries have come to a final state."""
+        return sum(self.by_state)
+
+    def as_stats(self) -> dict[str, float]:
+        """Return the counts under the names that `Collector.stats` has for them."""
+        final = {state.name.lower(): self.by_state[state] for state in list(State)[2:]}
+        return {
+            **final,
+            "downgraded": self.downgraded,
+            "fell_back": self.fell_back,
+            "queue_seconds": self.queue_seconds,
+            "run_seconds": self.run_seconds,
+        }

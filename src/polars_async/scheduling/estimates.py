@@ -1,4 +1,4 @@
-"""How much work a query is expected to be: by what its plan reads, and how long it took before."""
+"""Estimates of the work of a query, by what its plan reads and by how long its like took before."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ if TYPE_CHECKING:
     from polars_async._runtime.plans import Plan
 
 _FRAME_RATE: Final = 200e6
-"""Bytes per second that a query makes of a frame in memory: just the order of magnitude."""
+"""Bytes per second of a query over a frame in memory: just the order of magnitude."""
 _FILE_RATE: Final = 50e6
-"""Bytes per second that a query makes of a file."""
+"""Bytes per second of a query over a file."""
 _SLOWDOWN: Final = 1000
 """How many times longer a query may take beside others: a tiny one waits for all the tasks of the
 heavy ones in Polars' own thread pool."""
@@ -32,41 +32,41 @@ _HELD_UP: Final = 0.02
 """Seconds that a query may have waited for the GIL alone, four times its switch interval, while a
 loop was busy: a tiny one must not count as large for that."""
 _NO_TIME: Final = 0.001
-"""Seconds below which it makes no difference."""
+"""Seconds of work below which estimates make no difference."""
 _MOST_KNOWN: Final = 4096
 _MOST_COPIED: Final = 1 << 30
 """Bytes of frames in memory: where there are more, no plan is looked at, since a look may copy one
 of them."""
 _SLOW_LOOK: Final = 0.25
-"""Seconds of a look that took too long, as with a frame of some hundred MB."""
-_REST: Final = 20
-"""How many times as long as a slow look took there is no other."""
+"""Seconds above which a look took too long, as with a frame of some hundred MB."""
+_LOOK_SHARE: Final = 20
+"""After a slow look there is none for so many times as long as it took."""
 
 
 class Estimate(NamedTuple):
-    """What is expected of one query."""
+    """The estimated work of one query."""
 
     seconds: float
     fingerprint: int | None
-    """What stands for all queries of this shape and size; None if that is not to be had."""
+    """The same for all queries of this shape and size; None if it is not known."""
     is_exact: bool = True
-    """Whether the shape is all of the plan: others may be as slow as that of a function unseen."""
+    """Whether the shape is all of the plan: a function hidden in it may make its like slower."""
 
 
 class _Known(NamedTuple):
     frame: ref[pl.LazyFrame]
     plan: Plan
     seconds: float
-    """How long its sources alone take."""
+    """The estimate by its sources alone."""
 
 
 class CostModel:
     """
-    What a collector knows of the queries that it ran.
+    The cost model of a collector, corrected by the queries that it ran.
 
-    To look at a plan takes 10 us to some ms, and where it reads a frame in memory another 0.2 ms
-    for each MB of it. So it is nothing for the thread of a loop. It is looked at further with
-    `far`, which is worth it where a query may have to be sent.
+    Reading a plan takes 10 us to some ms, and another 0.2 ms for each MB of a frame in memory that
+    the query reads. So it is nothing for the thread of a loop. With `far` more of the plan is read,
+    which is worth it where a query may have to be sent.
     """
 
     def __init__(self, *, far: bool = False) -> None:
@@ -78,7 +78,7 @@ class CostModel:
         self._looks_again = 0.0  # in seconds of perf_counter
 
     def of(self, frames: Sequence[pl.LazyFrame], engine: str) -> Estimate:
-        """Say what to expect of a query for `frames`; never raises."""
+        """Return the estimate of a query for `frames`; never raise."""
         try:
             known = [self._known(frame) for frame in frames]
             seconds = sum(each.seconds for each in known)
@@ -92,7 +92,7 @@ class CostModel:
             return Estimate(UNKNOWN, None)
 
     def plan(self, frame: pl.LazyFrame) -> Plan:
-        """Return what the plan of `frame` tells, however long that takes; never raises."""
+        """Return the facts of the plan of `frame`, however long reading it takes; never raise."""
         try:
             return self._known(frame, at_any_cost=True).plan
         except BaseException:  # noqa: BLE001  # as above
@@ -115,7 +115,7 @@ class CostModel:
             return _Known(ref(frame), NOTHING, UNKNOWN)
         plan = look_at(frame, self._limit)
         if (took := perf_counter() - begun) > _SLOW_LOOK:
-            self._looks_again = begun + _REST * took
+            self._looks_again = begun + _LOOK_SHARE * took
         known = _Known(ref(frame, lambda _: plans.pop(key, None)), plan, _source_seconds(plan))
         plans[key] = known
         return known
@@ -124,12 +124,12 @@ class CostModel:
         self, expected: Estimate, seconds: float, *, alone: bool, completed: bool = True
     ) -> Estimate | None:
         """
-        Correct what was expected of a query by the `seconds` that it took.
+        Correct the estimate `expected` of a query by the `seconds` that it took.
 
-        `alone` tells that no other query ran meanwhile, so that this is what it takes, but for its
-        waits for the GIL. Beside others it says no more than that the query takes no longer, nor
-        less by orders of magnitude. One that was not `completed` takes at least so long.
-        Gives the new expectation, or None where the old one was not off by half.
+        `alone` says that no other query ran meanwhile, so that this is the time that it takes, but
+        for waits for the GIL. Beside others the time is an upper bound, and at most some orders of
+        magnitude too high. A query that was not `completed` takes at least so long. Return the new
+        estimate, or None if the old one was not off by half.
         """
         if alone:
             self._resident = memory_held()

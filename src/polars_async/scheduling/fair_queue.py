@@ -1,4 +1,4 @@
-"""The order of the waiting line: a policy without clock or threads, so it can be simulated."""
+"""The order of waiting queries: a policy without clock or threads, so that it can be simulated."""
 
 from __future__ import annotations
 
@@ -13,53 +13,55 @@ T = TypeVar("T")
 _V = TypeVar("_V")
 
 UNKNOWN: Final = 0.1
-"""Seconds of work expected of a query of which nothing is known."""
+"""Seconds of work that a query without an estimate counts for."""
 SMALL: Final = 0.01
-"""Seconds of expected work up to which a query counts as small."""
+"""Seconds of estimated work up to which a query counts as small."""
 OVERTAKING_LIMIT: Final = 4.0
-"""How many times its own expected work a query lets others overtake."""
+"""How many times its own estimated work may overtake a query."""
 FAIR_EVERY: Final = 8
-"""One turn in so many disregards priorities."""
+"""One pick in so many disregards priorities."""
 PRIORITIES: Final = range(-10, 11)
 RESERVED_FOR_SMALL: Final = 2
-"""So many slots are kept for small queries: one query that is not has all threads of Polars busy,
-and small ones use no more than one each."""
+"""Slots that large queries may not take: one large query keeps all threads of Polars busy, and
+small ones use no more than one each."""
 RESERVED_FOR_ESTIMATED: Final = 1
-"""So many slots are for nobody of whom nothing is known."""
+"""Slots that a query without an estimate may not take."""
 QUICK: Final = 0.001
-"""Seconds of work that are no more than a few times those that it takes to appraise it."""
+"""Seconds of work that are only a few times what estimating the query costs."""
 QUICK_STREAK: Final = 8
-"""After so many quick ones in a row, the next is taken unseen."""
+"""After so many quick queries in a row the next may start without an estimate."""
 _LEAST_WORK: Final = 1e-5
 _MOST_WORK: Final = 60.0
-"""Seconds; more patience than for these nobody needs to have, whatever was expected."""
+"""Cap in seconds on the work used for the order, so that one wrong estimate cannot delay a query
+for ever."""
 
 
 def large_at_once(slots: int) -> int:
-    """Return how many queries that are not small run at once in so many slots."""
+    """Return how many queries that are not small may run at once in so many slots."""
     return max(1, slots - (RESERVED_FOR_SMALL if slots > RESERVED_FOR_SMALL else 1))
 
 
 def is_reserved(reserved: int, slots: int, large_running: int) -> bool:
     """
-    Tell whether the next free one of `slots` is among those `reserved`, and so for small queries only.
+    Return whether the next free one of `slots` is one of those `reserved` for small queries.
 
-    `large_running` are taken by others. However few slots there are, one is for anybody.
+    `large_running` slots are taken by queries that are not small. However few slots there are, any
+    query may have one of them.
     """
     return slots > 1 and large_running >= max(1, slots - reserved)
 
 
 class Picked(NamedTuple, Generic[T]):
-    """Who is next."""
+    """The item that was picked to be next."""
 
     item: T
     small: bool
     overtook: bool
-    """Whether somebody who came before still waits."""
+    """Whether an item that came before it still waits."""
 
 
 class Entry(Generic[T]):
-    """Where one item stands; made by `FairQueue.add`."""
+    """The entry of one item in the queue."""
 
     __slots__ = ("item", "kind", "left", "number", "overtaken", "priority", "small", "version")
 
@@ -71,15 +73,15 @@ class Entry(Generic[T]):
         self.kind: Hashable = None
         self.small = False
         self.left = False
-        self.version = 0  # how often it was appraised
+        self.version = 0  # how often it was ranked: heap items of earlier versions are stale
 
     def leave(self) -> None:
-        """Let go of the item, since a heap may hold the place for long."""
+        """Drop the item, since a heap may hold the entry for long after it has left."""
         self.left = True
         self.item = None
 
 
-# An item's mark, number and version, and its place: which may have left, or moved on.
+# Key, number and version of an entry, and the entry, which may have left or been ranked anew.
 _HeapItem = tuple[float, int, int, Entry[T]]
 
 
@@ -97,23 +99,24 @@ def _first(items: OrderedDict[T, _V], *, from_behind: bool = False) -> tuple[T, 
 
 class FairQueue(Generic[T]):
     """
-    Who waits, and who is next.
+    The waiting items, and the policy which of them is next.
 
-    An item comes to the line as a newcomer, of which nothing is known, and takes part once its
-    work was appraised; one that has a priority, or whose work is known, does so at once. It then
-    has a mark: the work that had overtaken anybody when it came, and
-    `OVERTAKING_LIMIT` times its own. The lowest mark is next. So what is small overtakes what is not, and
-    yet nothing is overtaken for ever: once `OVERTAKING_LIMIT` times an item's work overtook, all that comes
-    has a higher mark, however small it is.
+    An item comes without an estimate, and takes part in the order once it is ranked by one; an item
+    with a priority, or of known work, is ranked when it comes. Its key is the overtaking work done
+    before it arrived plus `OVERTAKING_LIMIT` times its own work, as a virtual finish time in fair
+    queueing. The lowest key is next. So small items overtake large ones, and yet no item waits for
+    ever: once `OVERTAKING_LIMIT` times its work has overtaken it, all that comes later has a higher
+    key, however small it is.
 
-    A higher priority comes first, but every `FAIR_EVERY`-th turn goes by the marks alone, so that
-    no priority keeps another out for ever. An item is small if it has little work, or, where the
-    caller knows better, if its priority is above 0; never if it is below.
+    A higher priority goes first, but every `FAIR_EVERY`-th pick goes by the keys alone, so that no
+    priority locks another out. An item is small if it has little work, or, where the caller knows
+    better, if its priority is above 0; never if it is below.
 
-    While all that ran was quick there is little to order, and newcomers are taken unseen.
+    While all that ran was quick there is little to order, and items may be taken without an
+    estimate.
 
-    Callers see to it that one thread at a time is in here, but `discard` may interrupt any other
-    method.
+    One thread at a time may call the methods, but `discard` may interrupt any of them, from a
+    signal handler.
     """
 
     __slots__ = (
@@ -129,63 +132,64 @@ class FairQueue(Generic[T]):
     )
 
     def __init__(self) -> None:
-        # The overtaken work and number of each; a place it gets when it is appraised.
+        # The overtaking work before each, and its number; it gets an entry to be ranked.
         self._unestimated: OrderedDict[T, tuple[float, int]] = OrderedDict()
         self._entries: OrderedDict[T, Entry[T]] = OrderedDict()
-        self._oldest: list[tuple[int, Entry[T]]] = []  # a heap of the places by their numbers
+        self._oldest: list[tuple[int, Entry[T]]] = []  # a heap by number
         self._heaps: dict[tuple[int, bool], list[_HeapItem[T]]] = {}
         self._heap_items = 0
         self._overtaken = 0.0
         self._number = 0
-        self._picks = [0, 0]  # those for anybody, and those for small ones only
+        self._picks = [0, 0]  # so far: of any item, and of small ones only
         self._quick_streak = 0
 
     def __len__(self) -> int:
         return len(self._unestimated) + len(self._entries)
 
     def __iter__(self) -> Iterator[T]:
-        # Whoever interrupts `unestimated` may find one in both.
+        # A signal handler that runs during `next_unestimated` may see an item in both maps.
         return iter(dict.fromkeys([*list(self._entries), *list(self._unestimated)]))
 
     @property
     def is_quick(self) -> bool:
-        """Whether all that ran of late was quick."""
+        """Whether all of the last items that ran were quick."""
         return self._quick_streak >= QUICK_STREAK
 
     @property
     def has_unestimated(self) -> bool:
-        """Whether somebody still has to be appraised."""
+        """Whether an item has no estimate yet."""
         return bool(self._unestimated)
 
     @property
     def is_undecided(self) -> bool:
-        """Whether a newcomer may be first, since nobody is known to be small."""
+        """Whether an item without an estimate may be first, since none is known to be small."""
         if not self._unestimated:
             return False
         return not any(heap and small for (_, small), heap in self._heaps.items())
 
     def add(self, item: T, *, priority: int = 0, work: float | None = None) -> None:
-        """Let `item` into the line, as a newcomer unless it has a priority or known `work`."""
+        """Add `item`, without an estimate unless it has a priority or known `work`."""
         self._number += 1
         came = self._overtaken, self._number
         if priority or work is not None:
-            # With a priority it needs no appraisal; among equals the order is that of their coming.
+            # A priority says enough without an estimate: among equal ones the first is next.
             self._set_key(self._enter(item, priority, *came), UNKNOWN if work is None else work)
         else:
             self._unestimated[item] = came
 
     def next_unestimated(self, *, from_behind: bool = False) -> Entry[T] | None:
         """
-        Give a place to the first newcomer, or the last, to be appraised; None if there is none.
+        Return an entry for the first item without an estimate, or the last; None if all have one.
 
-        Not under a lock, since to appraise it takes its time.
+        The caller estimates its work, for which it needs no lock and takes its time, and calls
+        `rank`.
         """
         while (found := _first(self._unestimated, from_behind=from_behind)) is not None:
             item, came = found
             entry = self._enter(item, 0, *came)
             if self._unestimated.pop(item, None) is not None:
                 return entry
-            self.discard(item)  # it was discarded just now
+            self.discard(item)  # again: a signal handler did so before the item had its entry
         return None
 
     def _enter(self, item: T, priority: int, overtaken: float, number: int) -> Entry[T]:
@@ -198,10 +202,10 @@ class FairQueue(Generic[T]):
 
     def rank(self, entry: Entry[T], work: float, kind: Hashable = None) -> None:
         """
-        Give a newcomer its mark.
+        Let the item of `entry` take part in the order.
 
-        `work` is what it is expected to take, in seconds, and `kind` what it has in common with
-        those that are expected to take the same; None if that is not known.
+        `work` is the estimate in seconds, and `kind` what all items of the same estimate have in
+        common; None if that is not known.
         """
         if entry.left:
             return
@@ -209,14 +213,15 @@ class FairQueue(Generic[T]):
         self._set_key(entry, work)
 
     def re_estimate(self, kind: Hashable, work: float) -> None:
-        """Give all of `kind` a new mark, so that they do not lose their order to newcomers."""
+        """Rank all items of `kind` anew by a corrected estimate, as those to come will be."""
         for entry in list(self._entries.values()):
             if entry.kind == kind and entry.version:
                 self._set_key(entry, work)
 
     def take(self, *, only_small: bool) -> Picked[T] | None:
-        """Take the next out of the line; None if nobody may go."""
-        # Either kind of turn is counted by itself: their rhythm could keep a priority out for ever.
+        """Remove and return the next item; None if none may go."""
+        # Picks among all and among small ones are counted apart: if they alternated, all the fair
+        # picks could fall to one kind, and a priority be locked out of the other.
         fair = (self._picks[only_small] + 1) % FAIR_EVERY == 0
         while True:
             best: list[_HeapItem[T]] | None = None
@@ -236,16 +241,17 @@ class FairQueue(Generic[T]):
             item = entry.item
             if (
                 item is not None and self._entries.pop(item, None) is not None
-            ):  # or it left just now
+            ):  # else a signal handler has discarded it
                 entry.leave()
                 self._picks[only_small] += 1
                 return Picked(item, entry.small, self._is_overtaking(entry))
 
     def take_quickly(self, *, only_small: bool, unestimated: bool) -> Picked[T] | None:
         """
-        Take the next without an appraisal, while all that ran was quick; None if none may go.
+        Remove and return the next item without estimating any; None if none may go like that.
 
-        `unestimated` tells whether it may be one of which nothing is known.
+        That is for a row of quick items. With `unestimated` the item may be one without an
+        estimate.
         """
         if not self.is_quick:
             return None
@@ -261,21 +267,25 @@ class FairQueue(Generic[T]):
         return Picked(item, small=False, overtook=False)
 
     def discard(self, item: T) -> None:
-        """Let `item` go, wherever it stands; what is not here stays not here."""
+        """Remove `item`, if it is here."""
         if self._unestimated.pop(item, None) is None:
             entry = self._entries.pop(item, None)
             if entry is not None:
                 entry.leave()
 
     def note_ended(self, seconds: float, *, overtook: bool, completed: bool = True) -> None:
-        """Note that a turn is over, and what it took; not `completed`, it tells of no other."""
+        """
+        Note that an item ran for `seconds`, and whether it `overtook` others.
+
+        One that was quick only because it was not `completed` says nothing of the next.
+        """
         if completed or seconds > QUICK:
             self._quick_streak = self._quick_streak + 1 if seconds <= QUICK else 0
         if overtook:
             self._overtaken += max(_LEAST_WORK, seconds)
 
     def clear(self) -> None:
-        """Let everybody go."""
+        """Remove all items."""
         for entry in list(self._entries.values()):
             entry.leave()
         self._entries.clear()

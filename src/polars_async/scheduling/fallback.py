@@ -1,4 +1,4 @@
-"""The way from the GPU engine to the in-memory engine, for a query that the first could not run."""
+"""The fallback of a query from the GPU engine to the in-memory engine."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ T = TypeVar("T")
 
 def fall_back(query: Query[T], operation: Operation[T] | None, admission: Admission) -> bool:
     """
-    Have `query`, which ran `operation` on the GPU, wait in `admission` for the in-memory engine.
+    Have `query`, which ran `operation` on the GPU, run again on the in-memory engine, if it may.
 
     Returns
     -------
     bool
-        False where nothing is to be run again: the GPU engine did not fail, what it raised is the
-        query's own error, or the query is not wanted any more.
+        Whether it now belongs to `admission`, and waits. False if there is nothing to run again:
+        the query succeeded, failed by an error of its own, was cancelled or timed out.
     """
     failure = query.error
     if operation is None or not isinstance(failure, GpuFailure):
@@ -41,7 +41,7 @@ def fall_back(query: Query[T], operation: Operation[T] | None, admission: Admiss
 
 
 def fallen_back(resolution: Resolution, failure: GpuFailure) -> Resolution:
-    """Say that the in-memory engine runs what the GPU engine could not."""
+    """Return the resolution of a query after its fallback."""
     asks = f"{ASKERS[resolution.source]} asks for the GPU engine"
     what_runs = " ".join(filter(None, (runs(IN_MEMORY.name), failure.share)))
     return replace(

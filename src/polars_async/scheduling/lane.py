@@ -1,4 +1,4 @@
-"""A lane: slots, the line before them, and the threads behind them."""
+"""A lane: the slots, the queue before them, and the worker threads behind them."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from polars_async.executors.threads import IN_PROCESS, ThreadPool, named_thread
 from polars_async.gpu.offload import check_outside
 from polars_async.scheduling import shutdown
 from polars_async.scheduling.admission import Admission
+from polars_async.scheduling.counts import State
 from polars_async.scheduling.fallback import fall_back
 from polars_async.scheduling.open_streams import MAX_STREAMS, OpenStreams
-from polars_async.scheduling.query import State
 
 if TYPE_CHECKING:
     from _thread import LockType
@@ -37,29 +37,29 @@ if TYPE_CHECKING:
 
 
 _MOST_TOGETHER: Final = 256
-"""So many newcomers a thread appraises at once; after that it takes whom it has, be it long."""
+"""The most queries that a thread estimates in one pass; then it starts the best of those, even a
+large one."""
 _MOMENT: Final = 0.002
-"""Seconds that it does so at most: fewer at once, where their plans are slow to look at."""
+"""Seconds that a pass takes at most: it estimates fewer queries if their plans are slow to read."""
 
 _lanes: Final[WeakSet[Lane]] = WeakSet()
 
 
 class Lane:
     """
-    Where the queries of one kind go: those for the CPU, or those for the GPU.
+    The way of the queries of one kind: those for the CPU, or those for the GPU.
 
-    They run in its `executor`, but for those whose engine is the caller's own object: it may hold what
-    cannot be sent. With `tiny_here` those stay here, too, that are expected to be small, or to take
-    longer to be sent, and have no Python functions.
+    `executor` runs them, but for queries whose engine is an object of the caller's own: it may hold
+    what cannot be sent, so they run in this process. With `tiny_here`, so do queries without Python
+    functions that are estimated to be small, or to take longer to send than to run.
 
-    The lane of the GPU is `exclusive`: a query there has a whole GPU, and what a running one asks
-    for cannot run beside it. All its queries run on one thread, unless they run elsewhere. Its
-    `fallback` is that of the CPU, where queries go on that the GPU engine could not run.
+    The lane of the GPU is `exclusive`: a query there has a whole GPU, and a query that it submits
+    cannot run beside it. All of them run on one thread, unless an executor takes them elsewhere.
+    `fallback` is the lane of the CPU, where queries go on that the GPU engine could not run.
 
-    A thread that ends a query takes the next from the line itself, so queries that follow each
-    other need no hand-over; threads beyond those that are needed end. A
-    running lane is held by its threads alone, so that a collector nobody holds any more ends when
-    its queries have.
+    A thread that ends a query takes the next one from the queue itself, so queries in a row need no
+    hand-over between threads; threads in excess end. Only its threads hold a running lane, so the
+    threads of a collector that was dropped end with its last query.
     """
 
     __slots__ = (
@@ -85,7 +85,7 @@ class Lane:
         fallback: Lane | None = None,
         max_streams: int = MAX_STREAMS,
     ) -> None:
-        # Of one lock, so that a query is always in one of them, while it goes over.
+        # One lock for both, so that a query is in exactly one of them while it falls back.
         lock = fallback.admission.lock if fallback is not None else None
         both = fallback.admission.streams if fallback is not None else OpenStreams(max_streams)
         self.admission: Admission = Admission(
@@ -101,15 +101,20 @@ class Lane:
         shutdown.watch(self)
 
     def use(self, gpu: GpuStatus) -> None:
-        """Have as many slots as there are GPUs for queries to run on at once."""
+        """Have as many slots as there are GPUs that run queries at once."""
         if (slots := self.executor.prepare(gpu)) is not None:
             self.admission.max_running = slots
 
     def submit(self, query: Query[Any]) -> Slot | None:
         """
-        Run `query` at once where a slot is free, or else when its turn comes.
+        Admit `query`: it runs at once if a slot is free, or else waits in the queue.
 
-        Or return a slot in which the calling thread is to run it, by `run_here`.
+        Return None, or a slot in which the calling thread has to run it, by `run_here`.
+
+        Raises
+        ------
+        CollectorClosedError, QueueFullError
+            As `Admission.enter`; the query is REJECTED then.
         """
         exclusive = self.admission.exclusive
         if exclusive:
@@ -127,10 +132,11 @@ class Lane:
             if isinstance(admitted, BaseException):
                 raise admitted  # noqa: TRY301  # as one that comes from elsewhere
         except BaseException as error:
-            query.cancel()  # it was let in, and nobody will ever have its handle
-            if admission.waiters:  # it may have come in between
+            # A signal handler raised after the query was admitted: its caller never gets a handle.
+            query.cancel()
+            if admission.waiters:  # for the last query to end, which this one may have been
                 admission.wake_if_empty()
-            if query.reports and query.state is State.REFUSED:
+            if query.reports and query.state is State.REJECTED:
                 query.report(EventKind.REJECTED, error=error)
             raise
         else:
@@ -139,17 +145,17 @@ class Lane:
             admitted = None  # an error's traceback holds this frame
 
     def run_here(self, query: Query[Any], slot: Slot) -> None:
-        """Run `query`, on one of Polars' own threads that asks for it, in the slot of `submit`."""
+        """Run `query` on the thread that submitted it, one of Polars' own, in `slot`."""
         self._run(query, slot)
         if self.admission.closed:
             self._close_executor()
 
     def of(self, query: Query[Any]) -> Lane:
-        """Return the lane where `query`, which came to this one, is now."""
+        """Return the lane of `query`, which was submitted to this one and may have fallen back."""
         return self.fallback if self.fallback is not None and query.resolution.fell_back else self
 
     def pause(self, query: Query[Any]) -> LockType:
-        """Let others use the slot of `query`, whose thread then waits at the gate given."""
+        """Free the slot of `query` for others; return the gate at which its thread has to wait."""
         lane: Lane = self.of(query)
         with lane.admission.lock:
             gate = lane.admission.pause(query)
@@ -157,7 +163,7 @@ class Lane:
         return gate
 
     def close(self, *, cancel_waiting: bool, cancel_running: bool = False) -> None:
-        """Take no more queries, and let the threads end with the last of those here."""
+        """Reject further queries, and have the threads end with the last query."""
         admission = self.admission
         try:
             holding(admission.lock, self._refuse_new)
@@ -165,7 +171,7 @@ class Lane:
             if admission.closed:
                 self._threads.close()
             raise
-        # A stream may wait for its consumer, and that for ever.
+        # Running streams count as waiting: their consumers may never come back.
         running = admission.in_slots()
         waiting = [query for query in running if query.is_stream]
         waiting += admission.in_queue()
@@ -178,21 +184,21 @@ class Lane:
         self._threads.close()
 
     def reset_after_fork(self, error: BaseException) -> None:
-        """Start afresh in a forked child, which has neither the threads nor their queries."""
+        """Start afresh in a forked child, where the threads do not exist; fail all queries."""
         self._threads = ThreadPool(for_gpu=self.admission.exclusive)
         self.executor.reset_after_fork()
         for query in self.admission.reset():
-            query.lose(error)
+            query.fail_in_fork(error)
 
     def _admit(self, query: Query[Any]) -> Slot | BaseException | None:
         """
-        Let `query` in, with the lock held; or else leave all as it was, but for the count.
+        Admit `query`, with the lock held, or leave everything but the counts as it was.
 
-        Then it gives why, rather than raise that: a signal handler might raise while it is handled.
-        A slot that it gives is for the calling thread.
+        Return an inline slot for the calling thread, or None. Return the error of a query that is
+        rejected, rather than raise it: a signal handler might raise while it is handled.
         """
         admission = self.admission
-        # A signal handler may come in, and ask for a query of its own.
+        # A signal handler may come in and submit a query of its own, which reserves another slot.
         before, admission.reserved = admission.reserved, None
         try:
             admission.counts.downgraded += query.resolution.downgraded
@@ -201,8 +207,7 @@ class Lane:
                 self._start_thread(slot)
         except BaseException as error:  # noqa: BLE001  # full, closed, no thread to be had, or Ctrl-C
             admission.forget(query, admission.reserved)
-            admission.counts.rejected += 1
-            query.refuse()
+            query.set_rejected()
             return error
         finally:
             admission.reserved = before
@@ -215,16 +220,17 @@ class Lane:
         for slot in self.admission.idle_slots():
             try:
                 self._start_thread(slot)
-            except RuntimeError:  # no thread to be had: those that there are go on with the line
+            except RuntimeError:  # no thread to be had: the running ones go on with the queue
                 self.admission.give_back(slot)
 
     def _serve(self, slot: Slot) -> None:
-        # Under the lock: the thread that gave the slot is out of `_admit` then, if interrupted.
+        # `has` takes the lock, which `_admit` of the submitting thread holds until the slot is for
+        # sure. If that was interrupted, it has taken the slot back by now.
         goes_on = self.admission.has(slot)
         while goes_on:
             query = slot.query
             goes_on = self._fill(slot) if query is None else self._run(query, slot)
-            del query  # or it would live until the next has ended
+            del query  # or this frame would keep it alive until the next one has ended
         if self._threads.threads > self.admission.max_running:
             with self.admission.lock:
                 self._threads.shed(self.admission.threads_to_keep)
@@ -232,14 +238,14 @@ class Lane:
             self._close_executor()
 
     def _close_executor(self) -> None:
-        """Close the place, unless queries of the line still need it."""
+        """Close the executor, unless queries still need it."""
         if not self.admission.threads:
             self.executor.close()
 
     def _fill(self, slot: Slot) -> bool:
-        """Find a query for `slot`; False if there is none, and the slot was taken back."""
+        """Find a query for `slot`; return False if there is none and the slot was released."""
         admission = self.admission
-        together = 1  # since the first may be small already
+        together = 1  # since the first one may be small already
         was_slow = False
         while slot.query is None:
             if (seconds := admission.reserve_delay()) > 0:
@@ -250,7 +256,8 @@ class Lane:
                 return False
             together = min(2 * together, _MOST_TOGETHER)
             if len(estimated) > 1:
-                # Whoever looked at the line meanwhile did not see these, and gave its slot back.
+                # Threads that looked for a query meanwhile did not see these, which this one had
+                # taken out to estimate them, and released their slots.
                 with admission.lock:
                     self._use_idle_slots()
         return True
@@ -259,20 +266,20 @@ class Lane:
         self, at_most: int, *, was_slow: bool
     ) -> tuple[list[fair_queue.Entry[Query[Any]]], bool]:
         """
-        Look at some of those in the line, for no longer than a moment.
+        Estimate queries of the queue, for no longer than a moment; return whether that was slow.
 
-        Where the last look `was_slow`, the next is at the last in the line, which may be small, and
-        need not wait until all before it have been looked at. Gives whether this one was, too.
+        If the last one `was_slow`, begin with the last query of the queue: it may be small, and
+        need not wait until all slow ones before it have been estimated.
         """
         estimated: list[fair_queue.Entry[Query[Any]]] = []
         begun = perf_counter()
         while len(estimated) < at_most:
-            executor = self.admission.next_unestimated(from_behind=was_slow)
-            if executor is None:
+            entry = self.admission.next_unestimated(from_behind=was_slow)
+            if entry is None:
                 break
-            estimated.append(executor)
-            query = executor.item
-            if query is not None:  # it may leave at any time
+            estimated.append(entry)
+            query = entry.item
+            if query is not None:  # else it was cancelled just now
                 query.set_estimate(self._costs)
             if perf_counter() - begun > _MOMENT:
                 return estimated, not was_slow
@@ -280,7 +287,7 @@ class Lane:
         return estimated, False
 
     def _run(self, query: Query[Any], slot: Slot) -> bool:
-        """Run `query` in `slot`; False if nobody is next, and the slot was taken back."""
+        """Run `query` in `slot`; return False if no query is next and the slot was released."""
         executor = self._executor_of(query)
         operation = None if self.fallback is None else query.operation
         if query.label is None or slot.inline:  # Polars' own threads keep their names
@@ -292,49 +299,53 @@ class Lane:
             return self._hand_over(query, slot, self.fallback)
         if query.reports:
             query.report_engine()
-        # Done before it is gone: `close` trusts in that, and a fork may come in between. And gone
-        # before anybody wakes, who may ask at once for the slot.
+        # First the query is done, then its slot is free, in one hold of the lock. `close` waits for
+        # the queries in slots: with the slot free first, it could return before the result is
+        # there, and a fork in between would lose the query. The waiters are woken last: one that
+        # submits its next query at once finds the slot free, or given to the next in the queue.
         admission = self.admission
         with admission.lock:
             alone = slot.alone
-            waiters = query.end()
-            # To look at a large plan takes some ms. So that nobody waits for this thread meanwhile,
-            # but where it is none of ours, or that of the GPU, which has one:
+            waiters = query.set_finished()
+            # Estimating a large plan takes some ms. Another thread takes queries meanwhile, unless
+            # this is a thread of Polars, or the one of the GPU.
             away = query.is_worth_estimating and not self.admission.exclusive and not slot.inline
             kept = None if query.reports else self._release(slot, away=away)
         if kept is None:
-            # With the slot still taken, since the hook may ask for another query and wait for it:
-            # that would be handed to this very thread.
+            # With the slot still taken: a hook may submit another query and wait for it, and that
+            # would be handed to this very thread.
             query.report_end()
             with admission.lock:
                 kept = self._release(slot, away=away)
         wake(waiters)
-        if not query.settle():
-            self._look_back(query, alone=alone, away=away)
+        if not query.drop_inputs():
+            self._observe_cost(query, alone=alone, away=away)
         if admission.waiters:
             admission.wake_if_empty()
-        del query, operation, waiters  # as in Query.run
+        del query, operation, waiters  # the frames of an error's traceback may lead back here
         return kept
 
     def _release(self, slot: Slot, *, away: bool) -> bool:
-        """Take back `slot`, with the lock held; gives what `_run` does."""
+        """Release `slot`, with the lock held; return as `_run` does."""
         kept = self.admission.release(slot)
         if away:
-            # At once: a thread that has no slot, and is still counted on, may be let go by another.
+            # In the same hold of the lock: a thread without a slot counts as one in excess, and
+            # another thread that sheds these would end it.
             self._threads.step_out()
         return kept
 
     def _executor_of(self, query: Query[Any]) -> QueryExecutor:
         if type(query.resolution.engine) not in BUILT_IN_ENGINES:
             return self._here
-        return self._here if self._tiny_here and self._belongs_here(query) else self.executor
+        return self._here if self._tiny_here and self._stays_here(query) else self.executor
 
-    def _belongs_here(self, query: Query[Any]) -> bool:
+    def _stays_here(self, query: Query[Any]) -> bool:
         """
-        Return whether `query` is better off in this process, or can be nowhere else.
+        Return whether `query` is better off in this process, or cannot run elsewhere.
 
-        One with Python functions is not, however small it is: they may end the process. Where that
-        is not to be seen, its frames in memory would take long to be sent.
+        A query with Python functions goes elsewhere however small it is: they may end the process.
+        If the plan does not show whether it has any, it stays here if its frames in memory would
+        take long to send.
         """
         known = self._costs
         plans = [known.plan(frame) for frame in query.frames]
@@ -352,11 +363,12 @@ class Lane:
         )
 
     def _hand_over(self, query: Query[Any], slot: Slot, fallback: Lane) -> bool:
-        """Let `fallback` run what this lane could not; gives what `_run` does."""
+        """Have `fallback` run what the GPU engine could not; return as `_run` does."""
         admission = self.admission
         lost: Iterable[Waiter] | None = None
-        # In its slot until it is in the other lane, since `close` waits for one after the other,
-        # and a fork may come at any time.
+        # The query enters the other lane before it leaves its slot here, in one hold of the lock
+        # that both share. `close` waits for one lane after the other, and a fork may come at any
+        # time: out of both for a moment, the query would be missed by either.
         query.report_fall_back()
         with admission.lock:
             admission.counts.fell_back += 1
@@ -372,7 +384,7 @@ class Lane:
         return kept
 
     def _take_over(self, query: Query[Any]) -> Iterable[Waiter] | None:
-        """Let `query` wait here, with the lock held; gives whom to wake if it fails at that."""
+        """Admit `query`, with the lock held; return the waiters to wake if it failed at that."""
         admission = self.admission
         slot = admission.take_over(query)
         if slot is None:
@@ -380,17 +392,17 @@ class Lane:
         try:
             self._start_thread(slot)
         except RuntimeError as error:  # no thread to be had
-            if slot.query is None and admission.threads > 1:  # those that there are go on
+            if slot.query is None and admission.threads > 1:  # a running thread takes it later
                 admission.give_back(slot)
                 return None
             admission.forget(query, slot)
-            return query.fail(error)
+            return query.set_error(error)
         return None
 
-    def _look_back(self, query: Query[Any], *, alone: bool, away: bool) -> None:
-        """Learn from a query that ended, when nobody waits for it any more."""
+    def _observe_cost(self, query: Query[Any], *, alone: bool, away: bool) -> None:
+        """Update the cost model from a finished query, off the critical path."""
         admission = self.admission
-        corrected = query.after_end(self._costs, alone=alone)
+        corrected = query.observe_cost(self._costs, alone=alone)
         if away:
             with admission.lock:
                 self._threads.step_in()

@@ -1,4 +1,4 @@
-"""How many streams of batches are open, and how many may be: each holds a thread, or a worker."""
+"""The bound on open streams of batches: each holds a thread, or a worker process."""
 
 from __future__ import annotations
 
@@ -62,11 +62,11 @@ class OpenStreams:
         self._of_process.add(query)
 
     def discard(self, query: Query[Any]) -> None:
-        """Count `query` no more."""
+        """Remove `query`, if it is counted."""
         self._open.discard(query)
         self._of_process.discard(query)
 
     def clear(self) -> None:
-        """Count none; for a forked child, which has none of the threads."""
+        """Remove all, in a forked child: it does not have their threads."""
         self._open.clear()
         self._of_process.clear()

@@ -1,4 +1,4 @@
-"""What a query gave: its value, or what it raised."""
+"""The outcome of a query: the value that it returned, or the error that it raised."""
 
 from __future__ import annotations
 

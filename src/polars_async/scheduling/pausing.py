@@ -22,7 +22,7 @@ class PausableQuery:
         self._query = query
 
     def paused(self) -> AbstractContextManager[None]:
-        """Count the time in here as no work."""
+        """Return a context whose time does not count as run time."""
         return self._query.paused()
 
     def pause(self) -> LockType:
@@ -34,9 +34,9 @@ class PausableQuery:
         self._lane.of(self._query).admission.resume(self._query)
 
     def let_end(self) -> None:
-        """Have the query, if it is paused, go on without a slot: nothing is left but its end."""
+        """Have the query, if it is paused, go on without a slot: only its end is left to run."""
         self._lane.of(self._query).admission.let_end(self._query)
 
     def nest(self) -> None:
-        """Note that a running query reads, which needs this one to go on without a slot."""
+        """Mark the query as one that a running query reads: it then needs no slot to go on."""
         self._query.is_nested = True

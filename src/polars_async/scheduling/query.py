@@ -1,8 +1,7 @@
-"""A query on its way: its state, its outcome, and who waits for it."""
+"""A query from its submission to its outcome: its state, its waiters and its events."""
 
 from __future__ import annotations
 
-import enum
 from contextlib import suppress
 from contextvars import copy_context
 from functools import partial
@@ -16,6 +15,7 @@ from polars_async.bridges.waiting import persist, wake
 from polars_async.errors import QueryTimeoutError
 from polars_async.events import EventKind, QueryEvent, notify_observers, rows_of
 from polars_async.executors.operations import Batches
+from polars_async.scheduling.counts import State
 from polars_async.scheduling.fair_queue import SMALL
 from polars_async.scheduling.outcome import Outcome
 from polars_async.scheduling.times import Times
@@ -42,24 +42,13 @@ _ids: Final = count(1)
 _WORTH_ESTIMATING: Final = 0.01
 
 
-class State(enum.Enum):
-    """Where a query is; all but the first two are final."""
-
-    WAITING = enum.auto()
-    RUNNING = enum.auto()
-    ENDED = enum.auto()
-    CANCELLED = enum.auto()
-    TIMED_OUT = enum.auto()
-    REFUSED = enum.auto()
-
-
 class Owner(NamedTuple):
     """What a query knows of the admission that it is in."""
 
     lock: RLock
     """Guards the state and the waiters of its queries."""
     counts: Counts
-    """Change together with the state of a query."""
+    """Changed together with the state of a query."""
     leave_queue: Callable[[Query[Any]], None]
     """Called with the lock held when a query is cancelled or timed out before it has a slot."""
 
@@ -68,30 +57,30 @@ class Query(Generic[T]):
     """
     One query of a collector.
 
-    State and waiters change under the lock of the query's admission, so that of an end, a
-    cancellation, a time-out and a new waiter one is always first. A final state never changes
-    again, and is read without the lock.
+    State and waiters change under the lock of the query's admission, so that an end, a
+    cancellation, a time-out and a new waiter have an order. A final state is set by `_settle`
+    alone, never changes again, and may be read without the lock.
 
-    A signal handler may raise at any step of a thread that asks, waits or cancels. So the state
-    changes in one line, together with its count, and what follows from it is done again if it was
-    interrupted.
+    A signal handler may raise at any step of a thread that submits, waits or cancels. So a final
+    state is set together with its count in one statement, and all that follows from a cancellation
+    may be done twice, and is done again if it was interrupted.
     """
 
     __slots__ = (
         "__weakref__",
         "_announcing",
+        "_canceller",
         "_counts",
         "_deadline",
-        "_late",
         "_leave_queue",
-        "_let_go_by",
         "_operation",
         "_outcome",
+        "_owes_event",
         "_reporter",
         "_stop",
         "_stop_is_sure",
         "_timeout",
-        "_untold",
+        "_timeout_error",
         "_waiters",
         "call_site",
         "context",
@@ -132,7 +121,7 @@ class Query(Generic[T]):
         self.runs_engine = operation.runs_engine
         self.is_nested = False
         self.call_site: CallSite | None = None
-        """Where it was asked for, if it may go to another process."""
+        """The user's line that submitted the query, if it may go to another process."""
         self.times = Times()
         self.reports = reporter.listens
         self.delivery = delivery() if self.reports else None
@@ -146,10 +135,11 @@ class Query(Generic[T]):
         self._outcome: Outcome[T] = Outcome()
         self._waiters: dict[Waiter, None] = {}
         self._announcing = False
-        self._let_go_by = 0
-        """The thread that lets go of it, and has not done yet all that follows from that."""
-        self._untold = False
-        self._late: QueryTimeoutError | None = None
+        self._canceller = 0
+        """The thread that has cancelled the query, until it has done all that follows from that."""
+        self._owes_event = False
+        """Whether that thread still has to emit the event of the cancellation or time-out."""
+        self._timeout_error: QueryTimeoutError | None = None
         self._timeout = 0.0
         self._deadline: Deadline | None = None
 
@@ -159,37 +149,37 @@ class Query(Generic[T]):
         return self.state is not State.RUNNING and self.state is not State.WAITING
 
     @property
-    def completed(self) -> bool:
-        """Whether it came to its result: else it would have taken longer."""
-        return self.state is State.ENDED and self._outcome.error is None
+    def is_cancelled(self) -> bool:
+        """Whether the query was cancelled or timed out, though it may run still."""
+        return self.state is State.CANCELLED or self.state is State.TIMED_OUT
 
     @property
     def named(self) -> str:
-        """What to call it in the middle of a sentence."""
+        """The name of the query for the middle of a sentence."""
         return "the query" if self.label is None else f"the query {self.label!r}"
 
     @property
     def is_small(self) -> bool:
-        """Whether it is expected to be small, once it was appraised."""
+        """Whether the query has an estimate, and counts as small by it."""
         return self.estimate is not None and self.estimate.seconds <= SMALL
 
     @property
     def goes_as_small(self) -> bool:
-        """Whether it may have a slot that is kept for small ones: its caller knows better."""
+        """Whether the query counts as small. A priority of the caller overrides the estimate."""
         return self.priority > 0 or (self.priority == 0 and self.is_small)
 
     def expire_in(self, seconds: float) -> None:
         """Have the query time out, unless it is done before."""
         self._timeout = seconds
         self._deadline = set_deadline(seconds, self)
-        if self.done:  # it was, before there was a deadline that it could lift
+        if self.done:  # since before there was a deadline to cancel
             self._deadline.cancel()
 
-    def start(self) -> float | None:
+    def set_running(self) -> float | None:
         """
-        Note, with the lock held, that it has a slot now; gives how long it waited for it.
+        Set the state to RUNNING, with the lock held; return the seconds spent in the queue.
 
-        Or None: somebody who interrupted this thread has cancelled it on the way.
+        Return None if a signal handler on this thread has cancelled the query in between.
         """
         if self.state is not State.WAITING:
             return None
@@ -197,35 +187,38 @@ class Query(Generic[T]):
         return self.times.start()
 
     def paused(self) -> AbstractContextManager[None]:
-        """Count the time in here as no work."""
+        """Return a context whose time does not count as run time."""
         return self.times.paused()
 
-    def refuse(self) -> None:
-        """Note that it was not let in, and so never waited."""
-        self.state = State.REFUSED
-        self.times.refuse()
+    def set_rejected(self) -> None:
+        """Make the query REJECTED, unless it is done: it was not admitted, and never waited."""
+        self.times.reject()
+        self._settle(State.REJECTED)
 
     def set_estimate(self, costs: CostModel) -> None:
-        """Find out what is to be expected of it; never raises."""
+        """Estimate the cost of the query, unless it has an estimate; never raise."""
         if self.estimate is None:
             self.estimate = costs.of(self.frames, self.resolution.name)
 
     @property
     def operation(self) -> Operation[T] | None:
-        """What it is to do; None once it does that."""
+        """The operation that the query still has to run; None once it runs."""
         return self._operation
 
     def run(self, run: Callable[[Operation[T], Query[T]], T]) -> None:
-        """Do its operation by `run` and keep its outcome, which `end` then makes final."""
+        """Run the operation by `run` and keep its outcome, which `set_finished` makes final."""
         if self.reports:
             self._announce(EventKind.STARTED)
         operation, self._operation = self._operation, None
-        if operation is None or self.state is not State.RUNNING:  # it was let go on the way
+        if (
+            operation is None or self.state is not State.RUNNING
+        ):  # cancelled or timed out since it has its slot
             return
         try:
             self._outcome.value = run(operation, self)
         except BaseException as error:  # noqa: BLE001  # a panic and SystemExit are outcomes too
-            # Without this frame, which holds the query that holds the error, and that of `run`.
+            # Without this frame, which holds the query that holds the error, and without that of
+            # `run`.
             here = error.__traceback__ and error.__traceback__.tb_next
             self._outcome.fail(error, here and here.tb_next)
             del here
@@ -236,9 +229,10 @@ class Query(Generic[T]):
 
     def on_cancel(self, stop: Callable[[], object] | None, *, for_sure: bool = True) -> bool:
         """
-        Have `stop` called if somebody lets go of it while it runs; False if it is done.
+        Have `stop` called when the query is cancelled or times out while it runs.
 
-        `for_sure` tells whether that will stop it.
+        `for_sure` says whether `stop` really ends it, which the error of a time-out tells. Return
+        False if the query is done already; `stop` is not called then.
         """
         with self.lock:
             self._stop = stop
@@ -247,7 +241,7 @@ class Query(Generic[T]):
 
     @property
     def error(self) -> BaseException | None:
-        """What it raised when it ran."""
+        """What the query raised when it ran."""
         return self._outcome.error
 
     def requeue(
@@ -257,9 +251,10 @@ class Query(Generic[T]):
         owner: Owner,
     ) -> bool:
         """
-        Wait again, for another operation in its place; False if it is not wanted any more.
+        Have the query wait again, to run `operation` instead; return False if it is done.
 
-        What it has raised is dropped. The lock stays, so that it is in one admission at any time.
+        What it raised is dropped. `owner` has the same lock as the owner before, so that the query
+        is in one admission at any time.
         """
         with self.lock:
             self._outcome.drop()
@@ -276,7 +271,7 @@ class Query(Generic[T]):
     def report(
         self, kind: EventKind, *, result: object = None, error: BaseException | None = None
     ) -> None:
-        """Report what happened, with no lock held."""
+        """Emit the event `kind`, with no lock held, since hooks and log handlers run."""
         if not self._reporter.wants(kind):
             return
         event = QueryEvent(
@@ -296,35 +291,30 @@ class Query(Generic[T]):
             self.delivery.post(partial(self._reporter, event))
 
     def report_fall_back(self) -> None:
-        """Tell that the GPU engine has failed, and why."""
+        """Emit FELL_BACK: the GPU engine failed, and another engine runs the query."""
         self._announce(EventKind.FELL_BACK, self.resolution.cause)
 
     def report_engine(self) -> None:
-        """Tell which engine has run it, before it is done: whoever sees that finds it told."""
+        """Tell observers which engine ran the query, before a waiter can see that it is done."""
         if self.state is State.RUNNING and self.runs_engine:
             notify_observers(self.resolution)
 
-    def fail(self, error: BaseException) -> Iterable[Waiter]:
-        """End with an error of our own, with the lock held; gives whom to wake."""
+    def set_error(self, error: BaseException) -> Iterable[Waiter]:
+        """Make an error of the library the outcome; with the lock held. Return waiters to wake."""
         self._operation = None
         self._outcome.fail(error)
-        return self.end()
+        return self.set_finished()
 
-    def end(self) -> Iterable[Waiter]:
+    def set_finished(self) -> Iterable[Waiter]:
         """
-        Make the outcome final, unless it was let go before; gives whom to wake.
+        Make the outcome of `run` final, with the lock held; return the waiters to wake.
 
-        With the lock held.
+        A query that was cancelled or timed out while it ran keeps that state: its waiters have been
+        woken, and only its run time is complete now.
         """
         self.times.end()
-        if self.state is not State.RUNNING and self.state is not State.WAITING:
+        if not self._settle(State.COMPLETED if self._outcome.error is None else State.FAILED):
             return ()
-        self.state = State.ENDED
-        counts = self._counts
-        if self._outcome.error is None:
-            counts.completed += 1
-        else:
-            counts.failed += 1
         if self._deadline is not None:
             self._deadline.cancel()
         waiters, self._waiters = self._waiters, {}
@@ -332,16 +322,16 @@ class Query(Generic[T]):
 
     @property
     def is_worth_estimating(self) -> bool:
-        """Whether to find out what it was takes little of the time that it took."""
+        """Whether estimating its cost is cheap compared with its run time."""
         return (
             self.estimate is None
             and bool(self.frames)
             and (self.times.run_seconds or 0.0) >= _WORTH_ESTIMATING
         )
 
-    def settle(self) -> bool:
-        """Drop what nobody needs now; False where its end still has to be looked into."""
-        if self.state is not State.ENDED or self.estimate is not None:
+    def drop_inputs(self) -> bool:
+        """Drop the frames of a query that is done; return False if `observe_cost` needs them."""
+        if self.is_cancelled or self.estimate is not None:
             return False
         times = self.times
         if times.started is None or times.ended is None:
@@ -352,22 +342,22 @@ class Query(Generic[T]):
         return True
 
     def report_end(self) -> None:
-        """Tell what came of it, unless it was let go, which was told then."""
-        if not self.reports or self.state is not State.ENDED:
+        """Emit FINISHED or FAILED; the event of a cancellation or time-out was emitted by then."""
+        if not self.reports:
             return
-        if self._outcome.error is None:
+        if self.state is State.COMPLETED:
             self.report(EventKind.FINISHED, result=self._outcome.value)
-        else:
+        elif self.state is State.FAILED:
             self.report(EventKind.FAILED, error=self._outcome.error)
 
-    def after_end(self, costs: CostModel, *, alone: bool) -> Estimate | None:
+    def observe_cost(self, costs: CostModel, *, alone: bool) -> Estimate | None:
         """
-        Do what nobody has to wait for: drop what is not wanted, and learn from what it took.
+        Update `costs` by the run time, and drop the inputs; return a corrected estimate, if any.
 
-        Gives what is now to be expected of its kind, if that was not known before.
+        It is off the critical path: the waiters have been woken. `alone` says that no other query
+        ran meanwhile.
         """
-        completed = self.completed  # while it still has its error
-        if self.state is not State.ENDED:
+        if self.is_cancelled:
             self._outcome.drop()
         if self.is_worth_estimating:
             self.set_estimate(costs)
@@ -375,60 +365,88 @@ class Query(Generic[T]):
         seconds = self.times.run_seconds
         if self.estimate is None or seconds is None:
             return None
+        completed = self.state is State.COMPLETED  # else it would have taken longer
         return costs.observe(self.estimate, seconds, alone=alone, completed=completed)
 
-    def lose(self, error: BaseException) -> None:
-        """End a query whose thread stayed behind in a fork, with an error of our own."""
+    def fail_in_fork(self, error: BaseException) -> None:
+        """End the query with `error` in a forked child, which does not have its thread."""
         with self.lock:
-            waiters = self.fail(error)
+            waiters = self.set_error(error)
         wake([waiter for waiter in waiters if waiter.survives_fork])
 
     def cancel(self) -> bool:
-        """Take the query out of the line, or let go of a running one; False if it had ended."""
-        return self._let_go(State.CANCELLED)
+        """Cancel the query, whether it waits or runs; return False if it is done already."""
+        return self._change(self._cancel, State.CANCELLED)
 
     def expire(self) -> None:
-        """Let go of a query that is late."""
-        self._let_go(State.TIMED_OUT)
+        """Have the query time out; called on the timer's thread."""
+        self._change(self._cancel, State.TIMED_OUT)
 
     def add_waiter(self, waiter: Waiter) -> bool:
-        """Have `waiter` woken at the end; False if that has come already."""
+        """Have `waiter` woken when the query is done; return False if it is done already."""
         return holding(self.lock, self._add_waiter, waiter)
 
     def remove_waiter(self, waiter: Waiter, *, last_cancels: bool) -> bool:
-        """Stop waiting, and maybe let the query go with its last waiter; False if it had ended."""
+        """
+        Remove `waiter`; return False if the query is done already.
+
+        With `last_cancels`, removing the last waiter cancels the query.
+        """
         return self._change(self._remove_waiter, waiter, last_cancels)
 
     def outcome(self, cancelled: type[BaseException]) -> T:
-        """Give the result of a query that is done, or raise its error."""
+        """Return the result of a query that is done, or raise its error."""
         if self.delivery is not None:
             self.delivery.catch_up()
         if self.state is State.CANCELLED:
             raise cancelled(f"{self.named} was cancelled")
         try:
-            if self._late is not None:
-                raise self._late.with_traceback(None)
+            if self._timeout_error is not None:
+                raise self._timeout_error.with_traceback(None)
             return self._outcome.take()
         finally:
             del self  # the frame that the traceback now holds, which else held the error
 
     def wakes(self, waiters: Iterable[Waiter]) -> None:
-        """Wake `waiters`, too, together with its own; with the lock held."""
+        """Wake `waiters` together with those of the query; with the lock held."""
         self._waiters.update(dict.fromkeys(waiters))
 
-    def _let_go(self, state: State) -> bool:
-        return self._change(self._end_as, state)
+    def _settle(
+        self,
+        state: State,
+        *,
+        thread: int = 0,
+        owes_event: bool = False,
+        error: QueryTimeoutError | None = None,
+    ) -> bool:
+        """
+        Make `state` final and count it, with the lock held; return False if one is final already.
+
+        Every query comes through here once, whichever of its worker thread, a canceller, the timer
+        and the admission is first.
+        """
+        counts = self._counts.by_state
+        # From this check to the stores nothing is called and no line begins: a signal handler,
+        # which may cancel this very query or raise, comes in at a call, and a tracing hook at a
+        # line. In between, the query would be settled and counted twice, or half.
+        if self.state is not State.RUNNING and self.state is not State.WAITING:
+            return False
+        new = (error, thread, owes_event, counts[state] + 1, state)
+        self._timeout_error, self._canceller, self._owes_event, counts[state], self.state = new
+        return True
 
     def _change(self, change: Callable[..., bool], *arguments: object) -> bool:
-        """Make a `change` that may let go of it; gives what that gives."""
+        """Make a `change` that may cancel the query, and all that follows; return its result."""
         try:
             changed = holding(self.lock, change, *arguments)
-            if self._let_go_by == get_ident():
-                self._finish_letting_go()
+            if self._canceller == get_ident():
+                self._after_cancel()
         except BaseException:  # out of a signal handler, or a hook
-            if self.done and self._let_go_by == get_ident():
+            # The state may be set, and what follows not be done, or half. No other thread will: it
+            # finds the query done. So this one does it, from the start, before it raises.
+            if self.done and self._canceller == get_ident():
                 holding(self.lock, self._leave)
-                self._finish_letting_go()
+                self._after_cancel()
             raise
         return changed
 
@@ -443,72 +461,73 @@ class Query(Generic[T]):
             return False
         self._waiters.pop(waiter, None)
         if last_cancels and not self._waiters:
-            # Still with the lock, so that nobody comes to wait for what is about to be let go.
-            self._end_as(State.CANCELLED)
+            # In the same hold of the lock: a waiter that came in between would be cancelled, too.
+            self._cancel(State.CANCELLED)
         return True
 
-    def _end_as(self, state: State) -> bool:
-        """With the lock held, let it go; False if it had ended."""
+    def _cancel(self, state: State) -> bool:
+        """Settle a query that waits or runs as CANCELLED or TIMED_OUT, with the lock held."""
         if self.done:
             return False
-        ended = self.times.now() if self.state is State.WAITING else None
-        late = None if state is State.CANCELLED else self._timeout_error()
-        tells = self.reports and not self._announcing
-        counts, times = self._counts, self.times
-        self._let_go_by = get_ident()
-        # The stores are on one line, which no exception can part.
-        if late is None:
-            self.state, counts.cancelled, times.ended, self._untold = (
-                *(state, counts.cancelled + 1),
-                *(ended, tells),
-            )
-        else:
-            self._late, self.state, counts.timed_out, times.ended, self._untold = (
-                *(late, state, counts.timed_out + 1),
-                *(ended, tells),
-            )
-        self._leave()
-        return True
+        changed = self._settle(
+            state,
+            thread=get_ident(),
+            # While another thread announces an event, this one is left to it: see `_announce`.
+            owes_event=self.reports and not self._announcing,
+            error=self._new_timeout_error() if state is State.TIMED_OUT else None,
+        )
+        if changed:
+            self._leave()
+        return changed
 
     def _leave(self) -> None:
-        if self.times.started is None:
+        if self.times.started is None:  # else it really ends when it has stopped
+            self.times.end()
             self._leave_queue(self)
 
-    def _finish_letting_go(self) -> None:
-        """Do what follows, without the lock: it may be done again."""
+    def _after_cancel(self) -> None:
+        """Stop the query and wake its waiters, without the lock; may be done again."""
         if self.times.started is None:
             self._operation, self.frames = None, ()
         if self._deadline is not None:
             self._deadline.cancel()
         if self._stop is not None:
-            persist(self._stop, "a query that was let go could not be stopped")
-        if self._untold:
-            self._untold = False
-            self._tell_let_go()
+            persist(self._stop, "a query that was cancelled or timed out could not be stopped")
+        if self._owes_event:
+            self._owes_event = False
+            self._report_cancelled()
+        # Woken last: a waiter finds the query stopped, and its event emitted.
         wake(self._waiters)
         self._waiters = {}
-        self._let_go_by = 0
+        self._canceller = 0
 
     def _announce(self, kind: EventKind, error: BaseException | None = None) -> None:
-        """Tell what begins; whoever lets go of it meanwhile leaves it to this to tell that."""
+        """
+        Emit `kind`, unless the query is done.
+
+        If the query is cancelled or times out while the hook runs, that event is emitted afterwards
+        from here, so that events keep their order.
+        """
         with self.lock:
             if self.done:
                 return
             self._announcing = True
         self.report(kind, error=error)
         with self.lock:
+            # In one hold of the lock: a canceller either finds `_announcing` and leaves the event
+            # to this thread, or comes later and emits it itself.
             self._announcing = False
-            let_go = self.done
-        if let_go:
-            self._tell_let_go()
+            is_done = self.done
+        if is_done:
+            self._report_cancelled()
 
-    def _tell_let_go(self) -> None:
+    def _report_cancelled(self) -> None:
         if self.frames and self.runs_engine:  # without frames it was still in the queue
             notify_observers(self.resolution)
         kind = EventKind.CANCELLED if self.state is State.CANCELLED else EventKind.TIMED_OUT
-        self.report(kind, error=self._late)
+        self.report(kind, error=self._timeout_error)
 
-    def _timeout_error(self) -> QueryTimeoutError:
+    def _new_timeout_error(self) -> QueryTimeoutError:
         if self._stop is None:
             ends = (
                 " and ran for {ran}. Polars cannot stop it, so its slot is free when it really ends"
@@ -521,7 +540,7 @@ class Query(Generic[T]):
                 "with it all the same"
             )
         times = self.times
-        message = f"{self.named} was not done after {self._timeout:g} s: {times.told(ends)}"
+        message = f"{self.named} was not done after {self._timeout:g} s: {times.described(ends)}"
         return QueryTimeoutError(message, self._timeout, times.queue_seconds, times.run_seconds)
 
 

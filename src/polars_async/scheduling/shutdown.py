@@ -2,9 +2,9 @@
 The end of the program while queries run or wait: prompt, silent, with the program's own status.
 
 While the interpreter is taken down, it ends each thread that comes back to Python, by unwinding its
-stack. Where Rust had called the Python, that aborts the process. PyO3 knows, and holds threads that
-come from Rust, so that a query in the midst of Rust can be left behind. Not so one in a UDF: it has
-to leave it before.
+stack. If Rust had called the Python code, that aborts the process. PyO3 knows, and stops threads
+that come back from Rust, so a query that is in Rust can be left behind. A query in a Python
+function cannot: it has to leave that before.
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ if TYPE_CHECKING:
     from types import FrameType
 
 _PATIENCE: Final = 1.0
-"""Seconds that UDFs have to end; what blocks for longer will hardly come back during the exit."""
+"""Seconds that Python functions of queries have to end; longer ones hardly end during the exit."""
 _GRACE: Final = 0.1
-"""Seconds that queries in no UDF have: most are short, and the others are far from their end."""
+"""Seconds that other queries have: most are short, and the rest are far from their end."""
 _AGAIN: Final = 0.2
-"""Seconds that the ``finally`` of a UDF has, until it counts as one that goes on regardless."""
+"""Seconds that the ``finally`` of a function has, until SystemExit is thrown again."""
 _PAUSE: Final = 0.002
 
 _RUN: Final = Query.run.__code__
@@ -66,11 +66,11 @@ def watch(lane: _Lane) -> None:
     """
     Close `lane` when the program ends, and cancel its queries.
 
-    That comes after the functions that the program hands to `atexit` from now on, for which all is
-    as ever, and before those that it had handed over earlier: they find each query cancelled, and
-    each collector closed. Where the first collector is made in such a function, it comes after all
-    of them. Who already waits is told nothing: it is a thread that ends with the program, and would
-    have to say that its query was cancelled.
+    That happens after the functions that the program registers with `atexit` from now on, for which
+    all is as ever, and before those that it registered earlier: they find each query cancelled and
+    each collector closed. If the first collector is made in such a function, it happens after all
+    of them. Threads that already wait are not woken: they end with the program, and would only
+    complain that their query was cancelled.
     """
     _Process.lanes.add(lane)
     if not _Process.prepared and os.name == "posix":
@@ -82,9 +82,9 @@ def watch(lane: _Lane) -> None:
 
 class _AtExit:
     """
-    What `atexit` calls; or else lets go of, when all its functions have run.
+    Registered with `atexit`, which calls it, or else drops it when all its functions have run.
 
-    It never calls what it is handed by a function that it has called.
+    It never calls what was registered by a function that it called: hence `__del__`.
     """
 
     def __init__(self) -> None:
@@ -94,7 +94,7 @@ class _AtExit:
         _leave()
 
     def __del__(self) -> None:
-        # multiprocessing has its children let go of all that, and they go on.
+        # multiprocessing clears the functions of `atexit` in its children, which go on.
         if not _Process.exits and self._pid == os.getpid():
             _leave()
 
@@ -107,7 +107,7 @@ def _leave() -> None:
     lanes = list(_Process.lanes)
     for lane in lanes:
         lane.close(cancel_waiting=True)
-    with suppress(KeyboardInterrupt):  # from somebody who waits no longer
+    with suppress(KeyboardInterrupt):  # sent by a user who waits no longer
         _end_queries(lanes)
     end_looks(_PATIENCE)
     if _running(lanes):
@@ -122,7 +122,7 @@ def _running(lanes: list[_Lane]) -> bool:
 
 
 def _end_queries(lanes: list[_Lane]) -> None:
-    """Cancel what runs, and make UDFs raise SystemExit until they are gone, or time is up."""
+    """Cancel what runs, and throw SystemExit into Python functions until they end or time is up."""
     thrown_at: dict[FrameType, float] = {}
     begun = in_udf = monotonic()
     while _running(lanes) and (now := monotonic()) - begun < _PATIENCE and now - in_udf < _GRACE:
@@ -141,10 +141,10 @@ def _end_queries(lanes: list[_Lane]) -> None:
 
 def _threads_in_queries() -> Iterator[tuple[int, FrameType, FrameType]]:
     """
-    Find our workers and Polars' threads; gives the frame where each came in, and its last.
+    Yield our worker threads and Polars' threads, each with its frame of entry and its last frame.
 
-    What runs on Polars' threads may also be of a plain ``collect`` of the program, which nothing
-    tells, and which could abort the process as well.
+    A thread of Polars may also run a plain ``collect`` of the program, which looks the same, and
+    could abort the process as well.
     """
     for thread, top in sys._current_frames().items():  # noqa: SLF001  # pyright: ignore[reportPrivateUsage]
         if top is sys._getframe():  # noqa: SLF001  # pyright: ignore[reportPrivateUsage]
@@ -165,17 +165,17 @@ def _cancel(entrance: FrameType) -> None:
 
 
 def _throw_exit(thread: int) -> None:
-    """Have `thread` raise SystemExit in the next Python that it runs."""
+    """Have `thread` raise SystemExit at the next Python instruction that it runs."""
     exception = ctypes.py_object(SystemExit)
     ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread), exception)
 
 
 def _delay_abort() -> None:
     """
-    Let the program end before an abort does.
+    Have the program end before an abort does.
 
-    A UDF that would not end may come back to Python now, and that thread abort the process: it then
-    sleeps, for 6 seconds, which is the number of the signal.
+    A function that would not end may return to Python now, and its thread abort the process. The
+    handler of that signal sleeps instead, for 6 seconds: C calls it with the signal's number.
     """
     c = ctypes.pythonapi
     c.signal(signal.SIGABRT, ctypes.cast(c.sleep, ctypes.c_void_p))

@@ -1,4 +1,4 @@
-"""When a query came, ran and ended."""
+"""When a query was submitted, ran and ended."""
 
 from __future__ import annotations
 
@@ -34,49 +34,45 @@ class Times:
         self.started: float | None = None
         self.ended: float | None = None
         self.paused_seconds = 0.0
-        """How long it waited while it ran: for its consumer, for the GPU or for a worker."""
+        """How long it waited while it ran: for its consumer, the GPU or a worker process."""
         self.gpu_seconds: float | None = None
         """How long the GPU tried it in vain, before it was queued again."""
 
     @property
     def queue_seconds(self) -> float:
-        """How long it has waited, or waited, to run; what the GPU has tried in vain included."""
+        """Seconds from submission to start, or to now; includes a try of the GPU in vain."""
         return (self.started or self.ended or perf_counter()) - self._submitted
 
     @property
     def run_seconds(self) -> float | None:
-        """How long it has run, or ran, its pauses apart; None if it did not start."""
+        """Seconds of running so far or in all, without pauses; None if it did not start."""
         if self.started is None:
             return None
         until = self.ended or self._paused_since or perf_counter()
         return until - self.started - self.paused_seconds
 
     def start(self) -> float:
-        """Note that it has a slot now; return how long it waited for it."""
+        """Set the time of the start; return the seconds spent in the queue."""
         self.started = perf_counter()
         return self.started - (self._requeued or self._submitted)
 
-    def now(self) -> float:
-        """Return the time by the clock of all the others."""
-        return perf_counter()
-
     def end(self) -> None:
-        """Note that it really ended."""
+        """Set the time at which the query really ended."""
         self.ended = perf_counter()
 
-    def refuse(self) -> None:
-        """Note that it was not let in, and so never waited."""
+    def reject(self) -> None:
+        """Set the times of a query that was not admitted: it neither waited nor ran."""
         self.started, self.ended = None, self._submitted
 
     def requeue(self) -> None:
-        """Note that the GPU has tried it in vain, and that it waits again."""
+        """Keep what the GPU took in vain, and begin to wait again."""
         self.gpu_seconds = self.run_seconds
         self._requeued, self.started = perf_counter(), None
         self.paused_seconds = 0.0
 
     @contextmanager
     def paused(self) -> Generator[None]:
-        """Count the time in here as no work."""
+        """Return a context whose time does not count as run time."""
         begun = self._paused_since = perf_counter()
         try:
             yield
@@ -84,8 +80,8 @@ class Times:
             self._paused_since = None
             self.paused_seconds += perf_counter() - begun
 
-    def told(self, ends: str) -> str:
-        """Return where the time went, in words; `ends` tells what becomes of it if it runs."""
+    def described(self, ends: str) -> str:
+        """Return where the time went, in words; `ends` is what to say of a running query."""
         waited, ran, tried = self.queue_seconds, self.run_seconds, self.gpu_seconds
         words = f"it waited {waited:.3f} s for a slot"
         if tried is not None:
