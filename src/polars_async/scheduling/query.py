@@ -426,9 +426,9 @@ class Query(Generic[T]):
         and the admission is first.
         """
         counts = self._counts.by_state
-        # From this check to the stores nothing is called and no line begins: a signal handler,
-        # which may cancel this very query or raise, comes in at a call, and a tracing hook at a
-        # line. In between, the query would be settled and counted twice, or half.
+        # Nothing is called from this check to the stores: a signal handler comes in at a call, and
+        # may cancel this very query, which would then be settled and counted twice. The stores are
+        # on one line, since a tracing hook may raise at each: else it could be half settled.
         if self.state is not State.RUNNING and self.state is not State.WAITING:
             return False
         new = (error, thread, owes_event, counts[state] + 1, state)
