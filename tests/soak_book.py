@@ -12,7 +12,7 @@ from soak_queries import OwnFault
 
 import polars_async as pa
 from polars_async._runtime.unpatched import RLock
-from polars_async.scheduling.admission import stats_of
+from polars_async.scheduling.stats import stats_of
 
 STATES = {
     "ENDED": {"finished", "failed"},

@@ -41,13 +41,13 @@ from polars_async.resolution import (
     request_of,
     warn_of,
 )
-from polars_async.scheduling.admission import stats_of
 from polars_async.scheduling.estimates import CostModel, Estimate
 from polars_async.scheduling.fair_queue import PRIORITIES, large_at_once
 from polars_async.scheduling.lane import Lane
 from polars_async.scheduling.open_streams import MAX_STREAMS
 from polars_async.scheduling.pausing import PausableQuery
 from polars_async.scheduling.query import Query
+from polars_async.scheduling.stats import stats_of
 from polars_async.streams import Batches, Completions
 
 if TYPE_CHECKING:

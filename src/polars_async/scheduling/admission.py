@@ -11,7 +11,6 @@ from polars_async._runtime.nesting import in_query, on_thread_of_polars
 from polars_async._runtime.unpatched import allocate_lock, holding
 from polars_async.bridges.waiting import wake
 from polars_async.errors import CollectorClosedError, QueueFullError
-from polars_async.gpu.breaker import stats as health_of_gpus
 from polars_async.scheduling.counts import Counts, State
 from polars_async.scheduling.fair_queue import (
     FAIR_EVERY,
@@ -27,7 +26,6 @@ from polars_async.scheduling.query import Owner
 
 if TYPE_CHECKING:
     from _thread import LockType, RLock
-    from collections.abc import Sequence
 
     from polars_async.bridges.waiting import Waiter
     from polars_async.scheduling.estimates import Estimate
@@ -537,34 +535,3 @@ class Admission:
 def _open(slot: Slot) -> None:
     if slot.gate is not None and slot.gate.locked():
         slot.gate.release()
-
-
-def stats_of(cpu: Admission, gpus: Sequence[Admission]) -> dict[str, float]:
-    """Return the statistics of a collector, as `Collector.stats` explains them."""
-    found = holding(cpu.lock, _counted, cpu, gpus)  # the lock is that of all
-    found |= health_of_gpus()
-    found |= {"streams": len(cpu.streams), "max_streams": cpu.streams.most}
-    limit = inf if cpu.max_waiting is None else cpu.max_waiting
-    return {**found, "max_running": cpu.max_running, "max_waiting": limit}
-
-
-def _counted(cpu: Admission, gpus: Sequence[Admission]) -> dict[str, float]:
-    found: dict[str, float] = {"submitted": 0, "gpu_running": 0, "gpu_waiting": 0}
-    for admission in (cpu, *gpus):
-        running = admission.in_slots()
-        abandoned = sum(query.done for query in running)
-        now: dict[str, float] = {
-            "running": len(running),
-            "abandoned": abandoned,
-            "paused": admission.paused,
-            "waiting": admission.waiting,
-            **admission.counts.as_stats(),
-        }
-        for key, value in now.items():
-            found[key] = found.get(key, 0) + value
-        # Not counted by itself: a submission that is interrupted would have to take that back.
-        found["submitted"] += admission.counts.done + len(running) - abandoned + now["waiting"]
-        if admission is not cpu:
-            found["gpu_running"] += now["running"]
-            found["gpu_waiting"] += now["waiting"]
-    return found

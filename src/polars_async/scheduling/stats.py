@@ -1,0 +1,45 @@
+"""The statistics of a collector, over its admissions."""
+
+from __future__ import annotations
+
+from math import inf
+from typing import TYPE_CHECKING
+
+from polars_async._runtime.unpatched import holding
+from polars_async.gpu.breaker import stats as health_of_gpus
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from polars_async.scheduling.admission import Admission
+
+
+def stats_of(cpu: Admission, gpus: Sequence[Admission]) -> dict[str, float]:
+    """Return the statistics of a collector, as `Collector.stats` explains them."""
+    stats = holding(cpu.lock, _counted, cpu, gpus)  # all of them have that lock
+    stats |= health_of_gpus()
+    stats |= {"streams": len(cpu.streams), "max_streams": cpu.streams.most}
+    limit = inf if cpu.max_waiting is None else cpu.max_waiting
+    return {**stats, "max_running": cpu.max_running, "max_waiting": limit}
+
+
+def _counted(cpu: Admission, gpus: Sequence[Admission]) -> dict[str, float]:
+    total: dict[str, float] = {"submitted": 0, "gpu_running": 0, "gpu_waiting": 0}
+    for admission in (cpu, *gpus):
+        running = admission.in_slots()
+        abandoned = sum(query.done for query in running)
+        now: dict[str, float] = {
+            "running": len(running),
+            "abandoned": abandoned,
+            "paused": admission.paused,
+            "waiting": admission.waiting,
+            **admission.counts.as_stats(),
+        }
+        for key, value in now.items():
+            total[key] = total.get(key, 0) + value
+        # Not counted by itself: a submission that is interrupted would have to take that back.
+        total["submitted"] += admission.counts.done + len(running) - abandoned + now["waiting"]
+        if admission is not cpu:
+            total["gpu_running"] += now["running"]
+            total["gpu_waiting"] += now["waiting"]
+    return total
