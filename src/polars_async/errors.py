@@ -111,16 +111,12 @@ def signal_of(exitcode: int | None) -> Signals | None:
         return None
 
 
-def text_of(error: BaseException) -> str:
-    """
-    Give the text of an error in one line, or nothing where to ask for it raises another.
-
-    Some errors of cudf-polars carry others beside their text, which are left out.
-    """
+def describe(error: BaseException) -> str:
+    """Return the type and the text of an error, in one line; the type alone if it has no text."""
     try:
         text, arguments = str(error), error.args
         if len(arguments) > 1 and text == str(arguments):
-            text = str(arguments[0])
-    except Exception:  # noqa: BLE001  # of somebody else's making
-        return ""
-    return " ".join(text.split())
+            text = str(arguments[0])  # cudf-polars puts the errors it sums up beside their text
+    except Exception:  # noqa: BLE001  # the __str__ of any library or user
+        text = ""
+    return f"{type(error).__name__}: {' '.join(text.split())}".removesuffix(": ")

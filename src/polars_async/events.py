@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Final
 import polars as pl
 
 from polars_async._runtime.logs import complain, is_ctrl_c, log
-from polars_async.errors import text_of
+from polars_async.errors import describe
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -99,7 +99,7 @@ class QueryEvent:
         if self.rows is not None:
             parts.append(f"{self.rows} rows")
         if self.error is not None:
-            parts.append(f"{type(self.error).__name__}: {text_of(self.error)}")
+            parts.append(describe(self.error))
         return ", ".join(parts)
 
 
