@@ -3,6 +3,7 @@ from __future__ import annotations
 import asyncio
 import math
 import re
+import sys
 import threading
 import traceback
 from concurrent.futures import CancelledError, ThreadPoolExecutor
@@ -14,6 +15,7 @@ from places import IS_STOPPED, TINY, Notes
 from polars.exceptions import ColumnNotFoundError
 from polars.lazyframe.in_process import InProcessQuery
 
+from polars_async import Collector
 from polars_async.scheduling.query import Query
 
 pytestmark = pytest.mark.everywhere
@@ -392,3 +394,23 @@ def test_handle_tells_its_resolution(collector):
     handle = collector.collect_async(TINY, engine="streaming")
     assert handle.resolution.name == "streaming"
     assert isinstance(handle.resolution.engine, pl.StreamingEngine)
+
+
+# Without gevent
+
+
+def test_every_handle_can_be_waited_for_by_greenlets():
+    with Collector() as collector:
+        assert collector.collect_async(TINY).get(timeout=30).item() == 1
+
+
+def test_missing_gevent_is_named_with_its_remedy_before_anything_runs(monkeypatch):
+    monkeypatch.setitem(sys.modules, "gevent", None)
+    remedy = r"needs gevent: install it, or polars-async\[gevent\]$"
+    with Collector() as collector:
+        with pytest.raises(ImportError, match=rf"^gevent=True {remedy}") as caught:
+            collector.collect_async(TINY, gevent=True)
+        assert caught.value.name == "gevent"
+        assert collector.stats()["submitted"] == 0
+        with pytest.raises(ImportError, match=rf"^get\(\) {remedy}"):
+            collector.collect_async(TINY).get()

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal, overload
+from typing import TYPE_CHECKING
 
 from polars_async._runtime.fork import new_lock
-from polars_async.collector import DEFAULT_OPTIMIZATIONS, Collector
+from polars_async.collector import Collector
+from polars_async.options import DEFAULT_OPTIMIZATIONS
 from polars_async.resolution import (
     engine_object,
     request_of,
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 
     from polars_async.events import QueryEvent
     from polars_async.executors.factory import ExecutorRequest
-    from polars_async.handle import GeventHandle, QueryHandle
+    from polars_async.handle import QueryHandle
     from polars_async.resolution import EngineRequest, GpuPolicy
 
 
@@ -100,22 +101,6 @@ def default_collector() -> Collector:
     return _Default.collector
 
 
-@overload
-def collect_async(
-    lf: pl.LazyFrame,
-    *,
-    gevent: Literal[False] = ...,
-    engine: EngineRequest = ...,
-    optimizations: pl.QueryOptFlags = ...,
-) -> QueryHandle[pl.DataFrame]: ...
-@overload
-def collect_async(
-    lf: pl.LazyFrame,
-    *,
-    gevent: Literal[True],
-    engine: EngineRequest = ...,
-    optimizations: pl.QueryOptFlags = ...,
-) -> GeventHandle[pl.DataFrame]: ...
 def collect_async(
     lf: pl.LazyFrame,
     *,
@@ -173,27 +158,9 @@ def collect_async(
     _check_named(engine)
     collector = default_collector()
     warn_of_streaming(collector, engine)
-    if gevent:
-        return collector.collect_async(lf, gevent=True, engine=engine, optimizations=optimizations)
-    return collector.collect_async(lf, engine=engine, optimizations=optimizations)
+    return collector.collect_async(lf, engine=engine, optimizations=optimizations, gevent=gevent)
 
 
-@overload
-def collect_all_async(
-    lazy_frames: Iterable[pl.LazyFrame],
-    *,
-    gevent: Literal[False] = ...,
-    engine: EngineRequest = ...,
-    optimizations: pl.QueryOptFlags = ...,
-) -> QueryHandle[list[pl.DataFrame]]: ...
-@overload
-def collect_all_async(
-    lazy_frames: Iterable[pl.LazyFrame],
-    *,
-    gevent: Literal[True],
-    engine: EngineRequest = ...,
-    optimizations: pl.QueryOptFlags = ...,
-) -> GeventHandle[list[pl.DataFrame]]: ...
 def collect_all_async(
     lazy_frames: Iterable[pl.LazyFrame],
     *,
@@ -228,11 +195,9 @@ def collect_all_async(
     """
     _check_named(engine)
     collector = default_collector()
-    if gevent:
-        return collector.collect_all_async(
-            lazy_frames, gevent=True, engine=engine, optimizations=optimizations
-        )
-    return collector.collect_all_async(lazy_frames, engine=engine, optimizations=optimizations)
+    return collector.collect_all_async(
+        lazy_frames, engine=engine, optimizations=optimizations, gevent=gevent
+    )
 
 
 def warn_of_streaming(collector: Collector, engine: EngineRequest | None = None) -> None:

@@ -5,11 +5,7 @@ from __future__ import annotations
 import sys
 from concurrent.futures import Executor
 from functools import partial
-from importlib import import_module
-from math import nan
-from typing import TYPE_CHECKING, Any, Final, Literal, TypedDict, TypeVar, overload
-
-import polars as pl
+from typing import TYPE_CHECKING, Final, TypeVar
 
 from polars_async import bridges
 from polars_async._runtime import fork
@@ -32,7 +28,8 @@ from polars_async.executors.operations import Collect, CollectAll, Schema, Sink
 from polars_async.executors.threads import ThreadsExecutor
 from polars_async.gpu.breaker import key_of
 from polars_async.gpu.devices import named_device
-from polars_async.handle import BackgroundQuery, GeventHandle, QueryHandle
+from polars_async.handle import BackgroundQuery, QueryHandle
+from polars_async.options import DEFAULT_OPTIMIZATIONS, Options, check_limit
 from polars_async.resolution import (
     decide,
     engine_object,
@@ -43,7 +40,7 @@ from polars_async.resolution import (
 )
 from polars_async.scheduling.admission import stats_of
 from polars_async.scheduling.estimates import CostModel, Estimate
-from polars_async.scheduling.fair_queue import PRIORITIES, large_at_once
+from polars_async.scheduling.fair_queue import large_at_once
 from polars_async.scheduling.lane import Lane
 from polars_async.scheduling.open_streams import MAX_STREAMS
 from polars_async.scheduling.pausing import PausableQuery
@@ -53,7 +50,9 @@ from polars_async.streams import Batches, Completions
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
     from types import TracebackType
-    from typing import Self, Unpack
+    from typing import Self
+
+    import polars as pl
 
     from polars_async.events import QueryEvent
     from polars_async.executors.factory import ExecutorRequest
@@ -63,18 +62,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-DEFAULT_OPTIMIZATIONS: Final = pl.QueryOptFlags()
 _TINY: Final = Estimate(0.0, None)
-
-
-class QueryOptions(TypedDict, total=False):
-    """What every method that schedules queries takes; `Collector.collect_async` explains it."""
-
-    engine: EngineRequest | None
-    optimizations: pl.QueryOptFlags
-    timeout: float | None
-    priority: int
-    label: str | None
 
 
 class Collector:
@@ -145,10 +133,10 @@ class Collector:
         max_memory: int | None = None,
         on_event: Callable[[QueryEvent], object] | None = None,
     ) -> None:
-        _check_number("max_running", max_running, 1)
-        _check_number("max_waiting", max_waiting, 0)
-        _check_number("max_streams", max_streams, 1)
-        _check_number("max_memory", max_memory, 1)
+        check_limit("max_running", max_running, 1)
+        check_limit("max_waiting", max_waiting, 0)
+        check_limit("max_streams", max_streams, 1)
+        check_limit("max_memory", max_memory, 1)
         if on_event is not None and not callable(on_event):
             raise TypeError(f"on_event must be callable, got {on_event!r}")
         engine_object(engine)
@@ -185,14 +173,6 @@ class Collector:
         self._of_one_gpu: Final[dict[str | int, Lane]] = {}
         """The lanes of queries that name a GPU, where several work side by side."""
 
-    @overload
-    def collect_async(
-        self, lf: pl.LazyFrame, *, gevent: Literal[False] = ..., **options: Unpack[QueryOptions]
-    ) -> QueryHandle[pl.DataFrame]: ...
-    @overload
-    def collect_async(
-        self, lf: pl.LazyFrame, *, gevent: Literal[True], **options: Unpack[QueryOptions]
-    ) -> GeventHandle[pl.DataFrame]: ...
     def collect_async(
         self,
         lf: pl.LazyFrame,
@@ -249,34 +229,9 @@ class Collector:
         ForkedProcessError
             Polars cannot run in this process.
         """
-        handle = _gevent_handle() if gevent else QueryHandle
-        query = self._collect(
-            lf,
-            "async",
-            engine=engine,
-            optimizations=optimizations,
-            timeout=timeout,
-            priority=priority,
-            label=label,
-        )
-        return handle(query)
+        options = Options(engine, optimizations, timeout, priority, label, gevent=gevent)
+        return QueryHandle(self._collect(lf, "async", options))
 
-    @overload
-    def collect_all_async(
-        self,
-        lazy_frames: Iterable[pl.LazyFrame],
-        *,
-        gevent: Literal[False] = ...,
-        **options: Unpack[QueryOptions],
-    ) -> QueryHandle[list[pl.DataFrame]]: ...
-    @overload
-    def collect_all_async(
-        self,
-        lazy_frames: Iterable[pl.LazyFrame],
-        *,
-        gevent: Literal[True],
-        **options: Unpack[QueryOptions],
-    ) -> GeventHandle[list[pl.DataFrame]]: ...
     def collect_all_async(
         self,
         lazy_frames: Iterable[pl.LazyFrame],
@@ -314,17 +269,8 @@ class Collector:
         ValueError, EngineUnavailableError, QueueFullError, CollectorClosedError, ForkedProcessError
             As for `collect_async`.
         """
-        handle = _gevent_handle() if gevent else QueryHandle
-        query = self._collect_all(
-            lazy_frames,
-            "async",
-            engine=engine,
-            optimizations=optimizations,
-            timeout=timeout,
-            priority=priority,
-            label=label,
-        )
-        return handle(query)
+        options = Options(engine, optimizations, timeout, priority, label, gevent=gevent)
+        return QueryHandle(self._collect_all(lazy_frames, "async", options))
 
     def as_completed(
         self,
@@ -359,19 +305,11 @@ class Collector:
         ValueError, EngineUnavailableError, QueueFullError, CollectorClosedError, ForkedProcessError
             As for `collect_async`; the queries of this call are cancelled.
         """
+        options = Options(engine, optimizations, timeout, priority, label)
         queries: list[Query[pl.DataFrame]] = []
         try:
             for frame in checked_frames(lazy_frames):
-                query = self._collect(
-                    frame,
-                    "async",
-                    engine=engine,
-                    optimizations=optimizations,
-                    timeout=timeout,
-                    priority=priority,
-                    label=label,
-                )
-                queries.append(query)
+                queries.append(self._collect(frame, "async", options))  # noqa: PERF401  # they are cancelled if one raises
         except BaseException:
             for query in queries:
                 query.cancel()
@@ -428,22 +366,14 @@ class Collector:
         check_frame(lf)
         if chunk_size is not None and chunk_size < 1:
             raise ValueError(f"chunk_size must be 1 or more rows, got {chunk_size!r}")
-        resolution = self._resolved(engine, "batches", optimizations)
+        options = Options(engine, optimizations, timeout, priority, label)
+        resolution = self._resolved(options, "batches")
         buffer = Buffer()
         operation = operations.Batches(
             lf, resolution.engine, optimizations, buffer, chunk_size, maintain_order
         )
-        query = self._submit(operation, resolution, timeout, priority, label)
-        return Batches(query, buffer)
+        return Batches(self._submit(operation, resolution, options), buffer)
 
-    @overload
-    def sink_async(
-        self, sink: pl.LazyFrame, *, gevent: Literal[False] = ..., **options: Unpack[QueryOptions]
-    ) -> QueryHandle[None]: ...
-    @overload
-    def sink_async(
-        self, sink: pl.LazyFrame, *, gevent: Literal[True], **options: Unpack[QueryOptions]
-    ) -> GeventHandle[None]: ...
     def sink_async(
         self,
         sink: pl.LazyFrame,
@@ -489,31 +419,11 @@ class Collector:
                 "since it was not given lazy=True"
             )
         check_frame(sink)
-        handle = _gevent_handle() if gevent else QueryHandle
-        resolution = self._resolved(engine, "batches", optimizations)
+        options = Options(engine, optimizations, timeout, priority, label, gevent=gevent)
+        resolution = self._resolved(options, "batches")
         operation = Sink(sink, resolution.engine, optimizations)
-        return handle(self._submit(operation, resolution, timeout, priority, label))
+        return QueryHandle(self._submit(operation, resolution, options))
 
-    @overload
-    def collect_schema_async(
-        self,
-        lf: pl.LazyFrame,
-        *,
-        timeout: float | None = ...,
-        priority: int = ...,
-        label: str | None = ...,
-        gevent: Literal[False] = ...,
-    ) -> QueryHandle[pl.Schema]: ...
-    @overload
-    def collect_schema_async(
-        self,
-        lf: pl.LazyFrame,
-        *,
-        timeout: float | None = ...,
-        priority: int = ...,
-        label: str | None = ...,
-        gevent: Literal[True],
-    ) -> GeventHandle[pl.Schema]: ...
     def collect_schema_async(
         self,
         lf: pl.LazyFrame,
@@ -544,9 +454,11 @@ class Collector:
             As for `collect_async`.
         """
         check_frame(lf)
-        handle = _gevent_handle() if gevent else QueryHandle
-        resolution = self._resolved("in-memory", "async", DEFAULT_OPTIMIZATIONS)
-        return handle(self._submit(Schema(lf), resolution, timeout, priority, label))
+        options = Options(
+            "in-memory", DEFAULT_OPTIMIZATIONS, timeout, priority, label, gevent=gevent
+        )
+        resolution = self._resolved(options, "async")
+        return QueryHandle(self._submit(Schema(lf), resolution, options))
 
     def collect_background(
         self,
@@ -568,16 +480,8 @@ class Collector:
         BackgroundQuery
             With ``fetch()``, ``fetch_blocking()`` and ``cancel()``.
         """
-        query = self._collect(
-            lf,
-            "background",
-            engine=engine,
-            optimizations=optimizations,
-            timeout=timeout,
-            priority=priority,
-            label=label,
-        )
-        return BackgroundQuery(query)
+        options = Options(engine, optimizations, timeout, priority, label)
+        return BackgroundQuery(self._collect(lf, "background", options))
 
     def collect_all_background(
         self,
@@ -599,16 +503,8 @@ class Collector:
         BackgroundQuery
             As for `collect_background`; gives a list with a DataFrame for each frame.
         """
-        query = self._collect_all(
-            lazy_frames,
-            "background",
-            engine=engine,
-            optimizations=optimizations,
-            timeout=timeout,
-            priority=priority,
-            label=label,
-        )
-        return BackgroundQuery(query)
+        options = Options(engine, optimizations, timeout, priority, label)
+        return BackgroundQuery(self._collect_all(lazy_frames, "background", options))
 
     def resolve_engine(
         self,
@@ -743,43 +639,25 @@ class Collector:
     ) -> None:
         await self.aclose()
 
-    def _collect(
-        self,
-        lf: pl.LazyFrame,
-        path: QueryPath,
-        *,
-        engine: EngineRequest | None = None,
-        optimizations: pl.QueryOptFlags = DEFAULT_OPTIMIZATIONS,
-        timeout: float | None = None,
-        priority: int = 0,
-        label: str | None = None,
-    ) -> Query[pl.DataFrame]:
+    def _collect(self, lf: pl.LazyFrame, path: QueryPath, options: Options) -> Query[pl.DataFrame]:
         check_frame(lf)
-        resolution = self._resolved(engine, path, optimizations)
-        operation = Collect(lf, resolution.engine, optimizations)
-        return self._submit(operation, resolution, timeout, priority, label)
+        resolution = self._resolved(options, path)
+        operation = Collect(lf, resolution.engine, options.optimizations)
+        return self._submit(operation, resolution, options)
 
     def _collect_all(
-        self,
-        lazy_frames: Iterable[pl.LazyFrame],
-        path: QueryPath,
-        *,
-        engine: EngineRequest | None = None,
-        optimizations: pl.QueryOptFlags = DEFAULT_OPTIMIZATIONS,
-        timeout: float | None = None,
-        priority: int = 0,
-        label: str | None = None,
+        self, lazy_frames: Iterable[pl.LazyFrame], path: QueryPath, options: Options
     ) -> Query[list[pl.DataFrame]]:
         frames = checked_frames(lazy_frames)
-        resolution = self._resolved(engine, path, optimizations)
-        operation = CollectAll(frames, resolution.engine, optimizations)
-        return self._submit(operation, resolution, timeout, priority, label)
+        resolution = self._resolved(options, path)
+        operation = CollectAll(frames, resolution.engine, options.optimizations)
+        return self._submit(operation, resolution, options)
 
-    def _resolved(
-        self, engine: EngineRequest | None, path: QueryPath, optimizations: pl.QueryOptFlags
-    ) -> Resolution:
+    def _resolved(self, options: Options, path: QueryPath) -> Resolution:
         fork.check()
-        resolution = self.resolve_engine(engine, path=path, optimizations=optimizations)
+        resolution = self.resolve_engine(
+            options.engine, path=path, optimizations=options.optimizations
+        )
         warn_of(resolution)
         return resolution
 
@@ -811,30 +689,16 @@ class Collector:
         return lane
 
     def _submit(
-        self,
-        operation: Operation[T],
-        resolution: Resolution,
-        timeout: float | None,
-        priority: int,
-        label: str | None,
+        self, operation: Operation[T], resolution: Resolution, options: Options
     ) -> Query[T]:
-        if timeout is not None:
-            timeout = _seconds(timeout)
-        if priority != 0 and priority not in PRIORITIES:
-            lowest, highest = PRIORITIES[0], PRIORITIES[-1]
-            raise ValueError(
-                f"priority must be a whole number from {lowest} to {highest}, got {priority!r}"
-            )
-        if label is not None and not isinstance(label, str):
-            raise TypeError(f"label must be a string, or None, got {label!r}")
         lane = self._lane(resolution)
         query = Query(
             operation,
             resolution,
             self._reporter,
             lane.admission.owner,
-            priority=priority,
-            label=label,
+            priority=options.priority,
+            label=options.label,
             estimate=None if operation.runs_engine else _TINY,
         )
         if isinstance(operation, operations.Batches):
@@ -843,9 +707,9 @@ class Collector:
             query.call_site = call_site()
         here = lane.submit(query)
         try:
-            if timeout is not None:
+            if options.timeout is not None:
                 try:
-                    query.expire_in(timeout)
+                    query.expire_in(options.timeout)
                 except BaseException:  # no thread to be had for the clock, or Ctrl-C
                     query.cancel()
                     raise
@@ -858,31 +722,6 @@ class Collector:
 def _check_outside() -> None:
     if in_query():
         raise RuntimeError("inside a query this would wait for that very query: pass wait=False")
-
-
-def _check_number(name: str, number: object, least: int) -> None:
-    if number is not None and (not isinstance(number, int) or number < least):
-        raise ValueError(f"{name} must be a whole number, {least} or more, or None, got {number!r}")
-
-
-def _seconds(timeout: Any) -> float:
-    try:
-        seconds = nan if isinstance(timeout, str) else float(timeout)
-    except (TypeError, ValueError, OverflowError):
-        seconds = nan
-    if not seconds > 0:
-        raise ValueError(f"timeout must be more than 0 seconds, or None, got {timeout!r}")
-    return seconds
-
-
-def _gevent_handle() -> type[QueryHandle[Any]]:
-    try:
-        import_module("gevent")
-    except ModuleNotFoundError as error:
-        raise ImportError(
-            "gevent=True needs gevent: install it, or polars-async[gevent]", name=error.name
-        ) from error
-    return GeventHandle
 
 
 def _close_lanes(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Literal, overload
+from typing import TYPE_CHECKING, Any
 
 import polars as pl
 
@@ -77,34 +77,7 @@ class AsyncEngine(DeferringEngine):
         except EngineUnavailableError:
             return "gpu"  # a plan can be looked at where it cannot be run
 
-    @overload
-    def collect(
-        self,
-        lf: pl.LazyFrame,
-        *,
-        optimizations: pl.QueryOptFlags,
-        background: Literal[False] = ...,
-        post_opt_callback: Callable[..., Any] | None = ...,
-    ) -> pl.DataFrame: ...
-    @overload
-    def collect(
-        self,
-        lf: pl.LazyFrame,
-        *,
-        optimizations: pl.QueryOptFlags,
-        background: Literal[True],
-        post_opt_callback: Callable[..., Any] | None = ...,
-    ) -> BackgroundQuery[pl.DataFrame]: ...
-    @overload
-    def collect(
-        self,
-        lf: pl.LazyFrame,
-        *,
-        optimizations: pl.QueryOptFlags,
-        background: bool,
-        post_opt_callback: Callable[..., Any] | None = ...,
-    ) -> pl.DataFrame | BackgroundQuery[pl.DataFrame]: ...
-    def collect(
+    def collect(  # type: ignore[override]  # users call Polars' own functions, whose types hold
         self,
         lf: pl.LazyFrame,
         *,
@@ -134,9 +107,7 @@ class AsyncEngine(DeferringEngine):
     ) -> QueryHandle[pl.DataFrame]:
         """See ``LazyFrame.collect_async``; it runs on the collector."""
         warn_of_streaming(self.collector)
-        if gevent:
-            return self.collector.collect_async(lf, optimizations=optimizations, gevent=True)
-        return self.collector.collect_async(lf, optimizations=optimizations)
+        return self.collector.collect_async(lf, optimizations=optimizations, gevent=gevent)
 
     def collect_all_async(  # type: ignore[override]  # as above
         self,
@@ -146,9 +117,7 @@ class AsyncEngine(DeferringEngine):
         gevent: bool = False,
     ) -> QueryHandle[list[pl.DataFrame]]:
         """See ``polars.collect_all_async``; it runs on the collector."""
-        if gevent:
-            return self.collector.collect_all_async(lfs, optimizations=optimizations, gevent=True)
-        return self.collector.collect_all_async(lfs, optimizations=optimizations)
+        return self.collector.collect_all_async(lfs, optimizations=optimizations, gevent=gevent)
 
     def collect_batches(  # type: ignore[override]  # as above
         self, lf: pl.LazyFrame, *, optimizations: pl.QueryOptFlags, **options: Any

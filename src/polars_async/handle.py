@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from concurrent.futures import CancelledError
+from importlib import import_module
 from typing import TYPE_CHECKING, Generic, TypeVar
 
 from polars_async import bridges
@@ -113,12 +114,6 @@ class QueryHandle(Generic[T]):
         finally:
             del self, query  # as in __await__
 
-
-class GeventHandle(QueryHandle[T]):
-    """A handle for greenlets, as Polars' own ``collect_async(gevent=True)`` gives."""
-
-    __slots__ = ()
-
     def get(self, block: bool = True, timeout: float | None = None) -> T:  # noqa: FBT001, FBT002  # as Polars' own
         """
         Wait for the query, while other greenlets run.
@@ -141,6 +136,7 @@ class GeventHandle(QueryHandle[T]):
         BaseException
             Whatever the query raised, unchanged.
         """
+        check_gevent("get()")
         from gevent import Timeout  # noqa: PLC0415  # optional
 
         from polars_async.bridges.gevent import block_greenlet  # noqa: PLC0415  # as above
@@ -177,3 +173,20 @@ class BackgroundQuery(InProcessQuery, Generic[T]):
     def fetch_blocking(self) -> T:  # type: ignore[override]  # as above
         """Block the calling thread until there is a result; raises what the query raised."""
         return self._handle.result()
+
+
+def check_gevent(what: str) -> None:
+    """
+    Raise ImportError if gevent is not installed.
+
+    Parameters
+    ----------
+    what
+        What needs it, for the error.
+    """
+    try:
+        import_module("gevent")
+    except ModuleNotFoundError as error:
+        raise ImportError(
+            f"{what} needs gevent: install it, or polars-async[gevent]", name=error.name
+        ) from error
