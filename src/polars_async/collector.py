@@ -159,6 +159,7 @@ class Collector:
             tiny_here=executor == "auto",
             max_streams=max_streams or MAX_STREAMS,
         )
+        self._where: Final = executor if isinstance(executor, str) else type(executor).__name__
         self._elsewhere: Final = isinstance(executor, Executor)
         self._make_gpu_lane: Final = partial(
             Lane,
@@ -172,6 +173,13 @@ class Collector:
         self._gpus_in_workers: Final = executor in WITH_WORKERS
         self._of_one_gpu: Final[dict[str | int, Lane]] = {}
         """The lanes of queries that name a GPU, where several work side by side."""
+
+    def __repr__(self) -> str:
+        if not hasattr(self, "_of_one_gpu"):  # __init__ has raised, and a debugger looks at it
+            return "<Collector>"
+        stats = self.stats()
+        load = f"{stats['running']} running, {stats['waiting']} waiting"
+        return f"<Collector on {self._where}: {load}{', closed' if self.closed else ''}>"
 
     def collect_async(
         self,

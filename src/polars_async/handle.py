@@ -38,6 +38,9 @@ class QueryHandle(Generic[T]):
     def __init__(self, query: Query[T]) -> None:
         self._query = query
 
+    def __repr__(self) -> str:
+        return f"<QueryHandle: {summary(self._query)}>"
+
     @property
     def label(self) -> str | None:
         """What the caller named the query; None if nothing."""
@@ -160,7 +163,11 @@ class BackgroundQuery(InProcessQuery, Generic[T]):
     """
 
     def __init__(self, query: Query[T]) -> None:
+        self._query = query
         self._handle = QueryHandle(query)
+
+    def __repr__(self) -> str:
+        return f"<BackgroundQuery: {summary(self._query)}>"
 
     def cancel(self) -> None:
         """Let go of the query: what it gives or raises is dropped."""
@@ -173,6 +180,13 @@ class BackgroundQuery(InProcessQuery, Generic[T]):
     def fetch_blocking(self) -> T:  # type: ignore[override]  # as above
         """Block the calling thread until there is a result; raises what the query raised."""
         return self._handle.result()
+
+
+def summary(query: Query[Any]) -> str:
+    """Return the number, label, state and engine of a query in a few words."""
+    label = "" if query.label is None else f" {query.label!r}"
+    state = query.state.name.lower().replace("_", " ")
+    return f"query {query.id}{label}, {state}, {query.resolution.name} engine"
 
 
 def check_gevent(what: str) -> None:
