@@ -1,4 +1,4 @@
-"""What a caller asks for with a query, and how a collector is set up: checked where it is given."""
+"""The options of a query and the limits of a collector, and their checks."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ DEFAULT_OPTIMIZATIONS: Final = pl.QueryOptFlags()
 
 class Options:
     """
-    The keywords of the methods that schedule queries; `Collector.collect_async` explains them.
+    The checked options of a query, which never change; `Collector.collect_async` explains them.
 
     No dataclass: one is made for each query, and a frozen one takes three times as long.
 
@@ -29,7 +29,7 @@ class Options:
     ValueError
         `timeout` or `priority` is out of range.
     ImportError
-        `gevent` is asked for and not installed.
+        `gevent` is true, and gevent is not installed.
     """
 
     __slots__ = ("engine", "label", "optimizations", "priority", "timeout")
