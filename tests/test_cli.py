@@ -428,7 +428,7 @@ def broken(*_, **__):
 def test_unexpected_error_of_the_gpu_is_a_line(doctor, diagnosis, monkeypatch):
     monkeypatch.setattr(cli, "gpu_status", broken)
     report = diagnosis()
-    assert report["gpu"]["message"] == "asking about it failed (RuntimeError: it\nbroke)"
+    assert report["gpu"]["message"] == "asking about it failed (RuntimeError: it broke)"
     assert list(report["gpu"]) == KEYS["gpu"].split()
     assert report["problems"] == []
     _, printed = doctor()
@@ -450,7 +450,7 @@ def test_unexpected_error_of_cudf_polars_is_a_line(doctor, diagnosis, monkeypatc
 def test_unexpected_error_of_a_path_is_a_line_and_one_problem(doctor, diagnosis, monkeypatch):
     monkeypatch.setattr(resolution, "resolve_engine", broken)
     report = diagnosis()
-    assert report["problems"] == ["RuntimeError: it\nbroke"]
+    assert report["problems"] == ["RuntimeError: it broke"]
     status, printed = doctor()
     assert status == 2
     assert printed.endswith("\n\n1 problem:\n  1. RuntimeError: it broke\n")

@@ -48,3 +48,22 @@ def test_every_error_is_caught_by_the_base_and_none_by_that_of_polars():
 
     assert all(issubclass(each, pa.PolarsAsyncError) for each in raised)
     assert not any(issubclass(each, pl.exceptions.PolarsError) for each in raised)
+
+
+class Unreadable(Exception):  # noqa: N818
+    def __str__(self):
+        raise RuntimeError
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (ValueError("no"), "ValueError: no"),
+        (ValueError("one\n  two\n"), "ValueError: one two"),
+        (ValueError("unsupported", [KeyError("a")]), "ValueError: unsupported"),
+        (KeyError(), "KeyError"),
+        (Unreadable(), "Unreadable"),
+    ],
+)
+def test_error_is_described_in_one_line(error, words):
+    assert errors.describe(error) == words

@@ -317,7 +317,7 @@ MANY = NotImplementedError("no:\n- a", [ValueError("a")])
         ),
         (
             QueryEvent(EventKind.FELL_BACK, 7, None, "in-memory", 0.5, None, None, OOM, FALLEN),
-            "query 7 fell back: in-memory engine, out_of_gpu_memory, waited 0.500 s, MemoryError: ",
+            "query 7 fell back: in-memory engine, out_of_gpu_memory, waited 0.500 s, MemoryError",
         ),
     ],
 )

@@ -850,7 +850,7 @@ def test_noted_import_failure_is_broken(nvml):
     assert status.reason is Reason.CUDF_BROKEN
     assert status.message == (
         "cudf-polars-cu13 26.10.2 is installed, but its import fails "
-        "(RuntimeError: libcudart.so.13 not found): reinstall cudf-polars-cu13"
+        "(RuntimeError: libcudart.so.13 not found searched: /usr/lib): reinstall cudf-polars-cu13"
     )
     assert nvml.inits == 1
 

@@ -3,6 +3,7 @@ from __future__ import annotations
 import asyncio
 import math
 import re
+import sys
 import threading
 import traceback
 from concurrent.futures import CancelledError, ThreadPoolExecutor
@@ -14,6 +15,8 @@ from places import IS_STOPPED, TINY, Notes
 from polars.exceptions import ColumnNotFoundError
 from polars.lazyframe.in_process import InProcessQuery
 
+import polars_async as pa
+from polars_async import Collector
 from polars_async.scheduling.query import Query
 
 pytestmark = pytest.mark.everywhere
@@ -392,3 +395,70 @@ def test_handle_tells_its_resolution(collector):
     handle = collector.collect_async(TINY, engine="streaming")
     assert handle.resolution.name == "streaming"
     assert isinstance(handle.resolution.engine, pl.StreamingEngine)
+
+
+# Without gevent
+
+
+def test_every_handle_can_be_waited_for_by_greenlets():
+    with Collector() as collector:
+        assert collector.collect_async(TINY).get(timeout=30).item() == 1
+
+
+def test_missing_gevent_is_named_with_its_remedy_before_anything_runs(monkeypatch):
+    monkeypatch.setitem(sys.modules, "gevent", None)
+    remedy = r"needs gevent: install it, or polars-async\[gevent\]$"
+    with Collector() as collector:
+        with pytest.raises(ImportError, match=rf"^gevent=True {remedy}") as caught:
+            collector.collect_async(TINY, gevent=True)
+        assert caught.value.name == "gevent"
+        assert collector.stats()["submitted"] == 0
+        with pytest.raises(ImportError, match=rf"^get\(\) {remedy}"):
+            collector.collect_async(TINY).get()
+
+
+# repr
+
+
+def test_handles_and_streams_show_query_state_and_engine(blocked):
+    with Collector(max_running=1) as collector:
+        running = collector.collect_async(blocked.lf, label="slow", engine="streaming")
+        assert blocked.started.wait(30)
+        waiting = collector.collect_background(TINY)
+        batches = collector.collect_batches_async(TINY, engine="streaming")
+        each = collector.as_completed([TINY, TINY])
+        shown = [re.sub(r"query \d+", "query N", repr(one)) for one in (running, waiting, batches)]
+        assert shown == [
+            "<QueryHandle: query N 'slow', running, streaming engine>",
+            f"<BackgroundQuery: query N, waiting, {pa.resolve_engine().name} engine>",
+            "<ResultStream: batches of query N, waiting, streaming engine>",
+        ]
+        assert repr(each) == "<ResultStream: 2 results to come>"
+        running.cancel()
+        assert ", cancelled, " in repr(running)
+        blocked.gate.set()
+
+
+@pytest.mark.parametrize(
+    ("ask", "where"),
+    [("threads", "threads"), ("auto", "auto"), (ThreadPoolExecutor(1), "ThreadPoolExecutor")],
+    ids=["threads", "auto", "another"],
+)
+def test_collector_shows_its_executor_and_its_load(blocked, ask, where):
+    collector = Collector(executor=ask, max_running=1)
+    assert repr(collector) == f"<Collector on {where}: 0 running, 0 waiting>"
+    assert repr(pa.AsyncEngine(collector)) == f"AsyncEngine({collector!r})"
+    if where == "threads":
+        collector.collect_async(blocked.lf)
+        collector.collect_async(TINY)
+        assert repr(collector) == "<Collector on threads: 1 running, 1 waiting>"
+        blocked.gate.set()
+    collector.close()
+    assert repr(collector) == f"<Collector on {where}: 0 running, 0 waiting, closed>"
+
+
+def test_collector_that_was_refused_can_be_shown():
+    collector = Collector.__new__(Collector)
+    with pytest.raises(ValueError, match="max_running"):
+        collector.__init__(max_running=0)
+    assert repr(collector) == "<Collector>"

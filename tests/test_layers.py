@@ -19,7 +19,7 @@ LAYERS = (
     ("events",),
     ("executors",),
     ("scheduling",),
-    ("handle", "streams", "sharing"),
+    ("handle", "options", "streams", "sharing"),
     ("collector",),
     ("api", "engine"),
     ("testing", "pytest_plugin", "cli", "__main__", "_pytest_entry"),

@@ -238,7 +238,10 @@ def test_close_in_the_functions_context_is_refused(collector):
         asyncio.run_coroutine_threadsafe(close(), LOOP).result(30)
         return df
 
-    with pytest.raises(RuntimeError, match="wait for that very query"):
+    with pytest.raises(
+        RuntimeError,
+        match=r"^aclose\(\) was called .* wait for that query: call close\(wait=False\)$",
+    ):
         collector.collect_async(TINY.map_batches(udf), engine="in-memory").result(30)
     assert not collector.closed
 

@@ -20,6 +20,7 @@ from test_cli import install_cudf
 import polars_async as pa
 from polars_async import Reason, gpu_status, gpu_support
 from polars_async._runtime import upstream
+from polars_async.errors import describe
 from polars_async.gpu import cudf as _cudf
 from polars_async.gpu import support
 from polars_async.gpu.support import Support, unsupported_error
@@ -144,7 +145,7 @@ def test_gpu_that_cannot_be_asked_is_no_no(cudf, failure):
     answer = gpu_support(QUERY)
     assert (answer.answer, answer.operations) == ("unknown", ())
     assert answer.reason is Reason.GPU_NEEDED
-    assert f"({_cudf.described(failure)}): ask on a host where gpu_status()" in answer.message
+    assert f"({describe(failure)}): ask on a host where gpu_status()" in answer.message
 
 
 def test_driver_that_nvml_does_not_find_is_no_no(cudf):

@@ -1,11 +1,12 @@
-"""The two drop-in functions, on the collector that the whole process shares."""
+"""The two drop-in functions, on the default collector, which the whole process shares."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal, overload
+from typing import TYPE_CHECKING
 
 from polars_async._runtime.fork import new_lock
-from polars_async.collector import DEFAULT_OPTIMIZATIONS, Collector
+from polars_async.collector import Collector
+from polars_async.options import DEFAULT_OPTIMIZATIONS
 from polars_async.resolution import (
     engine_object,
     request_of,
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 
     from polars_async.events import QueryEvent
     from polars_async.executors.factory import ExecutorRequest
-    from polars_async.handle import GeventHandle, QueryHandle
+    from polars_async.handle import QueryHandle
     from polars_async.resolution import EngineRequest, GpuPolicy
 
 
@@ -42,7 +43,7 @@ def configure(
     on_event: Callable[[QueryEvent], object] | None = None,
 ) -> Collector:
     """
-    Make the collector that the whole process shares, before its first use.
+    Make the default collector, before its first use.
 
     Parameters
     ----------
@@ -54,14 +55,14 @@ def configure(
     Returns
     -------
     Collector
-        The one that `collect_async` and `collect_all_async` use from now on.
+        The collector that `collect_async` and `collect_all_async` use from now on.
 
     Raises
     ------
     RuntimeError
-        It is there already, and was not closed.
+        There is a default collector, and it is not closed.
     ValueError
-        Also if `engine` is an `AsyncEngine` that would ask this collector for its engine.
+        As for `Collector`; also if `engine` is an `AsyncEngine` of the default collector itself.
     TypeError
         As for `Collector`.
     """
@@ -69,7 +70,7 @@ def configure(
         if _Default.collector is not None and not _Default.collector.closed:
             raise RuntimeError(
                 "the default collector is in use already: call configure() before the first query, "
-                "or close() the collector that default_collector() gives"
+                "or close() the collector that default_collector() returns"
             )
         collector = Collector(
             engine=engine,
@@ -85,14 +86,14 @@ def configure(
         before, _Default.collector = _Default.collector, collector
         try:
             request_of(engine)
-        except ValueError:  # an AsyncEngine that asks for the engine of this very collector
+        except ValueError:  # an AsyncEngine that defers to this very collector
             _Default.collector = before
             raise
         return collector
 
 
 def default_collector() -> Collector:
-    """Give the collector that the whole process shares; made when first asked for."""
+    """Return the collector that the whole process shares; the first call makes it."""
     if _Default.collector is None:
         with _Default.lock:
             if _Default.collector is None:
@@ -100,22 +101,6 @@ def default_collector() -> Collector:
     return _Default.collector
 
 
-@overload
-def collect_async(
-    lf: pl.LazyFrame,
-    *,
-    gevent: Literal[False] = ...,
-    engine: EngineRequest = ...,
-    optimizations: pl.QueryOptFlags = ...,
-) -> QueryHandle[pl.DataFrame]: ...
-@overload
-def collect_async(
-    lf: pl.LazyFrame,
-    *,
-    gevent: Literal[True],
-    engine: EngineRequest = ...,
-    optimizations: pl.QueryOptFlags = ...,
-) -> GeventHandle[pl.DataFrame]: ...
 def collect_async(
     lf: pl.LazyFrame,
     *,
@@ -126,15 +111,15 @@ def collect_async(
     """
     Collect a LazyFrame without blocking; a drop-in for ``LazyFrame.collect_async``.
 
-    The query is scheduled at once, on the collector that the whole process shares, and its handle
-    is given back at once.
+    The query is scheduled on the default collector, and its handle is returned, both at once.
 
     Parameters
     ----------
     lf
         The query.
     gevent
-        Whether to give a handle for greenlets, with ``get(block=True, timeout=None)``.
+        Accepted as in Polars: fail now if gevent is not installed. Every handle has the ``get`` of
+        Polars' own for greenlets.
     engine
         ``"auto"``, ``"in-memory"``, ``"streaming"``, ``"gpu"`` or a ``pl.Engine`` object.
         ``"auto"`` is the engine given to `configure`, or else the engine affinity; without either
@@ -147,7 +132,7 @@ def collect_async(
     Returns
     -------
     QueryHandle
-        Awaitable in asyncio and trio; gives a DataFrame.
+        Awaitable in asyncio and trio; the result is a DataFrame.
 
     Raises
     ------
@@ -155,8 +140,10 @@ def collect_async(
         `lf` is no LazyFrame.
     ValueError
         `engine` is no engine.
+    ImportError
+        `gevent` is true, and gevent is not installed.
     EngineUnavailableError
-        The GPU engine cannot run, and the CPU was forbidden.
+        The GPU engine cannot run, and the CPU is ruled out.
     ForkedProcessError
         Polars cannot run in this process.
 
@@ -173,27 +160,9 @@ def collect_async(
     _check_named(engine)
     collector = default_collector()
     warn_of_streaming(collector, engine)
-    if gevent:
-        return collector.collect_async(lf, gevent=True, engine=engine, optimizations=optimizations)
-    return collector.collect_async(lf, engine=engine, optimizations=optimizations)
+    return collector.collect_async(lf, engine=engine, optimizations=optimizations, gevent=gevent)
 
 
-@overload
-def collect_all_async(
-    lazy_frames: Iterable[pl.LazyFrame],
-    *,
-    gevent: Literal[False] = ...,
-    engine: EngineRequest = ...,
-    optimizations: pl.QueryOptFlags = ...,
-) -> QueryHandle[list[pl.DataFrame]]: ...
-@overload
-def collect_all_async(
-    lazy_frames: Iterable[pl.LazyFrame],
-    *,
-    gevent: Literal[True],
-    engine: EngineRequest = ...,
-    optimizations: pl.QueryOptFlags = ...,
-) -> GeventHandle[list[pl.DataFrame]]: ...
 def collect_all_async(
     lazy_frames: Iterable[pl.LazyFrame],
     *,
@@ -204,7 +173,7 @@ def collect_all_async(
     """
     Collect several LazyFrames as one query; a drop-in for ``polars.collect_all_async``.
 
-    What the frames have in common, a source first of all, is computed once.
+    Subplans that the frames share, such as a common source, are computed once.
 
     Parameters
     ----------
@@ -216,30 +185,28 @@ def collect_all_async(
     Returns
     -------
     QueryHandle
-        Awaitable in asyncio and trio; gives a list with a DataFrame for each frame, in their
-        order.
+        Awaitable in asyncio and trio; the result is a list with one DataFrame for each frame, in
+        their order.
 
     Raises
     ------
     TypeError
         One of `lazy_frames` is no LazyFrame; nothing runs then.
-    ValueError, EngineUnavailableError, ForkedProcessError
+    ValueError, ImportError, EngineUnavailableError, ForkedProcessError
         As for `collect_async`.
     """
     _check_named(engine)
     collector = default_collector()
-    if gevent:
-        return collector.collect_all_async(
-            lazy_frames, gevent=True, engine=engine, optimizations=optimizations
-        )
-    return collector.collect_all_async(lazy_frames, engine=engine, optimizations=optimizations)
+    return collector.collect_all_async(
+        lazy_frames, engine=engine, optimizations=optimizations, gevent=gevent
+    )
 
 
 def warn_of_streaming(collector: Collector, engine: EngineRequest | None = None) -> None:
-    """Warn where ``LazyFrame.collect_async`` does: if the streaming engine is what is asked for."""
+    """Warn as ``LazyFrame.collect_async`` does, if the streaming engine is requested."""
     if warns_of_unstable():
-        found = collector.resolve_engine(engine)
-        if found.name == "streaming" and found.source != "default":
+        resolution = collector.resolve_engine(engine)
+        if resolution.name == "streaming" and resolution.source != "default":
             warn_of_unstable("streaming")
 
 

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Final, TypeAlias, TypeVar, get_args
 import polars as pl
 
 from polars_async import resolution
+from polars_async.errors import describe
 from polars_async.gpu import gpu_status
 from polars_async.gpu.breaker import COOLDOWN, FAILURES, breaker, breaker_of
 from polars_async.gpu.cudf import find_cudf_polars
@@ -169,7 +170,7 @@ def _tried(ask: Callable[[], _T]) -> _T | str:
     try:
         return ask()
     except Exception as error:  # noqa: BLE001  # whatever is wrong here is what doctor is for
-        return f"{type(error).__name__}: {error}"
+        return describe(error)
 
 
 def _version() -> str | None:

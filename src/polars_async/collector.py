@@ -1,15 +1,11 @@
-"""The collector: admits queries, runs them, and delivers what comes of them."""
+"""The collector: it admits queries, runs them, and delivers their outcomes."""
 
 from __future__ import annotations
 
 import sys
 from concurrent.futures import Executor
 from functools import partial
-from importlib import import_module
-from math import nan
-from typing import TYPE_CHECKING, Any, Final, Literal, TypedDict, TypeVar, overload
-
-import polars as pl
+from typing import TYPE_CHECKING, Final, TypeVar
 
 from polars_async import bridges
 from polars_async._runtime import fork
@@ -32,7 +28,8 @@ from polars_async.executors.operations import Collect, CollectAll, Schema, Sink
 from polars_async.executors.threads import ThreadsExecutor
 from polars_async.gpu.breaker import key_of
 from polars_async.gpu.devices import named_device
-from polars_async.handle import BackgroundQuery, GeventHandle, QueryHandle
+from polars_async.handle import BackgroundQuery, QueryHandle
+from polars_async.options import DEFAULT_OPTIMIZATIONS, Options, check_limit
 from polars_async.resolution import (
     decide,
     engine_object,
@@ -42,7 +39,7 @@ from polars_async.resolution import (
     warn_of,
 )
 from polars_async.scheduling.estimates import CostModel, Estimate
-from polars_async.scheduling.fair_queue import PRIORITIES, large_at_once
+from polars_async.scheduling.fair_queue import large_at_once
 from polars_async.scheduling.lane import Lane
 from polars_async.scheduling.open_streams import MAX_STREAMS
 from polars_async.scheduling.pausing import PausableQuery
@@ -53,7 +50,9 @@ from polars_async.streams import Batches, Completions
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
     from types import TracebackType
-    from typing import Self, Unpack
+    from typing import Self
+
+    import polars as pl
 
     from polars_async.events import QueryEvent
     from polars_async.executors.factory import ExecutorRequest
@@ -63,73 +62,64 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-DEFAULT_OPTIMIZATIONS: Final = pl.QueryOptFlags()
 _TINY: Final = Estimate(0.0, None)
-
-
-class QueryOptions(TypedDict, total=False):
-    """What every method that schedules queries takes; `Collector.collect_async` explains it."""
-
-    engine: EngineRequest | None
-    optimizations: pl.QueryOptFlags
-    timeout: float | None
-    priority: int
-    label: str | None
 
 
 class Collector:
     """
-    Runs queries on threads of its own, a bounded number at a time, and small ones first.
+    Runs queries, a bounded number at a time, and small ones first.
 
-    Nothing starts before the first query. A collector may be used from any thread, loop and
-    greenlet; as a context manager it closes itself.
+    No thread or process starts before the first query. A collector may be used from any thread,
+    loop and greenlet. As a context manager, sync or async, it is closed at the end.
 
     Parameters
     ----------
     engine
-        The engine of queries that name none: a name or a ``pl.Engine`` object. ``"auto"`` asks
-        the engine affinity, then `default_engine`.
+        The engine of queries that name none: a name or a ``pl.Engine`` object. ``"auto"`` is the
+        engine affinity, or else `default_engine`.
     gpu
-        What becomes of the GPU engine: ``"downgrade"``, ``"offload"`` or ``"require"``, as
-        `resolve_engine` explains; None takes ``POLARS_ASYNC_GPU``, else ``"downgrade"``.
+        The policy for queries on the GPU engine: ``"downgrade"``, ``"offload"`` or ``"require"``,
+        as `resolve_engine` explains; None takes ``POLARS_ASYNC_GPU``, else ``"downgrade"``.
     default_engine
-        The engine where nothing at all was asked for.
+        The engine of queries for which neither a caller nor an affinity requests one.
     executor
-        Where queries run: on ``"threads"`` of this process; in worker ``"processes"``, where they
-        are stopped when nobody wants them any more, and can take nothing with them if they crash;
-        ``"auto"``, the small ones without Python functions on threads and the others in processes;
-        or in any ``concurrent.futures.Executor``, such as that of a cluster. Engines that are
-        objects of the caller's own run on threads in any case.
+        Where queries run: on ``"threads"`` of this process; in worker ``"processes"``, where
+        cancelled queries are stopped, and a crash ends one query alone; ``"auto"``, which runs
+        small queries without Python functions on threads and the others in worker processes; or in
+        any ``concurrent.futures.Executor``, such as that of a cluster. Queries on an engine object
+        of the caller's own class run on threads in any case.
     max_running
-        How many queries run at once; the others wait for their turn. One query already uses every
+        How many queries run at once; the others wait in the queue. One query already uses every
         thread of Polars, so that more of them cost memory and gain little. None means one more
-        than there are processors, but at least 3 and at most 5; and 32 with an executor of the
-        caller's. Of two slots one is kept for small queries, and of more than two, two are. A
-        stream of batches has no slot while it waits for its consumer, and goes on when one is free
-        for it: before the queries of the queue, but for one turn in eight. Queries
-        on the GPU have a lane of their own, and run one at a time, in processes one for each GPU.
+        than there are processors, but at least 3 and at most 5; with an executor of the caller's,
+        32. Of two slots one is reserved for small queries, and of more than two, two are. A stream
+        of batches holds no slot while it waits for its consumer; after that it waits for one
+        before the queries in the queue, except that one free slot in eight goes to the queue.
+        Queries on the GPU have a lane of their own, which runs one at a time; in worker processes,
+        one on each GPU.
     max_waiting
-        How many queries wait at most, for the GPU and for the CPU each, and in processes for each
-        GPU that they name; the next one is refused at once with a `QueueFullError`. None sets no
-        limit.
+        How many queries wait at most: for the CPU, for the GPU, and in worker processes for each
+        GPU that queries name. One more raises `QueueFullError` at once. None sets no limit.
     max_streams
-        How many streams of batches are open at most: those that wait, that run, and that are held
-        up by their consumers, each of which keeps a thread, and in worker processes a worker. The
-        next one is refused at once with a `QueueFullError`. None means 64. The collectors of a
-        process have 256 open at most, since each may keep one of 512 threads of Polars.
+        How many streams of batches are open at most: those in the queue, those that run, and those
+        that wait for their consumers, each of which keeps a thread, and in worker processes a
+        worker. One more raises `QueueFullError` at once. None means 64. All collectors of a
+        process together have at most 256 open, since each may keep one of 512 threads of Polars.
     max_memory
-        How many bytes of memory each worker process may take; a query that takes more is stopped,
-        and raises a `QueryMemoryError`. None sets no limit.
+        How many bytes of memory each worker process may take; a query that needs more is stopped
+        and raises `QueryMemoryError`. None sets no limit.
     on_event
-        Called with a `QueryEvent` for all that happens to a query, on the thread where it happens,
-        which waits for it: it has to be quick, and safe to call from many threads. What it raises
-        is logged. Where gevent has patched the threads, it is called on greenlets of the main
-        thread instead, soon after what happens, and before a wait there for the end returns.
+        Called with a `QueryEvent` for each event of a query, on the thread where it happens, which
+        waits for the call: it must be quick, and safe to call from many threads. Errors that it
+        raises are logged. Where gevent has patched threading, it is called on greenlets of the main
+        thread instead, soon after the event, and before a wait there for the query returns.
 
     Raises
     ------
+    TypeError
+        `on_event` is not callable.
     ValueError
-        An engine, a policy or a number that is none.
+        An unknown engine, policy or executor, or a limit out of range.
     """
 
     def __init__(
@@ -145,10 +135,10 @@ class Collector:
         max_memory: int | None = None,
         on_event: Callable[[QueryEvent], object] | None = None,
     ) -> None:
-        _check_number("max_running", max_running, 1)
-        _check_number("max_waiting", max_waiting, 0)
-        _check_number("max_streams", max_streams, 1)
-        _check_number("max_memory", max_memory, 1)
+        check_limit("max_running", max_running, 1)
+        check_limit("max_waiting", max_waiting, 0)
+        check_limit("max_streams", max_streams, 1)
+        check_limit("max_memory", max_memory, 1)
         if on_event is not None and not callable(on_event):
             raise TypeError(f"on_event must be callable, got {on_event!r}")
         engine_object(engine)
@@ -171,6 +161,7 @@ class Collector:
             tiny_here=executor == "auto",
             max_streams=max_streams or MAX_STREAMS,
         )
+        self._where: Final = executor if isinstance(executor, str) else type(executor).__name__
         self._elsewhere: Final = isinstance(executor, Executor)
         self._make_gpu_lane: Final = partial(
             Lane,
@@ -185,14 +176,13 @@ class Collector:
         self._of_one_gpu: Final[dict[str | int, Lane]] = {}
         """The lanes of queries that name a GPU, where several work side by side."""
 
-    @overload
-    def collect_async(
-        self, lf: pl.LazyFrame, *, gevent: Literal[False] = ..., **options: Unpack[QueryOptions]
-    ) -> QueryHandle[pl.DataFrame]: ...
-    @overload
-    def collect_async(
-        self, lf: pl.LazyFrame, *, gevent: Literal[True], **options: Unpack[QueryOptions]
-    ) -> GeventHandle[pl.DataFrame]: ...
+    def __repr__(self) -> str:
+        if not hasattr(self, "_of_one_gpu"):  # __init__ has raised, and a debugger looks at it
+            return "<Collector>"
+        stats = self.stats()
+        load = f"{stats['running']} running, {stats['waiting']} waiting"
+        return f"<Collector on {self._where}: {load}{', closed' if self.closed else ''}>"
+
     def collect_async(
         self,
         lf: pl.LazyFrame,
@@ -205,34 +195,35 @@ class Collector:
         gevent: bool = False,
     ) -> QueryHandle[pl.DataFrame]:
         """
-        Schedule a query and give its handle at once, as ``LazyFrame.collect_async`` does.
+        Schedule a query and return its handle at once, as ``LazyFrame.collect_async`` does.
 
         Parameters
         ----------
         lf
             The query.
         engine
-            The engine to run it; None, as ``"auto"``, is that of the collector.
+            The engine to run the query; None and ``"auto"`` are the engine of the collector.
         optimizations
             The optimisation passes of Polars.
         timeout
-            Seconds until it has to be done, those in the waiting line included; None sets no
-            limit. A query that waits then never runs; one that runs is let go, and its slot is
-            free when it really ends: in worker processes that is soon, since it is stopped there;
-            on threads Polars cannot stop it.
+            Seconds until the query has to be done, its time in the queue included; None sets no
+            limit. Then a query in the queue never runs; one that runs raises `QueryTimeoutError` at
+            once, and its slot is free when it really ends: soon in a worker process, where it is
+            stopped; on threads Polars cannot stop it.
         priority
-            From -10 to 10; a higher one is served first. Above 0, a query counts as small,
-            whatever is expected of it; below 0, it never does.
+            From -10 to 10; queries of a higher priority start first. Above 0, a query counts as
+            small, whatever its estimate; below 0, it never does.
         label
-            What to call the query in events, in errors, and as the name of its thread.
+            The name of the query in events and errors, and of its thread.
         gevent
-            Whether to give a handle for greenlets, with ``get(block=True, timeout=None)``.
+            Accepted as in Polars: fail now if gevent is not installed. Every handle has
+            ``get(block=True, timeout=None)`` for greenlets.
 
         Returns
         -------
         QueryHandle
-            Awaitable; gives a DataFrame. Await and ``result()`` raise `QueryTimeoutError` where the
-            query was not done in time.
+            Awaitable in asyncio and trio; the result is a DataFrame. Each wait raises
+            `QueryTimeoutError` if the query was not done within `timeout`.
 
         Raises
         ------
@@ -240,43 +231,20 @@ class Collector:
             `lf` is no LazyFrame.
         ValueError
             `engine` is no engine, or `timeout` or `priority` is out of range.
+        ImportError
+            `gevent` is true, and gevent is not installed.
         EngineUnavailableError
-            The GPU engine cannot run, and the CPU was forbidden.
+            The GPU engine cannot run, and the CPU is ruled out.
         QueueFullError
             ``max_waiting`` queries wait already.
         CollectorClosedError
-            The collector was closed.
+            The collector is closed.
         ForkedProcessError
             Polars cannot run in this process.
         """
-        handle = _gevent_handle() if gevent else QueryHandle
-        query = self._collect(
-            lf,
-            "async",
-            engine=engine,
-            optimizations=optimizations,
-            timeout=timeout,
-            priority=priority,
-            label=label,
-        )
-        return handle(query)
+        options = Options(engine, optimizations, timeout, priority, label, gevent=gevent)
+        return QueryHandle(self._collect(lf, "async", options))
 
-    @overload
-    def collect_all_async(
-        self,
-        lazy_frames: Iterable[pl.LazyFrame],
-        *,
-        gevent: Literal[False] = ...,
-        **options: Unpack[QueryOptions],
-    ) -> QueryHandle[list[pl.DataFrame]]: ...
-    @overload
-    def collect_all_async(
-        self,
-        lazy_frames: Iterable[pl.LazyFrame],
-        *,
-        gevent: Literal[True],
-        **options: Unpack[QueryOptions],
-    ) -> GeventHandle[list[pl.DataFrame]]: ...
     def collect_all_async(
         self,
         lazy_frames: Iterable[pl.LazyFrame],
@@ -289,11 +257,11 @@ class Collector:
         gevent: bool = False,
     ) -> QueryHandle[list[pl.DataFrame]]:
         """
-        Schedule several frames as one query and give its handle, as ``polars.collect_all_async``.
+        Schedule several frames as one query and return its handle, as ``polars.collect_all_async``.
 
-        What the frames have in common, a source first of all, is computed once; where sinks are
-        among them, by the streaming engine alone. An engine without ``collect_all``, such as that
-        for the GPU, collects one frame after the other instead.
+        Subplans that the frames share, such as a common source, are computed once; if sinks are
+        among the frames, by the streaming engine only. An engine without a ``collect_all`` of its
+        own, such as the GPU engine, collects one frame after the other.
 
         Parameters
         ----------
@@ -305,7 +273,8 @@ class Collector:
         Returns
         -------
         QueryHandle
-            Awaitable; gives a list with a DataFrame for each frame, in their order.
+            Awaitable in asyncio and trio; the result is a list with one DataFrame for each frame,
+            in their order.
 
         Raises
         ------
@@ -314,17 +283,8 @@ class Collector:
         ValueError, EngineUnavailableError, QueueFullError, CollectorClosedError, ForkedProcessError
             As for `collect_async`.
         """
-        handle = _gevent_handle() if gevent else QueryHandle
-        query = self._collect_all(
-            lazy_frames,
-            "async",
-            engine=engine,
-            optimizations=optimizations,
-            timeout=timeout,
-            priority=priority,
-            label=label,
-        )
-        return handle(query)
+        options = Options(engine, optimizations, timeout, priority, label, gevent=gevent)
+        return QueryHandle(self._collect_all(lazy_frames, "async", options))
 
     def as_completed(
         self,
@@ -337,20 +297,21 @@ class Collector:
         label: str | None = None,
     ) -> ResultStream[tuple[int, pl.DataFrame]]:
         """
-        Schedule each frame as a query of its own, and give the results as they come.
+        Schedule each frame as a query of its own, and return their results as they come.
 
         Parameters
         ----------
         lazy_frames
             The frames; any iterable, read at once.
         engine, optimizations, timeout, priority, label
-            As for `collect_async`, for each query by itself.
+            As for `collect_async`; each query has the whole `timeout`.
 
         Returns
         -------
         ResultStream
-            An async iterator over pairs of a frame's position and its DataFrame. The first query
-            that fails raises its error there and ends it, and the others are cancelled.
+            An async iterator over pairs ``(position, DataFrame)``, with the position of the frame
+            in `lazy_frames`, in order of completion. The first query that fails raises its error
+            there and ends the iteration; the other queries are cancelled.
 
         Raises
         ------
@@ -359,19 +320,11 @@ class Collector:
         ValueError, EngineUnavailableError, QueueFullError, CollectorClosedError, ForkedProcessError
             As for `collect_async`; the queries of this call are cancelled.
         """
+        options = Options(engine, optimizations, timeout, priority, label)
         queries: list[Query[pl.DataFrame]] = []
         try:
             for frame in checked_frames(lazy_frames):
-                query = self._collect(
-                    frame,
-                    "async",
-                    engine=engine,
-                    optimizations=optimizations,
-                    timeout=timeout,
-                    priority=priority,
-                    label=label,
-                )
-                queries.append(query)
+                queries.append(self._collect(frame, "async", options))  # noqa: PERF401  # they are cancelled if one raises
         except BaseException:
             for query in queries:
                 query.cancel()
@@ -391,59 +344,51 @@ class Collector:
         label: str | None = None,
     ) -> ResultStream[pl.DataFrame]:
         """
-        Schedule a query and give its result in batches, as ``LazyFrame.collect_batches`` does.
+        Schedule a query and return its result in batches, as ``LazyFrame.collect_batches`` does.
 
-        With the streaming engine, which runs where no other is asked for, the first batches come
-        long before the end, and a consumer that is slow holds the query up: no more than two
-        batches lie ready. While it is held up, another query may use its slot; once its consumer is
-        back it waits for one, before those in the queue.
+        With the streaming engine, which is the default here, the first batches come long before
+        the end, and the query waits for a slow consumer: it is at most two batches ahead. While it
+        waits, another query may use its slot; after that it waits for a slot, before the queries
+        in the queue.
 
         Parameters
         ----------
         lf
             The query.
         chunk_size
-            Rows of each batch; None leaves it to Polars.
+            Rows of each batch; None leaves their number to Polars.
         maintain_order
-            Whether the batches come in the order of the rows; without it they may come sooner.
+            Whether the batches come in the order of the rows; if not, they may come sooner.
         engine, optimizations, priority, label
             As for `collect_async`.
         timeout
-            As for `collect_async`, until the last batch is there.
+            As for `collect_async`, until the last batch is ready.
 
         Returns
         -------
         ResultStream
-            An async iterator over DataFrames.
+            An async iterator over DataFrames of `chunk_size` rows; the last may have fewer.
 
         Raises
         ------
         TypeError, EngineUnavailableError, CollectorClosedError, ForkedProcessError
             As for `collect_async`.
         QueueFullError
-            Also if ``max_streams`` are open already.
+            As for `collect_async`; also if ``max_streams`` streams are open.
         ValueError
-            Also if `chunk_size` is less than 1.
+            As for `collect_async`; also if `chunk_size` is less than 1.
         """
         check_frame(lf)
         if chunk_size is not None and chunk_size < 1:
             raise ValueError(f"chunk_size must be 1 or more rows, got {chunk_size!r}")
-        resolution = self._resolved(engine, "batches", optimizations)
+        options = Options(engine, optimizations, timeout, priority, label)
+        resolution = self._resolved(options, "batches")
         buffer = Buffer()
         operation = operations.Batches(
             lf, resolution.engine, optimizations, buffer, chunk_size, maintain_order
         )
-        query = self._submit(operation, resolution, timeout, priority, label)
-        return Batches(query, buffer)
+        return Batches(self._submit(operation, resolution, options), buffer)
 
-    @overload
-    def sink_async(
-        self, sink: pl.LazyFrame, *, gevent: Literal[False] = ..., **options: Unpack[QueryOptions]
-    ) -> QueryHandle[None]: ...
-    @overload
-    def sink_async(
-        self, sink: pl.LazyFrame, *, gevent: Literal[True], **options: Unpack[QueryOptions]
-    ) -> GeventHandle[None]: ...
     def sink_async(
         self,
         sink: pl.LazyFrame,
@@ -456,30 +401,29 @@ class Collector:
         gevent: bool = False,
     ) -> QueryHandle[None]:
         """
-        Schedule a sink, such as ``lf.sink_parquet(path, lazy=True)``, and give its handle at once.
+        Schedule a sink, such as ``lf.sink_parquet(path, lazy=True)``, and return its handle.
 
-        As in Polars, sinks run on the streaming engine where no other is asked for. One that hands
-        over to this process runs in it, whatever `executor` the collector has, and is not stopped:
-        that of ``sink_batches``, one to a file object, or one with a function that tells, or is
-        told, the paths.
+        As in Polars, sinks run on the streaming engine by default. A sink that needs this process
+        runs in it, whatever the executor of the collector, and cannot be stopped: ``sink_batches``,
+        a sink to a file object, and one with a function that makes, or is called with, the paths.
 
         Parameters
         ----------
         sink
-            What ``sink_parquet``, ``sink_ipc``, ``sink_csv``, ``sink_ndjson`` or another sink of
-            Polars gives with ``lazy=True``, and with the options that it takes.
+            The frame that ``sink_parquet``, ``sink_ipc``, ``sink_csv``, ``sink_ndjson`` or another
+            sink of Polars returns with ``lazy=True``.
         engine, optimizations, timeout, priority, label, gevent
             As for `collect_async`.
 
         Returns
         -------
         QueryHandle
-            Awaitable; gives None when all is written.
+            Awaitable in asyncio and trio; the result is None, once all is written.
 
         Raises
         ------
         TypeError
-            `sink` is no LazyFrame: ``lazy=True`` was forgotten, and all is written already.
+            `sink` is no LazyFrame; without ``lazy=True`` the sink has run already.
         ValueError, EngineUnavailableError, QueueFullError, CollectorClosedError, ForkedProcessError
             As for `collect_async`.
         """
@@ -489,31 +433,11 @@ class Collector:
                 "since it was not given lazy=True"
             )
         check_frame(sink)
-        handle = _gevent_handle() if gevent else QueryHandle
-        resolution = self._resolved(engine, "batches", optimizations)
+        options = Options(engine, optimizations, timeout, priority, label, gevent=gevent)
+        resolution = self._resolved(options, "batches")
         operation = Sink(sink, resolution.engine, optimizations)
-        return handle(self._submit(operation, resolution, timeout, priority, label))
+        return QueryHandle(self._submit(operation, resolution, options))
 
-    @overload
-    def collect_schema_async(
-        self,
-        lf: pl.LazyFrame,
-        *,
-        timeout: float | None = ...,
-        priority: int = ...,
-        label: str | None = ...,
-        gevent: Literal[False] = ...,
-    ) -> QueryHandle[pl.Schema]: ...
-    @overload
-    def collect_schema_async(
-        self,
-        lf: pl.LazyFrame,
-        *,
-        timeout: float | None = ...,
-        priority: int = ...,
-        label: str | None = ...,
-        gevent: Literal[True],
-    ) -> GeventHandle[pl.Schema]: ...
     def collect_schema_async(
         self,
         lf: pl.LazyFrame,
@@ -524,19 +448,19 @@ class Collector:
         gevent: bool = False,
     ) -> QueryHandle[pl.Schema]:
         """
-        Find out the schema of a query, for which Polars may have to open files, without blocking.
+        Schedule the look-up of a query's schema, for which Polars may have to open files.
 
         Parameters
         ----------
         lf
             The query.
         timeout, priority, label, gevent
-            As for `collect_async`. It counts as small in any case.
+            As for `collect_async`. Unless `priority` is below 0, the look-up counts as small.
 
         Returns
         -------
         QueryHandle
-            Awaitable; gives a ``pl.Schema``.
+            Awaitable in asyncio and trio; the result is a ``pl.Schema``.
 
         Raises
         ------
@@ -544,9 +468,11 @@ class Collector:
             As for `collect_async`.
         """
         check_frame(lf)
-        handle = _gevent_handle() if gevent else QueryHandle
-        resolution = self._resolved("in-memory", "async", DEFAULT_OPTIMIZATIONS)
-        return handle(self._submit(Schema(lf), resolution, timeout, priority, label))
+        options = Options(
+            "in-memory", DEFAULT_OPTIMIZATIONS, timeout, priority, label, gevent=gevent
+        )
+        resolution = self._resolved(options, "async")
+        return QueryHandle(self._submit(Schema(lf), resolution, options))
 
     def collect_background(
         self,
@@ -559,25 +485,17 @@ class Collector:
         label: str | None = None,
     ) -> BackgroundQuery[pl.DataFrame]:
         """
-        Schedule a query to be fetched from threads, as ``LazyFrame.collect(background=True)``.
+        Schedule a query to be fetched by threads, as ``LazyFrame.collect(background=True)``.
 
-        It takes and raises what `collect_async` does.
+        Parameters and errors are those of `collect_async`.
 
         Returns
         -------
         BackgroundQuery
-            With ``fetch()``, ``fetch_blocking()`` and ``cancel()``.
+            With ``fetch()``, ``fetch_blocking()`` and ``cancel()``; the result is a DataFrame.
         """
-        query = self._collect(
-            lf,
-            "background",
-            engine=engine,
-            optimizations=optimizations,
-            timeout=timeout,
-            priority=priority,
-            label=label,
-        )
-        return BackgroundQuery(query)
+        options = Options(engine, optimizations, timeout, priority, label)
+        return BackgroundQuery(self._collect(lf, "background", options))
 
     def collect_all_background(
         self,
@@ -590,25 +508,17 @@ class Collector:
         label: str | None = None,
     ) -> BackgroundQuery[list[pl.DataFrame]]:
         """
-        Schedule several frames as one query to be fetched from threads.
+        Schedule several frames as one query to be fetched by threads.
 
-        It takes and raises what `collect_all_async` does.
+        Parameters and errors are those of `collect_all_async`.
 
         Returns
         -------
         BackgroundQuery
-            As for `collect_background`; gives a list with a DataFrame for each frame.
+            As for `collect_background`; the result is a list with one DataFrame for each frame.
         """
-        query = self._collect_all(
-            lazy_frames,
-            "background",
-            engine=engine,
-            optimizations=optimizations,
-            timeout=timeout,
-            priority=priority,
-            label=label,
-        )
-        return BackgroundQuery(query)
+        options = Options(engine, optimizations, timeout, priority, label)
+        return BackgroundQuery(self._collect_all(lazy_frames, "background", options))
 
     def resolve_engine(
         self,
@@ -617,7 +527,7 @@ class Collector:
         path: QueryPath = "async",
         optimizations: pl.QueryOptFlags = DEFAULT_OPTIMIZATIONS,
     ) -> Resolution:
-        """Decide which engine of this collector would run a query; see `resolve_engine`."""
+        """Return which engine this collector would run a query on; see `resolve_engine`."""
         if engine is None or request_of(engine) == "auto":
             engine = self.engine
         return decide(
@@ -632,44 +542,45 @@ class Collector:
 
     @property
     def closed(self) -> bool:
-        """Whether it takes no more queries."""
+        """Whether the collector was closed, and takes no more queries."""
         return self._cpu.admission.closed
 
     def stats(self) -> dict[str, float]:
         """
-        Count what this collector did and does.
+        Return the load of this collector and the totals since it was made.
 
         Returns
         -------
         dict
-            ``running`` (``abandoned`` of them were let go, and hold their slot until they end;
-            ``paused`` of them wait for their consumers, or for a slot after that, and hold none),
-            ``waiting``, ``streams`` (those of batches that run or wait), and since the collector
-            was made: ``submitted``, ``completed``, ``failed``, ``cancelled``, ``timed_out``,
-            ``rejected``, ``downgraded``, ``fell_back``; the sums ``queue_seconds`` and
-            ``run_seconds``. It always holds that ``submitted`` is the sum of the five outcomes, of
-            ``waiting``, and of what runs and is not abandoned. The limits are ``max_running``,
-            ``max_waiting`` (infinite without one) and ``max_streams``. All that counts the GPU's
-            queries too; ``gpu_running`` and ``gpu_waiting`` do so alone. Of the whole process,
-            ``gpu_failures`` tells how many times in a row the GPU has failed, and
-            ``gpu_cooldown_seconds`` how long it still rests for that, and is not tried; of several,
-            that of the most failures, and of the longest rest. In worker processes each GPU is
-            counted by itself: ``gpu_0_failures`` and ``gpu_0_cooldown_seconds`` are those of the
-            GPU with NVML's index 0, once it has run a query. ``workers`` counts the worker
-            processes, and ``workers_died`` those that died with a query.
+            The load: ``running``, of which ``abandoned`` were cancelled or timed out and hold their
+            slot until they end, and ``paused`` are streams that wait for their consumer, or for a
+            slot after that, and hold none; ``waiting``; ``streams``, those of batches that run or
+            wait. The totals: ``submitted``, ``completed``, ``failed``, ``cancelled``,
+            ``timed_out``, ``rejected``, ``downgraded``, ``fell_back``, and in seconds
+            ``queue_seconds`` and ``run_seconds``. At any time ``submitted`` is the sum of the five
+            outcomes, of ``waiting``, and of ``running`` less ``abandoned``. The limits:
+            ``max_running``, ``max_waiting`` (infinite without a limit) and ``max_streams``.
+
+            All of these include the queries on the GPU, which ``gpu_running`` and ``gpu_waiting``
+            count alone. Of the whole process, ``gpu_failures`` counts the failures in a row of the
+            GPU, and ``gpu_cooldown_seconds`` is how long it will not be used for that; of several
+            GPUs, those of the most failures and of the longest cooldown. In worker processes each
+            GPU has its own: ``gpu_0_failures`` and ``gpu_0_cooldown_seconds`` are those of the GPU
+            with NVML's index 0, once it has run a query. ``workers`` counts the worker processes,
+            and ``workers_died`` those that died with a query.
         """
         *on_gpus, cpu = (lane.admission for lane in self._lanes)
-        found = stats_of(cpu, on_gpus)
-        executors = (self._gpu.executor, self._cpu.executor)  # those of all
-        found["workers"] = sum(each.workers for each in executors)
-        found["workers_died"] = sum(each.died for each in executors)
-        return found
+        stats = stats_of(cpu, on_gpus)
+        executors = (self._gpu.executor, self._cpu.executor)  # the lanes of one GPU share the first
+        stats["workers"] = sum(each.workers for each in executors)
+        stats["workers_died"] = sum(each.died for each in executors)
+        return stats
 
     def close(
         self, *, wait: bool = True, cancel_waiting: bool = True, cancel_running: bool = False
     ) -> None:
         """
-        Take no more queries. It may be called more than once, and from any thread.
+        Take no more queries. Any thread may call this, and more than once.
 
         Parameters
         ----------
@@ -677,19 +588,19 @@ class Collector:
             Whether to block the calling thread (just the greenlet, where gevent has patched
             threads) until all queries have really ended. `aclose` is for asyncio and trio.
         cancel_waiting
-            Whether queries that did not start yet are cancelled, and batches that nobody fetched;
-            else they still run.
+            Whether to cancel queries in the queue, and streams of batches; else they still run.
         cancel_running
-            Whether those that run are cancelled, too: in processes they are stopped, and on threads
-            they are let go, and end when they end.
+            Whether to cancel running queries, too: in worker processes they are stopped; on threads
+            they go on to their end, and their results are dropped.
 
         Raises
         ------
         RuntimeError
-            A Python UDF called it and asked to wait, for its own query, too.
+            A Python function of a running query called this with `wait`, and would wait for its
+            own query.
         """
         if wait:
-            _check_outside()
+            _check_outside("close", "pass wait=False")
         _close_lanes(self._lanes, cancel_waiting=cancel_waiting, cancel_running=cancel_running)
         if wait:
             for lane in self._lanes:
@@ -697,7 +608,7 @@ class Collector:
 
     async def aclose(self, *, cancel_waiting: bool = True, cancel_running: bool = False) -> None:
         """
-        Take no more queries, and suspend the calling task until all have really ended.
+        Take no more queries, and suspend the calling task until all queries have really ended.
 
         Parameters
         ----------
@@ -707,18 +618,18 @@ class Collector:
         Raises
         ------
         RuntimeError
-            A Python UDF called it, and would wait for its own query, too.
+            A Python function of a running query called this, and would wait for its own query.
         """
-        _check_outside()
+        _check_outside("aclose", "call close(wait=False)")
         _close_lanes(self._lanes, cancel_waiting=cancel_waiting, cancel_running=cancel_running)
         bridge = bridges.current()
         for lane in self._lanes:
             await Suspension(bridge, lane.admission)
 
-    # As a default, since a frozen program has cleared this module before it lets go of its own.
+    # As a default, since at exit this module may be cleared before its last collector is freed.
     def __del__(self, is_finalizing: Callable[[], bool] = sys.is_finalizing) -> None:
-        # No weakref.finalize, which would hold the lanes, whose hook may hold the collector.
-        if not is_finalizing() and hasattr(self, "_of_one_gpu"):  # else __init__ has refused
+        # No weakref.finalize: it would hold the lanes, whose hook may hold the collector.
+        if not is_finalizing() and hasattr(self, "_of_one_gpu"):  # else __init__ has raised
             _close_lanes(self._lanes)
 
     def __enter__(self) -> Self:
@@ -743,51 +654,33 @@ class Collector:
     ) -> None:
         await self.aclose()
 
-    def _collect(
-        self,
-        lf: pl.LazyFrame,
-        path: QueryPath,
-        *,
-        engine: EngineRequest | None = None,
-        optimizations: pl.QueryOptFlags = DEFAULT_OPTIMIZATIONS,
-        timeout: float | None = None,
-        priority: int = 0,
-        label: str | None = None,
-    ) -> Query[pl.DataFrame]:
+    def _collect(self, lf: pl.LazyFrame, path: QueryPath, options: Options) -> Query[pl.DataFrame]:
         check_frame(lf)
-        resolution = self._resolved(engine, path, optimizations)
-        operation = Collect(lf, resolution.engine, optimizations)
-        return self._submit(operation, resolution, timeout, priority, label)
+        resolution = self._resolved(options, path)
+        operation = Collect(lf, resolution.engine, options.optimizations)
+        return self._submit(operation, resolution, options)
 
     def _collect_all(
-        self,
-        lazy_frames: Iterable[pl.LazyFrame],
-        path: QueryPath,
-        *,
-        engine: EngineRequest | None = None,
-        optimizations: pl.QueryOptFlags = DEFAULT_OPTIMIZATIONS,
-        timeout: float | None = None,
-        priority: int = 0,
-        label: str | None = None,
+        self, lazy_frames: Iterable[pl.LazyFrame], path: QueryPath, options: Options
     ) -> Query[list[pl.DataFrame]]:
         frames = checked_frames(lazy_frames)
-        resolution = self._resolved(engine, path, optimizations)
-        operation = CollectAll(frames, resolution.engine, optimizations)
-        return self._submit(operation, resolution, timeout, priority, label)
+        resolution = self._resolved(options, path)
+        operation = CollectAll(frames, resolution.engine, options.optimizations)
+        return self._submit(operation, resolution, options)
 
-    def _resolved(
-        self, engine: EngineRequest | None, path: QueryPath, optimizations: pl.QueryOptFlags
-    ) -> Resolution:
+    def _resolved(self, options: Options, path: QueryPath) -> Resolution:
         fork.check()
-        resolution = self.resolve_engine(engine, path=path, optimizations=optimizations)
+        resolution = self.resolve_engine(
+            options.engine, path=path, optimizations=options.optimizations
+        )
         warn_of(resolution)
         return resolution
 
     @property
     def _lanes(self) -> Iterator[Lane]:
-        """Those of the GPU first, whose queries may go over to that of the CPU, and never back."""
+        """All lanes, that of the CPU last: the queries of the others may fall back to it."""
         yield self._gpu
-        # Not before whoever closes them has closed that: there are no more of these from then on.
+        # Listed when `close` has closed the lane above: no more of these are made from then on.
         yield from list(self._of_one_gpu.values())
         yield self._cpu
 
@@ -806,35 +699,21 @@ class Collector:
         lane = self._of_one_gpu.get(key)
         if lane is None:
             lane = self._of_one_gpu[key] = self._make_gpu_lane(1)
-            # After that: a signal handler may close all that there are in between.
+            # Last: a signal handler that closes the collector closes the lanes that are listed.
             lane.admission.closed = self._gpu.admission.closed
         return lane
 
     def _submit(
-        self,
-        operation: Operation[T],
-        resolution: Resolution,
-        timeout: float | None,
-        priority: int,
-        label: str | None,
+        self, operation: Operation[T], resolution: Resolution, options: Options
     ) -> Query[T]:
-        if timeout is not None:
-            timeout = _seconds(timeout)
-        if priority != 0 and priority not in PRIORITIES:
-            lowest, highest = PRIORITIES[0], PRIORITIES[-1]
-            raise ValueError(
-                f"priority must be a whole number from {lowest} to {highest}, got {priority!r}"
-            )
-        if label is not None and not isinstance(label, str):
-            raise TypeError(f"label must be a string, or None, got {label!r}")
         lane = self._lane(resolution)
         query = Query(
             operation,
             resolution,
             self._reporter,
             lane.admission.owner,
-            priority=priority,
-            label=label,
+            priority=options.priority,
+            label=options.label,
             estimate=None if operation.runs_engine else _TINY,
         )
         if isinstance(operation, operations.Batches):
@@ -843,10 +722,10 @@ class Collector:
             query.call_site = call_site()
         here = lane.submit(query)
         try:
-            if timeout is not None:
+            if options.timeout is not None:
                 try:
-                    query.expire_in(timeout)
-                except BaseException:  # no thread to be had for the clock, or Ctrl-C
+                    query.expire_in(options.timeout)
+                except BaseException:  # no thread can start for the timers, or Ctrl-C
                     query.cancel()
                     raise
         finally:
@@ -855,34 +734,12 @@ class Collector:
         return query
 
 
-def _check_outside() -> None:
+def _check_outside(method: str, remedy: str) -> None:
     if in_query():
-        raise RuntimeError("inside a query this would wait for that very query: pass wait=False")
-
-
-def _check_number(name: str, number: object, least: int) -> None:
-    if number is not None and (not isinstance(number, int) or number < least):
-        raise ValueError(f"{name} must be a whole number, {least} or more, or None, got {number!r}")
-
-
-def _seconds(timeout: Any) -> float:
-    try:
-        seconds = nan if isinstance(timeout, str) else float(timeout)
-    except (TypeError, ValueError, OverflowError):
-        seconds = nan
-    if not seconds > 0:
-        raise ValueError(f"timeout must be more than 0 seconds, or None, got {timeout!r}")
-    return seconds
-
-
-def _gevent_handle() -> type[QueryHandle[Any]]:
-    try:
-        import_module("gevent")
-    except ModuleNotFoundError as error:
-        raise ImportError(
-            "gevent=True needs gevent: install it, or polars-async[gevent]", name=error.name
-        ) from error
-    return GeventHandle
+        raise RuntimeError(
+            f"{method}() was called from a Python function of a running query, and would wait for "
+            f"that query: {remedy}"
+        )
 
 
 def _close_lanes(

@@ -1,8 +1,8 @@
-"""The plug-in: an engine that brings a code base over without touching a call site."""
+"""`AsyncEngine`: a ``pl.Engine`` by which existing calls of Polars run on a collector."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Literal, overload
+from typing import TYPE_CHECKING, Any
 
 import polars as pl
 
@@ -30,21 +30,22 @@ if TYPE_CHECKING:
 
 class AsyncEngine(DeferringEngine):
     """
-    Polars' own methods, with queries resolved and run as this library does.
+    An engine that has Polars' own methods run queries on a collector.
 
     Pass it as ``engine=``, or set it once with ``pl.Config.set_engine_affinity(AsyncEngine())``.
     ``collect_async``, ``collect_all_async`` and ``collect(background=True)`` then run on
-    `collector`. All that is synchronous still runs on the thread that asks for it, on the engine
-    it would run on anyway; but where the GPU engine is asked for and no GPU is usable, or it fails,
-    the in-memory engine runs and an `EngineDowngradeWarning` says so.
+    `collector`. Synchronous methods still run on the calling thread, on the engine that would run
+    without this one; but if that is the GPU engine, and no GPU is usable or it fails, the in-memory
+    engine runs, with an `EngineDowngradeWarning`.
 
-    Polars removes ``POLARS_ENGINE_AFFINITY`` when an engine is set with ``Config``. This one keeps
-    what the variable said at that moment, and asks for that while the variable is not set anew.
+    Polars removes ``POLARS_ENGINE_AFFINITY`` when an engine is set with ``Config``. This engine
+    keeps the value that the variable had then, and requests it until the variable is set anew.
 
     Parameters
     ----------
     collector
-        What runs the queries; None is the collector that the whole process shares.
+        The collector that runs the queries; None is the default collector, which the whole process
+        shares.
     """
 
     def __init__(self, collector: Collector | None = None) -> None:
@@ -61,12 +62,12 @@ class AsyncEngine(DeferringEngine):
 
     @property
     def name(self) -> str:
-        """The name of this plug-in; it is never the engine that runs."""
+        """``"polars-async"``; never the name of the engine that runs."""
         return "polars-async"
 
     @property
     def asks_for(self) -> EngineRequest:
-        """The engine of queries that name none but this: that of the collector."""
+        """The engine of queries that name no other: that of the collector."""
         return self.collector.engine
 
     @property
@@ -75,36 +76,9 @@ class AsyncEngine(DeferringEngine):
         try:
             return self.collector.resolve_engine(path="sync").engine.plan_engine
         except EngineUnavailableError:
-            return "gpu"  # a plan can be looked at where it cannot be run
+            return "gpu"  # a plan can be shown where it cannot run
 
-    @overload
-    def collect(
-        self,
-        lf: pl.LazyFrame,
-        *,
-        optimizations: pl.QueryOptFlags,
-        background: Literal[False] = ...,
-        post_opt_callback: Callable[..., Any] | None = ...,
-    ) -> pl.DataFrame: ...
-    @overload
-    def collect(
-        self,
-        lf: pl.LazyFrame,
-        *,
-        optimizations: pl.QueryOptFlags,
-        background: Literal[True],
-        post_opt_callback: Callable[..., Any] | None = ...,
-    ) -> BackgroundQuery[pl.DataFrame]: ...
-    @overload
-    def collect(
-        self,
-        lf: pl.LazyFrame,
-        *,
-        optimizations: pl.QueryOptFlags,
-        background: bool,
-        post_opt_callback: Callable[..., Any] | None = ...,
-    ) -> pl.DataFrame | BackgroundQuery[pl.DataFrame]: ...
-    def collect(
+    def collect(  # type: ignore[override]  # users call Polars' own functions, whose types hold
         self,
         lf: pl.LazyFrame,
         *,
@@ -112,7 +86,7 @@ class AsyncEngine(DeferringEngine):
         background: bool = False,
         post_opt_callback: Callable[..., Any] | None = None,
     ) -> pl.DataFrame | BackgroundQuery[pl.DataFrame]:
-        """See ``LazyFrame.collect``; in the background it runs on the collector."""
+        """See ``LazyFrame.collect``; with ``background=True`` the query runs on the collector."""
         if background:
             warn_of_unstable("background")
             return self.collector.collect_background(lf, optimizations=optimizations)
@@ -132,11 +106,9 @@ class AsyncEngine(DeferringEngine):
     def collect_async(  # type: ignore[override]  # Polars promises its own private classes
         self, lf: pl.LazyFrame, *, optimizations: pl.QueryOptFlags, gevent: bool = False
     ) -> QueryHandle[pl.DataFrame]:
-        """See ``LazyFrame.collect_async``; it runs on the collector."""
+        """See ``LazyFrame.collect_async``; the query runs on the collector."""
         warn_of_streaming(self.collector)
-        if gevent:
-            return self.collector.collect_async(lf, optimizations=optimizations, gevent=True)
-        return self.collector.collect_async(lf, optimizations=optimizations)
+        return self.collector.collect_async(lf, optimizations=optimizations, gevent=gevent)
 
     def collect_all_async(  # type: ignore[override]  # as above
         self,
@@ -145,15 +117,13 @@ class AsyncEngine(DeferringEngine):
         optimizations: pl.QueryOptFlags,
         gevent: bool = False,
     ) -> QueryHandle[list[pl.DataFrame]]:
-        """See ``polars.collect_all_async``; it runs on the collector."""
-        if gevent:
-            return self.collector.collect_all_async(lfs, optimizations=optimizations, gevent=True)
-        return self.collector.collect_all_async(lfs, optimizations=optimizations)
+        """See ``polars.collect_all_async``; the query runs on the collector."""
+        return self.collector.collect_all_async(lfs, optimizations=optimizations, gevent=gevent)
 
     def collect_batches(  # type: ignore[override]  # as above
         self, lf: pl.LazyFrame, *, optimizations: pl.QueryOptFlags, **options: Any
     ) -> Iterator[pl.DataFrame]:
-        """See ``LazyFrame.collect_batches``; what the GPU collects is cut up afterwards."""
+        """See ``LazyFrame.collect_batches``; a result of the GPU is sliced when it is complete."""
         resolution = self._resolved("batches", optimizations)
         engine = resolution.engine
         if isinstance(engine, pl.GPUEngine):
@@ -188,7 +158,7 @@ class AsyncEngine(DeferringEngine):
         return self._sink(options).sink_batches(lf, function, **options)
 
     def _sink(self, options: dict[str, Any]) -> pl.Engine:
-        # Polars 1.44 hands over lazy sinks too, which only make a plan.
+        # Polars 1.44 calls engines for lazy sinks, too, which only make a plan.
         if options.get("lazy"):
             return AUTO_ENGINE
         return self._synchronous(options["optimizations"])
@@ -208,7 +178,7 @@ class AsyncEngine(DeferringEngine):
 
 
 class _GPUEngineHere(pl.GPUEngine):
-    """The GPU engine of a resolution, on the thread that asks, with the fallback to the CPU."""
+    """The GPU engine of a resolution, on the calling thread, with the fallback to the CPU."""
 
     def __init__(self, resolution: Resolution) -> None:
         super().__init__()
@@ -224,7 +194,7 @@ class _GPUEngineHere(pl.GPUEngine):
         """See ``LazyFrame.collect``."""
         engine = self._resolution.engine
         assert isinstance(engine, pl.GPUEngine)
-        if post_opt_callback is not None:  # instead of that of the GPU engine
+        if post_opt_callback is not None:  # it replaces that of the GPU engine
             notify_observers(self._resolution)
             return engine.collect(
                 lf, optimizations=optimizations, post_opt_callback=post_opt_callback

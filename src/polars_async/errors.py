@@ -11,7 +11,7 @@ class PolarsAsyncError(Exception):
 
 
 class EngineUnavailableError(PolarsAsyncError):
-    """The engine that was asked for cannot run here, and the caller ruled every other one out."""
+    """The requested engine cannot run here, and the caller ruled every other one out."""
 
 
 class CollectorClosedError(PolarsAsyncError):
@@ -19,7 +19,7 @@ class CollectorClosedError(PolarsAsyncError):
 
 
 class QueueFullError(PolarsAsyncError):
-    """As many queries or streams as the collector may hold: try again later, or shed the load."""
+    """The collector holds as many queries or streams as it may: retry later, or shed load."""
 
 
 class QueryTimeoutError(PolarsAsyncError, TimeoutError):
@@ -28,12 +28,16 @@ class QueryTimeoutError(PolarsAsyncError, TimeoutError):
 
     Attributes
     ----------
-    timeout, queue_seconds, run_seconds
-        What it was given, how long it waited for a slot, and how long it ran after that; None if
-        it never did. All in seconds.
+    timeout
+        The time-out of the query, in seconds.
+    queue_seconds
+        How long it waited for a slot.
+    run_seconds
+        How long it ran after that; None if it never did.
     """
 
-    # Polars makes some errors of Python functions anew, of their class and text alone.
+    # With defaults, since Polars makes some errors of Python functions anew, from their class and
+    # text alone.
     def __init__(
         self,
         message: str,
@@ -52,15 +56,15 @@ class QueryTimeoutError(PolarsAsyncError, TimeoutError):
 
 class QueryMemoryError(PolarsAsyncError, MemoryError):
     """
-    A query outgrew the ``max_memory=`` of its worker process, and was stopped.
+    A query needed more than the ``max_memory=`` of its worker process, and was stopped.
 
     Attributes
     ----------
     max_memory
-        What the worker may have, in bytes.
+        The limit of the worker process, in bytes.
     """
 
-    def __init__(self, message: str, max_memory: int = 0) -> None:  # as above
+    def __init__(self, message: str, max_memory: int = 0) -> None:
         super().__init__(message)
         self.max_memory = max_memory
 
@@ -70,15 +74,15 @@ class QueryMemoryError(PolarsAsyncError, MemoryError):
 
 class WorkerDiedError(PolarsAsyncError):
     """
-    A worker process died with the query that it ran; other queries are none the worse for it.
+    A worker process died while it ran a query; no other query is affected.
 
     Attributes
     ----------
     exitcode
-        The exit status of the worker, or the negative number of the signal that ended it; None if
-        that is not known.
+        The exit status of the worker process, or the negative number of the signal that ended it;
+        None if unknown.
     plan
-        What it ran: the start of the query's plan; None if that is not known.
+        The first lines of the query's plan; None if unknown.
     """
 
     def __init__(self, message: str, exitcode: int | None = None, plan: str | None = None) -> None:
@@ -88,7 +92,7 @@ class WorkerDiedError(PolarsAsyncError):
 
     @property
     def signal(self) -> Signals | None:
-        """The signal that ended the worker; None if none did, or it has no name."""
+        """The signal that ended the worker process; None if none did, or if it has no name."""
         return signal_of(self.exitcode)
 
     def __reduce__(self) -> tuple[type[WorkerDiedError], tuple[object, ...]]:
@@ -100,27 +104,23 @@ class ForkedProcessError(PolarsAsyncError):
 
 
 class EngineDowngradeWarning(UserWarning):
-    """The engine that was asked for does not run; the message says which one does, and why."""
+    """Another engine runs than the one requested; the message says which one, and why."""
 
 
 def signal_of(exitcode: int | None) -> Signals | None:
-    """Give the signal that an exit code tells of; most of the real-time ones have no name."""
+    """Return the signal that ended a process with `exitcode`; most real-time ones have no name."""
     try:
         return None if exitcode is None or exitcode >= 0 else Signals(-exitcode)
     except ValueError:
         return None
 
 
-def text_of(error: BaseException) -> str:
-    """
-    Give the text of an error in one line, or nothing where to ask for it raises another.
-
-    Some errors of cudf-polars carry others beside their text, which are left out.
-    """
+def describe(error: BaseException) -> str:
+    """Return the type and the text of an error, in one line; the type alone if it has no text."""
     try:
         text, arguments = str(error), error.args
         if len(arguments) > 1 and text == str(arguments):
-            text = str(arguments[0])
-    except Exception:  # noqa: BLE001  # of somebody else's making
-        return ""
-    return " ".join(text.split())
+            text = str(arguments[0])  # cudf-polars puts the errors it sums up beside their text
+    except Exception:  # noqa: BLE001  # the __str__ of any library or user
+        text = ""
+    return f"{type(error).__name__}: {' '.join(text.split())}".removesuffix(": ")

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Final
 import polars as pl
 
 from polars_async._runtime.logs import complain, is_ctrl_c, log
-from polars_async.errors import text_of
+from polars_async.errors import describe
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -18,18 +18,21 @@ if TYPE_CHECKING:
     from polars_async.resolution import Resolution
 
 observers: Final[list[Callable[[Resolution], object]]] = []
-"""Told of each query of the process that has run, or was let go while it did: for test suites."""
+"""
+Called with the resolution of each query of the process that has run, or was cancelled or timed out
+while it ran: for test suites.
+"""
 
 
 class EventKind(enum.StrEnum):
-    """What happened. Every query is queued first, and the last of it is one of the last five."""
+    """What happened to a query: QUEUED is its first event, and one of the last five its last."""
 
     QUEUED = "queued"
-    """It was handed to the collector."""
+    """The query was submitted to the collector."""
     DOWNGRADED = "downgraded"
-    """The GPU engine was asked for, and another runs."""
+    """The GPU engine was requested, and another engine runs."""
     FELL_BACK = "fell_back"
-    """The engine that ran it could not, and the in-memory engine took over."""
+    """The GPU engine failed, and the in-memory engine runs the query."""
     STARTED = "started"
     FINISHED = "finished"
     FAILED = "failed"
@@ -39,7 +42,7 @@ class EventKind(enum.StrEnum):
     """The collector was full or closed."""
 
 
-_SAID_WITH_REASON: Final = frozenset({EventKind.DOWNGRADED, EventKind.FELL_BACK})
+_KINDS_WITH_REASON: Final = frozenset({EventKind.DOWNGRADED, EventKind.FELL_BACK})
 _LEVELS: Final = {
     EventKind.DOWNGRADED: logging.INFO,
     EventKind.FELL_BACK: logging.WARNING,
@@ -51,30 +54,31 @@ _LEVELS: Final = {
 @dataclass(frozen=True, slots=True)
 class QueryEvent:
     """
-    One thing that happened to one query.
+    An event of one query.
 
     Attributes
     ----------
     kind
         What happened.
     query_id
-        A number that no other query of this process has.
+        The number of the query, unique in this process.
     label
-        What the caller named the query; None if nothing.
+        The ``label=`` of the query; None without one.
     engine
-        The name of the engine that runs it.
+        The name of the engine that runs the query.
     queue_seconds
-        How long it has waited, or waited, for a slot; 0 for one that was not let in.
+        How long the query waited for a slot, so far; 0 if it was rejected.
     run_seconds
-        How long it has run, or ran, without the time that a stream waited for its consumer; None
-        for one that did not start.
+        How long the query ran, so far, without the time that a stream waited for its consumer;
+        None if it did not start.
     rows
-        How many rows it gave, over all frames; None before the end, and where it gave none.
+        The number of rows of the result, over all its frames; None before the end, and for results
+        without rows.
     error
-        What it failed with, or was refused or ended by; what the GPU engine raised, where it fell
-        back; else None.
+        The error of a query that failed, timed out or was rejected; that of the GPU engine, if the
+        query fell back; else None.
     resolution
-        Which engine runs it, asked for by whom, and why.
+        Which engine runs the query, requested by whom, and why.
     """
 
     kind: EventKind
@@ -91,7 +95,7 @@ class QueryEvent:
         label = f" {self.label!r}" if self.label is not None else ""
         what = self.kind.replace("_", " ")
         parts = [f"query {self.query_id}{label} {what}: {self.engine} engine"]
-        if self.kind in _SAID_WITH_REASON and self.resolution.reason is not None:
+        if self.kind in _KINDS_WITH_REASON and self.resolution.reason is not None:
             parts.append(self.resolution.reason)
         parts.append(f"waited {self.queue_seconds:.3f} s")
         if self.run_seconds is not None:
@@ -99,21 +103,21 @@ class QueryEvent:
         if self.rows is not None:
             parts.append(f"{self.rows} rows")
         if self.error is not None:
-            parts.append(f"{type(self.error).__name__}: {text_of(self.error)}")
+            parts.append(describe(self.error))
         return ", ".join(parts)
 
 
 def notify_observers(resolution: Resolution) -> None:
-    """Tell of a query which engine it was that ran it."""
+    """Call the observers with the `resolution` of a query that has run."""
     for observer in tuple(observers):
         try:
             observer(resolution)
-        except Exception:  # noqa: BLE001  # it is to harm no query
+        except Exception:  # noqa: BLE001  # an observer must not fail the query
             complain("an observer raised at: %s", resolution.message)
 
 
 class Reporter:
-    """Tells the hook of a collector and the logger what happened."""
+    """Passes events to the logger and to the hook of one collector."""
 
     __slots__ = ("_on_event",)
 
@@ -122,7 +126,7 @@ class Reporter:
 
     @property
     def listens(self) -> bool:
-        """Whether anybody wants to know, which is asked once for each query."""
+        """Whether a hook, an observer or the logger takes any event; read once for each query."""
         return self._on_event is not None or bool(observers) or log.isEnabledFor(logging.INFO)
 
     def wants(self, kind: EventKind) -> bool:
@@ -130,7 +134,7 @@ class Reporter:
         return self._on_event is not None or log.isEnabledFor(_level_of(kind))
 
     def __call__(self, event: QueryEvent) -> None:
-        """Report, with no lock held. What the hook raises is logged and harms no query."""
+        """Log `event` and call the hook, with no lock held. Errors of the hook are logged."""
         try:
             log.log(_level_of(event.kind), "%s", event)
             if self._on_event is not None:
@@ -139,7 +143,7 @@ class Reporter:
             if is_ctrl_c():
                 raise
             complain("the on_event hook was interrupted at: %s", event)
-        except BaseException:  # noqa: BLE001  # a worker's thread has to survive whatever it is
+        except BaseException:  # noqa: BLE001  # SystemExit, too, must not end a worker thread
             complain("the on_event hook raised at: %s", event)
 
 
@@ -147,10 +151,12 @@ def _level_of(kind: EventKind) -> int:
     return _LEVELS.get(kind, logging.DEBUG)
 
 
-def rows_of(result: object) -> int | None:
-    """Count the rows of a result, over all its frames; None where it has none."""
+def count_rows(result: object) -> int | None:
+    """Return the number of rows of a result, over all its frames; None if it has no rows."""
     if isinstance(result, pl.DataFrame):
         return result.height
     if isinstance(result, list):
-        return sum(rows_of(frame) or 0 for frame in result)
-    return result if isinstance(result, int) else None  # a stream counts them itself
+        return sum(count_rows(frame) or 0 for frame in result)
+    return (
+        result if isinstance(result, int) else None
+    )  # the operation of a stream returns their number

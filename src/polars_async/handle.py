@@ -1,8 +1,9 @@
-"""The handles: what a caller holds while its query is on the way."""
+"""The handles of queries, by which callers wait for their results and cancel them."""
 
 from __future__ import annotations
 
 from concurrent.futures import CancelledError
+from importlib import import_module
 from typing import TYPE_CHECKING, Generic, TypeVar
 
 from polars_async import bridges
@@ -21,15 +22,16 @@ T = TypeVar("T")
 
 class QueryHandle(Generic[T]):
     """
-    A query that was scheduled, and its result to come.
+    The handle of a scheduled query.
 
-    Await it in asyncio or trio, or call `result` in a plain thread: as often as wanted and from
-    wherever, it gives the same result or raises the same error each time. It belongs to no loop:
-    it may be made before one runs, or in another thread.
+    Await it in asyncio or trio, call `get` in a greenlet of gevent, or `result` in a plain thread:
+    any number of times and anywhere, each returns the same result or raises the same error. A
+    handle belongs to no loop: it may be made before one runs, or in another thread.
 
-    When the task that awaits it is cancelled, and nobody else waits for it, the query is cancelled
-    too. It is let go at once and its result is dropped. In worker processes it is stopped; on
-    threads Polars cannot stop it, and its slot in the collector is free when it really ends.
+    When a task that awaits the handle is cancelled, and no other task, greenlet or thread waits for
+    it, the query is cancelled too: waiters learn it at once, and the result is dropped. In a worker
+    process a running query is stopped; on threads Polars cannot stop it, and its slot in the
+    collector is free when it really ends.
     """
 
     __slots__ = ("__weakref__", "_query")
@@ -37,28 +39,31 @@ class QueryHandle(Generic[T]):
     def __init__(self, query: Query[T]) -> None:
         self._query = query
 
+    def __repr__(self) -> str:
+        return f"<QueryHandle: {summary(self._query)}>"
+
     @property
     def label(self) -> str | None:
-        """What the caller named the query; None if nothing."""
+        """The ``label=`` of the query; None without one."""
         return self._query.label
 
     @property
     def resolution(self) -> Resolution:
-        """Which engine runs the query, asked for by whom, and why."""
+        """Which engine runs the query, requested by whom, and why."""
         return self._query.resolution
 
     def done(self) -> bool:
-        """Tell whether there is a result, an error or a cancellation."""
+        """Return whether the query is done: finished, failed, cancelled or timed out."""
         return self._query.done
 
     def cancel(self) -> bool:
         """
-        Let go of the query: whoever waits for it is told so at once.
+        Cancel the query, and wake all its waiters at once.
 
         Returns
         -------
         bool
-            False if the query had ended before.
+            False if the query was done already.
         """
         return self._query.cancel()
 
@@ -69,9 +74,9 @@ class QueryHandle(Generic[T]):
         Raises
         ------
         BaseException
-            Whatever the query raised, unchanged.
+            The error of the query, unchanged.
         QueryTimeoutError
-            It was not done within the time-out that it was given.
+            The query was not done within its ``timeout=``.
         asyncio.CancelledError
             The query was cancelled; under trio ``concurrent.futures.CancelledError``.
         RuntimeError
@@ -91,19 +96,18 @@ class QueryHandle(Generic[T]):
         Parameters
         ----------
         timeout
-            Seconds to wait at most; None waits as long as it takes.
+            Seconds to wait at most; None sets no limit.
 
         Raises
         ------
         TimeoutError
-            The query was not done in time. It goes on, and can be waited for again.
+            The wait took longer than `timeout`. The query goes on, and can be waited for again.
         QueryTimeoutError
-            It was not done within the time-out that it was given: a TimeoutError, too, but this
-            query is over.
+            The query was not done within its ``timeout=``: a TimeoutError, too, but a final one.
         concurrent.futures.CancelledError
             The query was cancelled.
         BaseException
-            Whatever the query raised, unchanged.
+            The error of the query, unchanged.
         """
         query = self._query
         try:
@@ -113,34 +117,34 @@ class QueryHandle(Generic[T]):
         finally:
             del self, query  # as in __await__
 
-
-class GeventHandle(QueryHandle[T]):
-    """A handle for greenlets, as Polars' own ``collect_async(gevent=True)`` gives."""
-
-    __slots__ = ()
-
     def get(self, block: bool = True, timeout: float | None = None) -> T:  # noqa: FBT001, FBT002  # as Polars' own
         """
-        Wait for the query, while other greenlets run.
+        Block the calling greenlet until the query is done, as Polars' own with ``gevent=True``.
 
-        A greenlet that is killed here, with nobody else waiting, cancels the query.
+        When the greenlet is killed here, and no other task, greenlet or thread waits for the query,
+        it is cancelled.
 
         Parameters
         ----------
         block
             Whether to wait at all.
         timeout
-            Seconds to wait at most; None waits as long as it takes.
+            Seconds to wait at most; None sets no limit.
 
         Raises
         ------
         gevent.Timeout
-            The query is not done, or was not in time. It goes on, and can be waited for again.
+            The query is not done yet. It goes on, and can be waited for again.
+        QueryTimeoutError
+            The query was not done within its ``timeout=``.
         concurrent.futures.CancelledError
             The query was cancelled.
+        ImportError
+            gevent is not installed.
         BaseException
-            Whatever the query raised, unchanged.
+            The error of the query, unchanged.
         """
+        check_gevent("get()")
         from gevent import Timeout  # noqa: PLC0415  # optional
 
         from polars_async.bridges.gevent import block_greenlet  # noqa: PLC0415  # as above
@@ -160,20 +164,49 @@ class BackgroundQuery(InProcessQuery, Generic[T]):
     """
     A query in the background, with the methods of Polars' own.
 
-    Polars' own machinery loses a panic, or aborts the process; this query runs in a collector.
+    It runs in a collector, and not in Polars' own machinery, which loses panics or aborts the
+    process.
     """
 
     def __init__(self, query: Query[T]) -> None:
+        self._query = query
         self._handle = QueryHandle(query)
 
+    def __repr__(self) -> str:
+        return f"<BackgroundQuery: {summary(self._query)}>"
+
     def cancel(self) -> None:
-        """Let go of the query: what it gives or raises is dropped."""
+        """Cancel the query; its result or error is dropped."""
         self._handle.cancel()
 
     def fetch(self) -> T | None:  # type: ignore[override]  # Polars knows of frames alone
-        """Give the result if there is one, else None; raises what the query raised."""
+        """Return the result, or None until the query is done; raise the error of the query."""
         return self._handle.result() if self._handle.done() else None
 
     def fetch_blocking(self) -> T:  # type: ignore[override]  # as above
-        """Block the calling thread until there is a result; raises what the query raised."""
+        """Block the calling thread until the query is done; return or raise as ``result``."""
         return self._handle.result()
+
+
+def summary(query: Query[Any]) -> str:
+    """Return the number, label, state and engine of a query in a few words."""
+    label = "" if query.label is None else f" {query.label!r}"
+    state = query.state.name.lower().replace("_", " ")
+    return f"query {query.id}{label}, {state}, {query.resolution.name} engine"
+
+
+def check_gevent(what: str) -> None:
+    """
+    Raise ImportError if gevent is not installed.
+
+    Parameters
+    ----------
+    what
+        What needs it, for the error.
+    """
+    try:
+        import_module("gevent")
+    except ModuleNotFoundError as error:
+        raise ImportError(
+            f"{what} needs gevent: install it, or polars-async[gevent]", name=error.name
+        ) from error

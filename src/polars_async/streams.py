@@ -10,6 +10,7 @@ import polars as pl
 
 from polars_async import bridges
 from polars_async.bridges.buffer import Arrivals, Buffer
+from polars_async.handle import summary
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -82,6 +83,9 @@ class Completions(ResultStream[tuple[int, T]]):
         if not queries:
             self._arrivals.finish()
 
+    def __repr__(self) -> str:
+        return f"<ResultStream: {len(self._queries)} results to come>"
+
     async def __anext__(self) -> tuple[int, T]:
         """Wait for the next result; raises what its query raised, which ends the stream."""
         bridge = bridges.current()
@@ -123,6 +127,9 @@ class Batches(ResultStream[pl.DataFrame]):
         ending = _BufferEnding(query, buffer)
         if not query.add_waiter(ending):
             ending.wake()
+
+    def __repr__(self) -> str:
+        return f"<ResultStream: batches of {summary(self._query)}>"
 
     @property
     def resolution(self) -> Resolution:

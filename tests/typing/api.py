@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, assert_type
 import polars as pl
 
 import polars_async as pa
-from polars_async.handle import GeventHandle
 from polars_async.testing import simulate_gpu
 
 if TYPE_CHECKING:
@@ -54,13 +53,13 @@ async def total(frame: Awaitable[pl.DataFrame]) -> int:
 
 def greenlets() -> None:
     one = pa.collect_async(lf, gevent=True)
-    assert_type(one, GeventHandle[pl.DataFrame])
+    assert_type(one, pa.QueryHandle[pl.DataFrame])
     assert_type(one.get(), pl.DataFrame)
     assert_type(one.get(block=False), pl.DataFrame)
     assert_type(one.get(True, 1.5), pl.DataFrame)
 
     several = pa.collect_all_async([lf], gevent=True, engine="streaming")
-    assert_type(several, GeventHandle[list[pl.DataFrame]])
+    assert_type(several, pa.QueryHandle[list[pl.DataFrame]])
     assert_type(several.get(timeout=None), list[pl.DataFrame])
 
 
@@ -109,9 +108,11 @@ async def stops() -> None:
 async def collects(collector: pa.Collector, frames: Iterable[pl.LazyFrame]) -> None:
     assert_type(await collector.collect_async(lf), pl.DataFrame)
     assert_type(await collector.collect_async(lf, engine=None), pl.DataFrame)
-    assert_type(collector.collect_async(lf, gevent=True), GeventHandle[pl.DataFrame])
+    assert_type(collector.collect_async(lf, gevent=True), pa.QueryHandle[pl.DataFrame])
     assert_type(await collector.collect_all_async(frames, engine="gpu"), list[pl.DataFrame])
-    assert_type(collector.collect_all_async(frames, gevent=True), GeventHandle[list[pl.DataFrame]])
+    assert_type(
+        collector.collect_all_async(frames, gevent=True), pa.QueryHandle[list[pl.DataFrame]]
+    )
     assert_type(collector.resolve_engine("gpu", path="background"), pa.Resolution)
 
 
@@ -250,11 +251,10 @@ async def catches() -> None:
 
 
 def mistakes(frame: pl.DataFrame, collector: pa.Collector) -> None:
-    pa.collect_async(frame)  # type: ignore[call-overload]
-    pa.collect_async(lf, "gpu")  # type: ignore[call-overload]
-    pa.collect_async(lf, engine=None)  # type: ignore[call-overload]
-    pa.collect_all_async(lf)  # type: ignore[call-overload]
-    pa.collect_async(lf).get()  # type: ignore[attr-defined]
+    pa.collect_async(frame)  # type: ignore[arg-type]
+    pa.collect_async(lf, "gpu")  # type: ignore[call-arg, arg-type]
+    pa.collect_async(lf, engine=None)  # type: ignore[arg-type]
+    pa.collect_all_async(lf)  # type: ignore[arg-type]
     pa.resolve_engine(path="eager")  # type: ignore[arg-type]
     pa.resolve_engine(gpu="always")  # type: ignore[arg-type]
     pa.Collector("gpu")  # type: ignore[call-arg]

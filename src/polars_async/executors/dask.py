@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import polars as pl
 
-from polars_async.errors import PolarsAsyncError
+from polars_async.errors import PolarsAsyncError, describe
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -62,7 +62,7 @@ def dask_executor(
     for address, found in answers.items():
         if isinstance(found, BaseException):
             raise PolarsAsyncError(
-                f"the dask worker {address} cannot run queries ({type(found).__name__}: {found}): "
+                f"the dask worker {address} cannot run queries ({describe(found)}): "
                 "install polars-async there"
             ) from found
         version, offers[address] = found

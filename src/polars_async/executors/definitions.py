@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, Final, TypeAlias
 from weakref import WeakKeyDictionary
 
 from polars_async._runtime.upstream import namespaces_of
+from polars_async.errors import describe
 from polars_async.executors.blame import unsendable
 from polars_async.executors.main_module import ADDED_TO, POLARS, kept
 from polars_async.executors.staying import UnsendableError
@@ -83,8 +84,7 @@ def pickled_by_value(value: object, name: str) -> bytes:
     try:
         return _dumps(value)
     except Exception as error:
-        reason = f"{type(error).__name__}: {error}"
-        raise unsendable(value, reason, can_be_pickled) from error
+        raise unsendable(value, describe(error), can_be_pickled) from error
 
 
 def can_be_pickled(value: object) -> bool:

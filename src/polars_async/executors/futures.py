@@ -13,7 +13,7 @@ import polars as pl
 
 from polars_async._runtime import fork
 from polars_async._runtime.unpatched import SimpleQueue
-from polars_async.errors import ForkedProcessError, PolarsAsyncError, WorkerDiedError
+from polars_async.errors import ForkedProcessError, PolarsAsyncError, WorkerDiedError, describe
 from polars_async.executors.definitions import added_to_polars, definition
 from polars_async.executors.large_plans import warn_if_large
 from polars_async.executors.main_module import POLARS, LookingUp, answer_for_polars
@@ -209,7 +209,7 @@ def _here() -> str:
 
 def _failure(error: Exception, query: Job) -> PolarsAsyncError:
     """Give the error of a query that `error` kept from being run, or from being heard of."""
-    what = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+    what = describe(error)
     distributed = sys.modules.get("distributed")
     killed = () if distributed is None else (distributed.KilledWorker,)
     if isinstance(error, (BrokenExecutor, CancelledError, *killed)):

@@ -40,15 +40,16 @@ class Operation(Protocol[T_co]):
         ...
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+# Fields are final for type checkers: frozen ones cost each query half a microsecond at run time.
+@dataclass(slots=True, eq=False)
 class Collect:
     """Collect one frame."""
 
     runs_engine: ClassVar = True
 
-    frame: pl.LazyFrame
-    engine: pl.Engine
-    optimizations: pl.QueryOptFlags
+    frame: Final[pl.LazyFrame]
+    engine: Final[pl.Engine]
+    optimizations: Final[pl.QueryOptFlags]
 
     @property
     def frames(self) -> Sequence[pl.LazyFrame]:
@@ -60,16 +61,16 @@ class Collect:
         return _collect(self.frame, self.engine, self.optimizations)
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(slots=True, eq=False)
 class CollectAll:
     """Collect frames as one query, or one by one on an engine that has no other way."""
 
     runs_engine: ClassVar = True
 
-    all_frames: Sequence[pl.LazyFrame]
-    engine: pl.Engine
-    optimizations: pl.QueryOptFlags
-    collected: Mapping[int, pl.DataFrame] = field(default_factory=dict)
+    all_frames: Final[Sequence[pl.LazyFrame]]
+    engine: Final[pl.Engine]
+    optimizations: Final[pl.QueryOptFlags]
+    collected: Final[Mapping[int, pl.DataFrame]] = field(default_factory=dict)
     """The results that are there already, by the numbers of their frames."""
 
     @property
@@ -95,15 +96,15 @@ class CollectAll:
         return results
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(slots=True, eq=False)
 class Sink:
     """Run a sink, whose result is an empty frame."""
 
     runs_engine: ClassVar = True
 
-    sink: pl.LazyFrame
-    engine: pl.Engine
-    optimizations: pl.QueryOptFlags
+    sink: Final[pl.LazyFrame]
+    engine: Final[pl.Engine]
+    optimizations: Final[pl.QueryOptFlags]
 
     @property
     def frames(self) -> Sequence[pl.LazyFrame]:
@@ -115,13 +116,13 @@ class Sink:
         _collect(self.sink, self.engine, self.optimizations)
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(slots=True, eq=False)
 class Schema:
     """Find out the schema of a frame."""
 
     runs_engine: ClassVar = False
 
-    frame: pl.LazyFrame
+    frame: Final[pl.LazyFrame]
 
     @property
     def frames(self) -> Sequence[pl.LazyFrame]:
@@ -133,7 +134,7 @@ class Schema:
         return self.frame.collect_schema()
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(slots=True, eq=False)
 class Batches:
     """
     Collect one frame into a buffer, batch by batch.
@@ -144,12 +145,12 @@ class Batches:
 
     runs_engine: ClassVar = True
 
-    frame: pl.LazyFrame
-    engine: pl.Engine
-    optimizations: pl.QueryOptFlags
-    buffer: Buffer
-    chunk_size: int | None
-    maintain_order: bool
+    frame: Final[pl.LazyFrame]
+    engine: Final[pl.Engine]
+    optimizations: Final[pl.QueryOptFlags]
+    buffer: Final[Buffer]
+    chunk_size: Final[int | None]
+    maintain_order: Final[bool]
 
     @property
     def frames(self) -> Sequence[pl.LazyFrame]:

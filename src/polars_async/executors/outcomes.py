@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import polars as pl
 
-from polars_async.errors import PolarsAsyncError, text_of
+from polars_async.errors import PolarsAsyncError, describe
 from polars_async.executors.serialization import Message, pack, unpack
 from polars_async.gpu.failure import GpuFailure
 
@@ -79,7 +79,7 @@ def unpacked_error(packed: tuple[bytes, str]) -> BaseException:
     except BaseException as refused:  # noqa: BLE001  # as where its class is to be had there alone
         error = PolarsAsyncError(
             "the query failed in its worker process, as told by the traceback above, with an error "
-            f"that cannot be unpickled here ({type(refused).__name__}: {text_of(refused)})"
+            f"that cannot be unpickled here ({describe(refused)})"
         )
     with suppress(BaseException):  # an error may be frozen
         error.__cause__ = RemoteTraceback(text)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 
 import polars as pl
 
+from polars_async.errors import describe
 from polars_async.reasons import Diagnosis, Reason
 
 if TYPE_CHECKING:
@@ -61,13 +62,7 @@ def note_import_failure(error: BaseException) -> None:
         What the import raised; its type and the first line of its text are kept.
     """
     global _import_failure  # noqa: PLW0603  # a fact about the process
-    _import_failure = described(error)
-
-
-def described(error: BaseException) -> str:
-    """Give the type of an error and the first line of its text."""
-    lines = str(error).splitlines()
-    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+    _import_failure = describe(error)
 
 
 def forget_import_failure() -> None:

@@ -13,7 +13,7 @@ import polars as pl
 
 from polars_async._runtime.green import deliver
 from polars_async._runtime.logs import log
-from polars_async.errors import text_of
+from polars_async.errors import describe
 from polars_async.gpu.support import is_of_the_gpu, operations_of, told, underlying
 from polars_async.reasons import Diagnosis, Reason
 
@@ -98,8 +98,7 @@ class GpuFailure(Exception):  # noqa: N818  # no error to be seen: it says where
         if self.reason is Reason.UNSUPPORTED_QUERY:
             what = "; ".join(map(told, operations_of(self.cause)))
         else:
-            first = next(_leaves(self.cause))
-            what = f"{type(first).__name__}: {text_of(first)}".removesuffix(": ")
+            what = describe(next(_leaves(self.cause)))
         return f"{_FAULTS[self.reason].cause} ({what})"
 
     @property
@@ -150,7 +149,7 @@ def reason_of(error: Exception, otherwise: Reason) -> Reason:
     for each in _leaves(error):
         if isinstance(each, MemoryError):
             return Reason.OUT_OF_MEMORY
-        if is_of_the_gpu(each) or _CUDA_ERROR.search(text_of(each)):
+        if is_of_the_gpu(each) or _CUDA_ERROR.search(describe(each)):
             return Reason.CUDA_ERROR
     return otherwise
 

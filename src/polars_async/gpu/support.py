@@ -13,7 +13,7 @@ import polars as pl
 
 from polars_async._runtime import upstream
 from polars_async._runtime.arguments import check_frame
-from polars_async.errors import text_of
+from polars_async.errors import describe
 from polars_async.gpu import cudf as _cudf
 from polars_async.reasons import Diagnosis, Reason
 
@@ -244,25 +244,23 @@ def is_of_the_gpu(error: BaseException) -> bool:
         return True
     # As native code raises them; what libcudf itself does not support is a "CUDF failure".
     native = isinstance(error, (RuntimeError, MemoryError))
-    return native and _OF_THE_GPU.search(text_of(error)) is not None
+    return native and _OF_THE_GPU.search(describe(error)) is not None
 
 
 def told(error: BaseException) -> str:
     """Give what rules the GPU engine out, in its own words."""
-    if isinstance(error, NotImplementedError) and str(error):
-        return str(error)
-    return _cudf.described(error)
+    return describe(error).removeprefix("NotImplementedError: ")
 
 
 def _failure(error: BaseException, found: _cudf.CudfPolars) -> Diagnosis:
     if is_of_the_gpu(error):
         return _gpu_fault(error)
-    cause = f"the translator of {found} could not be asked ({_cudf.described(error)})"
+    cause = f"the translator of {found} could not be asked ({describe(error)})"
     return Diagnosis(Reason.TRANSLATION_FAILED, cause, _TRY)
 
 
 def _gpu_fault(error: BaseException) -> Diagnosis:
-    cause = f"cudf-polars asks the GPU about this query, and that fails ({_cudf.described(error)})"
+    cause = f"cudf-polars asks the GPU about this query, and that fails ({describe(error)})"
     return Diagnosis(
         Reason.GPU_NEEDED, cause, "ask on a host where gpu_status() finds a usable GPU"
     )

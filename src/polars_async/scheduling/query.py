@@ -13,7 +13,7 @@ from polars_async._runtime.timers import set_deadline
 from polars_async._runtime.unpatched import get_ident, holding
 from polars_async.bridges.waiting import persist, wake
 from polars_async.errors import QueryTimeoutError
-from polars_async.events import EventKind, QueryEvent, notify_observers, rows_of
+from polars_async.events import EventKind, QueryEvent, count_rows, notify_observers
 from polars_async.executors.operations import Batches
 from polars_async.scheduling.counts import State
 from polars_async.scheduling.fair_queue import SMALL
@@ -281,7 +281,7 @@ class Query(Generic[T]):
             engine=self.resolution.name,
             queue_seconds=self.times.queue_seconds,
             run_seconds=self.times.run_seconds,
-            rows=rows_of(result),
+            rows=count_rows(result),
             error=error,
             resolution=self.resolution,
         )
