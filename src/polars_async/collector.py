@@ -661,8 +661,8 @@ class Collector:
         *on_gpus, cpu = (lane.admission for lane in self._lanes)
         found = stats_of(cpu, on_gpus)
         executors = (self._gpu.executor, self._cpu.executor)  # those of all
-        found["workers"] = sum(each.workers for each in executors)
-        found["workers_died"] = sum(each.died for each in executors)
+        found["workers"] = sum(each.worker_count for each in executors)
+        found["workers_died"] = sum(each.worker_deaths for each in executors)
         return found
 
     def close(
