@@ -13,6 +13,7 @@ from contextlib import suppress
 from errno import EMFILE
 from socket import (
     MSG_CMSG_CLOEXEC,
+    MSG_DONTWAIT,
     MSG_NOSIGNAL,
     MSG_PEEK,
     SCM_RIGHTS,
@@ -102,15 +103,12 @@ class Transport:
 
     def is_open(self) -> bool:
         """Return whether the other end is open; with unread messages, it counts as open."""
-        self._socket.settimeout(0.0)
         try:
-            return bool(self._socket.recv(1, MSG_PEEK))
+            return bool(self._socket.recv(1, MSG_PEEK | MSG_DONTWAIT))
         except BlockingIOError:
             return True
-        except OSError:
+        except OSError:  # closed here, or reset by the other end
             return False
-        finally:
-            self._socket.settimeout(None)
 
     def close(self) -> None:
         """Close this end, and shut the connection down, even if a forked child has a copy of it."""
