@@ -116,7 +116,7 @@ def is_own(module: str | None) -> bool:
     if is_own(package):
         return True
     path = getattr(sys.modules.get(package), "__path__", None)
-    # A submodule of what is no package: an extension module has made both when it was imported.
+    # Without a path, the parent is no package but an extension module, whose import makes both.
     return path is not None and not _is_importable(module, tuple(path))
 
 

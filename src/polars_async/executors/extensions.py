@@ -40,7 +40,8 @@ def read_extended(read: Callable[[], pl.DataFrame], names: set[str]) -> pl.DataF
     for number, column in enumerate(frame.get_columns() if names else ()):
         dtype = column.dtype
         if isinstance(dtype, pl.BaseExtension) and pl.get_extension_type(dtype.ext_name()) is None:
-            # A type that was registered while the column was read differs from one that was not.
+            # To Polars, a type that was registered when it was read is not one that was never. The
+            # frame that was written had one that was never registered: so has this one.
             frame.replace_column(number, column.ext.storage().ext.to(dtype))
     return frame
 

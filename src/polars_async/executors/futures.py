@@ -49,7 +49,7 @@ class FuturesExecutor(QueryExecutor):
         """Run `operation` there; an error has its remote traceback as its cause."""
         buffer = buffer_of(operation)
         task: bytes | str | None = None
-        found: Any = None
+        content: Any = None
         batches: Any = ()
         error: BaseException | None = None
         try:
@@ -57,16 +57,17 @@ class FuturesExecutor(QueryExecutor):
             task = _packed(operation, query)
             if isinstance(task, str):
                 return run_here(operation, query, task)
-            kind, found, batches = self._outcome(task, query)
-            if (error := error_of(kind, found)) is not None:
+            kind, content, batches = self._outcome(task, query)
+            if (error := error_of(kind, content)) is not None:
                 raise error
             batches.reverse()
             while batches:  # popped one by one, so that memory is free once a batch is consumed
                 if buffer is None or buffer.put(batches.pop()):
                     break
-            return found  # type: ignore[no-any-return]
+            return content  # type: ignore[no-any-return]
         finally:
-            del self, operation, query, buffer, task, found, batches, error  # see QueryExecutor.run
+            # see QueryExecutor.run
+            del self, operation, query, buffer, task, content, batches, error
 
     def _outcome(self, task: bytes, query: Job) -> tuple[str, Any, list[pl.DataFrame]]:
         exports = export_namespaces()
@@ -139,11 +140,11 @@ def run_task(task: bytes, version: str, exports: dict[Key, Export], _unique: byt
                 ) from error
             return operation()
 
-    kind, found = outcome_of(run, annotate=_add_note)
+    kind, content = outcome_of(run, annotate=_add_note)
     if missing and kind == "error":  # a query that succeeds did not need them
-        kind, found = "missing", (missing, found)
+        kind, content = "missing", (missing, content)
     try:
-        return pack((kind, found, batches), in_files=False).data
+        return pack((kind, content, batches), in_files=False).data
     except BaseException as error:  # noqa: BLE001  # such as of a column of Python objects
         return pack(("error", packed_error(error), ()), in_files=False).data
 
@@ -172,9 +173,9 @@ class _Batches(list[pl.DataFrame]):
 def _follow(future: Future[Any], query: Job) -> None:
     """Wait until `future` is done; cancel it when the query is cancelled or times out."""
     wakeup: SimpleQueue[None] = SimpleQueue()
-    # Both events wake this thread. The future comes first, so that its wakeup is certain once the
-    # query can be cancelled. A query that was cancelled before `on_cancel` calls nobody: that
-    # returns False, and there is nothing to wait for.
+    # Both the future and the query wake this thread, whichever comes first. A future that is done
+    # by now wakes it at once. A query that is cancelled by now does not call `put`: `on_cancel`
+    # returns False instead, and there is nothing to wait for.
     future.add_done_callback(lambda _: wakeup.put(None))
     if query.on_cancel(partial(wakeup.put, None), for_sure=False):
         wakeup.get()

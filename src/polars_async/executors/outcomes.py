@@ -114,11 +114,11 @@ def _as_it_is(error: BaseException) -> BaseException:
     return error
 
 
-def _is_copy(found: BaseException, candidate: BaseException | _Parts) -> bool:
-    """Return whether `found` is what `candidate` should be unpacked to."""
+def _is_copy(unpacked: BaseException, candidate: BaseException | _Parts) -> bool:
+    """Return whether `candidate` has survived pickling, as `unpacked`."""
     if isinstance(candidate, _Parts):
-        return type(found) is candidate.kind
-    return type(found) is type(candidate) and _facts(found) == _facts(candidate)
+        return type(unpacked) is candidate.kind
+    return type(unpacked) is type(candidate) and _facts(unpacked) == _facts(candidate)
 
 
 def _facts(error: BaseException) -> str:

@@ -90,10 +90,10 @@ class ProcessExecutor(QueryExecutor):
             outcome = self._outcome(operation, query, on_gpu_health)
             if isinstance(outcome, str):
                 return run_here(operation, query, outcome)
-            kind, found, memory_error = outcome
-            error = error_of(kind, found)
+            kind, content, memory_error = outcome
+            error = error_of(kind, content)
             if error is None:
-                return found  # type: ignore[no-any-return]
+                return content  # type: ignore[no-any-return]
             if memory_error is not None and isinstance(error, KeyboardInterrupt):
                 error = memory_error
             raise error
@@ -251,8 +251,7 @@ def _death(worker: WorkerProcess, exitcode: int | None, query: Job) -> WorkerDie
     if not worker.is_ready:
         return WorkerDiedError(
             f"the worker process {worker.pid} ended before it was ready, {_describe(exitcode)}: "
-            f"what it wrote to stderr may tell why, or try whether {worker.executable!r} runs by "
-            "itself",
+            f"what it wrote to stderr may tell why; if not, check that {worker.executable!r} runs",
             exitcode,
             None,
         )
