@@ -163,6 +163,8 @@ class WorkerProcess:
     def kill(self) -> int | None:
         """Kill the worker, if it lives, and wait for its end; return its exit code, if known."""
         self.signal(signal.SIGKILL)
+        # Without the lock: a thread that sends a signal meanwhile must not wait for the end. This
+        # leaves the status, and so the number of the process, until `_reap` has the lock.
         self._child.await_end()
         return self._reap()
 

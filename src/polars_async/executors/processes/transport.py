@@ -56,7 +56,7 @@ class Transport:
         header = _HEADER.pack(len(message.data), len(message.files), message.shared)
         rights = [(SOL_SOCKET, SCM_RIGHTS, array("i", message.files))] if message.files else []
         try:
-            with self._lock:
+            with self._lock:  # else another message could come between the parts of a large one
                 sent = self._socket.sendmsg([header, message.data], rights, MSG_NOSIGNAL)
                 if sent < len(header) + len(message.data):
                     self._socket.sendall(memoryview(header + message.data)[sent:], MSG_NOSIGNAL)
