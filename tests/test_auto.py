@@ -144,7 +144,7 @@ def test_schema_that_a_python_function_tells_is_found_in_a_process(collector, tm
 @pytest.fixture
 def said(caplog, monkeypatch):
     """What was said of queries that stay in this process."""
-    monkeypatch.setattr(staying, "_said", set())
+    monkeypatch.setattr(staying, "_logged", set())
     caplog.set_level(logging.INFO, logger="polars_async")
     return lambda: [r.getMessage() for r in caplog.records if "in this process" in r.getMessage()]
 

@@ -32,8 +32,9 @@ from polars_async import (
 )
 from polars_async.executors import futures
 from polars_async.executors.futures import run_task
+from polars_async.executors.message import Message
 from polars_async.executors.outcomes import RemoteTraceback, unpacked_error
-from polars_async.executors.serialization import Message, pack, unpack
+from polars_async.executors.serialization import pack, unpack
 
 FRAME = pl.LazyFrame({"a": [1, 2, 3]})
 PANIC = pl.select(1).lazy().select(pl.int_range(0, 2**62))

@@ -10,7 +10,8 @@ import polars as pl
 import pytest
 
 import polars_async as pa
-from polars_async.executors.serialization import SerializationAbort, pack, unpack
+from polars_async.executors.message import SerializationAbort
+from polars_async.executors.serialization import pack, unpack
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="files in memory")
 

@@ -17,8 +17,8 @@ import pytest
 from places import Gate, Notes
 
 import polars_async as pa
-from polars_async.executors import definitions
-from polars_async.executors.main_module import LookingUp
+from polars_async.executors import exports
+from polars_async.executors.main_module import ResolvingMain
 
 pytestmark = [
     pytest.mark.skipif(sys.platform != "linux", reason="worker processes need Linux"),
@@ -227,14 +227,14 @@ def read(with_columns, predicate, n_rows, batch_size):
 def test_threads_that_know_of_no_query_look_up_in_those_that_run():
     found = []
 
-    def look_up(module, name):
+    def load(module, name):
         return pickle.dumps(name) if module == "__main__" and name == "of_a_test" else None
 
     def ask():
         found.append(sys.modules["__main__"].of_a_test)
         found.append(hasattr(sys.modules["__main__"], "of_no_test"))
 
-    with LookingUp(look_up):
+    with ResolvingMain(load):
         thread = threading.Thread(target=ask)
         thread.start()
         thread.join()
@@ -282,7 +282,7 @@ def test_thread_that_a_function_leaves_behind_harms_no_later_query_by_what_it_as
 
 
 def test_script_without_cloudpickle_is_told_what_to_install(processes, main, monkeypatch):
-    definitions._pickler.cache_clear()
+    exports._pickler.cache_clear()
     for name in ("cloudpickle", "cloudpickle.cloudpickle"):
         monkeypatch.setitem(sys.modules, name, None)
     ours = main("def ours(frame): return frame\n")["ours"]

@@ -622,7 +622,7 @@ def test_path_that_is_no_string_is_in_no_workers_way(collector, tmp_path, monkey
 
 
 def test_worker_that_cannot_start_is_a_clear_error(make, monkeypatch):
-    monkeypatch.setattr(process, "_START", "raise SystemExit(7)  # {path}{socket}{lifeline}")
+    monkeypatch.setattr(process, "_BOOTSTRAP", "raise SystemExit(7)  # {path}{socket}{lifeline}")
     collector = make()
     with pytest.raises(pa.WorkerDiedError, match="ended before it was ready, with exit status 7"):
         collector.collect_async(TINY).result(30)
@@ -633,7 +633,7 @@ def test_worker_that_cannot_start_is_a_clear_error(make, monkeypatch):
 def test_query_is_let_go_also_where_its_worker_never_starts(make, monkeypatch):
     never = "import time; time.sleep(60)  # {path}{socket}{lifeline}"
     monkeypatch.setattr(call, "_START_WITHIN", 0.1)
-    monkeypatch.setattr(process, "_START", never)
+    monkeypatch.setattr(process, "_BOOTSTRAP", never)
     collector = make()
     with pytest.raises(pa.QueryTimeoutError):
         collector.collect_async(TINY, timeout=0.1).result(30)
@@ -914,6 +914,6 @@ if not (killed := pathlib.Path({str(killed)!r})).exists():
     os.kill(os.getpid(), 9)
 del os, pathlib, killed
 """
-    monkeypatch.setattr(process, "_START", f"{once}\n{process._START}")
+    monkeypatch.setattr(process, "_BOOTSTRAP", f"{once}\n{process._BOOTSTRAP}")
     assert make().collect_async(TINY).result(30).item() == 6
     assert killed.exists()

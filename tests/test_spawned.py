@@ -19,7 +19,7 @@ import pytest
 from places import until as eventually
 
 import polars_async as pa
-from polars_async.executors.processes.children import Child
+from polars_async.executors.processes.child_handle import ChildHandle
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="worker processes need Linux")
 
@@ -158,9 +158,9 @@ def test_outcome_of_a_query_is_its_own_where_no_worker_can_take_the_place(collec
 def test_dead_worker_costs_no_program_its_life_where_sigpipe_ends_it(run_script):
     script = """
 import os, signal, time, polars as pl, polars_async as pa
-from polars_async.executors.processes.process import Worker
+from polars_async.executors.processes.process import WorkerProcess
 signal.signal(signal.SIGPIPE, signal.SIG_DFL)
-Worker.is_alive = lambda _: True  # as where it dies just after
+WorkerProcess.is_alive = lambda _: True  # as where it dies just after
 def pid(frame):
     return frame.select(a=pl.lit(os.getpid(), pl.Int64))
 with pa.Collector(executor="processes", max_running=1) as collector:
@@ -177,8 +177,8 @@ def test_reader_that_is_gone_in_the_midst_costs_no_program_its_life(run_script):
     script = """
 import signal, threading
 from _socket import socketpair
-from polars_async.executors.processes.transport import Channel
-from polars_async.executors.serialization import Parcel
+from polars_async.executors.processes.transport import Transport
+from polars_async.executors.message import Message
 signal.signal(signal.SIGPIPE, signal.SIG_DFL)
 ours, theirs = socketpair()
 def read_a_little():
@@ -187,7 +187,7 @@ def read_a_little():
 threading.Thread(target=read_a_little).start()
 for data in (bytes(10**7), b"x"):
     try:
-        Channel(ours).send(Parcel(data, []))
+        Transport(ours).send(Message(data, []))
     except EOFError:
         print("gone")
 """
@@ -248,7 +248,7 @@ def test_process_that_has_the_number_of_a_dead_worker_is_left_alone(
 ):
     if not is_seen:  # as where it dies just after the look
         monkeypatch.setattr(
-            "polars_async.executors.processes.process.Worker.is_alive", lambda _: True
+            "polars_async.executors.processes.process.WorkerProcess.is_alive", lambda _: True
         )
     while (other := take_number(kill_worker(collector))) is None:
         pass
@@ -313,14 +313,16 @@ def test_worker_is_known_by_its_number_where_there_is_no_better(collector, monke
     with pytest.raises(pa.WorkerDiedError, match="with exit status 3"):
         collector.collect_async(ONE.map_batches(die)).result(30)
     pid = worker_of(collector)
-    monkeypatch.setattr("polars_async.executors.processes.process.Worker.is_alive", lambda _: False)
+    monkeypatch.setattr(
+        "polars_async.executors.processes.process.WorkerProcess.is_alive", lambda _: False
+    )
     assert worker_of(collector) != pid
     assert not is_there(pid)
 
 
 def test_number_that_is_not_that_of_a_child_is_sent_no_signal(monkeypatch):
     without_pidfd(monkeypatch)
-    child = Child(os.getppid())
+    child = ChildHandle(os.getppid())
     sent = []
     monkeypatch.setattr(os, "kill", lambda *arguments: sent.append(arguments))
     child.signal(signal.SIGKILL)

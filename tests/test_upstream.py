@@ -24,7 +24,7 @@ from polars.lazyframe import engine, engine_config, in_process
 
 import polars_async as pa
 from polars_async._runtime import upstream
-from polars_async.executors.main_module import ADDED_TO
+from polars_async.executors.main_module import NAMESPACE_CLASSES
 
 QUERY = pl.LazyFrame({"a": [1, 2]}).sum()
 
@@ -142,7 +142,7 @@ def test_function_that_cannot_be_packed_is_the_last_that_polars_gives_to_cloudpi
 
 
 def test_namespaces_of_a_class_are_those_that_were_registered():
-    assert all(not upstream.namespaces_of(kind) for kind in ADDED_TO)
+    assert all(not upstream.namespaces_of(kind) for kind in NAMESPACE_CLASSES)
     try:
         pl.api.register_series_namespace("of_a_test")(object)
         assert upstream.namespaces_of(pl.Series) == ["of_a_test"]

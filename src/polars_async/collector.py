@@ -572,8 +572,8 @@ class Collector:
         *on_gpus, cpu = (lane.admission for lane in self._lanes)
         stats = stats_of(cpu, on_gpus)
         executors = (self._gpu.executor, self._cpu.executor)  # the lanes of one GPU share the first
-        stats["workers"] = sum(each.workers for each in executors)
-        stats["workers_died"] = sum(each.died for each in executors)
+        stats["workers"] = sum(each.worker_count for each in executors)
+        stats["workers_died"] = sum(each.worker_deaths for each in executors)
         return stats
 
     def close(

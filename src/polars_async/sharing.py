@@ -1,4 +1,4 @@
-"""Frames in shared memory, which worker processes map instead of being sent them."""
+"""Frames in shared memory: worker processes map them, instead of receiving a copy."""
 
 from __future__ import annotations
 
@@ -32,26 +32,26 @@ if TYPE_CHECKING:
 
 def share(frame: pl.DataFrame) -> pl.LazyFrame:
     """
-    Put a frame into shared memory, once, and give a query that reads it there.
+    Put a frame into shared memory, once, and return a lazy frame that reads it there.
 
-    A query over a frame in memory takes that along to its worker process, time and again, and
-    Polars packs some 100 MB in a second. What is shared is mapped there, by any number of queries
-    and workers at once. The memory is free when nothing holds the query, or one that was made of
-    it, any more. Needs Linux, and cloudpickle where it is sent to a worker.
+    A query over a frame in memory takes a copy along to its worker process each time, and Polars
+    packs some 100 MB in a second. A shared frame is mapped there, by any number of queries and
+    workers at once. The memory is freed with the last lazy frame that reads it. Needs Linux, and
+    cloudpickle where a query is sent to a worker.
 
-    Each shared frame holds a file open, up to a quarter of those that the process may have
-    (``RLIMIT_NOFILE``). Those beyond are copied for each query that is sent; and so are all, to the
-    workers of an executor of the caller's, once this process has become that of another user.
+    Each shared frame holds a file open, up to a quarter of the process's limit (``RLIMIT_NOFILE``).
+    Frames beyond are copied for each query that is sent. So are all frames for the workers of an
+    executor of the caller's, once this process has become that of another user.
 
     Parameters
     ----------
     frame
-        The frame, which is copied; it may have no column of Python objects.
+        The frame, which is copied. It may not have a column of Python objects.
 
     Returns
     -------
     LazyFrame
-        To be used as ``frame.lazy()``, in this process and in worker processes on this machine.
+        Used like ``frame.lazy()``, in this process and in worker processes on this machine.
 
     Raises
     ------
@@ -74,19 +74,19 @@ def share(frame: pl.DataFrame) -> pl.LazyFrame:
 
 class _Source:
     """
-    What Polars asks for the rows; it holds the shared memory, and goes to a worker as a descriptor.
+    Source of the rows of a shared frame; it holds the memory, and is sent as a file descriptor.
 
-    Where many hold a descriptor already, since the program needs some for itself, it holds a
-    mapping instead, and the frame is copied for each query that is sent.
+    If many sources hold a descriptor already, this one holds a mapping instead, since the program
+    needs descriptors, too. Its frame is copied for each query that is sent.
     """
 
     _held: int | pl.DataFrame
 
     def __init__(
-        self, file: int, schema: Mapping[str, pl.DataType], in_order: Mapping[int, bool]
+        self, file: int, schema: Mapping[str, pl.DataType], sorted_by: Mapping[int, bool]
     ) -> None:
         self._schema: Final = schema
-        self._in_order: Final = in_order
+        self._sorted_by: Final = sorted_by
         if len(_with_descriptor) < most_files():
             self._held = file
             _with_descriptor.add(self)
@@ -110,7 +110,7 @@ class _Source:
         if predicate is not None:
             frame = frame.filter(predicate)
         if with_columns is not None:
-            # A frame without columns has no rows, unless it is told how many.
+            # A frame without columns does not keep the number of its rows.
             rows = frame.height
             frame = frame.select(with_columns) if with_columns else pl.DataFrame(height=rows)
         yield frame
@@ -118,12 +118,12 @@ class _Source:
     def _map(self, file: int) -> pl.DataFrame:
         read = partial(map_ipc, file, self._schema)
         frame = read_extended(read, extension_names(self._schema.values()))
-        return mark_sorted(frame, self._in_order)
+        return mark_sorted(frame, self._sorted_by)
 
     def __reduce__(self) -> tuple[object, ...]:
         held = self._held
         file = held if isinstance(held, int) else _in_file(held)
-        about = self._schema, self._in_order
+        about = self._schema, self._sorted_by
         try:
             if goes_along(file) or (isinstance(held, int) and is_open_to_others(file)):
                 return _attach, (os.getpid(), file, identity_of(file), *about)
@@ -132,9 +132,9 @@ class _Source:
             if not isinstance(held, int):
                 os.close(file)
 
-    # As a default, since a frozen program clears this module before it lets go of its own.
+    # `close` as a default: a frozen program clears this module before the objects of its own.
     def __del__(self, close: Callable[[int], None] = os.close) -> None:
-        held = getattr(self, "_held", None)  # to map it may have ended __init__
+        held = getattr(self, "_held", None)  # __init__ may have failed to map it
         if isinstance(held, int):
             close(held)
 
@@ -158,7 +158,7 @@ def _attach(
     file: int,
     identity: Identity,
     schema: Mapping[str, pl.DataType],
-    in_order: Mapping[int, bool],
+    sorted_by: Mapping[int, bool],
 ) -> _Source:
     own = found(owner, file, identity)
     if own is None:
@@ -167,13 +167,13 @@ def _attach(
             "worker processes on the same machine, of the same user, while that process lives and "
             "stays that user's. Use a file that both can see"
         )
-    return _Source(own, schema, in_order)
+    return _Source(own, schema, sorted_by)
 
 
 def _copied(
-    content: bytes, schema: Mapping[str, pl.DataType], in_order: Mapping[int, bool]
+    content: bytes, schema: Mapping[str, pl.DataType], sorted_by: Mapping[int, bool]
 ) -> _Source:
     file = new_file()
     with opened(file, "wb") as target:
         target.write(content)
-    return _Source(file, schema, in_order)
+    return _Source(file, schema, sorted_by)

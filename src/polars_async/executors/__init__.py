@@ -1,4 +1,4 @@
-"""Where queries run: one module for each such place, and the threads that wait for it."""
+"""Where queries run: threads of this process, worker processes, or an executor of the caller's."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     import polars as pl
 
     from polars_async._runtime.callers import CallSite
+    from polars_async.executors.operations import Operation
     from polars_async.gpu.status import GpuStatus
     from polars_async.resolution import Resolution
 
@@ -19,67 +20,80 @@ T = TypeVar("T")
 
 
 class Job(Protocol):
-    """The query of an operation, as far as the place where it runs needs to know it."""
+    """The query of an operation, as far as an executor needs to know it."""
 
     context: Context
-    """That of the caller, in which Python functions run here."""
+    """The context of the caller, in which Python functions run in this process."""
     resolution: Resolution
     call_site: CallSite | None
-    """Where it was asked for, if it may go to another process."""
+    """The line that asked for the query, if the query may go to another process."""
     frames: Sequence[pl.LazyFrame]
-    """Those that are left to collect; none once nothing more is to be learnt of them."""
+    """The frames that are left to collect; empty once their plans are needed no more."""
 
     @property
     def named(self) -> str:
-        """What to call it in the middle of a sentence."""
+        """What to call the query in the middle of a sentence."""
         ...
 
     @property
     def done(self) -> bool:
-        """Whether it was cancelled, or has timed out, while it runs."""
+        """Whether the query was cancelled, or has timed out, while it runs."""
         ...
 
     def paused(self) -> AbstractContextManager[None]:
-        """Count the time in here as no work."""
+        """Return a context manager; the time spent in it does not count as run time."""
         ...
 
     def on_cancel(self, stop: Callable[[], object] | None, *, for_sure: bool = True) -> bool:
         """
-        Have `stop` called if it is cancelled or times out while it runs; False if that is so.
+        Have `stop` called when the query is cancelled or times out; return False if it was already.
 
-        `for_sure` tells whether that will stop it. Any thread may call `stop`, and so may a signal
-        handler.
+        `stop` is called on any thread, or by a signal handler. `for_sure` says whether it stops the
+        query, or only tries to.
         """
         ...
 
 
-class QueryExecutor(Protocol):
-    """Where the queries of a lane run. The thread of a slot hands each over, and waits for it."""
+class QueryExecutor:
+    """
+    Runs the queries of a lane: the base of all executors, with defaults for one without workers.
+
+    The thread of a slot calls `run`, and waits there until the query has ended.
+    """
 
     @property
-    def workers(self) -> int:
-        """How many worker processes it has."""
-        ...
+    def worker_count(self) -> int:
+        """The number of worker processes that this executor has started and not ended."""
+        return 0
 
     @property
-    def died(self) -> int:
-        """How many of its worker processes have died with a query."""
-        ...
+    def worker_deaths(self) -> int:
+        """The number of its worker processes that have died while they ran a query."""
+        return 0
 
-    def prepare(self, gpu: GpuStatus) -> int | None:
-        """Prepare for queries on the GPU; gives how many run at once, None for as many as come."""
-
-    def run(self, work: Callable[[], T], query: Job) -> T:
+    def prepare(self, gpu: GpuStatus) -> int | None:  # noqa: ARG002  # an executor with GPUs needs it
         """
-        Run `work`, which is that of `query`, and give its result or raise its error.
+        Prepare for queries on a GPU.
 
-        `query.on_cancel` tells when nobody wants it any more: a place that can stop it does so.
-        What cannot leave this process runs on the calling thread.
+        Return how many of them run at once; None if the lane is to keep the slots that it has.
         """
-        ...
+        return None
+
+    def run(self, operation: Operation[T], query: Job) -> T:
+        """
+        Run `operation`, which is that of `query`; return its result or raise its error.
+
+        An executor that can stop the query does so when `query.on_cancel` calls. What cannot leave
+        this process runs on the calling thread.
+
+        The traceback of an error keeps the frames of all functions that the error has passed, with
+        their local variables. So `run`, and what it calls, deletes those that lead to the query: it
+        holds the error, and the circle would keep frames and results alive.
+        """
+        raise NotImplementedError
 
     def close(self) -> None:
-        """Keep nothing for queries to come, but for those in line. It may be called again."""
+        """Keep no idle workers from now on; queued queries still run. May be called repeatedly."""
 
     def reset_after_fork(self) -> None:
-        """Forget everything, in a forked child, to which none of it belongs."""
+        """In a forked child, forget all workers: they belong to the parent."""

@@ -1,4 +1,4 @@
-"""What it is, in a function of a query, that cannot be sent to another process."""
+"""Finds the object within a query that cannot be pickled, for the error that names it."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
 _Part = tuple[str, Any]
-_MOST_STEPS: Final = 50
-"""How deep it is looked for, since to look at one step may take some ms."""
+_MAX_STEPS: Final = 50
+"""How deep the search goes: one step may take some ms."""
 
 
-def unsendable(
+def unsendable_error(
     item: object, error: object, can_be_pickled: Callable[[object], bool]
 ) -> UnsendableError:
-    """Make the error that names what keeps `item` from being pickled, which `error` says."""
+    """Return the error for `item`, whose pickling raised `error`; it names the part to blame."""
     steps: list[str] = []
     culprit = item
     seen: set[int] = set()
-    while len(seen) < _MOST_STEPS:
+    while len(seen) < _MAX_STEPS:
         seen.add(id(culprit))
-        found = next(
+        part_to_blame = next(
             (
                 (step, part)
                 for step, part in _parts(culprit)
@@ -35,11 +35,11 @@ def unsendable(
             ),
             None,
         )
-        if found is None:
+        if part_to_blame is None:
             break
         if isinstance(culprit, FunctionType):
-            steps.clear()  # what calls it does not matter
-        step, culprit = found
+            steps.clear()  # only the innermost function is worth naming
+        step, culprit = part_to_blame
         steps += [step] if step else []
     kind = type(culprit)
     name = kind.__qualname__ if kind.__module__ == "builtins" else _full_name(kind)
@@ -83,7 +83,7 @@ def _parts_of_function(function: FunctionType) -> Iterator[_Part]:
     of = f" of the function {function.__qualname__!r}"
     closed_over = {}
     for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
-        with suppress(ValueError):  # it has no value yet
+        with suppress(ValueError):  # the variable has no value yet
             closed_over[name] = cell.cell_contents
     if function.__globals__.get("__name__", "").startswith("polars."):  # it wraps the user's
         yield from (("", value) for value in closed_over.values())
@@ -101,7 +101,7 @@ def _named_parts(kind: str, values: Any, of: str) -> Iterator[_Part]:
 
 
 def _names(code: CodeType, function: FunctionType) -> Iterator[str]:
-    """Give the names of all globals that code uses, and what is defined in it."""
+    """Yield the names of all globals that `code` uses, and the functions defined in it."""
     yield from (name for name in code.co_names if name in function.__globals__)
     for each in code.co_consts:
         if isinstance(each, CodeType):

@@ -1,4 +1,4 @@
-"""Which place an ``executor=`` means."""
+"""Makes the executor that ``executor=`` asks for."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ if TYPE_CHECKING:
 ExecutorRequest = Literal["threads", "processes", "auto"] | Executor
 
 WITH_WORKERS: Final = ("processes", "auto")
-_ELSEWHERE: Final = 32
-"""Queries at once in an executor of the caller's, which has bounds of its own."""
+_MAX_RUNNING_ELSEWHERE: Final = 32
+"""Queries at once in an executor of the caller's, which has limits of its own."""
 
 
 def default_running(executor: ExecutorRequest) -> int:
-    """Give how many queries run at once where nobody says how many."""
+    """Return the default of ``max_running``."""
     if isinstance(executor, Executor):
-        return _ELSEWHERE
+        return _MAX_RUNNING_ELSEWHERE
     return min(4, max(2, os.cpu_count() or 2)) + 1
 
 
@@ -32,15 +32,15 @@ def make_executor(
     executor: ExecutorRequest, max_running: int, large_at_once: int, max_memory: int | None
 ) -> QueryExecutor:
     """
-    Make the place for the queries of a collector.
+    Return the executor of a collector.
 
-    Of the `max_running` that run at once, `large_at_once` may be queries that are not small: among
-    these the processors are shared out.
+    `max_running` queries run at once, and `large_at_once` of these may be large: they share the
+    processors.
 
     Raises
     ------
     ValueError
-        `executor` is none, or not to be had on this system; or `max_memory` is not for it.
+        `executor` is no executor, or needs another system, or does not support `max_memory`.
     """
     if max_memory is not None and executor not in WITH_WORKERS:
         raise ValueError(
@@ -50,7 +50,7 @@ def make_executor(
     if executor == "threads":
         return IN_PROCESS
     if isinstance(executor, Executor):
-        from polars_async.executors.futures import FuturesExecutor  # noqa: PLC0415  # as below
+        from polars_async.executors.futures import FuturesExecutor  # noqa: PLC0415  # few programs need it
 
         return FuturesExecutor(executor)
     if executor not in WITH_WORKERS:
@@ -63,33 +63,33 @@ def make_executor(
             f"executor={executor!r} needs Linux, and this is {sys.platform}: give it an executor, "
             "such as concurrent.futures.ProcessPoolExecutor()"
         )
-    from polars_async.executors.processes.pool import ProcessExecutor  # noqa: PLC0415  # what few need
+    from polars_async.executors.processes.pool import ProcessExecutor  # noqa: PLC0415  # few programs need it
 
     return ProcessExecutor(
         threads=_threads_each(large_at_once),
-        most_idle=max_running,
+        max_idle=max_running,
         max_memory=max_memory,
-        keeps_unsendable=executor == "auto",
+        runs_unsendable_here=executor == "auto",
     )
 
 
 def make_gpu_executor(
-    executor: ExecutorRequest, elsewhere: QueryExecutor, large_at_once: int
+    executor: ExecutorRequest, cpu_executor: QueryExecutor, large_at_once: int
 ) -> QueryExecutor:
-    """Make the place for the queries on a GPU of a collector that has `elsewhere` for the others."""
-    if elsewhere is IN_PROCESS:
+    """Return the executor of a collector's queries on GPUs; the others have `cpu_executor`."""
+    if cpu_executor is IN_PROCESS:
         return GPU_IN_PROCESS
     if executor not in WITH_WORKERS:
-        return elsewhere
-    from polars_async.executors.processes.gpu_pool import GpuProcessExecutor  # noqa: PLC0415  # what few need
+        return cpu_executor
+    from polars_async.executors.processes.gpu_pool import GpuProcessExecutor  # noqa: PLC0415  # few programs need it
 
     return GpuProcessExecutor(
-        threads=_threads_each(large_at_once), keeps_unsendable=executor == "auto"
+        threads=_threads_each(large_at_once), runs_unsendable_here=executor == "auto"
     )
 
 
 def _threads_each(at_once: int) -> int:
-    """Return the threads of each of so many queries that run at once."""
+    """Return the number of Polars threads of a worker, of which `at_once` compute at once."""
     wanted = os.environ.get("POLARS_MAX_THREADS", "")
     threads = int(wanted) if wanted.isdecimal() else len(os.sched_getaffinity(0))
     return max(1, ceil(threads / at_once))

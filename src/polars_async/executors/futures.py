@@ -14,137 +14,123 @@ import polars as pl
 from polars_async._runtime import fork
 from polars_async._runtime.unpatched import SimpleQueue
 from polars_async.errors import ForkedProcessError, PolarsAsyncError, WorkerDiedError, describe
-from polars_async.executors.definitions import added_to_polars, definition
+from polars_async.executors import QueryExecutor
+from polars_async.executors.exports import export, export_namespaces
 from polars_async.executors.large_plans import warn_if_large
-from polars_async.executors.main_module import POLARS, LookingUp, answer_for_polars
+from polars_async.executors.main_module import POLARS, ResolvingMain, resolve_namespaces
+from polars_async.executors.message import Message
 from polars_async.executors.outcomes import error_of, outcome_of, packed_error
-from polars_async.executors.serialization import Message, buffer_of, pack, unpack
+from polars_async.executors.serialization import buffer_of, pack, unpack
 from polars_async.executors.staying import StaysHereError, run_here
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
     from concurrent.futures import Executor, Future
 
     from polars_async.executors import Job
-    from polars_async.executors.main_module import Definition, Key
-    from polars_async.gpu.status import GpuStatus
+    from polars_async.executors.main_module import Export, Key
+    from polars_async.executors.operations import Operation
 
 T = TypeVar("T")
 
 
-class FuturesExecutor:
+class FuturesExecutor(QueryExecutor):
     """
-    Somebody else's executor, which runs one function for each query.
+    Runs queries in an executor of the caller's, as one function each.
 
-    A query that was let go is cancelled as far as the executor can: mostly if it has not begun.
+    A query that is cancelled or times out is cancelled there as far as that executor can: mostly if
+    it has not begun.
     """
-
-    workers = died = 0  # of its own are known to it alone
 
     def __init__(self, executor: Executor) -> None:
         _check_unpatched()
         self._executor: Final = executor
 
-    def prepare(self, gpu: GpuStatus) -> int | None:  # noqa: ARG002  # as GpuProcessExecutor
-        """Do nothing: a GPU is no other place here."""
-        return None
-
-    def run(self, work: Callable[[], T], query: Job) -> T:
-        """Run `work` there; what it raises has the other traceback as its cause."""
-        buffer = buffer_of(work)
+    def run(self, operation: Operation[T], query: Job) -> T:
+        """Run `operation` there; an error has its remote traceback as its cause."""
+        buffer = buffer_of(operation)
         task: bytes | str | None = None
-        found: Any = None
+        content: Any = None
         batches: Any = ()
-        failed: BaseException | None = None
+        error: BaseException | None = None
         try:
             _check_unpatched()
-            task = _packed(work, query)
+            task = _packed(operation, query)
             if isinstance(task, str):
-                return run_here(work, query, task)  # type: ignore[return-value]  # None is for nobody
-            kind, found, batches = self._outcome(task, query)
-            if (failed := error_of(kind, found)) is not None:
-                raise failed
+                return run_here(operation, query, task)
+            kind, content, batches = self._outcome(task, query)
+            if (error := error_of(kind, content)) is not None:
+                raise error
             batches.reverse()
-            while batches:  # which holds none that its consumer has let go of
+            while batches:  # popped one by one, so that memory is free once a batch is consumed
                 if buffer is None or buffer.put(batches.pop()):
                     break
-            return found  # type: ignore[no-any-return]
+            return content  # type: ignore[no-any-return]
         finally:
-            # An error's traceback holds this frame.
-            del self, work, query, buffer, task, found, batches, failed
+            # see QueryExecutor.run
+            del self, operation, query, buffer, task, content, batches, error
 
     def _outcome(self, task: bytes, query: Job) -> tuple[str, Any, list[pl.DataFrame]]:
-        main_module = added_to_polars()
+        exports = export_namespaces()
         try:
             while True:
-                answer = self._answer(task, main_module, query)
-                found: tuple[str, Any, list[pl.DataFrame]] = unpack(Message(answer, []))
-                if found[0] != "missing":
-                    return found
-                # It could not be unpacked, or not all of its expressions, before it began.
-                keys, error = found[1]
-                main_module |= {key: definition(*key) for key in keys}
-                if all(main_module[key] is None for key in keys):
+                reply = self._reply(task, exports, query)
+                outcome: tuple[str, Any, list[pl.DataFrame]] = unpack(Message(reply, []))
+                if outcome[0] != "missing":
+                    return outcome
+                # The worker lacked names of this program, and cannot ask for them in the midst of
+                # the query. It has them at the next try, which may find that it lacks more.
+                keys, error = outcome[1]
+                exports |= {key: export(*key) for key in keys}
+                if all(exports[key] is None for key in keys):
                     return "error", error, []
         finally:
-            del self, task, main_module, query  # as above
+            del self, task, exports, query  # see QueryExecutor.run
 
-    def _answer(self, task: bytes, main_module: dict[Key, Definition], query: Job) -> bytes:
-        """Send `task`, and wait for what comes back."""
+    def _reply(self, task: bytes, exports: dict[Key, Export], query: Job) -> bytes:
+        """Have `run_task` run `task` there, and return its result."""
         future: Future[bytes] | None = None
         try:
-            # dask's own executor gives equal calls one result, unless told otherwise.
-            future = self._executor.submit(
-                run_task, task, pl.__version__, main_module, os.urandom(16)
-            )
+            # dask's own executor gives equal calls one result, unless their arguments differ.
+            future = self._executor.submit(run_task, task, pl.__version__, exports, os.urandom(16))
             _follow(future, query)
             return future.result()
         except Exception as error:
-            raise _failure(error, query) from error
+            raise _executor_error(error, query) from error
         finally:
             query.on_cancel(None)
             if future is not None:
-                future.cancel()  # the program ends, or there is nothing left to cancel
-            del self, task, main_module, query, future  # as above
-
-    def close(self) -> None:
-        """Do nothing: the executor is the caller's."""
-
-    reset_after_fork = close
+                future.cancel()  # it is done, unless the wait was interrupted, as at exit
+            del self, task, exports, query, future  # see QueryExecutor.run
 
 
-def run_task(
-    task: bytes, version: str, main_module: dict[Key, Definition], _unique: bytes = b""
-) -> bytes:
+def run_task(task: bytes, version: str, exports: dict[Key, Export], _unique: bytes = b"") -> bytes:
     """
-    Run a query, and pack what comes of it.
+    Run a query in a worker of the executor, and return its packed outcome.
 
     Parameters
     ----------
     task
-        The query, packed up.
+        The packed operation of the query.
     version
-        The release of Polars that did so.
-    mains
-        What it takes from the program that it comes from, as far as that is known.
+        The release of Polars that has packed it.
+    exports
+        The names of the program that the query is known to need.
     """
     batches = _Batches()
     missing: list[Key] = []
-    if main_module:
-        answer_for_polars()
+    if exports:
+        resolve_namespaces()
 
-    def look_up(module: str, name: str) -> Definition:
-        if (
-            module != POLARS and (module, name) not in main_module
-        ):  # all that Polars was given is there
+    def load(module: str, name: str) -> Export:
+        if module != POLARS and (module, name) not in exports:  # all namespaces are there
             missing.append((module, name))
-        return main_module.get((module, name))
+        return exports.get((module, name))
 
-    def work() -> object:
+    def run() -> object:
         fork.check()
-        with LookingUp(look_up):
+        with ResolvingMain(load):
             try:
-                query = unpack(Message(task, []), batches)
+                operation = unpack(Message(task, []), batches)
             except BaseException as error:
                 if version == pl.__version__:
                     raise
@@ -152,21 +138,21 @@ def run_task(
                     f"{_here()} has Polars {pl.__version__}, and cannot read a query of Polars "
                     f"{version}: install the same release everywhere"
                 ) from error
-            return query()
+            return operation()
 
-    kind, found = outcome_of(work, noted=_note)
-    if missing and kind == "error":  # else it could do without
-        kind, found = "missing", (missing, found)
+    kind, content = outcome_of(run, annotate=_add_note)
+    if missing and kind == "error":  # a query that succeeds did not need them
+        kind, content = "missing", (missing, content)
     try:
-        return pack((kind, found, batches), in_files=False).data
-    except BaseException as error:  # noqa: BLE001  # as of a column of Python objects
+        return pack((kind, content, batches), in_files=False).data
+    except BaseException as error:  # noqa: BLE001  # such as of a column of Python objects
         return pack(("error", packed_error(error), ()), in_files=False).data
 
 
-def _packed(work: Callable[[], object], query: Job) -> bytes | str:
-    """Pack `work`, or give the reason why it stays here."""
+def _packed(operation: Operation[object], query: Job) -> bytes | str:
+    """Return the packed `operation`, or as a text the reason why it stays here."""
     try:
-        message = pack(work, in_files=False)
+        message = pack(operation, in_files=False)
     except StaysHereError as reason:
         return str(reason)
     warn_if_large(query, message.plan_bytes, same_machine=False)
@@ -174,7 +160,7 @@ def _packed(work: Callable[[], object], query: Job) -> bytes | str:
 
 
 class _Batches(list[pl.DataFrame]):
-    """In place of the buffer of a stream: nothing goes back before the end."""
+    """Collects the batches of a stream, since nothing goes back before the query has ended."""
 
     def add(self, batch: pl.DataFrame) -> None:
         self.append(batch)
@@ -185,18 +171,25 @@ class _Batches(list[pl.DataFrame]):
 
 
 def _follow(future: Future[Any], query: Job) -> None:
-    """Wait for the end of `future`, which is cancelled when nobody wants `query` any more."""
-    told: SimpleQueue[None] = SimpleQueue()
-    future.add_done_callback(lambda _: told.put(None))
-    if query.on_cancel(partial(told.put, None), for_sure=False):
-        told.get()
+    """Wait until `future` is done; cancel it when the query is cancelled or times out."""
+    wakeup: SimpleQueue[None] = SimpleQueue()
+    # Both the future and the query wake this thread, whichever comes first. A future that is done
+    # by now wakes it at once. A query that is cancelled by now does not call `put`: `on_cancel`
+    # returns False instead, and there is nothing to wait for.
+    future.add_done_callback(lambda _: wakeup.put(None))
+    if query.on_cancel(partial(wakeup.put, None), for_sure=False):
+        wakeup.get()
     if not future.done():
-        # On this thread, since to cancel may block: that of dask asks its own event loop.
+        # So the query was cancelled. On this thread, and not in its callback, which may be called
+        # by a signal handler or a loop: dask's `cancel` waits for an event loop of its own.
         future.cancel()
-        told.get()
+        # Until the future is done: one that cannot be cancelled runs on to its end. If it was done
+        # just before `cancel`, its wakeup is in the queue already. If `stop` was called twice, this
+        # returns too early, and then `Future.result` waits.
+        wakeup.get()
 
 
-def _note(error: BaseException) -> None:
+def _add_note(error: BaseException) -> None:
     if isinstance(error, FileNotFoundError):
         error.add_note(f"on {_here()}: files have to be where each worker can see them")
     elif isinstance(error, ForkedProcessError):
@@ -207,8 +200,8 @@ def _here() -> str:
     return f"the worker process {os.getpid()} on {platform.node()}"
 
 
-def _failure(error: Exception, query: Job) -> PolarsAsyncError:
-    """Give the error of a query that `error` kept from being run, or from being heard of."""
+def _executor_error(error: Exception, query: Job) -> PolarsAsyncError:
+    """Return the error of a query whose future has raised `error`, or could not be made."""
     what = describe(error)
     distributed = sys.modules.get("distributed")
     killed = () if distributed is None else (distributed.KilledWorker,)

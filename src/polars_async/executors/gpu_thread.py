@@ -9,24 +9,23 @@ from polars_async.executors.threads import ThreadsExecutor
 from polars_async.gpu.offload import GpuTurn
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from polars_async.executors import Job
+    from polars_async.executors.operations import Operation
 
 T = TypeVar("T")
 
 
 class GpuThreadExecutor(ThreadsExecutor):
-    """The thread of the slot itself, while no other query of the process is on the GPU."""
+    """Runs a query on the slot's own thread, while no other query of the process is on the GPU."""
 
-    def run(self, work: Callable[[], T], query: Job) -> T:
-        """Run `work` here, when it has the GPU; nothing stops it."""
+    def run(self, operation: Operation[T], query: Job) -> T:
+        """Wait for the GPU, and run `operation` on this thread; nothing stops it then."""
         try:
             # Queries of other collectors may have the GPU until this one is cancelled.
             with GpuTurn(partial(_is_wanted, query), query.paused):
-                return super().run(work, query)
+                return super().run(operation, query)
         finally:
-            del work, query  # an error's traceback holds this frame
+            del operation, query  # see QueryExecutor.run
 
 
 def _is_wanted(query: Job) -> bool:

@@ -1,4 +1,4 @@
-"""Plans that take long to be sent to another process, which would be a silent loss of time."""
+"""Warns of plans that take long to be sent to another process, which costs time in silence."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ if TYPE_CHECKING:
     from polars_async.executors import Job
 
 _LARGE: Final = 1 << 24
-"""Bytes of a plan, which take a third of a second."""
+"""Bytes of a plan that count as large: to send them takes a third of a second."""
 
 
 def warn_if_large(query: Job, plan_bytes: int, *, same_machine: bool) -> None:
-    """Say at the line that asked for `query` that its plan is large, and what to do."""
+    """Warn at the line that asked for `query` if its plan is large, and say what to do."""
     site = query.call_site
     if plan_bytes < _LARGE or site is None:
         return

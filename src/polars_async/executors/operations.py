@@ -1,4 +1,4 @@
-"""What a query does on its thread, as data that can be sent elsewhere or changed for a fallback."""
+"""What a query does on its thread: data that can be sent elsewhere, or changed for a fallback."""
 
 from __future__ import annotations
 
@@ -21,22 +21,22 @@ T_co = TypeVar("T_co", covariant=True)
 
 _sink_batches: Final[Callable[..., pl.LazyFrame]] = without_warning(pl.LazyFrame.sink_batches)
 _GPU_BATCH: Final = 100_000
-"""Rows of a batch of what the GPU collected, where none were asked for."""
+"""Rows of a batch of a result from the GPU, if the caller names no chunk size."""
 
 
 class Operation(Protocol[T_co]):
-    """What to do for one query. It is sent to other processes by its fields."""
+    """What to do for one query. It is pickled by its fields, for other processes."""
 
     runs_engine: ClassVar[bool]
-    """Whether an engine runs it; a schema takes none."""
+    """Whether an engine runs it, as for all but a schema."""
 
     @property
     def frames(self) -> Sequence[pl.LazyFrame]:
-        """What it has to collect."""
+        """The frames to collect."""
         ...
 
     def __call__(self) -> T_co:
-        """Do it on the calling thread."""
+        """Run it on the calling thread, and return the result."""
         ...
 
 
@@ -53,7 +53,7 @@ class Collect:
 
     @property
     def frames(self) -> Sequence[pl.LazyFrame]:
-        """What it has to collect."""
+        """The frames to collect."""
         return (self.frame,)
 
     def __call__(self) -> pl.DataFrame:
@@ -71,11 +71,11 @@ class CollectAll:
     engine: Final[pl.Engine]
     optimizations: Final[pl.QueryOptFlags]
     collected: Final[Mapping[int, pl.DataFrame]] = field(default_factory=dict)
-    """The results that are there already, by the numbers of their frames."""
+    """The results that a failed GPU query has left, by the positions of their frames."""
 
     @property
     def frames(self) -> Sequence[pl.LazyFrame]:
-        """What it has to collect."""
+        """The frames to collect."""
         if not self.collected:
             return self.all_frames
         return [
@@ -108,17 +108,17 @@ class Sink:
 
     @property
     def frames(self) -> Sequence[pl.LazyFrame]:
-        """What it has to collect."""
+        """The frames to collect."""
         return (self.sink,)
 
     def __call__(self) -> None:
-        """Write what the sink writes."""
+        """Run the sink."""
         _collect(self.sink, self.engine, self.optimizations)
 
 
 @dataclass(slots=True, eq=False)
 class Schema:
-    """Find out the schema of a frame."""
+    """Resolve the schema of a frame."""
 
     runs_engine: ClassVar = False
 
@@ -126,7 +126,7 @@ class Schema:
 
     @property
     def frames(self) -> Sequence[pl.LazyFrame]:
-        """The frame of which the schema is wanted."""
+        """The frame whose schema to resolve."""
         return (self.frame,)
 
     def __call__(self) -> pl.Schema:
@@ -139,8 +139,8 @@ class Batches:
     """
     Collect one frame into a buffer, batch by batch.
 
-    Not by Polars' own ``collect_batches``, which loses panics, but by a sink, which calls from the
-    midst of a synchronous query.
+    By a sink, which calls `put` during a synchronous query, and not by Polars' own
+    ``collect_batches``, which loses panics.
     """
 
     runs_engine: ClassVar = True
@@ -154,11 +154,11 @@ class Batches:
 
     @property
     def frames(self) -> Sequence[pl.LazyFrame]:
-        """What it has to collect."""
+        """The frames to collect."""
         return (self.frame,)
 
     def __call__(self) -> int:
-        """Put the batches into the buffer, and return how many rows they have."""
+        """Put the batches into the buffer, and return the number of their rows."""
         if isinstance(self.engine, pl.GPUEngine):
             return self._feed_from_gpu(self.engine)
         rows = 0
@@ -170,7 +170,7 @@ class Batches:
             return target is None or target.put(batch)
 
         try:
-            # The engine is named just so that it does not ask for an affinity, which is done.
+            # Any engine is named, so that Polars does not look for an affinity: it is resolved.
             plan = _sink_batches(
                 self.frame,
                 put,
@@ -181,10 +181,10 @@ class Batches:
             )
             self.engine.collect(plan, optimizations=self.optimizations)
         finally:
-            # An error's traceback holds the plan, and the plan `put`, out of sight of the garbage
-            # collector: the query, which holds the error, would never be freed.
+            # An error's traceback holds the plan, and the plan holds `put`, where the garbage
+            # collector does not look: the query, which holds the error, would never be freed.
             target = None
-            del self  # which holds the buffer, too
+            del self  # it holds the buffer, too
         return rows
 
     def _feed_from_gpu(self, engine: pl.GPUEngine) -> int:
@@ -200,7 +200,7 @@ def on_engine(
     engine: pl.Engine,
     collected: Mapping[int, pl.DataFrame] | None = None,
 ) -> Operation[T]:
-    """Return the same operation for `engine`, without the frames that are `collected` already."""
+    """Return `operation` for another engine, without the frames that are `collected` already."""
     changed: object
     if isinstance(operation, CollectAll) and collected is not None:
         changed = replace(operation, engine=engine, collected=collected)
@@ -219,7 +219,7 @@ def _collect(lf: pl.LazyFrame, engine: pl.Engine, optimizations: pl.QueryOptFlag
 def _collect_each_on_gpu(
     frames: list[pl.LazyFrame], engine: pl.GPUEngine, optimizations: pl.QueryOptFlags
 ) -> list[pl.DataFrame]:
-    """Collect `frames` one by one; those that fail there are left for the CPU, as one query."""
+    """Collect `frames` one by one; raise an error with the results if some are left for the CPU."""
     found: dict[int, pl.DataFrame] = {}
     failure: GpuFailure | None = None
     for number, frame in enumerate(frames):

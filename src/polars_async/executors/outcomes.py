@@ -1,4 +1,4 @@
-"""What comes of a query in another process: its result, or its error, as it was raised there."""
+"""The outcome of a query in another process: its result, or its error as it was raised there."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import polars as pl
 
 from polars_async.errors import PolarsAsyncError, describe
-from polars_async.executors.serialization import Message, pack, unpack
+from polars_async.executors.message import Message
+from polars_async.executors.serialization import pack, unpack
 from polars_async.gpu.failure import GpuFailure
 
 if TYPE_CHECKING:
@@ -19,34 +20,34 @@ if TYPE_CHECKING:
 
 
 class RemoteTraceback(Exception):  # noqa: N818  # no error of its own
-    """The traceback of an error in another process, as a text: the ``__cause__`` of that error."""
+    """The traceback of an error in another process, as text: the ``__cause__`` of that error."""
 
     def __str__(self) -> str:
         return f"\n{self.args[0]}"
 
 
 def outcome_of(
-    work: Callable[[], object], *, noted: Callable[[BaseException], object] | None = None
+    run: Callable[[], object], *, annotate: Callable[[BaseException], object] | None = None
 ) -> tuple[str, object]:
     """
-    Run `work`; gives the kind of the outcome, and what `error_of` makes of that.
+    Call `run`; return the kind of its outcome, and the result or the packed error.
 
-    `noted` may add to the error what is known here alone.
+    `annotate` may add to the error what is known in this process alone.
     """
     try:
-        return "value", work()
+        return "value", run()
     except GpuFailure as failure:
         errors = packed_error(failure.cause), packed_error(failure.raised)
         return "gpu failure", (failure.reason, errors, failure.found, failure.share)
     except BaseException as error:  # noqa: BLE001  # a panic and SystemExit are outcomes too
-        if noted is not None:
+        if annotate is not None:
             with suppress(BaseException):  # an error may be frozen
-                noted(error)
+                annotate(error)
         return "error", packed_error(error)
 
 
 def error_of(kind: str, found: Any) -> BaseException | None:
-    """Give the error that an outcome holds; None where `found` is the result."""
+    """Return the error of an outcome; None if `found` is the result."""
     if kind == "value":
         return None
     if kind == "error":
@@ -59,26 +60,26 @@ def error_of(kind: str, found: Any) -> BaseException | None:
 
 
 def packed_error(error: BaseException) -> tuple[bytes, str]:
-    """Pack an error of a query, whatever it is, and its traceback as a text."""
-    text = _told(error)
-    for made in (_as_it_is, _taken_apart, _plain):  # the best first
+    """Return an error of any class as bytes, and its traceback as text."""
+    text = _traceback_of(error)
+    for convert in (_as_it_is, _taken_apart, _plain):  # the best first
         for dump in (_dump, _dump_by_value):
             with suppress(BaseException):  # whatever the error's own methods raise
-                candidate = made(error)
+                candidate = convert(error)
                 data = dump(candidate)
-                if _is_copy(_load(data), candidate):  # some go in, and do not come out
+                if _is_copy(_load(data), candidate):  # some can be pickled, but not unpickled
                     return data, text
     return _dump(PolarsAsyncError(f"{_name_of(error)} in a worker")), text
 
 
 def unpacked_error(packed: tuple[bytes, str]) -> BaseException:
-    """Give the error, with its traceback as its cause."""
+    """Return the error, with its remote traceback as its cause."""
     data, text = packed
     try:
         error = _load(data)
-    except BaseException as refused:  # noqa: BLE001  # as where its class is to be had there alone
+    except BaseException as refused:  # noqa: BLE001  # such as where its class exists there alone
         error = PolarsAsyncError(
-            "the query failed in its worker process, as told by the traceback above, with an error "
+            "the query failed in its worker process, as the traceback above shows, with an error "
             f"that cannot be unpickled here ({describe(refused)})"
         )
     with suppress(BaseException):  # an error may be frozen
@@ -86,23 +87,23 @@ def unpacked_error(packed: tuple[bytes, str]) -> BaseException:
     return error
 
 
-def _told(error: BaseException) -> str:
-    """Give the traceback of `error` as a text, without the frame that called the work."""
+def _traceback_of(error: BaseException) -> str:
+    """Return the traceback of `error` as text, without the frame of `outcome_of`."""
     traceback = None
     try:
         traceback = error.__traceback__ and error.__traceback__.tb_next
         return "".join(TracebackException(type(error), error, traceback).format())
-    except BaseException:  # noqa: BLE001  # as from a method of its own
+    except BaseException:  # noqa: BLE001  # such as of a method of its own
         return "".join((*format_tb(traceback), f"{_name_of(error)}, which cannot be formatted"))
 
 
 def _name_of(error: BaseException) -> str:
-    name: str = type.__dict__["__name__"].__get__(type(error))  # whatever its metaclass says
+    name: str = type.__dict__["__name__"].__get__(type(error))  # past its metaclass
     return name
 
 
 class _Parts(NamedTuple):
-    """An error taken apart, to be put together without a call of its class."""
+    """The parts of an error, which is rebuilt from them without a call of its class."""
 
     kind: type[BaseException]
     args: tuple[Any, ...]
@@ -113,27 +114,31 @@ def _as_it_is(error: BaseException) -> BaseException:
     return error
 
 
-def _is_copy(found: BaseException, candidate: BaseException | _Parts) -> bool:
-    """Tell whether `candidate` has arrived as `found`."""
+def _is_copy(unpacked: BaseException, candidate: BaseException | _Parts) -> bool:
+    """Return whether `candidate` has survived pickling, as `unpacked`."""
     if isinstance(candidate, _Parts):
-        return type(found) is candidate.kind
-    return type(found) is type(candidate) and _facts(found) == _facts(candidate)
+        return type(unpacked) is candidate.kind
+    return type(unpacked) is type(candidate) and _facts(unpacked) == _facts(candidate)
 
 
 def _facts(error: BaseException) -> str:
-    # Its class may have made other ones of the same arguments.
+    # Unpickling calls the class, which may turn the same arguments into others.
     return repr((error.args, object.__getstate__(error)))
 
 
 def _taken_apart(error: BaseException, outer: frozenset[int] = frozenset()) -> _Parts:
-    """Take `error` apart, which those in `outer` hold, and leave out what cannot be sent."""
+    """
+    Return the parts of `error`, without those that cannot be sent.
+
+    `outer` are the ids of the errors that hold this one.
+    """
     outer |= {id(error)}
     args, state = _content(error)
     left: list[str] = []
     for name, value in list(state.items()):
         try:
             state[name] = _sendable(value, outer)
-        except Exception:  # noqa: BLE001  # of its own, as it is taken apart, or ValueError
+        except Exception:  # noqa: BLE001  # ValueError, or one of an error's own methods
             del state[name]
             left.append(name)
     if left:
@@ -143,25 +148,25 @@ def _taken_apart(error: BaseException, outer: frozenset[int] = frozenset()) -> _
 
 
 def _content(error: BaseException) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Give the arguments and the attributes of `error`, whatever its class says of them."""
+    """Return the arguments and the attributes of `error`, past any methods of its own class."""
     reduced: Any = _built_in(type(error)).__reduce__(error)
     _, args, *more = reduced
-    found: Any = object.__getstate__(error)
+    attributes: Any = object.__getstate__(error)  # with slots, a tuple of two dictionaries
     state: dict[str, Any] = {}
-    for each in (*more, *(found if isinstance(found, tuple) else (found,))):  # slots apart
+    for each in (*more, *(attributes if isinstance(attributes, tuple) else (attributes,))):
         state |= each or {}
     return args, state
 
 
 def _built_in(kind: Any) -> Any:
-    """Give the class of Python's own that lays out errors of `kind`."""
+    """Return the nearest built-in class of `kind`, which determines the layout of its errors."""
     while getattr(builtins, kind.__name__, None) is not kind:
         kind = kind.__base__
     return kind
 
 
 def _sendable(value: Any, outer: frozenset[int]) -> Any:
-    """Give what to send for `value`; ValueError where it cannot be sent."""
+    """Return what to send in place of `value`; raise ValueError if it cannot be sent."""
     if isinstance(value, BaseException):
         if id(value) in outer:
             raise ValueError("it holds itself")
@@ -178,12 +183,12 @@ def _sendable(value: Any, outer: frozenset[int]) -> Any:
 def _sendable_or_text(value: Any, outer: frozenset[int]) -> Any:
     try:
         return _sendable(value, outer)
-    except Exception:  # noqa: BLE001  # as above
+    except Exception:  # noqa: BLE001  # ValueError, or one of an error's own methods
         return repr(value)
 
 
 def _whole(value: Any) -> Any:
-    """Put together what `_sendable` has made of a value."""
+    """Return the value that `_sendable` was given."""
     if isinstance(value, _Parts):
         return _put_together(value)
     if type(value) in (list, tuple):
@@ -206,7 +211,7 @@ def _dump(item: object) -> bytes:
 
 
 def _dump_by_value(item: object) -> bytes:
-    # Optional: without it this is one way less.
+    # Optional: without it, one way less is tried.
     cloudpickle: Any = import_module("cloudpickle")
     data: bytes = cloudpickle.dumps(item)
     return data
@@ -218,7 +223,7 @@ def _load(data: bytes) -> BaseException:
 
 
 def _plain(error: BaseException) -> BaseException:
-    """Give an error of the nearest class that everybody knows, with the name of the other."""
+    """Return an error of the nearest class of Python or Polars; its text names the real class."""
     text = _name_of(error)
     with suppress(BaseException):
         text = f"{text}: {error}"

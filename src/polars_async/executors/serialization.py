@@ -1,15 +1,14 @@
-"""What goes from one process to another: queries and frames, as bytes and as files."""
+"""Packs what goes from one process to another: operations, plans, frames and other objects."""
 
 from __future__ import annotations
 
 import io
 import os
 import pickle
-from contextlib import suppress
 from functools import partial
 from mmap import PROT_READ, mmap
 from tempfile import TemporaryFile
-from typing import TYPE_CHECKING, Any, Final, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
 import polars as pl
 
@@ -21,7 +20,6 @@ from polars_async._runtime.files import (
     opened,
     taking_along,
 )
-from polars_async._runtime.unpatched import RLock, holding
 from polars_async._runtime.upstream import (
     extensions_of,
     hands_over_here,
@@ -31,98 +29,40 @@ from polars_async._runtime.upstream import (
     optimizations_of,
 )
 from polars_async.bridges.buffer import Buffer
-from polars_async.executors.blame import unsendable
-from polars_async.executors.definitions import can_be_pickled
+from polars_async.executors.blame import unsendable_error
+from polars_async.executors.exports import can_be_pickled
 from polars_async.executors.extensions import (
-    LOSES_THEM,
+    LOSES_EXTENSIONS,
     extension_names,
     extensions_known,
     read_extended,
 )
+from polars_async.executors.message import Message, SerializationAbort
 from polars_async.executors.operations import Batches
 from polars_async.executors.staying import StaysHereError, UnsendableError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
-_Known: TypeAlias = "tuple[dict[str, pl.DataType] | None, dict[int, bool], set[str]]"
-"""Of a frame: its schema if it is to be mapped, which columns are sorted, and extension types."""
+_FrameInfo: TypeAlias = "tuple[dict[str, pl.DataType] | None, dict[int, bool], set[str]]"
+"""Of a frame: the schema if it is to be mapped, the sorted columns, and the extension types."""
 
-_INLINE: Final = 1 << 18
-"""Bytes of a frame up to which it goes along with the rest: to map it would take longer."""
-
-
-class Message(NamedTuple):
-    """What `pack` makes of an object."""
-
-    data: bytes
-    files: list[int]
-    """File descriptors, which belong to whoever has the parcel."""
-    shared: int = 0
-    """How many of them, the last, are of shared frames."""
-    plan_bytes: int = 0
-    """The size of the plans in it, where it was packed."""
-
-    def take_shared(self) -> list[int]:
-        """Take out the files of shared frames, which belong to the caller then."""
-        begin = len(self.files) - self.shared
-        taken = self.files[begin:]
-        del self.files[begin:]
-        return taken
-
-    def close(self) -> None:
-        """Close the files."""
-        while self.files:
-            os.close(self.files.pop())
-
-
-class SerializationAbort:
-    """
-    Ends the packing of what nobody wants any more, from any thread and a signal handler.
-
-    Polars takes a second for the plan of some 100 MB of frames, and does not ask; but it gives up
-    where it cannot write.
-    """
-
-    def __init__(self) -> None:
-        self._lock = RLock()
-        self._files: list[int] = []
-        self._came = False
-
-    def __call__(self) -> None:
-        """Let no file grow."""
-        holding(self._lock, self._abort)
-
-    def _abort(self) -> None:
-        self._came = True
-        for file in self._files:
-            _stop_growth(file)
-
-    def watch(self, file: int) -> None:
-        """Let `file` not grow once this was called."""
-        with self._lock:
-            self._files.append(file)
-            if self._came:
-                _stop_growth(file)
-
-    def end(self) -> None:
-        """Leave the files alone: others may be opened in their places."""
-        with self._lock:
-            self._files.clear()
+_MAX_INLINE: Final = 1 << 18
+"""Bytes of a frame up to which it is among the other data: a file to map would take longer."""
 
 
 def sorted_columns(frame: pl.DataFrame) -> dict[int, bool]:
-    """Give the columns that are known to be sorted, and whether they descend: IPC forgets it."""
-    found = {}
+    """Return which columns are flagged as sorted, and whether they descend: IPC loses the flags."""
+    descending = {}
     for number, column in enumerate(frame.get_columns()):
         flags = column.flags
         if flags["SORTED_ASC"] or flags["SORTED_DESC"]:
-            found[number] = flags["SORTED_DESC"]
-    return found
+            descending[number] = flags["SORTED_DESC"]
+    return descending
 
 
 def mark_sorted(frame: pl.DataFrame, columns: Mapping[int, bool]) -> pl.DataFrame:
-    """Have it known of `frame`, which is changed, what `sorted_columns` has told."""
+    """Set the flags that `sorted_columns` has returned on `frame`, in place."""
     all_columns = frame.get_columns() if columns else []
     for number, descending in columns.items():
         frame.replace_column(number, all_columns[number].set_sorted(descending=descending))
@@ -131,10 +71,10 @@ def mark_sorted(frame: pl.DataFrame, columns: Mapping[int, bool]) -> pl.DataFram
 
 class _Packer(pickle.Pickler):
     """
-    A pickler that leaves to Polars what is Polars'.
+    A pickler that has Polars serialize plans and frames.
 
-    With a list of `files`, plans and large frames go in files in memory that have no name, so that
-    nobody else can open them, and nothing is left of them once nobody has them open or mapped.
+    With a list of `files`, plans and large frames go in files in memory without a name: no other
+    program can open them, and they vanish when no process has them open or mapped any more.
     """
 
     def __init__(
@@ -154,7 +94,7 @@ class _Packer(pickle.Pickler):
             return "optimizations", optimization_flags(item)
         if isinstance(item, Buffer):
             return "buffer", None
-        if item is pl.exceptions.PanicException:  # whose module cannot be imported
+        if item is pl.exceptions.PanicException:  # its module cannot be imported
             return "panic", None
         return None
 
@@ -168,9 +108,9 @@ class _Packer(pickle.Pickler):
         self.plan_bytes += os.fstat(file).st_size
         return number
 
-    def _frame(self, frame: pl.DataFrame) -> tuple[bytes | int, _Known]:
+    def _frame(self, frame: pl.DataFrame) -> tuple[bytes | int, _FrameInfo]:
         extensions = extension_names(frame.dtypes)
-        if frame.estimated_size() > _INLINE and self._has_room():
+        if frame.estimated_size() > _MAX_INLINE and self._has_room():
             number, file = self._new_file()
             with opened(file, "wb") as target:
                 frame.write_ipc(target)
@@ -185,7 +125,7 @@ class _Packer(pickle.Pickler):
         return len(self._files) < min(MOST_IN_MESSAGE, most_files())
 
     def _new_file(self) -> tuple[int, int]:
-        """Make a file; gives its number in the parcel, and its descriptor."""
+        """Make a file; return its number in the message, and its descriptor."""
         assert self._files is not None
         file = new_file()
         self._files.append(file)
@@ -217,7 +157,7 @@ class _Unpacker(pickle.Unpickler):
             opened(self._files[packed], "rb") if isinstance(packed, int) else io.BytesIO(packed)
         )
         with source:
-            if not LOSES_THEM:
+            if not LOSES_EXTENSIONS:
                 return pl.LazyFrame.deserialize(source)
             if isinstance(packed, bytes):
                 names = extensions_of(packed)
@@ -227,63 +167,63 @@ class _Unpacker(pickle.Unpickler):
             with extensions_known(names):
                 return pl.LazyFrame.deserialize(source)
 
-    def _frame(self, packed: bytes | int, known: _Known) -> pl.DataFrame:
-        schema, in_order, extensions = known
+    def _frame(self, packed: bytes | int, info: _FrameInfo) -> pl.DataFrame:
+        schema, sorted_by, extensions = info
 
         def read() -> pl.DataFrame:
             if isinstance(packed, bytes):
                 return pl.read_ipc_stream(io.BytesIO(packed))
             return map_ipc(self._files[packed], schema or {})
 
-        return mark_sorted(read_extended(read, extensions), in_order)
+        return mark_sorted(read_extended(read, extensions), sorted_by)
 
 
 def pack(item: object, *, in_files: bool, abort: SerializationAbort | None = None) -> Message:
     """
-    Pack up any object that can be pickled, and frames and queries as well.
+    Pack an object: anything that can be pickled, and in it frames, plans and operations.
 
-    With `in_files`, what is large goes in files, for another process of this machine. `abort` ends
-    it before its time, with any error.
+    With `in_files`, plans and large frames go in files, for another process of this machine. A call
+    of `abort` makes it fail early, with an error of any kind.
 
     Raises
     ------
     UnsendableError
-        A query cannot be sent, as the message explains.
+        A part of the object cannot be sent.
     StaysHereError
-        A query has to run in this process.
+        A plan has to run in this process.
     """
     message_files: list[int] = []
     shared: dict[Identity, int] = {}
     target = io.BytesIO()
     packer = _Packer(target, message_files if in_files else None, abort)
     try:
-        taking_along(shared if in_files else None, partial(packer.dump, item))
+        try:
+            taking_along(shared if in_files else None, partial(packer.dump, item))
+        finally:
+            if abort is not None:
+                abort.end()  # before the files are closed below, or by the receiver of the message
     except BaseException:
-        if abort is not None:
-            abort.end()
         Message(b"", [*message_files, *shared.values()]).close()
         raise
-    if abort is not None:
-        abort.end()
     files = [*message_files, *shared.values()]
     return Message(target.getvalue(), files, len(shared), packer.plan_bytes)
 
 
 def unpack(message: Message, buffer: object | None = None) -> Any:
-    """Give what was packed, with `buffer` for that of a stream, and close the files."""
+    """Return the object that was packed, with `buffer` for that of a stream; close the files."""
     try:
         return _Unpacker(message, buffer).load()
     finally:
         message.close()
 
 
-def buffer_of(work: Callable[[], object]) -> Buffer | None:
-    """Return the buffer of a stream, which stays behind; None if it is no stream."""
-    return work.buffer if isinstance(work, Batches) else None
+def buffer_of(operation: Callable[[], object]) -> Buffer | None:
+    """Return the buffer of a stream, which stays in this process; None if it is no stream."""
+    return operation.buffer if isinstance(operation, Batches) else None
 
 
 def _write_plan(lf: pl.LazyFrame, file: int) -> None:
-    """Write a plan to a file, whence another process may read it."""
+    """Write a plan to a file."""
     refused: pl.exceptions.ComputeError | None = None
     try:
         with opened(file, "wb") as target:
@@ -301,7 +241,8 @@ def _plan_in_bytes(lf: pl.LazyFrame) -> bytes:
     try:
         plan = lf.serialize()
     except pl.exceptions.ComputeError:
-        # What Polars had written by then, which tells why, is found in a file alone.
+        # What Polars wrote before it failed tells whether the plan may leave this process at all;
+        # only a file has it.
         with TemporaryFile() as file:
             _write_plan(lf, file.fileno())
             file.seek(0)
@@ -309,13 +250,6 @@ def _plan_in_bytes(lf: pl.LazyFrame) -> bytes:
     if hands_over_here(io.BytesIO(plan)):
         raise StaysHereError
     return plan
-
-
-def _stop_growth(file: int) -> None:
-    import fcntl  # noqa: PLC0415  # not to be had on every system
-
-    with suppress(OSError):
-        fcntl.fcntl(file, fcntl.F_ADD_SEALS, fcntl.F_SEAL_GROW)
 
 
 def _unsendable(lf: pl.LazyFrame, error: Exception) -> UnsendableError:
@@ -327,7 +261,7 @@ def _unsendable(lf: pl.LazyFrame, error: Exception) -> UnsendableError:
             "pickled by its name: install cloudpickle, or polars-async[processes]"
         )
     if is_of_python:
-        return unsendable(last_pickled(lf), reason.strip(), can_be_pickled)
+        return unsendable_error(last_pickled(lf), reason.strip(), can_be_pickled)
     if "ScanSources::Files" in text:
         return UnsendableError(
             "the query cannot be sent to another process, since it reads an open file: give it the "

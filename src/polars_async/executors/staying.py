@@ -1,4 +1,4 @@
-"""Queries that cannot leave this process, wherever the others of their collector run."""
+"""Queries that cannot leave this process, though their collector has another executor."""
 
 from __future__ import annotations
 
@@ -17,18 +17,17 @@ from polars_async.gpu.failure import GpuFailure
 from polars_async.reasons import Reason
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from polars_async.executors import Job
+    from polars_async.executors.operations import Operation
 
 T = TypeVar("T")
 
-_MOST_LOGGED: Final = 1000
-_said: Final[set[str]] = set()
+_MAX_LOGGED: Final = 1000
+_logged: Final[set[str]] = set()
 
 
 class StaysHereError(Exception):
-    """A query cannot be sent, since what it hands over would be lost in another process."""
+    """A query cannot be sent, since the results of its sink would be lost in another process."""
 
     def __str__(self) -> str:
         return (
@@ -38,34 +37,34 @@ class StaysHereError(Exception):
 
 
 class UnsendableError(PolarsAsyncError):
-    """A query cannot be sent, since what it holds cannot be pickled."""
+    """A query cannot be sent, since a part of it cannot be pickled."""
 
 
 def log_once(query: Job, why: str, level: int = logging.INFO) -> None:
-    """Say that `query` runs in this process, unless it was said of another for the same reason."""
-    if why in _said:
+    """Log that `query` runs in this process, if no query was logged for the same reason."""
+    if why in _logged:
         return
-    if len(_said) >= _MOST_LOGGED:  # there may be addresses in what an object says of itself
-        _said.clear()
-    _said.add(why)
+    if len(_logged) >= _MAX_LOGGED:  # the repr of an object in it may differ each time
+        _logged.clear()
+    _logged.add(why)
     message = "%s runs in this process, as others will for the same reason: %s"
     deliver(partial(log.log, level, message, query.named, why))
 
 
-def run_here(work: Callable[[], T], query: Job, why: str) -> T | None:
+def run_here(operation: Operation[T], query: Job, why: str) -> T:
     """
-    Run on this thread what stays here, for the reason `why`, if it is still wanted.
+    Run `operation` on this thread, since it cannot be sent for the reason `why`.
 
-    The GPUs are those of other processes: what is for them is left to the CPU.
+    With such an executor, GPUs belong to other processes: a query on a GPU falls back to the CPU.
     """
     try:
         if query.done:
-            return None
+            return None  # type: ignore[return-value]  # its outcome is dropped
         engine = query.resolution.engine
         if not isinstance(engine, pl.GPUEngine):
-            return IN_PROCESS.run(work, query)
+            return IN_PROCESS.run(operation, query)
         if forbids_cpu(engine):
             raise PolarsAsyncError(f"{query.named} cannot run on a GPU elsewhere: {why}")
         raise GpuFailure(Reason.UNSUPPORTED_QUERY, NotImplementedError(why))
     finally:
-        del work, query  # an error's traceback holds this frame
+        del operation, query  # see QueryExecutor.run

@@ -10,41 +10,31 @@ from typing import TYPE_CHECKING, Final, TypeVar
 from polars_async._runtime.green import leaving_no_hub
 from polars_async._runtime.nesting import enter_context, enter_worker
 from polars_async._runtime.unpatched import SimpleQueue, get_ident, start_new_thread
+from polars_async.executors import QueryExecutor
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator
 
     from polars_async.executors import Job
-    from polars_async.gpu.status import GpuStatus
+    from polars_async.executors.operations import Operation
 
 T = TypeVar("T")
 
 _SYSTEM_NAME: Final = Path("/proc/thread-self/comm")
-_OWN_NAME: Final = "polars-async"
+_IDLE_NAME: Final = "polars-async"
 
 
-class ThreadsExecutor:
-    """The thread of the slot itself, in this process: where queries run unless told otherwise."""
+class ThreadsExecutor(QueryExecutor):
+    """Runs a query on the slot's own thread, in this process: the default executor."""
 
-    workers = died = 0
-
-    def prepare(self, gpu: GpuStatus) -> int | None:  # noqa: ARG002  # as GpuProcessExecutor
-        """Do nothing: a GPU is no other place here."""
-        return None
-
-    def run(self, work: Callable[[], T], query: Job) -> T:
-        """Run `work` here; nothing stops it."""
+    def run(self, operation: Operation[T], query: Job) -> T:
+        """Run `operation` on this thread; nothing stops it."""
         asking = query.context.run(enter_context)
         try:
-            return query.context.run(work)
+            return query.context.run(operation)
         finally:
             asking.end()
-            del work, query  # an error's traceback holds this frame
-
-    def close(self) -> None:
-        """Do nothing: the threads are those of the lane."""
-
-    reset_after_fork = close
+            del operation, query  # see QueryExecutor.run
 
 
 IN_PROCESS: Final = ThreadsExecutor()
@@ -52,10 +42,12 @@ IN_PROCESS: Final = ThreadsExecutor()
 
 class ThreadPool:
     """
-    Threads that live from the first job that needs them until `close`, or until there are too many.
+    Threads that live from the first job that needs them until `close`, or until `shed` ends them.
 
-    They are plain threads of the interpreter, unknown to `threading`: nothing there is real once
-    gevent has patched it, and the exit of the program does not wait for them.
+    They are plain threads of the interpreter, unknown to `threading`: gevent's patch would make
+    those of `threading` greenlets, and the exit of the program does not wait for these.
+
+    No method locks: the caller holds the lock of the lane's admission.
     """
 
     __slots__ = ("_closed", "_for_gpu", "_jobs", "_started")
@@ -68,16 +60,16 @@ class ThreadPool:
 
     @property
     def threads(self) -> int:
-        """How many threads there are to count on: all but those that have stepped out."""
+        """The number of threads that take jobs: all but those that have stepped out."""
         return len(self._started)
 
     def start(self, job: Callable[[], None], *, at_once: int) -> None:
         """
-        Run `job` at once; the caller's lock keeps others out meanwhile.
+        Run `job` at once.
 
-        `at_once` counts the jobs that run, this one included, which is how many threads it takes.
+        `at_once` is the number of jobs that run now, this one included: each needs a thread.
         """
-        if self._closed:  # what is left of the line may still need a thread
+        if self._closed:  # queries that were queued before may still need a thread
             start_new_thread(_work_once, (job, self._for_gpu))
             return
         if len(self._started) < at_once:
@@ -87,38 +79,38 @@ class ThreadPool:
         self._jobs.put(job)
 
     def step_out(self) -> None:
-        """Do not count on the calling thread; as in `start`, others are kept out meanwhile."""
+        """Stop counting the calling thread, which will take no job for some time."""
         if not self._closed:
             self._started.pop()
 
     def step_in(self) -> None:
-        """Count on the calling thread again; as in `start`, others are kept out meanwhile."""
+        """Count the calling thread again."""
         if not self._closed:
             self._started.append(get_ident())
 
     def shed(self, most: int) -> None:
-        """Let those threads beyond `most` end that next have no job; as in `start`."""
+        """End threads until `most` are left; each ends when it would else wait for a job."""
         while len(self._started) > most:
             self._started.pop()
-            self._jobs.put(_leave)
+            self._jobs.put(_end_thread)
 
     def close(self) -> None:
-        """Let each thread end after the job it is at, and those to come after their first."""
+        """End each thread after its present job; threads started later end after their first."""
         self._closed = True
         self._started.clear()
         self._jobs.put(None)
 
 
-def _leave() -> None:
-    """In the place of a job, end the thread that takes it."""
+def _end_thread() -> None:
+    """Stand in the queue of jobs, and end the thread that takes it."""
 
 
 @leaving_no_hub
 def _work(jobs: SimpleQueue[Callable[[], None] | None], for_gpu: bool) -> None:  # noqa: FBT001
-    _tell_system(_OWN_NAME)
+    _set_system_name(_IDLE_NAME)
     enter_worker(for_gpu=for_gpu)
     while (job := jobs.get()) is not None:
-        if job is _leave:
+        if job is _end_thread:
             return
         job()
         del job  # else the last query's frames would live until the next
@@ -133,20 +125,21 @@ def _work_once(job: Callable[[], None], for_gpu: bool) -> None:  # noqa: FBT001
 
 @contextmanager
 def named_thread(name: str) -> Generator[None]:
-    """Give this thread `name` for the time being: for Python, and for what lists threads."""
+    """Call this thread `name` meanwhile: for Python, and for tools that list threads."""
     thread = current_thread()
     before = thread.name
     thread.name = name
-    _tell_system(name)
+    _set_system_name(name)
     try:
         yield
     finally:
         thread.name = before
-        _tell_system(_OWN_NAME)
+        _set_system_name(_IDLE_NAME)
 
 
-def _tell_system(name: str) -> None:
-    # Linux alone lets a thread be named in this way, with 15 bytes; and it is no more than a help.
+def _set_system_name(name: str) -> None:
+    # Linux alone lets a thread be named in this way, with 15 bytes; where it fails, queries run
+    # all the same.
     with suppress(OSError):
         whole = name.encode(errors="replace")[:15].decode(errors="ignore")
         _SYSTEM_NAME.write_bytes(whole.encode())

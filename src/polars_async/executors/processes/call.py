@@ -1,4 +1,4 @@
-"""One query in one worker process, from its sending to its outcome, or to its end by force."""
+"""One query in one worker process: from its sending to its outcome, or to the end of the worker."""
 
 from __future__ import annotations
 
@@ -15,9 +15,10 @@ from polars_async._runtime.logs import complain
 from polars_async._runtime.timers import set_deadline
 from polars_async._runtime.unpatched import RLock, holding
 from polars_async.errors import QueryMemoryError
-from polars_async.executors.definitions import definition
+from polars_async.executors.exports import export
 from polars_async.executors.main_module import POLARS
-from polars_async.executors.serialization import Message, pack, unpack
+from polars_async.executors.message import Message
+from polars_async.executors.serialization import pack, unpack
 from polars_async.executors.staying import UnsendableError
 
 if TYPE_CHECKING:
@@ -26,37 +27,38 @@ if TYPE_CHECKING:
     from polars_async._runtime.timers import Deadline
     from polars_async.bridges.buffer import Buffer
     from polars_async.executors import Job
-    from polars_async.executors.main_module import Definition
+    from polars_async.executors.main_module import Export
     from polars_async.executors.processes.process import WorkerProcess
 
 GRACE: Final = 0.05
 """Seconds that a query has to end after SIGINT, before its worker is killed."""
-_START_WITHIN: Final = 10.0
-"""Seconds that a worker has to start, once nobody wants the query for which it does."""
-_INTERRUPTS: Final = 5
-"""How often it is sent meanwhile: one that comes just before the query begins has no effect."""
-_SAMPLED: Final = 0.01
-"""Seconds from one look at the memory of a worker to the next."""
-_OF_STREAMS: Final = ("put", "add")
+_START_TIMEOUT: Final = 10.0
+"""Seconds that a worker may go on starting after its query was cancelled."""
+_MAX_INTERRUPTS: Final = 5
+"""How often SIGINT is sent within `GRACE`: one just before the query begins has no effect."""
+_SAMPLE_INTERVAL: Final = 0.01
+"""Seconds between two samples of a worker's memory."""
+_BUFFER_METHODS: Final = ("put", "add")
 
 
 class _Phase(enum.Enum):
-    STARTS = enum.auto()
-    """The worker may not be there yet; the next query can have it, if it comes."""
-    RUNS = enum.auto()
-    """The worker has the query, and SIGINT is meant for that."""
-    DRAINS = enum.auto()
-    """The query has ended, and the worker gets over the signals that came."""
+    STARTING = enum.auto()
+    """The worker may still be starting. If it comes up, the next query can have it."""
+    RUNNING = enum.auto()
+    """The worker has the query, or will have it soon. SIGINT is sent in this phase alone."""
+    DRAINING = enum.auto()
+    """The query has ended. Signals may be on their way, which must not hit the next query."""
     OVER = enum.auto()
+    """No signal is sent any more: the worker is there for the next query."""
 
 
 class WorkerCall:
     """
     One query in one worker.
 
-    The slot's thread runs it; `stop` may come from any thread and from a signal handler, and
-    `expire` comes from the clock's thread. `_lock` sees to it that no signal meets the worker's
-    next query.
+    `run` is called on the slot's thread, `stop` on any thread or by a signal handler, and `expire`
+    on the timer thread. `_lock` guards the phase: signals are sent with the lock held, and so none
+    is sent once `run` has left the phase for which it was meant.
     """
 
     def __init__(
@@ -64,92 +66,116 @@ class WorkerCall:
         worker: WorkerProcess,
         query: Job,
         max_memory: int | None,
-        on_gpu: Callable[[Any], None] | None,
+        on_gpu_health: Callable[[Any], None] | None,
     ) -> None:
         self._worker = worker
         self._query = query
         self._max_memory = max_memory
-        self._on_gpu = on_gpu or _ignore
+        self._on_gpu_health = on_gpu_health or _ignore
         self._lock = RLock()
-        self._phase = _Phase.STARTS
+        self._phase = _Phase.STARTING
         self._interrupts = 0
         self._deadline: Deadline | None = None
-        self._begun = False
-        self._looks_at = monotonic() + _SAMPLED
-        """When to look at the memory of the worker, though it may send one thing after another."""
+        self._has_begun = False
+        self._next_sample = monotonic() + _SAMPLE_INTERVAL
+        """When to sample the worker's memory, even if messages come all the time."""
         self.stopped = False
         self.memory_error: QueryMemoryError | None = None
         self._unsendable: UnsendableError | None = None
 
     def run(self, message: Message, buffer: Buffer | None) -> tuple[str, Any]:
-        """Give what came of it; EOFError when the worker is gone."""
+        """
+        Have the worker run the query packed in `message`; return its outcome.
+
+        Raises
+        ------
+        EOFError
+            The worker is gone.
+        """
         query = self._query
         try:
             if not query.on_cancel(self.stop):
                 return "value", None
-            with query.paused():  # or it would seem to be a slow query
+            with query.paused():  # else it would count as a slow query
                 self._worker.await_start()
-            if not self._is_to_run():
+            if not self._enter_running():
                 return "value", None
-            self._worker.bring_up_to_date()
-            kind, found = self._follow(message, buffer)
+            self._worker.sync_surroundings()
+            kind, content = self._follow(message, buffer)
             query.on_cancel(None)
-            if self._is_to_drain():
+            if self._enter_draining():
+                # A signal that was sent before is pending in the worker when this arrives there. So
+                # it interrupts a probe with which the worker drains signals, not the next query.
                 self._follow(Message(b"", []), None)
         finally:
             message.close()
             query.on_cancel(None)
+            # Only now may another thread have the worker. A `stop` or `expire` that is called, but
+            # has no lock yet, finds the phase OVER and sends nothing.
             with self._lock:
                 self._phase = _Phase.OVER
                 self._cancel_timer()
-            del self, query
-        return kind, found
+            del self, query  # see QueryExecutor.run
+        return kind, content
 
     def may_retry(self, exitcode: int | None) -> bool:
-        """Tell whether the worker died before it began; one that fails to start does so again."""
+        """
+        Return whether another worker may be tried: this one died before the query began.
+
+        Not if it ended by itself while it started, since the next one would do the same.
+        """
         may_start = self._worker.is_ready or (exitcode is not None and exitcode < 0)
-        return may_start and not self._begun and not self.stopped
+        return may_start and not self._has_begun and not self.stopped
 
     def check_sendable(self, kind: str) -> None:
-        """Raise if the query failed since the worker could not be told what it asked for."""
+        """Raise if the query failed for want of a name whose value could not be sent."""
         if kind == "error" and self._unsendable is not None:
             raise self._unsendable
 
     def stop(self) -> None:
-        """Stop the query, if it runs: nobody wants it. Whoever was interrupted calls it again."""
+        """Stop the query. May be called again, as when a signal handler interrupted it."""
         holding(self._lock, self._stop)
 
     def _stop(self) -> None:
-        if self._phase is _Phase.STARTS:
+        if self._phase is _Phase.STARTING:
+            # Nothing to interrupt: `_enter_running` sees this, and the query is not sent. The
+            # worker is left to start, for the next query.
             self.stopped = True
-            self._expire_in(_START_WITHIN)
-        elif self._phase is _Phase.RUNS:
+            self._expire_in(_START_TIMEOUT)
+        elif self._phase is _Phase.RUNNING:
             self.stopped = True
             self._interrupt()
 
     def expire(self) -> None:
-        """Ask once more, or kill the worker when it was asked often enough."""
+        """Interrupt the query again, or kill the worker if that did not help or cannot help."""
+        # The timer of one phase may already wait for the lock here when `_expire_in` cancels it for
+        # the next phase. It then kills a worker that drains too early: that costs a fresh worker,
+        # and no query.
         with self._lock:
             if self._phase is not _Phase.OVER:
                 self._interrupt()
 
     def _interrupt(self) -> None:
         self._interrupts += 1
-        if self._interrupts > _INTERRUPTS or self._phase is not _Phase.RUNS:
+        if self._interrupts > _MAX_INTERRUPTS or self._phase is not _Phase.RUNNING:
             self._worker.signal(signal.SIGKILL)
             return
         self._worker.signal(signal.SIGINT)
-        self._expire_in(GRACE / _INTERRUPTS)
+        self._expire_in(GRACE / _MAX_INTERRUPTS)
 
-    def _is_to_run(self) -> bool:
+    def _enter_running(self) -> bool:
+        # A `stop` before this is noted in `stopped`, and the query is not sent. One after it sends
+        # SIGINT, maybe before the worker has the query: then one of the next signals stops it.
         with self._lock:
             if not self.stopped:
-                self._phase = _Phase.RUNS
+                self._phase = _Phase.RUNNING
             return not self.stopped
 
-    def _is_to_drain(self) -> bool:
+    def _enter_draining(self) -> bool:
+        # A `stop` before this has sent a signal, which has to be drained. One after it sends none,
+        # and the outcome that has just come is dropped, as that of a cancelled query.
         with self._lock:
-            self._phase = _Phase.DRAINS if self.stopped else _Phase.OVER
+            self._phase = _Phase.DRAINING if self.stopped else _Phase.OVER
             if self.stopped:
                 self._expire_in(GRACE)
             return self.stopped
@@ -158,7 +184,7 @@ class WorkerCall:
         self._cancel_timer()
         try:
             self._deadline = set_deadline(seconds, self)
-        except RuntimeError:  # no thread to be had for the clock
+        except RuntimeError:  # the timer thread could not be started
             self._worker.signal(signal.SIGKILL)
 
     def _cancel_timer(self) -> None:
@@ -166,54 +192,55 @@ class WorkerCall:
             self._deadline.cancel()
 
     def _follow(self, message: Message, buffer: Buffer | None) -> tuple[str, Any]:
-        """Send `message`, and take what the worker sends, up to the outcome."""
+        """Send `message`; handle what the worker sends until that is the outcome, and return it."""
         transport = self._worker.transport
         transport.send(message)
         while True:
             self._check_memory()
             try:
-                message = transport.receive(None if self._max_memory is None else _SAMPLED)
+                message = transport.receive(None if self._max_memory is None else _SAMPLE_INTERVAL)
             except TimeoutError:
                 continue
             kind, content = unpack(message)
             if kind == "begun":
-                self._begun = True
+                self._has_begun = True
             elif kind == "log":
                 _log(content)
-            elif kind == "main":
-                transport.send(self._defined(*content))
-            elif kind == "leaving":
-                self._worker.is_leaving = True
-            elif kind == "gpu":
-                self._on_gpu(content)
-            elif kind == "ask" and self._worker.initializer is not None:
+            elif kind == "load":
+                transport.send(self._export(*content))
+            elif kind == "exiting":
+                self._worker.is_exiting = True
+            elif kind == "gpu_health":
+                self._on_gpu_health(content)
+            elif kind == "initializer" and self._worker.initializer is not None:
                 transport.send(pack(self._worker.initializer.answer(), in_files=False))
-            elif kind in _OF_STREAMS and buffer is not None:
+            elif kind in _BUFFER_METHODS and buffer is not None:
                 enough = getattr(buffer, kind)(content)
                 transport.send(pack(bool(enough), in_files=False))
             else:
                 return kind, content
 
-    def _defined(self, module: str, name: str) -> Message:
+    def _export(self, module: str, name: str) -> Message:
+        """Return the message with what this program calls `name`, and the frames it shares."""
         shared: dict[Identity, int] = {}
-        found = taking_along(shared, partial(self._definition, module, name))
-        return Message(pack(found, in_files=False).data, list(shared.values()), len(shared))
+        exported = taking_along(shared, partial(self._export_or_reason, module, name))
+        return Message(pack(exported, in_files=False).data, list(shared.values()), len(shared))
 
-    def _definition(self, module: str, name: str) -> Definition:
-        """Define what the worker asks for, or give it the reason why not as its error."""
+    def _export_or_reason(self, module: str, name: str) -> Export:
         try:
-            return definition(module, name)
+            return export(module, name)
         except UnsendableError as error:
-            if module != POLARS:  # else a function asks, in the midst of the query
+            if module != POLARS:  # else a function of the query asks: too late to run it here
                 self._unsendable = error
             return str(error)
 
     def _check_memory(self) -> None:
         limit = self._max_memory
-        if limit is None or self.memory_error is not None or monotonic() < self._looks_at:
+        if limit is None or self.memory_error is not None or monotonic() < self._next_sample:
             return
-        self._looks_at = monotonic() + _SAMPLED
-        if (memory := self._worker.memory()) > limit:
+        self._next_sample = monotonic() + _SAMPLE_INTERVAL
+        if (memory := self._worker.private_memory()) > limit:
+            # Before `stop`: the outcome may be that interrupt, which this error then replaces.
             self.memory_error = QueryMemoryError(
                 f"{self._query.named} outgrew the memory of its worker process, and was stopped: "
                 f"it took {memory:,} bytes, of at most max_memory={limit:,}. Ask for less at once, "
@@ -224,7 +251,7 @@ class WorkerCall:
 
 
 def _ignore(_health: object) -> None:
-    """Let it be: this worker belongs to no GPU, and a Python function has used one."""
+    """Ignore a report of GPU health: the worker has no GPU of ours, a Python function used one."""
 
 
 def _log(content: dict[str, Any]) -> None:
@@ -237,5 +264,5 @@ def _log(content: dict[str, Any]) -> None:
 def _handle(logger: logging.Logger, record: logging.LogRecord) -> None:
     try:
         logger.handle(record)
-    except BaseException:  # noqa: BLE001  # a handler that breaks the rules costs no query its result
+    except BaseException:  # noqa: BLE001  # a handler must not cost a query its result
         complain("a handler raised at what a worker process has logged")

@@ -1,4 +1,4 @@
-"""What a worker process does: one query after the other, for as long as its parent lives."""
+"""The main function of a worker process, which runs queries as long as its parent lives."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from polars_async._runtime.fork import Step, in_child
 from polars_async._runtime.nesting import enter_worker
 from polars_async._runtime.unpatched import RLock
 from polars_async.errors import PolarsAsyncError
-from polars_async.executors.main_module import LookingUp, answer_for_polars
+from polars_async.executors.main_module import ResolvingMain, resolve_namespaces
 from polars_async.executors.outcomes import outcome_of, packed_error
 from polars_async.executors.processes.surroundings import Follower
 from polars_async.executors.processes.transport import Transport
@@ -32,54 +32,55 @@ from polars_async.gpu.offload import context_is_poisoned, report_health_to
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from polars_async.executors.main_module import Definition
-    from polars_async.executors.serialization import Message
+    from polars_async.executors.main_module import Export
+    from polars_async.executors.message import Message
 
-_NAME = Path("/proc/self/comm")
-_BADNESS = Path("/proc/self/oom_score_adj")
-_EXPENDABLE = 500
+_SYSTEM_NAME = Path("/proc/self/comm")
+_OOM_SCORE = Path("/proc/self/oom_score_adj")
+_KILLED_FIRST = 500
 _NICENESS = 10
-"""A tenth of the share that the parent's threads get where both want a processor."""
+"""Gives a tenth of the parent's share of a processor for which both compete."""
 
 
 def main(socket_file: int, lifeline: int, path: list[str]) -> None:
     """
     Serve the parent, at the other end of a socket, until that is closed.
 
-    A no-op has to be the handler of SIGINT already, before the import of Polars, which puts its own
-    before it; and the signal has to be blocked until now.
+    The caller has to block SIGINT, and to set a no-op as its handler before the import of Polars,
+    which installs its own handler in front of that.
     """
     os.closerange(3, min(socket_file, lifeline))
     os.closerange(min(socket_file, lifeline) + 1, max(socket_file, lifeline))
     os.closerange(max(socket_file, lifeline) + 1, os.sysconf("SC_OPEN_MAX"))
     _die_with_parent(lifeline)
     with suppress(OSError):
-        _NAME.write_text("polars-worker")
-    with suppress(OSError):  # the kernel had better kill this process than its parent
-        _BADNESS.write_text(str(_EXPENDABLE))
-    with suppress(OSError):  # and to compute in this one later: heavy work is here, a loop is there
+        _SYSTEM_NAME.write_text("polars-worker")
+    with suppress(OSError):  # where memory is short, the kernel is to kill this, not the parent
+        _OOM_SCORE.write_text(str(_KILLED_FIRST))
+    with suppress(OSError):  # heavy work is here, and the parent may run an event loop
         os.nice(_NICENESS)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
     enter_worker(for_gpu=False)
     transport = Transport(socket(fileno=socket_file))
-    # What a Python function starts may outlive this process, whose end the parent would not see,
-    # and a copy that it has forked would go on with the query, and answer, too.
+    # A program that a Python function starts must not inherit these: it may outlive this process,
+    # and the parent would not see its end. Nor may a fork use the socket: it would go on with the
+    # query, and send an outcome, too.
     for file in (socket_file, lifeline):
         fcntl.fcntl(file, fcntl.F_SETFD, fcntl.FD_CLOEXEC)
     in_child(Step.FORGET, transport.reset_after_fork)
-    # A service is often stopped by a signal to all its processes, and then sees to it that queries
-    # end; not so what a Python function forks.
+    # A service is often stopped by SIGTERM to all its processes: the parent then ends the queries,
+    # and so this process. Processes that a Python function forks end by SIGTERM as usual.
     signal.signal(signal.SIGTERM, _do_nothing)
     in_child(Step.FORGET, lambda: signal.signal(signal.SIGTERM, signal.SIG_DFL))
     with suppress(EOFError):
         levels, set_up = unpack(transport.receive())
-        logs = _Logs(transport)
+        logs = _LogSender(transport)
         _set_up_logging(logs, levels)
         report_health_to(partial(_report_health, transport))
-        with nullcontext() if set_up is None else set_up(partial(_ask, transport)):
+        with nullcontext() if set_up is None else set_up(partial(_ask_initializer, transport)):
             transport.send(pack(("ready", None), in_files=False))
             follower = Follower(path)
-            answer_for_polars()
+            resolve_namespaces()
             while not context_is_poisoned():
                 _serve(transport, logs, follower)
 
@@ -87,59 +88,62 @@ def main(socket_file: int, lifeline: int, path: list[str]) -> None:
 def _do_nothing(_number: int, _frame: object) -> None: ...
 
 
-def _serve(transport: Transport, logs: _Logs, follower: Follower) -> None:
-    task = transport.receive()
-    if follower.take(task):
-        task = transport.receive()
-    if not task.data:
+def _serve(transport: Transport, logs: _LogSender, follower: Follower) -> None:
+    """Run the query of the next message, or drain signals for an empty one."""
+    message = transport.receive()
+    if follower.apply(message):
+        message = transport.receive()
+    if not message.data:
         _drain_interrupts()
-        transport.send(pack(("rested", None), in_files=False))
+        transport.send(pack(("drained", None), in_files=False))
         return
     transport.send(pack(("begun", None), in_files=False))
-    logs.listens = True
-    outcome = outcome_of(partial(_run, task, transport, follower))
-    with suppress(Exception):  # what a Python function has printed would stay here
+    logs.enabled = True
+    outcome = outcome_of(partial(_run, message, transport, follower))
+    with suppress(Exception):  # else what a Python function has printed would be kept back
         sys.stdout.flush()
-    logs.listens = False
+    # All else goes before the outcome: after that, the parent reads nothing until its next query.
+    logs.enabled = False
     if context_is_poisoned():
-        transport.send(pack(("leaving", None), in_files=False))
+        transport.send(pack(("exiting", None), in_files=False))
     try:
-        message = pack(outcome, in_files=True)
-    except BaseException as error:  # noqa: BLE001  # as of a column of Python objects
-        message = pack(("error", packed_error(error)), in_files=False)
-    transport.send(message)
+        reply = pack(outcome, in_files=True)
+    except BaseException as error:  # noqa: BLE001  # such as of a column of Python objects
+        reply = pack(("error", packed_error(error)), in_files=False)
+    transport.send(reply)
 
 
-def _run(task: Message, transport: Transport, follower: Follower) -> object:
+def _run(message: Message, transport: Transport, follower: Follower) -> object:
     parent = _Parent(transport)
     follower.enter_folder()
-    bring(task.take_shared())
+    bring(message.take_shared())
     try:
-        with LookingUp(parent.look_up):
-            work = unpack(task, _RemoteBuffer(parent))
-            return work()
+        with ResolvingMain(parent.load):
+            operation = unpack(message, _RemoteBuffer(parent))
+            return operation()
     finally:
         parent.end()
         put_away()
 
 
-def _ask(transport: Transport) -> Any:
+def _ask_initializer(transport: Transport) -> Any:
     """Return what the initializer answers in the parent."""
-    transport.send(pack(("ask", None), in_files=False))
+    transport.send(pack(("initializer", None), in_files=False))
     return unpack(transport.receive())
 
 
 def _report_health(transport: Transport, failure: tuple[str, Exception] | None) -> None:
-    """Tell the parent, which has the breaker of the GPU, since workers come and go."""
-    told = None if failure is None else (failure[0], packed_error(failure[1]))
-    transport.send(pack(("gpu", told), in_files=False))
+    """Report to the parent, which has the breaker of the GPU: that has to outlive the workers."""
+    report = None if failure is None else (failure[0], packed_error(failure[1]))
+    transport.send(pack(("gpu_health", report), in_files=False))
 
 
 def _drain_interrupts() -> None:
     """
-    Wait until the signal that has stopped a query stops no more.
+    Wait until no signal is left that was sent to stop the last query.
 
-    It does as long as a thread is left of the query that it was meant for.
+    Polars has one flag for all queries: while a thread of the last query still runs, it stays set,
+    and stops a new query, too. The probe tells.
     """
     probe = pl.LazyFrame({"": [0]})
     while True:
@@ -152,20 +156,24 @@ def _drain_interrupts() -> None:
 
 class _Parent:
     """
-    Answers the questions of one query, one after the other, whichever threads ask.
+    Asks the parent on behalf of one query, from any thread.
 
-    Once the query has ended, the channel is for the next: what Polars' threads that are left of it
-    still ask has no answer.
+    The lock makes a question and its answer one step: questions of two threads never mix, and a
+    thread always gets the answer to its own.
     """
 
     def __init__(self, transport: Transport) -> None:
         self._transport = transport
         self._lock = RLock()
-        self._listens = True
+        self._query_runs = True
 
     def ask(self, question: Message) -> Any:
         with self._lock:
-            if not self._listens:
+            # Threads of Polars, or of a Python function, may outlive the query and still ask. The
+            # flag is read with the lock held: either `end` came before, and nothing is sent; or it
+            # waits until the answer is here. So no question follows the outcome, where the parent
+            # would take it for one of the next query.
+            if not self._query_runs:
                 question.close()
                 raise PolarsAsyncError("the query has ended: what is left of it has no answer")
             self._transport.send(question)
@@ -173,13 +181,14 @@ class _Parent:
             bring(answer.take_shared())
             return unpack(answer)
 
-    def look_up(self, module: str, name: str) -> Definition:
-        answer: Definition = self.ask(pack(("main", (module, name)), in_files=False))
-        return answer
+    def load(self, module: str, name: str) -> Export:
+        exported: Export = self.ask(pack(("load", (module, name)), in_files=False))
+        return exported
 
     def end(self) -> None:
+        """Answer no more questions. Called before the outcome of the query is sent."""
         with self._lock:
-            self._listens = False
+            self._query_runs = False
 
 
 class _RemoteBuffer:
@@ -189,11 +198,11 @@ class _RemoteBuffer:
         self._parent = parent
 
     def add(self, batch: pl.DataFrame) -> None:
-        """Send a batch that is there anyway."""
+        """Send a batch, and go on however many are ready in the parent."""
         self._send("add", batch)
 
     def put(self, batch: pl.DataFrame) -> bool:
-        """Send a batch, and wait until there is room for one more; True if none is wanted."""
+        """Send a batch, and wait for room for one more; return True if no more are wanted."""
         return self._send("put", batch)
 
     def _send(self, kind: str, batch: pl.DataFrame) -> bool:
@@ -201,19 +210,19 @@ class _RemoteBuffer:
         return enough
 
 
-class _Logs(logging.Handler):
-    """Sends what is logged to the parent, while that listens."""
+class _LogSender(logging.Handler):
+    """Sends log records to the parent, while a query runs."""
 
     def __init__(self, transport: Transport) -> None:
         super().__init__()
-        self.listens = False
+        self.enabled = False
         self._transport = transport
 
     def emit(self, record: logging.LogRecord) -> None:
-        if not self.listens:
+        if not self.enabled:
             return
         try:
-            # As a text, since anything may be among the arguments.
+            # Formatted here, since the arguments may be objects that cannot be pickled.
             sent: dict[str, Any] = record.__dict__ | {"msg": record.getMessage(), "args": None}
             if record.exc_info:
                 sent["exc_text"] = logging.Formatter().formatException(record.exc_info)
@@ -225,7 +234,7 @@ class _Logs(logging.Handler):
 
 
 def _as_data(value: Any) -> object:
-    """Give what `extra=` holds as a text, where it is more than data: it may not come out again."""
+    """Return a value of ``extra=``, or its repr if it is an object: that may not be unpickled."""
     try:
         marshal.dumps(value)
     except ValueError:
@@ -233,7 +242,7 @@ def _as_data(value: Any) -> object:
     return value
 
 
-def _set_up_logging(logs: _Logs, levels: Mapping[str, int]) -> None:
+def _set_up_logging(logs: _LogSender, levels: Mapping[str, int]) -> None:
     logging.captureWarnings(capture=True)
     logging.getLogger().addHandler(logs)
     for name, level in levels.items():
@@ -241,12 +250,12 @@ def _set_up_logging(logs: _Logs, levels: Mapping[str, int]) -> None:
 
 
 def _die_with_parent(lifeline: int) -> None:
-    """Have the kernel kill this process when the parent does not hold the lifeline any more."""
+    """Have the kernel kill this process when the parent no longer has the lifeline open."""
     fcntl.fcntl(lifeline, fcntl.F_SETOWN, os.getpid())
     fcntl.fcntl(lifeline, fcntl.F_SETSIG, signal.SIGKILL)
     flags = fcntl.fcntl(lifeline, fcntl.F_GETFL)
     fcntl.fcntl(lifeline, fcntl.F_SETFL, flags | os.O_ASYNC | os.O_NONBLOCK)
     poll = select.poll()
     poll.register(lifeline, 0)
-    if poll.poll(0):  # it was too late
+    if poll.poll(0):  # the parent was gone before, and the signal will not come
         os._exit(1)

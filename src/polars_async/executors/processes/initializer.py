@@ -1,4 +1,4 @@
-"""What worker processes set up before their first query; `polars_async.testing` uses it."""
+"""What each worker process sets up before its first query, as `polars_async.testing` needs it."""
 
 from __future__ import annotations
 
@@ -14,16 +14,17 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False, slots=True)
 class Initializer:
-    """An initializer of all workers of this process."""
+    """An initializer of all worker processes of this process."""
 
     set_up: Callable[[], SetUp]
     """
-    Returns what a worker enters for its life, which can be pickled.
+    Returns a function that can be pickled.
 
-    There it is given a function, which returns the `answer`.
+    A worker calls it with a function that fetches an `answer`, and enters the context manager that
+    it returns, until the worker ends.
     """
     answer: Callable[[], object]
-    """Called here whenever a worker asks, on the thread of the query that the worker runs."""
+    """Called in this process when a worker asks, on the slot's thread of the query that it runs."""
 
 
 class _Process:
@@ -31,11 +32,11 @@ class _Process:
 
 
 def current() -> Initializer | None:
-    """Return the initializer of workers that are started now; None if there is none."""
+    """Return the initializer of workers that are started now; None for none."""
     return _Process.initializer
 
 
 def use(initializer: Initializer | None) -> Initializer | None:
-    """Set the initializer of workers to come; return the one before."""
+    """Set the initializer of workers started from now on; return the previous one."""
     before, _Process.initializer = _Process.initializer, initializer
     return before

@@ -1,4 +1,4 @@
-"""The Python that worker processes run in."""
+"""The Python interpreter that runs worker processes."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ _NAMES: Final = re.compile(r"(python|pypy)[\d.]*([dmt]*|-dbg|-c)")
 
 def executable() -> str:
     """
-    Give the interpreter that runs workers.
+    Return the path of the interpreter that runs workers.
 
-    That is what ``multiprocessing.set_executable`` has set, as programs do where sys.executable is
-    no Python. It is looked at and not tried: a program that is started in its place would start
-    itself in turn, without end.
+    That is what ``multiprocessing.set_executable`` has set, as programs do where ``sys.executable``
+    is no Python. The path is looked at, and not tried: if it is that of this program, the program
+    would start itself, which would start itself again, without end.
 
     Raises
     ------
     PolarsAsyncError
-        It is no Python.
+        The path is not that of a Python.
     """
     python = os.fsdecode(get_executable() or sys.executable or "")
     fault = _fault_of(python)
@@ -53,5 +53,5 @@ def _fault_of(python: str) -> str | None:
 def _is_this_program(python: str) -> bool:
     try:
         return os.path.samefile(python, "/proc/self/exe")  # noqa: PTH121
-    except OSError:  # as where it has made room for another release
+    except OSError:  # such as where another release has replaced it
         return False

@@ -1,4 +1,4 @@
-"""Queries in worker processes: isolated from this one, and stopped when nobody wants them."""
+"""Queries in worker processes: isolated from this process, and stopped when cancelled."""
 
 from __future__ import annotations
 
@@ -10,12 +10,14 @@ from typing import TYPE_CHECKING, Any, Final, TypeVar
 from polars_async._runtime.plans import look_at
 from polars_async._runtime.unpatched import RLock, holding
 from polars_async.errors import PolarsAsyncError, WorkerDiedError, signal_of
+from polars_async.executors import QueryExecutor
 from polars_async.executors.large_plans import warn_if_large
+from polars_async.executors.message import SerializationAbort
 from polars_async.executors.outcomes import error_of
 from polars_async.executors.processes.call import WorkerCall
 from polars_async.executors.processes.initializer import current
 from polars_async.executors.processes.process import WorkerProcess, shut_down
-from polars_async.executors.serialization import SerializationAbort, buffer_of, pack
+from polars_async.executors.serialization import buffer_of, pack
 from polars_async.executors.staying import StaysHereError, UnsendableError, log_once, run_here
 
 if TYPE_CHECKING:
@@ -23,124 +25,128 @@ if TYPE_CHECKING:
 
     from polars_async.errors import QueryMemoryError
     from polars_async.executors import Job
-    from polars_async.gpu.status import GpuStatus
+    from polars_async.executors.operations import Operation
 
 T = TypeVar("T")
 
-_TRIES: Final = 3
-"""How many workers may die one after the other before they begin a query; it has harmed none."""
+_MAX_TRIES: Final = 3
+"""How many workers may die in a row before they begin a query, which then has killed none."""
 _PLAN_CHARACTERS: Final = 200
 
 
-class ProcessExecutor:
+class ProcessExecutor(QueryExecutor):
     """
     Worker processes, each of which runs one query at a time.
 
-    They are started when they are needed, and `most_idle` of them stay warm. A worker belongs to
-    the thread that has taken it, until that gives it back; `_lock` guards who has which.
+    They are started when they are needed, and up to `max_idle` of them stay warm. A worker belongs
+    to the thread that has taken it, until that thread gives it back or discards it. `_lock` guards
+    the two collections alone: to start, signal or end a worker takes too long to hold it.
     """
 
     def __init__(
         self,
         *,
         threads: int,
-        most_idle: int = 1,
+        max_idle: int = 1,
         max_memory: int | None = None,
-        keeps_unsendable: bool = False,
+        runs_unsendable_here: bool = False,
         env: Mapping[str, str] | None = None,
     ) -> None:
         self._env: Final = {"POLARS_MAX_THREADS": str(threads), **(env or {})}
-        self._most_idle: Final = most_idle
+        self._max_idle: Final = max_idle
         self._max_memory: Final = max_memory
-        self._stay_here: Final[tuple[type[Exception], ...]] = (
-            (StaysHereError, UnsendableError) if keeps_unsendable else (StaysHereError,)
+        self._reasons_to_stay: Final[tuple[type[Exception], ...]] = (
+            (StaysHereError, UnsendableError) if runs_unsendable_here else (StaysHereError,)
         )
         self._lock = RLock()
         self._idle: list[WorkerProcess] = []
         self._workers: set[WorkerProcess] = set()
         self._closed = False
-        self.died = 0
-        """How many workers have died with a query."""
+        self._deaths = 0
 
     @property
-    def workers(self) -> int:
-        """How many worker processes there are."""
+    def worker_count(self) -> int:
+        """The number of worker processes."""
         return len(self._workers)
 
-    def prepare(self, gpu: GpuStatus) -> int | None:  # noqa: ARG002  # as GpuProcessExecutor
-        """Do nothing: a GPU is no other place here."""
-        return None
+    @property
+    def worker_deaths(self) -> int:
+        """The number of worker processes that have died while they ran a query."""
+        return self._deaths
 
     def run(
         self,
-        work: Callable[[], T],
+        operation: Operation[T],
         query: Job,
-        on_gpu: Callable[[Any], None] | None = None,
+        on_gpu_health: Callable[[Any], None] | None = None,
     ) -> T:
         """
-        Run `work` in a worker; what it raises has the other traceback as its cause.
+        Run `operation` in a worker; an error has its remote traceback as its cause.
 
-        `on_gpu` is given what the worker reports of the health of its GPU.
+        `on_gpu_health` is called with the worker's reports of the health of its GPU.
         """
         error: BaseException | None = None
         try:
-            outcome = self._outcome(work, query, on_gpu)
+            outcome = self._outcome(operation, query, on_gpu_health)
             if isinstance(outcome, str):
-                return run_here(work, query, outcome)  # type: ignore[return-value]  # None is for nobody
-            kind, found, memory_error = outcome
-            error = error_of(kind, found)
+                return run_here(operation, query, outcome)
+            kind, content, memory_error = outcome
+            error = error_of(kind, content)
             if error is None:
-                return found  # type: ignore[no-any-return]
+                return content  # type: ignore[no-any-return]
             if memory_error is not None and isinstance(error, KeyboardInterrupt):
                 error = memory_error
             raise error
         finally:
-            del self, work, query, error  # an error's traceback holds this frame
+            del self, operation, query, error  # see QueryExecutor.run
 
     def _outcome(
         self,
-        work: Callable[[], object],
+        operation: Operation[object],
         query: Job,
-        on_gpu: Callable[[Any], None] | None,
+        on_gpu_health: Callable[[Any], None] | None,
     ) -> tuple[str, Any, QueryMemoryError | None] | str:
-        """Give what came of it in a worker, or the reason why it stays here."""
+        """Return the outcome in a worker, or as a text the reason why the query stays here."""
         call: WorkerCall | None = None
         try:
-            for _ in range(_TRIES):
+            for _ in range(_MAX_TRIES):
                 abort = SerializationAbort()
+                # A query that was cancelled before this does not call `abort`: so it is done here.
                 if not query.on_cancel(abort):
                     abort()
-                message = pack(work, in_files=True, abort=abort)
+                message = pack(operation, in_files=True, abort=abort)
                 try:
                     warn_if_large(query, message.plan_bytes, same_machine=True)
                     worker = self._take()
                 except BaseException:
                     message.close()
                     raise
-                call = WorkerCall(worker, query, self._max_memory, on_gpu)
+                # Until `call.run` replaces it, `abort` is what a cancellation calls, to no effect:
+                # `call.run` then finds that the query is done, and leaves the worker alone.
+                call = WorkerCall(worker, query, self._max_memory, on_gpu_health)
                 try:
-                    kind, found = call.run(message, buffer_of(work))
+                    kind, content = call.run(message, buffer_of(operation))
                 except EOFError:
-                    exitcode = self._lose(worker)
+                    exitcode = self._discard(worker)
                     if call.may_retry(exitcode):
                         continue
-                    raise self._death(worker, exitcode, call, query) from None
-                except BaseException:  # as when the program ends
-                    self._lose(worker)
+                    raise self._replace_dead(worker, exitcode, call, query) from None
+                except BaseException:  # such as an interrupt when the program ends
+                    self._discard(worker)
                     raise
-                self._take_back(worker)
+                self._give_back(worker)
                 call.check_sendable(kind)
-                return kind, found, call.memory_error
+                return kind, content, call.memory_error
             raise WorkerDiedError(
-                f"{_TRIES} worker processes in a row died before they began a query"
+                f"{_MAX_TRIES} worker processes in a row died before they began a query"
             )
-        except self._stay_here as reason:
+        except self._reasons_to_stay as reason:
             if isinstance(reason, UnsendableError):
                 log_once(query, str(reason), logging.WARNING)
             return str(reason)
         finally:
             query.on_cancel(None)
-            del self, work, query, call  # as above
+            del self, operation, query, call  # see QueryExecutor.run
 
     def close(self) -> None:
         """Let idle workers end, and the others after their query."""
@@ -153,27 +159,36 @@ class ProcessExecutor:
             raise
 
     def _close(self, idle: list[WorkerProcess]) -> None:
+        # First, so that a worker that is given back from now on ends there: this shuts down none
+        # that a thread has taken.
         self._closed = True
-        idle.extend(self._idle)  # before they are there no more
+        # A signal handler may raise between any two lines. Workers that are in both lists then are
+        # shut down by `close`, and `_take` discards them; in neither list, they would be lost.
+        idle.extend(self._idle)
         self._idle.clear()
         self._workers.difference_update(idle)
 
     def reset_after_fork(self) -> None:
         """Forget the workers, which are the children of another process."""
+        # Another thread of the parent may have held the lock, and changed both collections half: no
+        # thread but this one is in the child. `process` closes what the child has of the workers.
         self._lock = RLock()
         self._workers.clear()
         self._idle.clear()
 
     def _take(self) -> WorkerProcess:
+        """Return an idle worker, or a fresh one; it belongs to the calling thread from now on."""
         while True:
             with self._lock:
                 worker = self._idle.pop() if self._idle else None
+            # No other thread finds it any more. Where `close` comes now, it leaves this worker
+            # alone, and `_give_back` shuts it down.
             if worker is None:
                 return self._start()
             if worker.initializer is current() and worker.is_alive():
                 return worker
-            # Lost to the kernel, for want of memory, or of another initializer.
-            self._lose(worker)
+            # Killed by the kernel for want of memory; or started for another initializer.
+            self._discard(worker)
 
     def _start(self) -> WorkerProcess:
         worker = WorkerProcess(self._env)
@@ -181,71 +196,70 @@ class ProcessExecutor:
             self._workers.add(worker)
         return worker
 
-    def _take_back(self, worker: WorkerProcess) -> None:
-        if worker.is_leaving or self._retains_memory(worker):
-            self._replace(worker)
+    def _give_back(self, worker: WorkerProcess) -> None:
+        """Make `worker` idle, or replace it if it is not fit for another query."""
+        if worker.is_exiting or self._retains_memory(worker):
+            with self._lock:
+                self._workers.discard(worker)
+            shut_down([worker])
+            self._refill()
         else:
-            self._give(worker)
+            self._make_idle(worker)
 
-    def _give(self, worker: WorkerProcess) -> None:
+    def _make_idle(self, worker: WorkerProcess) -> None:
+        # With the lock held, so that `close` comes either before, and is seen here; or after, and
+        # finds the worker among the idle ones.
         with self._lock:
-            if not self._closed and len(self._idle) < self._most_idle:
+            if not self._closed and len(self._idle) < self._max_idle:
                 self._idle.append(worker)
                 return
             self._workers.discard(worker)
         shut_down([worker])
 
-    def _lose(self, worker: WorkerProcess) -> int | None:
-        """Have `worker` gone for good; gives its exit code, if that is known."""
+    def _discard(self, worker: WorkerProcess) -> int | None:
+        """Kill `worker`, which the thread has taken; return its exit code, if that is known."""
         with self._lock:
             self._workers.discard(worker)
-        return worker.end()
+        return worker.kill()
 
     def _retains_memory(self, worker: WorkerProcess) -> bool:
-        """Tell whether it keeps memory that might be taken for that of the next query."""
-        return self._max_memory is not None and worker.memory() > self._max_memory / 2
-
-    def _replace(self, worker: WorkerProcess) -> None:
-        """Let a fresh worker take the place of one that ends by itself."""
-        with self._lock:
-            self._workers.discard(worker)
-        shut_down([worker])
-        self._refill()
+        """Return whether it keeps memory that would count as that of the next query."""
+        return self._max_memory is not None and worker.private_memory() > self._max_memory / 2
 
     def _refill(self) -> None:
+        """Start a worker in place of one that is gone, so that the next query finds it warm."""
         with suppress(OSError, PolarsAsyncError):  # then the next query tries it again
-            is_enough = self._closed or len(self._idle) >= self._most_idle
-            fresh = None if is_enough else self._start()
-            if fresh is not None:
-                self._give(fresh)
+            # Without the lock: `_make_idle` looks again, and ends a worker that is one too many.
+            if not self._closed and len(self._idle) < self._max_idle:
+                self._make_idle(self._start())
 
-    def _death(
+    def _replace_dead(
         self, worker: WorkerProcess, exitcode: int | None, call: WorkerCall, query: Job
     ) -> BaseException:
-        """Put a fresh worker in the place of one that is gone; gives the error of its query."""
+        """Start a worker in place of one that has died; return the error of its query."""
         if worker.is_ready:  # else the next one might not start, either
             self._refill()
         if call.memory_error is not None:
             return call.memory_error
         if not call.stopped:
             with self._lock:
-                self.died += 1
+                self._deaths += 1
         return _death(worker, exitcode, query)
 
 
 def _death(worker: WorkerProcess, exitcode: int | None, query: Job) -> WorkerDiedError:
     if not worker.is_ready:
         return WorkerDiedError(
-            f"the worker process {worker.pid} ended before it was ready, {_told(exitcode)}: what "
-            f"it wrote to stderr may tell why, or whether {worker.executable!r} runs by itself",
+            f"the worker process {worker.pid} ended before it was ready, {_describe(exitcode)}: "
+            f"what it wrote to stderr may tell why; if not, check that {worker.executable!r} runs",
             exitcode,
             None,
         )
     plan = _plan_of(query)
     what = f"{query.named} ({plan})" if plan else query.named
     message = (
-        f"the worker process {worker.pid} died while it ran {what}, {_told(exitcode)}. The query "
-        "is not run again, and a fresh worker has taken the place: "
+        f"the worker process {worker.pid} died while it ran {what}, {_describe(exitcode)}. The "
+        "query is not run again, and a fresh worker has taken the place: "
     )
     if exitcode == -signal.SIGKILL:
         message += (
@@ -262,7 +276,7 @@ def _death(worker: WorkerProcess, exitcode: int | None, query: Job) -> WorkerDie
     return WorkerDiedError(message, exitcode, plan)
 
 
-def _told(exitcode: int | None) -> str:
+def _describe(exitcode: int | None) -> str:
     if exitcode is None:
         return (
             "and its exit status was taken, by other code that waits for all children or since "
@@ -275,7 +289,7 @@ def _told(exitcode: int | None) -> str:
 
 
 def _plan_of(query: Job) -> str | None:
-    """Return what `query` does in one short line, if its plan tells."""
+    """Return one short line about the plan of `query`; None if it has no plan."""
     if not query.frames:
         return None
     text = look_at(query.frames[0]).summary

@@ -1,4 +1,4 @@
-"""A worker process, as its parent sees it."""
+"""A worker process, from the parent's side: its start, its signals, and its end."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import os
 import signal
 import sys
 from _socket import AF_UNIX, SOCK_STREAM, socketpair
-from _socket import socket as Socket  # noqa: N812  # as in the channel
+from _socket import socket as Socket  # noqa: N812  # as in `transport`
 from contextlib import suppress
 from time import monotonic
 from typing import TYPE_CHECKING, Final
@@ -19,7 +19,7 @@ from polars_async._runtime.files import new_file
 from polars_async._runtime.fork import Step, in_child
 from polars_async._runtime.green import leaving_no_hub
 from polars_async._runtime.unpatched import RLock, holding, posix_spawn, sleep, start_new_thread
-from polars_async.executors.processes.children import Child
+from polars_async.executors.processes.child_handle import ChildHandle
 from polars_async.executors.processes.initializer import current
 from polars_async.executors.processes.interpreter import executable
 from polars_async.executors.processes.surroundings import changes, surroundings
@@ -30,41 +30,43 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
 _EXIT_TIMEOUT: Final = 2.0
-"""Seconds that an idle worker has to end by itself."""
-_START: Final = (
+"""Seconds that a worker has to end by itself when it is idle."""
+_BOOTSTRAP: Final = (
     "import marshal, os, signal, sys; signal.signal(signal.SIGINT, lambda *_: None); "
     "path = marshal.loads(os.pread({path}, {size}, 0)); sys.path[:{replaced}] = path; "
     "from polars_async.executors.processes.child import main as serve; "
     "del marshal, os, signal, sys; "
     "globals().pop('serve')({socket}, {lifeline}, globals().pop('path'))"
 )
-"""It leaves no name in ``__main__``, where those of this program's ``__main__`` are looked up."""
+"""Leaves no names in the child's ``__main__``: names of the parent's are resolved there."""
 _PAGE: Final = os.sysconf("SC_PAGE_SIZE")
 
 
 class WorkerProcess:
-    """One worker process, and this end of the channel to it."""
+    """One worker process, and the parent's end of the transport to it."""
 
     def __init__(self, env: Mapping[str, str]) -> None:
         self.executable = executable()
-        with _no_fork:
+        with _fork_lock:
             self._spawn(env)
 
     def _spawn(self, env: Mapping[str, str]) -> None:
         ours, theirs = map(_above_standard_files, socketpair(AF_UNIX, SOCK_STREAM))
-        lifeline, ours_of_it = map(above_standard_files, os.pipe())
-        self._lifeline: int | None = ours_of_it
+        lifeline, our_lifeline = map(above_standard_files, os.pipe())
+        self._lifeline: int | None = our_lifeline
         self.transport = Transport(ours)
         _alive.add(self)
         self._lock = RLock()
         self._reaped = False
         self.initializer = current()
         self.is_ready = False
-        self.is_leaving = False
-        """Whether it ends after this query, for a reason of its own."""
+        self.is_exiting = False
+        """Whether it will end by itself after this query."""
         try:
-            self._own = {os.fsencode(name): os.fsencode(value) for name, value in env.items()}
-            # But for the folder, which may be another one until the process is there.
+            self._own_variables = {
+                os.fsencode(name): os.fsencode(value) for name, value in env.items()
+            }
+            # Without the folder: the program may change it before the process inherits it.
             self._surroundings = surroundings()._replace(folder=None)
             self._child = self._start(theirs.fileno(), lifeline)
             self.pid = self._child.pid
@@ -77,40 +79,47 @@ class WorkerProcess:
             theirs.close()
             os.close(lifeline)
 
-    def _start(self, socket: int, lifeline: int) -> Child:
+    def _start(self, socket: int, lifeline: int) -> ChildHandle:
         path = marshal.dumps(self._surroundings.path)
         file = new_file()  # for a path that is longer than an argument may be
         try:
             os.pwrite(file, path, 0)
-            code = _START.format(
+            code = _BOOTSTRAP.format(
                 path=file,
                 size=len(path),
-                # One that the program has set finds its modules where its own path says.
+                # An executable that the program has set needs its own path for its own modules.
                 replaced="" if self.executable == sys.executable else 0,
                 socket=socket,
                 lifeline=lifeline,
             )
-            return Child(self._run(code, [socket, lifeline, file]))
+            return ChildHandle(self._spawn_python(code, [socket, lifeline, file]))
         finally:
             os.close(file)
 
-    def _run(self, code: str, files: list[int]) -> int:
+    def _spawn_python(self, code: str, files: list[int]) -> int:
         warnings = [f"-W{option}" for option in sys.warnoptions]
         return posix_spawn(
             self.executable,
             [self.executable, "-P", *warnings, "-c", code],
-            self._surroundings.variables | self._own,
+            self._surroundings.variables | self._own_variables,
             file_actions=[
                 *_standard_files(),
-                # In the child alone, so that no other one gets hold of them.
+                # Inheritable in this child alone: no other child may hold them open.
                 *((os.POSIX_SPAWN_DUP2, file, file) for file in files),
             ],
-            setpgroup=0,  # Ctrl-C in a terminal is for this process, not for them
+            setpgroup=0,  # Ctrl-C in a terminal is for this process, not for workers
             setsigmask=[signal.SIGINT],  # until it has a handler
         )
 
     def await_start(self) -> None:
-        """Wait until it is there; EOFError where it fails to start."""
+        """
+        Wait until the worker can run queries.
+
+        Raises
+        ------
+        EOFError
+            It has ended before.
+        """
         if self.is_ready:
             return
         set_up = None if self.initializer is None else self.initializer.set_up()
@@ -118,19 +127,19 @@ class WorkerProcess:
         unpack(self.transport.receive())
         self.is_ready = True
 
-    def bring_up_to_date(self) -> None:
-        """Have its next query find around it what there is here now."""
+    def sync_surroundings(self) -> None:
+        """Have the worker's next query run in the present surroundings of this process."""
         now = surroundings()
         if now != self._surroundings:
-            self.transport.send(changes(self._surroundings, now, apart_from=self._own))
+            self.transport.send(changes(self._surroundings, now, except_for=self._own_variables))
             self._surroundings = now
 
     def is_alive(self) -> bool:
-        """Tell whether it lives; it may die at any time."""
+        """Return whether the worker lives; it may die at any time."""
         return self.transport.is_open()
 
     def signal(self, number: int) -> None:
-        """Send it a signal, if it is there. Any thread may."""
+        """Send a signal, if the worker still exists. Any thread or signal handler may call this."""
         holding(self._lock, self._signal, number)
 
     def _signal(self, number: int) -> None:
@@ -142,8 +151,8 @@ class WorkerProcess:
             if number == signal.SIGKILL:
                 self._drop_lifeline()
 
-    def memory(self) -> int:
-        """Give the bytes of memory that it has all for itself; 0 if it is gone."""
+    def private_memory(self) -> int:
+        """Return the bytes of memory that the worker shares with no process; 0 if it is gone."""
         try:
             with open(f"/proc/{self.pid}/statm", "rb") as file:  # noqa: PTH123  # a fifth of the time
                 _, resident, shared = file.read().split()[:3]
@@ -151,37 +160,41 @@ class WorkerProcess:
             return 0
         return (int(resident) - int(shared)) * _PAGE
 
-    def end(self) -> int | None:
-        """Kill it if it lives, and wait for its end; gives its exit code, if that is known."""
+    def kill(self) -> int | None:
+        """Kill the worker, if it lives, and wait for its end; return its exit code, if known."""
         self.signal(signal.SIGKILL)
+        # Without the lock: a thread that sends a signal meanwhile must not wait for the end. This
+        # leaves the status, and so the number of the process, until `_reap` has the lock.
         self._child.await_end()
         return self._reap()
 
     def request_exit(self) -> None:
-        """Have it end by itself."""
+        """Have the worker end by itself."""
         self.transport.close()
 
     def join_or_kill(self, until: float) -> None:
-        """Wait for the end of one that was to leave, and kill it when it is time."""
+        """Wait until the worker has ended, as `request_exit` asked; kill it at the time `until`."""
         while not self._reaped and monotonic() < until:
             self._reap()
             sleep(0.005)
         if not self._reaped:
-            self.end()
+            self.kill()
 
     def reset_after_fork(self) -> None:
-        """Close what a forked child has of it, so that the worker sees its parent's end."""
+        """In a forked child, close its copies: else the worker would not see the parent's end."""
         self._reaped = True  # by the parent, as far as the child is concerned
         self._child.close()
         self.transport.reset_after_fork()
         self._drop_lifeline()
 
     def _reap(self) -> int | None:
-        with self._lock:  # or it might be sent a signal by what is closed
+        # With the lock held: `signal` must not use the handle when it is closed, whose descriptor
+        # may be another file then.
+        with self._lock:
             if self._reaped:
                 return None
             exitcode: int | None = None
-            with suppress(ChildProcessError):  # other code has taken it
+            with suppress(ChildProcessError):  # other code has waited for it
                 exitcode = self._child.take_exitcode()
                 if exitcode is None:
                     return None
@@ -193,21 +206,21 @@ class WorkerProcess:
             return exitcode
 
     def _drop_lifeline(self) -> None:
-        """Have the kernel kill it, which takes no permission."""
+        """Close the lifeline, so that the kernel kills the worker: that needs no permission."""
         lifeline, self._lifeline = self._lifeline, None
         if lifeline is not None:
             os.close(lifeline)
 
 
 def shut_down(workers: list[WorkerProcess]) -> None:
-    """Have `workers` end by themselves, which nobody waits for."""
+    """Have `workers` end by themselves; a thread in the background kills those that do not."""
     if not workers:
         return
     for worker in workers:
         worker.request_exit()
     try:
         start_new_thread(_join_or_kill, (workers,))
-    except RuntimeError:  # no thread to be had
+    except RuntimeError:  # the thread could not be started
         _join_or_kill(workers, 0.0)
 
 
@@ -224,10 +237,10 @@ def _above_standard_files(socket: Socket) -> Socket:
 
 def _standard_files() -> list[tuple[int, int, str, int, int]]:
     """
-    Give a worker an empty stdin, and the stdout and stderr that a Python started here would have.
+    Return file actions for an empty stdin, and the stdout and stderr that a child would inherit.
 
-    Where there is none the worker has one that swallows all: else the first files that it opens, or
-    gets from here, would be taken for them.
+    One that is closed here becomes /dev/null: else the first file that the worker opens, or gets
+    from here, would be taken for it.
     """
     closed = [file for file in range(1, STANDARD_FILES) if not _is_inherited(file)]
     return [
@@ -244,7 +257,7 @@ def _is_inherited(file: int) -> bool:
 
 
 def _levels() -> dict[str, int]:
-    """Give the levels of all loggers that have one, so that a worker sends what is wanted."""
+    """Return the levels of all loggers that have one, so that a worker sends no other records."""
     loggers = logging.Logger.manager.loggerDict
     levels = {
         name: each.level
@@ -261,12 +274,15 @@ def _reset_after_fork() -> None:
 
 
 _alive: Final[WeakSet[WorkerProcess]] = WeakSet()
-_no_fork: Final = RLock()
-"""Held while a worker is spawned: a child forked meanwhile would keep the worker's end of all, and
-hide its death."""
+_fork_lock: Final = RLock()
+"""Held while a worker is spawned. A child forked meanwhile would have copies of the worker's ends
+of the socket and the lifeline, which `_reset_after_fork` does not know: as long as it lived, this
+process would not see the worker's death."""
 
 in_child(Step.FORGET, _reset_after_fork)
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(
-        before=_no_fork.acquire, after_in_parent=_no_fork.release, after_in_child=_no_fork.release
+        before=_fork_lock.acquire,
+        after_in_parent=_fork_lock.release,
+        after_in_child=_fork_lock.release,
     )

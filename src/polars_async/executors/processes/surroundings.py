@@ -1,4 +1,4 @@
-"""What a query finds around it: the folder, search path and environment of this process."""
+"""The surroundings of a query: current folder, search path of imports, environment variables."""
 
 from __future__ import annotations
 
@@ -9,28 +9,28 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 import polars as pl
 
-from polars_async.executors.serialization import Message
+from polars_async.executors.message import Message
 
 if TYPE_CHECKING:
     from collections.abc import Container
 
 _MARK: Final = b"\0"
-"""With which no pickle begins, and so no query."""
+"""The first byte of messages with changes. No pickle begins with it, and so no query."""
 _OF_POLARS: Final = b"POLARS_"
 
 
 class Surroundings(NamedTuple):
-    """Those of a process at one time."""
+    """The surroundings of a process at one time."""
 
     folder: tuple[int, int] | None
-    """Which folder it is in, whatever that is called; None if it cannot be told."""
+    """Device and inode of the current folder; None if the system refuses to tell."""
     path: list[str]
     variables: dict[bytes, bytes]
 
 
 def surroundings() -> Surroundings:
-    """Look at those of this process, which takes 3 us: it is done for each query."""
-    entries: list[Any] = sys.path  # some are no strings, and imports ignore those
+    """Return the surroundings of this process. Takes 3 us, as it is called for each query."""
+    entries: list[Any] = sys.path  # imports ignore entries that are no strings
     path = [str(each) for each in entries if isinstance(each, str)]
     try:
         status = os.stat(".")  # noqa: PTH116  # a third of the time
@@ -39,12 +39,12 @@ def surroundings() -> Surroundings:
     return Surroundings((status.st_dev, status.st_ino), path, _variables())
 
 
-def changes(before: Surroundings, now: Surroundings, apart_from: Container[bytes]) -> Message:
-    """Pack up what a worker has to change that is as `before`; some variables are its own."""
+def changes(before: Surroundings, now: Surroundings, except_for: Container[bytes]) -> Message:
+    """Pack the changes from `before` to `now`, without the variables in `except_for`."""
     names = [
         name
         for name in before.variables | now.variables
-        if before.variables.get(name) != now.variables.get(name) and name not in apart_from
+        if before.variables.get(name) != now.variables.get(name) and name not in except_for
     ]
     variables = {name: now.variables.get(name) for name in names}
     folder: list[int] = []
@@ -54,19 +54,19 @@ def changes(before: Surroundings, now: Surroundings, apart_from: Container[bytes
 
 
 class Follower:
-    """In a worker process: puts in force what has changed for its parent."""
+    """In a worker process: applies the changes of its parent's surroundings."""
 
     def __init__(self, path: list[str]) -> None:
         self._path = path
         self._folder: int | None = None
 
-    def take(self, message: Message) -> bool:
-        """Put in force what `message` says; False if it says something else."""
+    def apply(self, message: Message) -> bool:
+        """Apply the changes in `message`; return False if it is another message."""
         if not message.data.startswith(_MARK):
             return False
         path, variables = pickle.loads(message.data[len(_MARK) :])  # noqa: S301  # of the parent
         _set_variables(variables)
-        # A library may have added its own when it was imported.
+        # Entries that libraries have added in this process stay.
         added = [each for each in sys.path if each not in self._path]
         self._path = path
         sys.path[:] = [*path, *added]
@@ -77,14 +77,14 @@ class Follower:
         return True
 
     def enter_folder(self) -> None:
-        """Go to the folder of the parent, since a function may have gone to another one."""
+        """Change to the parent's folder, as the function of an earlier query may have left it."""
         if self._folder is not None:
             os.fchdir(self._folder)
 
 
 def _variables() -> dict[bytes, bytes]:
-    # An internal that need not be there. The public way takes 25 us, and fails where another thread
-    # sets one meanwhile.
+    # A private attribute that need not exist. The public way takes 25 us, and fails if another
+    # thread sets a variable meanwhile.
     variables: dict[bytes, bytes] | None = getattr(os.environ, "_data", None)
     if variables is not None:
         return variables.copy()

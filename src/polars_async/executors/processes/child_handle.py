@@ -1,4 +1,4 @@
-"""A child process, which no other one is taken for."""
+"""The parent's handle of a child process, which never stands for another process."""
 
 from __future__ import annotations
 
@@ -9,14 +9,13 @@ from contextlib import suppress
 from polars_async._runtime.descriptors import above_standard_files
 
 
-class Child:
+class ChildHandle:
     """
-    A child process of this one.
+    A child process, to be signalled and waited for.
 
-    Any code may take the status of all children, and the kernel does where SIGCHLD is ignored; from
-    then on the number may be that of another process. So it is signalled and waited for by a pidfd.
-    Where there is none, as on Linux 5.3 and in some sandboxes, the number has to do, for as long as
-    it is that of a child.
+    Other code may wait for all children, and the kernel does where SIGCHLD is ignored; from then on
+    the number may be that of another process. So a pidfd is used. Where there is none, as on Linux
+    5.3 and in some sandboxes, the number is used as long as it is that of a child.
     """
 
     def __init__(self, pid: int) -> None:
@@ -25,14 +24,14 @@ class Child:
 
     def signal(self, number: int) -> None:
         """
-        Send it a signal, if it is there.
+        Send the child a signal, if it still exists.
 
         Raises
         ------
         PermissionError
             This process has become that of another user.
         """
-        with suppress(ProcessLookupError, ChildProcessError):  # its status is taken
+        with suppress(ProcessLookupError, ChildProcessError):  # its status was taken
             if self._file is not None:
                 signal.pidfd_send_signal(self._file, number)
                 return
@@ -40,26 +39,26 @@ class Child:
             os.kill(self.pid, number)
 
     def await_end(self) -> None:
-        """Wait for its end, and leave its status to `take_exitcode`."""
+        """Wait until the child has ended, and leave its status to `take_exitcode`."""
         with suppress(ChildProcessError):
             self._wait(os.WEXITED | os.WNOWAIT)
 
     def take_exitcode(self) -> int | None:
         """
-        Give its exit status, or the negative number of the signal that ended it; None if it lives.
+        Return the exit status, or the negative number of the signal that ended it; None if alive.
 
         Raises
         ------
         ChildProcessError
-            The status is taken, and so it is gone.
+            The status was taken already, and so the child is gone.
         """
-        found = self._wait(os.WEXITED | os.WNOHANG)
-        if found is None:
+        status = self._wait(os.WEXITED | os.WNOHANG)
+        if status is None:
             return None
-        return found.si_status if found.si_code == os.CLD_EXITED else -found.si_status
+        return status.si_status if status.si_code == os.CLD_EXITED else -status.si_status
 
     def close(self) -> None:
-        """Let go of it; nothing may be asked of it any more."""
+        """Close the handle, which must not be used any more."""
         if self._file is not None:
             os.close(self._file)
 
@@ -75,7 +74,8 @@ def _pidfd(pid: int) -> int | None:
     except (AttributeError, OSError):  # not known to the interpreter, or to the kernel
         return None
     try:
-        # One whose status can be had has its number still, so this is not another process already.
+        # The child may have ended before `pidfd_open`, and its number may have a new owner. But as
+        # long as its status can be had, the number was not free for another process.
         os.waitid(os.P_PIDFD, file, os.WEXITED | os.WNOHANG | os.WNOWAIT)
         signal.pidfd_send_signal(file, 0)
     except (AttributeError, OSError):
