@@ -16,7 +16,7 @@ from polars_async._runtime.callers import level_of_caller
 from polars_async.errors import EngineDowngradeWarning, EngineUnavailableError
 from polars_async.gpu import gpu_status
 from polars_async.gpu.breaker import breaker, cooldown_of
-from polars_async.gpu.devices import candidates, device_fault
+from polars_async.gpu.devices import candidates, diagnose_named_device
 from polars_async.reasons import Reason
 
 if TYPE_CHECKING:
@@ -271,8 +271,8 @@ def _gpu_rule(
             remedy = f"{remedy}, and mind that {status.message}"
     elif not status.usable:
         reason, why, remedy = status.reason, "no GPU is usable here", status.message
-    elif (fault := device_fault(engine, status, in_workers=in_workers)) is not None:
-        reason, why, remedy = fault
+    elif (diagnosis := diagnose_named_device(engine, status, in_workers=in_workers)) is not None:
+        reason, why, remedy = diagnosis
     else:
         cooldown = None
         if not upstream.forbids_cpu(engine):
@@ -280,7 +280,10 @@ def _gpu_rule(
         if cooldown is None:
             return replace(asked, gpu=status)
         reason, why = Reason.GPU_COOLDOWN, "it keeps failing, and rests for a while"
-        remedy = f"it is tried again after a rest of {cooldown.seconds:g} s. Last time, {cooldown.failure}"
+        remedy = (
+            f"it is tried again after a rest of {cooldown.seconds:g} s. "
+            f"Last time, {cooldown.failure}"
+        )
     asks = f"{ASKERS[asked.source]} asks for the GPU engine"
     if asked.reason is not None:
         asks = f"{asked.message}; {asks}"

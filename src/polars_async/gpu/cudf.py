@@ -112,7 +112,7 @@ def find_cudf_polars() -> CudfPolars:
     if _override is not None:
         here = _override
         failed = here.fault is None and _import_failure is not None
-        return here._replace(fault=import_fault(here)) if failed else here
+        return here._replace(fault=diagnose_import(here)) if failed else here
     found = [(build, each) for build in (CU12, CU13, UNKNOWN) for each in _distributions(build)]
     # Two builds overwrite each other's module, so which one is left cannot be told.
     build = found[0][0] if len(found) == 1 else UNKNOWN
@@ -126,29 +126,29 @@ def find_cudf_polars() -> CudfPolars:
     spec = importlib.util.find_spec(MODULE)
     # A folder without code, as an uninstall leaves behind, makes a namespace package.
     if spec is None or spec.origin is None:
-        fault = _broken(here, f"but its module {MODULE} was not found")
-        return here._replace(fault=fault) if found else here._replace(installed=False)
-    return here._replace(fault=_fault(here, [each for _, each in found]))
+        diagnosis = _diagnose_broken(here, f"but its module {MODULE} was not found")
+        return here._replace(fault=diagnosis) if found else here._replace(installed=False)
+    return here._replace(fault=_diagnose(here, [each for _, each in found]))
 
 
-def _fault(here: CudfPolars, distributions: list[Distribution]) -> Diagnosis | None:
+def _diagnose(here: CudfPolars, distributions: list[Distribution]) -> Diagnosis | None:
     for needed in filter(None, map(_unmet_polars, distributions)):
-        return incompatible(here, needed)
-    return None if _import_failure is None else import_fault(here)
+        return diagnose_incompatible(here, needed)
+    return None if _import_failure is None else diagnose_import(here)
 
 
-def incompatible(here: CudfPolars, needed: str) -> Diagnosis:
+def diagnose_incompatible(here: CudfPolars, needed: str) -> Diagnosis:
     """Tell that cudf-polars needs another Polars, such as ``"<1.45"``."""
     cause = f"{here} needs Polars {needed} and Polars {pl.__version__} is installed"
     return Diagnosis(Reason.CUDF_INCOMPATIBLE, cause, f'install "polars{needed}"')
 
 
-def import_fault(here: CudfPolars) -> Diagnosis:
+def diagnose_import(here: CudfPolars) -> Diagnosis:
     """Tell of the import that failed."""
-    return _broken(here, f"but its import fails ({_import_failure})")
+    return _diagnose_broken(here, f"but its import fails ({_import_failure})")
 
 
-def _broken(here: CudfPolars, how: str) -> Diagnosis:
+def _diagnose_broken(here: CudfPolars, how: str) -> Diagnosis:
     return Diagnosis(
         Reason.CUDF_BROKEN, f"{here} is installed, {how}", f"reinstall {here.build.name}"
     )

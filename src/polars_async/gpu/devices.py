@@ -26,12 +26,14 @@ def usable_devices(status: GpuStatus) -> list[GpuDevice]:
 
 
 def candidates(engine: pl.Engine, status: GpuStatus) -> list[GpuDevice]:
-    """List the GPUs that may run what is for `engine`, in which `device_fault` finds none."""
+    """List the GPUs that may run a query for `engine`; `diagnose_named_device` has passed it."""
     named = named_device(engine, status)
     return usable_devices(status) if named is None else [named]
 
 
-def device_fault(engine: pl.Engine, status: GpuStatus, *, in_workers: bool) -> Diagnosis | None:
+def diagnose_named_device(
+    engine: pl.Engine, status: GpuStatus, *, in_workers: bool
+) -> Diagnosis | None:
     """Tell what rules out the GPU that ``device=`` of `engine` names, if it names one."""
     number = getattr(engine, "device", None)
     if number is None:

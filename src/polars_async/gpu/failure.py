@@ -26,9 +26,9 @@ _LIBRARIES: Final = sys.stdlib_module_names | {
     *("packaging", "pynvml", "rapidsmpf", "ray", "rmm", "toolz", "tornado", "ucxx"),
 }
 """Whose code runs where the GPU engine does; all other code there belongs to the query."""
-_FAULTS: Final = {
-    fault.reason: fault
-    for fault in (
+_DIAGNOSES: Final = {
+    diagnosis.reason: diagnosis
+    for diagnosis in (
         Diagnosis(Reason.CUDF_MISSING, "cudf-polars is not installed", "install cudf-polars"),
         Diagnosis(Reason.CUDF_BROKEN, "cudf-polars cannot be imported", "reinstall cudf-polars"),
         Diagnosis(
@@ -100,12 +100,12 @@ class GpuFailure(Exception):  # noqa: N818  # no error to be seen: it says where
         else:
             first = next(_leaves(self.cause))
             what = f"{type(first).__name__}: {text_of(first)}".removesuffix(": ")
-        return f"{_FAULTS[self.reason].cause} ({what})"
+        return f"{_DIAGNOSES[self.reason].cause} ({what})"
 
     @property
     def remedy(self) -> str:
         """What to do about it."""
-        return _FAULTS[self.reason].remedy
+        return _DIAGNOSES[self.reason].remedy
 
     def let_go_of_memory(self, outer: BaseException | None) -> None:
         """Drop the tracebacks, whose frames hold what the query had on the GPU."""

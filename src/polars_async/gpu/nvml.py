@@ -22,7 +22,7 @@ _GPU_IS_LOST: Final = 15
 _MIG_ENABLED: Final = 1
 _COMPUTE_PROHIBITED: Final = 2
 
-_FAULTS: Final = {
+_DIAGNOSES: Final = {
     _NO_PERMISSION: Diagnosis(
         Reason.NO_PERMISSION,
         "this process has no permission to ask the NVIDIA driver",
@@ -59,8 +59,8 @@ _FAULTS: Final = {
         "run on a machine with an NVIDIA GPU, or give the container access to one",
     ),
 }
-NO_DEVICE: Final = _FAULTS[28]
-NO_LIBRARY: Final = _FAULTS[_LIBRARY_NOT_FOUND]
+NO_DEVICE: Final = _DIAGNOSES[28]
+NO_LIBRARY: Final = _DIAGNOSES[_LIBRARY_NOT_FOUND]
 _LOOK_CLOSER: Final = "look into nvidia-smi and the kernel's log for the cause"
 _NO_PYNVML: Final = Diagnosis(
     Reason.NO_LIBRARY,
@@ -114,7 +114,7 @@ def read_host() -> Host:
     try:
         nvml.nvmlInit()
     except nvml.NVMLError as error:
-        return Host(fault=_fault(error))
+        return Host(fault=_diagnose(error))
     try:
         return _read_host(nvml)
     finally:
@@ -127,13 +127,13 @@ def _read_host(nvml: ModuleType) -> Host:
     try:
         count = nvml.nvmlDeviceGetCount()
     except nvml.NVMLError as error:
-        return Host(driver_version=driver_version, fault=_fault(error))
-    cuda_version, fault = _cuda_version(nvml)
+        return Host(driver_version=driver_version, fault=_diagnose(error))
+    cuda_version, diagnosis = _cuda_version(nvml)
     return Host(
         devices=tuple(_read_device(nvml, index) for index in range(count)),
         driver_version=driver_version,
         cuda_version=cuda_version,
-        fault=fault,
+        fault=diagnosis,
     )
 
 
@@ -150,12 +150,12 @@ def _read_device(nvml: ModuleType, index: int) -> HostDevice:
     try:
         return _read_handle(nvml, index, nvml.nvmlDeviceGetHandleByIndex(index))
     except nvml.NVMLError as error:
-        return HostDevice(index=index, fault=_device_fault(error, index))
+        return HostDevice(index=index, fault=_diagnose_device(error, index))
 
 
 def _read_handle(nvml: ModuleType, index: int, handle: object) -> HostDevice:
     name = _text(_ask(nvml, nvml.nvmlDeviceGetName, handle))
-    total, free, fault = _memory(nvml, index, handle)
+    total, free, diagnosis = _memory(nvml, index, handle)
     mig_mode = _ask(nvml, nvml.nvmlDeviceGetMigMode, handle)
     mig_enabled = mig_mode is not None and mig_mode[0] == _MIG_ENABLED
     return HostDevice(
@@ -168,7 +168,7 @@ def _read_handle(nvml: ModuleType, index: int, handle: object) -> HostDevice:
         compute_prohibited=_ask(nvml, nvml.nvmlDeviceGetComputeMode, handle) == _COMPUTE_PROHIBITED,
         mig_enabled=mig_enabled,
         mig_instances=_mig_instances(nvml, handle) if mig_enabled else None,
-        fault=fault,
+        fault=diagnosis,
     )
 
 
@@ -226,18 +226,18 @@ def _text(value: str | bytes | None) -> str | None:
     return value.decode(errors="replace") if isinstance(value, bytes) else value
 
 
-def _fault(error: Any) -> Diagnosis:
+def _diagnose(error: Any) -> Diagnosis:
     """Explain an NVMLError that rules out every GPU."""
-    return _FAULTS.get(error.value) or Diagnosis(
+    return _DIAGNOSES.get(error.value) or Diagnosis(
         Reason.NVML_ERROR,
         f"NVML, the NVIDIA driver's library, fails ({error}, error {error.value})",
         _LOOK_CLOSER,
     )
 
 
-def _device_fault(error: Any, index: int) -> Diagnosis:
+def _diagnose_device(error: Any, index: int) -> Diagnosis:
     """Explain an NVMLError that rules out one GPU."""
-    known = _FAULTS.get(error.value)
+    known = _DIAGNOSES.get(error.value)
     return Diagnosis(
         known.reason if known else Reason.NVML_ERROR,
         f"NVML cannot read GPU {index} ({error}, error {error.value})",

@@ -85,23 +85,24 @@ def _circumstances() -> tuple[object, ...]:
 
 
 def _status(host: Host, visibility: Visibility, cudf: CudfPolars) -> GpuStatus:
-    faults = [requirements.device_fault(each, cudf) for each in host.devices]
+    diagnoses = [requirements.diagnose_device(each, cudf) for each in host.devices]
     choice = selected(host.devices, visibility)
     pick = choice if isinstance(choice, HostDevice) else None
-    fault = _fault(host, choice, faults, visibility, cudf)
+    diagnosis = _diagnose(host, choice, diagnoses, visibility, cudf)
     visible = shown(host.devices, visibility)
     counted = numbers(host.devices, visibility)
-    devices = zip(host.devices, faults, strict=True)
+    devices = zip(host.devices, diagnoses, strict=True)
     return GpuStatus(
-        usable=fault is None,
-        reason=None if fault is None else fault.reason,
+        usable=diagnosis is None,
+        reason=None if diagnosis is None else diagnosis.reason,
         message=requirements.usable(host.devices, choice, visibility, cudf)
-        if fault is None
-        else fault.message,
+        if diagnosis is None
+        else diagnosis.message,
         devices=tuple(
             _device(
                 each,
-                own or (None if each in visible else requirements.hidden_fault(each, visibility)),
+                own
+                or (None if each in visible else requirements.diagnose_hidden(each, visibility)),
                 pick,
                 counted.get(each.index),
             )
@@ -113,10 +114,10 @@ def _status(host: Host, visibility: Visibility, cudf: CudfPolars) -> GpuStatus:
     )
 
 
-def _fault(
+def _diagnose(
     host: Host,
     choice: HostDevice | Diagnosis,
-    faults: list[Diagnosis | None],
+    diagnoses: list[Diagnosis | None],
     visibility: Visibility,
     cudf: CudfPolars,
 ) -> Diagnosis | None:
@@ -125,24 +126,28 @@ def _fault(
         return host.fault
     if isinstance(choice, Diagnosis):
         return choice
-    own = faults[choice.index]
+    own = diagnoses[choice.index]
     if own is not None:
-        sound = (each for each, fault in zip(host.devices, faults, strict=True) if fault is None)
+        sound = (
+            each
+            for each, diagnosis in zip(host.devices, diagnoses, strict=True)
+            if diagnosis is None
+        )
         other = next(sound, None)
         return own if other is None else own._replace(remedy=requirements.take(other))
     return (
-        requirements.order_fault(host.devices, choice, visibility, cudf)
-        or requirements.driver_fault(host, cudf)
+        requirements.diagnose_order(host.devices, choice, visibility, cudf)
+        or requirements.diagnose_driver(host, cudf)
         or cudf.fault
-        or (None if cudf.installed else requirements.missing_fault(host, choice))
+        or (None if cudf.installed else requirements.diagnose_missing(host, choice))
     )
 
 
 def _device(
-    device: HostDevice, fault: Diagnosis | None, pick: HostDevice | None, number: int | None
+    device: HostDevice, diagnosis: Diagnosis | None, pick: HostDevice | None, number: int | None
 ) -> GpuDevice:
-    if fault is not None:
-        message = fault.message
+    if diagnosis is not None:
+        message = diagnosis.message
     elif device is pick:
         message = f"cudf-polars takes {device}"
     else:
@@ -157,7 +162,7 @@ def _device(
         memory_free=device.memory_free,
         number=number,
         selected=device is pick,
-        usable=fault is None,
-        reason=None if fault is None else fault.reason,
+        usable=diagnosis is None,
+        reason=None if diagnosis is None else diagnosis.reason,
         message=message,
     )

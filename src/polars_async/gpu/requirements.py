@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from polars_async.gpu.visible import Visibility
 
 
-def device_fault(device: HostDevice, cudf: CudfPolars) -> Diagnosis | None:
+def diagnose_device(device: HostDevice, cudf: CudfPolars) -> Diagnosis | None:
     """Tell what is wrong with a GPU itself, visible or not."""
     if device.fault is not None:
         return device.fault
@@ -46,7 +46,7 @@ def device_fault(device: HostDevice, cudf: CudfPolars) -> Diagnosis | None:
     return None
 
 
-def hidden_fault(device: HostDevice, visibility: Visibility) -> Diagnosis:
+def diagnose_hidden(device: HostDevice, visibility: Visibility) -> Diagnosis:
     """Tell how to see a GPU that CUDA_VISIBLE_DEVICES hides."""
     cause = f"{VISIBLE_DEVICES}={visibility.devices!r} hides {device}"
     return Diagnosis(Reason.DEVICES_HIDDEN, cause, take(device))
@@ -64,7 +64,7 @@ def same_order(devices: Sequence[HostDevice], visibility: Visibility) -> bool:
     return counts_by_bus(devices, visibility) or not visibility.first.isdecimal()
 
 
-def order_fault(
+def diagnose_order(
     devices: Sequence[HostDevice], selected: HostDevice, visibility: Visibility, cudf: CudfPolars
 ) -> Diagnosis | None:
     """
@@ -79,12 +79,13 @@ def order_fault(
     fastest_first = sorted(
         devices, key=lambda each: each.compute_capability or (0, 0), reverse=True
     )
-    fault = device_fault(fastest_first[selected.index], cudf)
-    if fault is None or fault.reason is not Reason.COMPUTE_CAPABILITY:
+    diagnosis = diagnose_device(fastest_first[selected.index], cudf)
+    if diagnosis is None or diagnosis.reason is not Reason.COMPUTE_CAPABILITY:
         return None
     return Diagnosis(
         Reason.AMBIGUOUS_DEVICE_ORDER,
-        f"CUDA counts the fastest GPU first and cudf-polars counts by PCI bus, and {fault.cause}",
+        "CUDA counts the fastest GPU first and cudf-polars counts by PCI bus, "
+        f"and {diagnosis.cause}",
         f"set {DEVICE_ORDER}={BUS_ORDER} to use {selected}",
     )
 
@@ -104,7 +105,7 @@ def usable(
     )
 
 
-def driver_fault(host: Host, cudf: CudfPolars) -> Diagnosis | None:
+def diagnose_driver(host: Host, cudf: CudfPolars) -> Diagnosis | None:
     """Tell whether the driver is too old; one that does not tell its CUDA version passes."""
     found, needed = host.cuda_version, cudf.build.cuda_version
     if found is None or found >= needed:
@@ -119,7 +120,7 @@ def driver_fault(host: Host, cudf: CudfPolars) -> Diagnosis | None:
     )
 
 
-def missing_fault(host: Host, selected: HostDevice) -> Diagnosis:
+def diagnose_missing(host: Host, selected: HostDevice) -> Diagnosis:
     """Tell which cudf-polars to install for a GPU and its driver."""
     newer = (host.cuda_version or (0, 0)) >= CU13.cuda_version and (
         selected.compute_capability or (0, 0)

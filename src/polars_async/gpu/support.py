@@ -128,18 +128,18 @@ def gpu_support(
     # Releases the GIL where files are opened, and finds what is wrong with the query on any host.
     lf.collect_schema()
     found = _cudf.find_cudf_polars()
-    fault = found.fault or (None if found.installed else _MISSING)
-    if fault is not None:
-        return _unknown(fault)
+    diagnosis = found.fault or (None if found.installed else _MISSING)
+    if diagnosis is not None:
+        return _unknown(diagnosis)
     try:
         module = importlib.import_module(_cudf.MODULE)
     except Exception as error:  # noqa: BLE001  # it has raised more than ImportError
         _cudf.note_import_failure(error)
-        return _unknown(_cudf.import_fault(found))
+        return _unknown(_cudf.diagnose_import(found))
     try:
         unsupported = _translation_error(module, lf, optimizations, gpu)
     except (Exception, pl.exceptions.PanicException) as error:  # noqa: BLE001  # a private API
-        return _unknown(_failure(error, found))
+        return _unknown(_diagnose_translation(error, found))
     return _judged(unsupported)
 
 
@@ -212,7 +212,7 @@ def _judged(unsupported: Exception | None) -> GpuSupport:
         return GpuSupport(answer=Support.YES, message=message)
     own = operations_of(unsupported)
     if not own:
-        return _unknown(_gpu_fault(underlying(unsupported)[0]))
+        return _unknown(_diagnose_gpu(underlying(unsupported)[0]))
     operations = tuple(dict.fromkeys(map(told, own)))
     return GpuSupport(
         answer=Support.NO,
@@ -254,19 +254,19 @@ def told(error: BaseException) -> str:
     return _cudf.described(error)
 
 
-def _failure(error: BaseException, found: _cudf.CudfPolars) -> Diagnosis:
+def _diagnose_translation(error: BaseException, found: _cudf.CudfPolars) -> Diagnosis:
     if is_of_the_gpu(error):
-        return _gpu_fault(error)
+        return _diagnose_gpu(error)
     cause = f"the translator of {found} could not be asked ({_cudf.described(error)})"
     return Diagnosis(Reason.TRANSLATION_FAILED, cause, _TRY)
 
 
-def _gpu_fault(error: BaseException) -> Diagnosis:
+def _diagnose_gpu(error: BaseException) -> Diagnosis:
     cause = f"cudf-polars asks the GPU about this query, and that fails ({_cudf.described(error)})"
     return Diagnosis(
         Reason.GPU_NEEDED, cause, "ask on a host where gpu_status() finds a usable GPU"
     )
 
 
-def _unknown(fault: Diagnosis) -> GpuSupport:
-    return GpuSupport(answer=Support.UNKNOWN, reason=fault.reason, message=fault.message)
+def _unknown(diagnosis: Diagnosis) -> GpuSupport:
+    return GpuSupport(answer=Support.UNKNOWN, reason=diagnosis.reason, message=diagnosis.message)

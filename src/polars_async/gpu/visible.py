@@ -67,7 +67,7 @@ def selected(devices: Sequence[HostDevice], visibility: Visibility) -> HostDevic
             return device
     if entry.isdecimal() and int(entry) < len(devices):
         return devices[int(entry)]
-    return _unlisted_instance(devices, entry) or _invalid(devices, entry)
+    return _unlisted_instance(devices, entry) or _diagnose_invalid(devices, entry)
 
 
 def shown(devices: Sequence[HostDevice], visibility: Visibility) -> Sequence[HostDevice]:
@@ -128,7 +128,7 @@ def _unlisted_instance(devices: Sequence[HostDevice], entry: str) -> HostDevice 
     return next(silent, None)
 
 
-def _invalid(devices: Sequence[HostDevice], entry: str) -> Diagnosis:
+def _diagnose_invalid(devices: Sequence[HostDevice], entry: str) -> Diagnosis:
     named = _named(devices, entry.strip())
     if named is None:
         cause = f"{VISIBLE_DEVICES} begins with {entry!r}, and the driver lists no such GPU"
