@@ -38,7 +38,7 @@ H100 = {
 }
 GB10 = {"name": "NVIDIA GB10", "uuid": UUIDS[2], "compute_capability": (12, 1)}
 
-NO_DRIVER = Host(fault=Diagnosis(Reason.NO_DRIVER, "the driver sleeps", "wake it up"))
+NO_DRIVER = Host(diagnosis=Diagnosis(Reason.NO_DRIVER, "the driver sleeps", "wake it up"))
 
 
 def host_of(*devices):

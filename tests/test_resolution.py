@@ -244,7 +244,7 @@ HOSTS = {
         "cudf-polars is not installed",
         "install polars-async[gpu-cu13]",
     ),
-    "no driver": Gpu(Host(fault=ASLEEP), ModuleType("cudf_polars"), *ASLEEP),
+    "no driver": Gpu(Host(diagnosis=ASLEEP), ModuleType("cudf_polars"), *ASLEEP),
 }
 
 

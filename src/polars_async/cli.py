@@ -185,9 +185,9 @@ def _cudf() -> Report:
         message = f"looking for it failed ({found})"
         return {"installed": None, "reason": None, "message": message, "gpu_support": None}
     reason, message = None, f"{found}, compatible" if found.installed else "not installed"
-    if found.fault is not None:
-        reason, message = found.fault.reason, found.fault.message
-    answers = found.installed and found.fault is None
+    if found.diagnosis is not None:
+        reason, message = found.diagnosis.reason, found.diagnosis.message
+    answers = found.installed and found.diagnosis is None
     told = {"installed": found.installed, "reason": reason, "message": message}
     return {**told, "gpu_support": answers}
 

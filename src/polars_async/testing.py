@@ -257,7 +257,7 @@ def _host(
     driver: tuple[int, int] | None,
 ) -> nvml.Host:
     if driver is None:
-        return nvml.Host(fault=nvml.NO_LIBRARY)
+        return nvml.Host(diagnosis=nvml.NO_LIBRARY)
     devices = (
         nvml.HostDevice(
             index=index,
@@ -275,7 +275,9 @@ def _host(
 def _installed(version: str | None, fail: object) -> _cudf.CudfPolars:
     here = _cudf.CudfPolars(installed=version is not None, build=_cudf.CU13, version=version)
     needs_another = version is not None and fail == "incompatible"
-    return here._replace(fault=_cudf.diagnose_incompatible(here, "<1")) if needs_another else here
+    return (
+        here._replace(diagnosis=_cudf.diagnose_incompatible(here, "<1")) if needs_another else here
+    )
 
 
 def _begin_generation(health: Health) -> None:

@@ -38,7 +38,7 @@ class CudfPolars(NamedTuple):
     installed: bool = True
     build: Build = UNKNOWN
     version: str | None = None
-    fault: Diagnosis | None = None
+    diagnosis: Diagnosis | None = None
 
     def __str__(self) -> str:
         return self.build.name if self.version is None else f"{self.build.name} {self.version}"
@@ -111,8 +111,8 @@ def find_cudf_polars() -> CudfPolars:
     """Look for cudf-polars; an imported module counts, whatever its distribution says."""
     if _override is not None:
         here = _override
-        failed = here.fault is None and _import_failure is not None
-        return here._replace(fault=diagnose_import(here)) if failed else here
+        failed = here.diagnosis is None and _import_failure is not None
+        return here._replace(diagnosis=diagnose_import(here)) if failed else here
     found = [(build, each) for build in (CU12, CU13, UNKNOWN) for each in _distributions(build)]
     # Two builds overwrite each other's module, so which one is left cannot be told.
     build = found[0][0] if len(found) == 1 else UNKNOWN
@@ -127,8 +127,8 @@ def find_cudf_polars() -> CudfPolars:
     # A folder without code, as an uninstall leaves behind, makes a namespace package.
     if spec is None or spec.origin is None:
         diagnosis = _diagnose_broken(here, f"but its module {MODULE} was not found")
-        return here._replace(fault=diagnosis) if found else here._replace(installed=False)
-    return here._replace(fault=_diagnose(here, [each for _, each in found]))
+        return here._replace(diagnosis=diagnosis) if found else here._replace(installed=False)
+    return here._replace(diagnosis=_diagnose(here, [each for _, each in found]))
 
 
 def _diagnose(here: CudfPolars, distributions: list[Distribution]) -> Diagnosis | None:

@@ -88,7 +88,7 @@ class HostDevice:
     compute_prohibited: bool = False
     mig_enabled: bool = False
     mig_instances: tuple[str, ...] | None = None
-    fault: Diagnosis | None = None
+    diagnosis: Diagnosis | None = None
 
     def __str__(self) -> str:
         return f"GPU {self.index}" if self.name is None else f"GPU {self.index} ({self.name})"
@@ -101,7 +101,7 @@ class Host:
     devices: tuple[HostDevice, ...] = ()
     driver_version: str | None = None
     cuda_version: tuple[int, int] | None = None
-    fault: Diagnosis | None = None
+    diagnosis: Diagnosis | None = None
 
 
 def read_host() -> Host:
@@ -109,12 +109,12 @@ def read_host() -> Host:
     try:
         import pynvml  # noqa: PLC0415  # nothing is loaded before somebody asks for a GPU
     except ImportError:
-        return Host(fault=_NO_PYNVML)
+        return Host(diagnosis=_NO_PYNVML)
     nvml: ModuleType = pynvml
     try:
         nvml.nvmlInit()
     except nvml.NVMLError as error:
-        return Host(fault=_diagnose(error))
+        return Host(diagnosis=_diagnose(error))
     try:
         return _read_host(nvml)
     finally:
@@ -127,13 +127,13 @@ def _read_host(nvml: ModuleType) -> Host:
     try:
         count = nvml.nvmlDeviceGetCount()
     except nvml.NVMLError as error:
-        return Host(driver_version=driver_version, fault=_diagnose(error))
+        return Host(driver_version=driver_version, diagnosis=_diagnose(error))
     cuda_version, diagnosis = _cuda_version(nvml)
     return Host(
         devices=tuple(_read_device(nvml, index) for index in range(count)),
         driver_version=driver_version,
         cuda_version=cuda_version,
-        fault=diagnosis,
+        diagnosis=diagnosis,
     )
 
 
@@ -150,7 +150,7 @@ def _read_device(nvml: ModuleType, index: int) -> HostDevice:
     try:
         return _read_handle(nvml, index, nvml.nvmlDeviceGetHandleByIndex(index))
     except nvml.NVMLError as error:
-        return HostDevice(index=index, fault=_diagnose_device(error, index))
+        return HostDevice(index=index, diagnosis=_diagnose_device(error, index))
 
 
 def _read_handle(nvml: ModuleType, index: int, handle: object) -> HostDevice:
@@ -168,7 +168,7 @@ def _read_handle(nvml: ModuleType, index: int, handle: object) -> HostDevice:
         compute_prohibited=_ask(nvml, nvml.nvmlDeviceGetComputeMode, handle) == _COMPUTE_PROHIBITED,
         mig_enabled=mig_enabled,
         mig_instances=_mig_instances(nvml, handle) if mig_enabled else None,
-        fault=diagnosis,
+        diagnosis=diagnosis,
     )
 
 

@@ -122,8 +122,8 @@ def _diagnose(
     cudf: CudfPolars,
 ) -> Diagnosis | None:
     """Find the first thing that rules out the GPU that cudf-polars would take."""
-    if host.fault is not None:
-        return host.fault
+    if host.diagnosis is not None:
+        return host.diagnosis
     if isinstance(choice, Diagnosis):
         return choice
     own = diagnoses[choice.index]
@@ -138,7 +138,7 @@ def _diagnose(
     return (
         requirements.diagnose_order(host.devices, choice, visibility, cudf)
         or requirements.diagnose_driver(host, cudf)
-        or cudf.fault
+        or cudf.diagnosis
         or (None if cudf.installed else requirements.diagnose_missing(host, choice))
     )
 

@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 
 def diagnose_device(device: HostDevice, cudf: CudfPolars) -> Diagnosis | None:
     """Tell what is wrong with a GPU itself, visible or not."""
-    if device.fault is not None:
-        return device.fault
+    if device.diagnosis is not None:
+        return device.diagnosis
     found, needed = device.compute_capability, cudf.build.compute_capability
     if found is not None and found < needed:
         return Diagnosis(

@@ -128,7 +128,7 @@ def gpu_support(
     # Releases the GIL where files are opened, and finds what is wrong with the query on any host.
     lf.collect_schema()
     found = _cudf.find_cudf_polars()
-    diagnosis = found.fault or (None if found.installed else _MISSING)
+    diagnosis = found.diagnosis or (None if found.installed else _MISSING)
     if diagnosis is not None:
         return _unknown(diagnosis)
     try:
