@@ -78,9 +78,9 @@ class GpuFailure(Exception):  # noqa: N818  # no error to be seen: it says where
         What the GPU engine raised.
     raised
         What Polars made of it.
-    found
+    partial_results
         The results of some of several frames, by the numbers of those; else None.
-    share
+    remaining
         How many are left, in words, such as ``"2 of 5 frames"``; else None.
     """
 
@@ -89,8 +89,8 @@ class GpuFailure(Exception):  # noqa: N818  # no error to be seen: it says where
         self.reason = reason
         self.cause = cause
         self.raised = raised or cause
-        self.found: dict[int, pl.DataFrame] | None = None
-        self.share: str | None = None
+        self.partial_results: dict[int, pl.DataFrame] | None = None
+        self.remaining: str | None = None
         if self.raised is not cause:
             self.raised.__cause__ = cause
 

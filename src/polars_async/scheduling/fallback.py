@@ -34,7 +34,7 @@ def fall_back(query: Query[T], operation: Operation[T] | None, admission: Admiss
     # Its traceback holds the frames of the query, and all of the query with it.
     failure.__traceback__ = failure.__context__ = None
     return query.requeue(
-        on_engine(operation, IN_MEMORY, failure.found),
+        on_engine(operation, IN_MEMORY, failure.partial_results),
         fallen_back(query.resolution, failure),
         admission.owner,
     )
@@ -43,7 +43,7 @@ def fall_back(query: Query[T], operation: Operation[T] | None, admission: Admiss
 def fallen_back(resolution: Resolution, failure: GpuFailure) -> Resolution:
     """Say that the in-memory engine runs what the GPU engine could not."""
     asks = f"{ASKERS[resolution.source]} asks for the GPU engine"
-    what_runs = " ".join(filter(None, (runs(IN_MEMORY.name), failure.share)))
+    what_runs = " ".join(filter(None, (runs(IN_MEMORY.name), failure.remaining)))
     return replace(
         resolution,
         engine=IN_MEMORY,
