@@ -18,8 +18,8 @@ from polars_async.executors.processes import initializer
 from polars_async.executors.processes.initializer import Initializer
 from polars_async.gpu import cudf as _cudf
 from polars_async.gpu import nvml, probe
+from polars_async.gpu.attempt import note_error_of_query
 from polars_async.gpu.breaker import Health, breaker, override
-from polars_async.gpu.offload import note_error_of_query
 from polars_async.gpu.visible import DEVICE_ORDER, VISIBLE_DEVICES
 
 if TYPE_CHECKING:

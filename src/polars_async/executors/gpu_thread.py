@@ -6,7 +6,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Final, TypeVar
 
 from polars_async.executors.threads import ThreadsExecutor
-from polars_async.gpu.offload import GpuTurn
+from polars_async.gpu.offload import GpuHold
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -23,7 +23,7 @@ class GpuThreadExecutor(ThreadsExecutor):
         """Run `work` here, when it has the GPU; nothing stops it."""
         try:
             # Queries of other collectors may have the GPU until this one is cancelled.
-            with GpuTurn(partial(_is_wanted, query), query.paused):
+            with GpuHold(partial(_is_wanted, query), query.paused):
                 return super().run(work, query)
         finally:
             del work, query  # an error's traceback holds this frame

@@ -107,7 +107,7 @@ class GpuFailure(Exception):  # noqa: N818  # no error to be seen: it says where
         """What to do about it."""
         return _DIAGNOSES[self.reason].remedy
 
-    def let_go_of_memory(self, outer: BaseException | None) -> None:
+    def drop_tracebacks(self, outer: BaseException | None) -> None:
         """Drop the tracebacks, whose frames hold what the query had on the GPU."""
         if log.isEnabledFor(logging.DEBUG):
             # As a text, since some handlers keep what they are given.
