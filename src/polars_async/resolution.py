@@ -20,7 +20,7 @@ from polars_async.gpu.devices import candidates, diagnose_named_device
 from polars_async.reasons import Reason
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Iterable
 
     from polars_async.gpu.status import GpuStatus
 
@@ -34,12 +34,6 @@ AFFINITY_VARIABLE: Final = "POLARS_ENGINE_AFFINITY"
 GPU_POLICY_VARIABLE: Final = "POLARS_ASYNC_GPU"
 _WARN_UNSTABLE: Final = "POLARS_WARN_UNSTABLE"
 
-_AFFINITY_KEY: Final = os.fsencode(AFFINITY_VARIABLE)
-_environ: Final = os.environ
-# Where os.environ looks each key up, encoded; an internal that need not be there.
-_variables: Final[Mapping[bytes, bytes] | None] = (
-    getattr(os.environ, "_data", None) if os.name == "posix" else None
-)
 
 _LONGEST_CHAIN: Final = 100
 """So many engines may ask for each other; more are a circle, which would have no end."""
@@ -362,18 +356,10 @@ def warn_of_unstable(mode: str) -> None:
 
 def _affinity_name(configured: pl.Engine | None) -> str | None:
     """Read the variable as it is now, or as it was when `configured` became the affinity."""
-    name = _variable_now()
+    name = os.environ.get(AFFINITY_VARIABLE)
     if name is None and isinstance(configured, DeferringEngine):
         return configured.variable
     return name
-
-
-def _variable_now() -> str | None:
-    """Read the variable, in a fifth of the time that ``os.environ.get`` takes."""
-    if _variables is None or os.environ is not _environ:
-        return os.environ.get(AFFINITY_VARIABLE)
-    value = _variables.get(_AFFINITY_KEY)
-    return None if value is None else os.fsdecode(value)
 
 
 def request_of(engine: EngineRequest) -> EngineRequest:
