@@ -10,7 +10,7 @@ from itertools import count
 from typing import TYPE_CHECKING, Any, Final, Generic, NamedTuple, TypeVar
 
 from polars_async._runtime.green import delivery
-from polars_async._runtime.timers import set_deadline
+from polars_async._runtime.timers import start_timer
 from polars_async._runtime.unpatched import get_ident, holding
 from polars_async.bridges.waiting import persist, wake
 from polars_async.errors import QueryTimeoutError
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     import polars as pl
 
     from polars_async._runtime.callers import CallSite
-    from polars_async._runtime.timers import Deadline
+    from polars_async._runtime.timers import Timer
     from polars_async.bridges.waiting import Waiter
     from polars_async.events import Reporter
     from polars_async.executors.operations import Operation
@@ -151,7 +151,7 @@ class Query(Generic[T]):
         self._untold = False
         self._late: QueryTimeoutError | None = None
         self._timeout = 0.0
-        self._deadline: Deadline | None = None
+        self._deadline: Timer | None = None
 
     @property
     def done(self) -> bool:
@@ -181,7 +181,7 @@ class Query(Generic[T]):
     def expire_in(self, seconds: float) -> None:
         """Have the query time out, unless it is done before."""
         self._timeout = seconds
-        self._deadline = set_deadline(seconds, self)
+        self._deadline = start_timer(seconds, self)
         if self.done:  # it was, before there was a deadline that it could lift
             self._deadline.cancel()
 

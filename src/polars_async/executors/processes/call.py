@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Final
 from polars_async._runtime.files import Identity, taking_along
 from polars_async._runtime.green import deliver
 from polars_async._runtime.logs import complain
-from polars_async._runtime.timers import set_deadline
+from polars_async._runtime.timers import start_timer
 from polars_async._runtime.unpatched import RLock, holding
 from polars_async.errors import QueryMemoryError
 from polars_async.executors.definitions import definition
@@ -23,7 +23,7 @@ from polars_async.executors.staying import UnsendableError
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from polars_async._runtime.timers import Deadline
+    from polars_async._runtime.timers import Timer
     from polars_async.bridges.buffer import Buffer
     from polars_async.executors import Job
     from polars_async.executors.main_module import Definition
@@ -73,7 +73,7 @@ class WorkerCall:
         self._lock = RLock()
         self._phase = _Phase.STARTS
         self._interrupts = 0
-        self._deadline: Deadline | None = None
+        self._deadline: Timer | None = None
         self._begun = False
         self._looks_at = monotonic() + _SAMPLED
         """When to look at the memory of the worker, though it may send one thing after another."""
@@ -157,7 +157,7 @@ class WorkerCall:
     def _expire_in(self, seconds: float) -> None:
         self._cancel_timer()
         try:
-            self._deadline = set_deadline(seconds, self)
+            self._deadline = start_timer(seconds, self)
         except RuntimeError:  # no thread to be had for the clock
             self._worker.signal(signal.SIGKILL)
 
