@@ -34,11 +34,11 @@ class ThreadsExecutor:
 
     def run(self, work: Callable[[], T], query: Job) -> T:
         """Run `work` here; nothing stops it."""
-        asking = query.context.run(enter_context)
+        enclosing = query.context.run(enter_context)
         try:
             return query.context.run(work)
         finally:
-            asking.end()
+            enclosing.end()
             del work, query  # an error's traceback holds this frame
 
     def close(self) -> None:
