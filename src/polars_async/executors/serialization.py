@@ -16,10 +16,10 @@ import polars as pl
 from polars_async._runtime.files import (
     MOST_IN_MESSAGE,
     Identity,
+    attaching,
     most_files,
     new_file,
     opened,
-    taking_along,
 )
 from polars_async._runtime.unpatched import RLock, holding
 from polars_async._runtime.upstream import (
@@ -257,7 +257,7 @@ def pack(item: object, *, in_files: bool, abort: SerializationAbort | None = Non
     target = io.BytesIO()
     packer = _Packer(target, message_files if in_files else None, abort)
     try:
-        taking_along(shared if in_files else None, partial(packer.dump, item))
+        attaching(shared if in_files else None, partial(packer.dump, item))
     except BaseException:
         if abort is not None:
             abort.end()

@@ -9,7 +9,7 @@ from functools import partial
 from time import monotonic
 from typing import TYPE_CHECKING, Any, Final
 
-from polars_async._runtime.files import Identity, taking_along
+from polars_async._runtime.files import Identity, attaching
 from polars_async._runtime.green import deliver
 from polars_async._runtime.logs import complain
 from polars_async._runtime.timers import start_timer
@@ -196,7 +196,7 @@ class WorkerCall:
 
     def _defined(self, module: str, name: str) -> Message:
         shared: dict[Identity, int] = {}
-        found = taking_along(shared, partial(self._definition, module, name))
+        found = attaching(shared, partial(self._definition, module, name))
         return Message(pack(found, in_files=False).data, list(shared.values()), len(shared))
 
     def _definition(self, module: str, name: str) -> Definition:

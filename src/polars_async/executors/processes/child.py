@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import polars as pl
 
-from polars_async._runtime.files import bring, put_away
+from polars_async._runtime.files import close_received, receive
 from polars_async._runtime.fork import Step, in_child
 from polars_async._runtime.nesting import enter_worker
 from polars_async._runtime.unpatched import RLock
@@ -113,14 +113,14 @@ def _serve(transport: Transport, logs: _Logs, follower: Follower) -> None:
 def _run(task: Message, transport: Transport, follower: Follower) -> object:
     parent = _Parent(transport)
     follower.enter_folder()
-    bring(task.take_shared())
+    receive(task.take_shared())
     try:
         with LookingUp(parent.look_up):
             work = unpack(task, _RemoteBuffer(parent))
             return work()
     finally:
         parent.end()
-        put_away()
+        close_received()
 
 
 def _ask(transport: Transport) -> Any:
@@ -170,7 +170,7 @@ class _Parent:
                 raise PolarsAsyncError("the query has ended: what is left of it has no answer")
             self._transport.send(question)
             answer = self._transport.receive()
-            bring(answer.take_shared())
+            receive(answer.take_shared())
             return unpack(answer)
 
     def look_up(self, module: str, name: str) -> Definition:
