@@ -353,7 +353,7 @@ def test_gpu_that_rests_is_told(diagnosis, doctor):
     found = report["gpu"]["breaker"]
     assert found["failures"] == 3
     assert 0 < found["cooldown_seconds"] <= 30
-    assert "breaker open: the GPU rests for 30 s more. Last time, the memory of" in (
+    assert "breaker open: the cooldown lasts 30 s more. Last time, the memory of" in (
         unwrapped(printed)
     )
 

@@ -1161,9 +1161,11 @@ def test_gpu_that_keeps_failing_rests_and_is_tried_again(collector, gpu, clock, 
             time.sleep(0.001)
     stats = collector.stats()
     assert (stats["gpu_failures"], stats["gpu_cooldown_seconds"]) == (FAILURES, COOLDOWN)
-    assert "the GPU rests for 30 s: the memory of the GPU did not suffice" in caplog.text
+    assert "the GPU is in a cooldown of 30 s: the memory of the GPU did not suffice" in caplog.text
 
-    with pytest.warns(EngineDowngradeWarning, match=r"keeps failing.*a rest of 30 s.*MemoryError"):
+    with pytest.warns(
+        EngineDowngradeWarning, match=r"keeps failing.*cooldown of 30 s.*MemoryError"
+    ):
         handle = collector.collect_async(TINY, engine="gpu")
     assert handle.result(30).item() == 1
     assert (handle.resolution.downgraded, handle.resolution.reason) == (True, Reason.GPU_COOLDOWN)
@@ -1213,7 +1215,7 @@ def test_resting_gpu_is_an_error_where_it_is_required_and_is_tried_where_the_cpu
             collector.collect_async(TINY, engine=STRICT).result(30)
     assert gpu.queries == FAILURES + 1
     assert breaker.seconds_left() == 2 * COOLDOWN
-    with pytest.raises(EngineUnavailableError, match=r"gpu='require' forbids any other.*rests"):
+    with pytest.raises(EngineUnavailableError, match=r"gpu='require' forbids any other.*cooldown"):
         resolve_engine("gpu", gpu="require")
     gpu.fail = None
     with Collector(gpu="offload") as collector:

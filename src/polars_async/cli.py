@@ -225,7 +225,7 @@ def _breaker(of: Breaker) -> Report:
         f"{COOLDOWN:g} s at first"
     )
     if (cooldown := of.cooldown()) is not None:
-        message = f"open: the GPU rests for {seconds:.0f} s more. Last time, {cooldown.failure}"
+        message = f"open: the cooldown lasts {seconds:.0f} s more. Last time, {cooldown.failure}"
     return {"failures": of.health.failures, "cooldown_seconds": seconds, "message": message}
 
 

@@ -273,9 +273,9 @@ def _gpu_rule(
             cooldown = cooldown_of(candidates(engine, status)) if in_workers else breaker.cooldown()
         if cooldown is None:
             return replace(asked, gpu=status)
-        reason, why = Reason.GPU_COOLDOWN, "it keeps failing, and rests for a while"
+        reason, why = Reason.GPU_COOLDOWN, "it keeps failing, and is in a cooldown"
         remedy = (
-            f"it is tried again after a rest of {cooldown.seconds:g} s. "
+            f"it is tried again after a cooldown of {cooldown.seconds:g} s. "
             f"Last time, {cooldown.failure}"
         )
     asks = f"{ASKERS[asked.source]} asks for the GPU engine"

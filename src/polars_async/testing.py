@@ -206,10 +206,12 @@ def simulate_gpu(
     with ExitStack() as stack:
         for variable in (VISIBLE_DEVICES, DEVICE_ORDER):
             stack.callback(_set_variable, variable, os.environ.pop(variable, None))
-        stack.callback(_cudf.override, _cudf.override(_cudf.Known(_installed(cudf_polars, fail))))
+        stack.callback(
+            _cudf.override, _cudf.override(_cudf.Override(_installed(cudf_polars, fail)))
+        )
         stack.callback(override, override({}))
-        stack.callback(_begin_generation, breaker.health)
-        _begin_generation(Health())
+        stack.callback(breaker.begin_generation, breaker.health)
+        breaker.begin_generation(Health())
         stack.callback(_set_module, sys.modules.pop(_cudf.MODULE, _cudf.MODULE))
         if cudf_polars is None:
             _set_module(None)
@@ -278,11 +280,6 @@ def _installed(version: str | None, fail: object) -> _cudf.CudfPolars:
     return (
         here._replace(diagnosis=_cudf.diagnose_incompatible(here, "<1")) if needs_another else here
     )
-
-
-def _begin_generation(health: Health) -> None:
-    """Have the GPU be in that health, whatever comes of a query that is on its way."""
-    breaker.generation, breaker.health = object(), health
 
 
 def _set_variable(name: str, value: str | None) -> None:

@@ -1,4 +1,4 @@
-"""What NVML says of this host: its driver and its GPUs, before any of it is judged."""
+"""The driver and the GPUs of this host as NVML lists them, before they are judged."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from types import ModuleType
 
-# nvmlReturn_t by value, since which names pynvml has for them depends on its version.
+# nvmlReturn_t by value, since the names for them depend on the version of pynvml.
 _NOT_SUPPORTED: Final = 3
 _NO_PERMISSION: Final = 4
 _NOT_FOUND: Final = 6
@@ -77,7 +77,7 @@ _NO_LIBCUDA: Final = Diagnosis(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HostDevice:
-    """One GPU as NVML lists it; a fact that NVML would not tell is None."""
+    """One GPU as NVML lists it; a fact that NVML does not tell is None."""
 
     index: int
     uuid: str | None = None
@@ -105,9 +105,9 @@ class Host:
 
 
 def read_host() -> Host:
-    """Ask NVML for everything, once: nothing stays initialised, and no error escapes."""
+    """Ask NVML for all facts; NVML is shut down after that, and its errors become diagnoses."""
     try:
-        import pynvml  # noqa: PLC0415  # nothing is loaded before somebody asks for a GPU
+        import pynvml  # noqa: PLC0415  # not before the program asks for a GPU
     except ImportError:
         return Host(diagnosis=_NO_PYNVML)
     nvml: ModuleType = pynvml
@@ -182,8 +182,9 @@ def _memory(
             return None, None, None
         if error.value != _NO_PERMISSION:
             raise
-        # cudf-polars 26.10 asks the same of the whole GPU, in MIG mode too, and takes no other
-        # error than the one above: every query fails where it is refused (NVIDIA/cudf#22388).
+        # cudf-polars 26.10 asks the same of the whole GPU, in MIG mode too, and handles no other
+        # error than the first one above: where this is refused, every query fails
+        # (NVIDIA/cudf#22388).
         cause = f"NVML does not tell cudf-polars the memory of GPU {index} ({error})"
         remedy = "give this process access to the whole GPU, not to a MIG instance of it"
         return None, None, Diagnosis(Reason.NO_PERMISSION, cause, remedy)
@@ -191,11 +192,11 @@ def _memory(
 
 
 def _mig_instances(nvml: ModuleType, handle: object) -> tuple[str, ...] | None:
-    """List the UUIDs of a GPU's MIG instances; None where NVML will not say."""
+    """Return the UUIDs of a GPU's MIG instances; None where NVML does not list them."""
     slots: int | None = _ask(nvml, nvml.nvmlDeviceGetMaxMigDeviceCount, handle)
     if slots is None:
         return None
-    found: list[str] = []
+    uuids: list[str] = []
     refused = False
     for slot in range(slots):
         try:
@@ -205,14 +206,14 @@ def _mig_instances(nvml: ModuleType, handle: object) -> tuple[str, ...] | None:
             continue
         uuid = _text(_ask(nvml, nvml.nvmlDeviceGetUUID, instance))
         if uuid is not None:
-            found.append(uuid)
+            uuids.append(uuid)
         else:
             refused = True
-    return None if refused and not found else tuple(found)
+    return None if refused and not uuids else tuple(uuids)
 
 
 def _ask(nvml: ModuleType, question: Callable[..., Any], *about: object) -> Any:
-    """Get one fact, or None where NVML does not tell; a lost GPU is more than a missing fact."""
+    """Return one fact, or None where NVML does not tell; raise the error of a lost GPU."""
     try:
         return question(*about)
     except nvml.NVMLError as error:
@@ -222,12 +223,12 @@ def _ask(nvml: ModuleType, question: Callable[..., Any], *about: object) -> Any:
 
 
 def _text(value: str | bytes | None) -> str | None:
-    """Read what is bytes or text, by the version of pynvml."""
+    """Return `value` as text: some versions of pynvml return bytes."""
     return value.decode(errors="replace") if isinstance(value, bytes) else value
 
 
 def _diagnose(error: Any) -> Diagnosis:
-    """Explain an NVMLError that rules out every GPU."""
+    """Return the diagnosis for an NVMLError that rules out every GPU."""
     return _DIAGNOSES.get(error.value) or Diagnosis(
         Reason.NVML_ERROR,
         f"NVML, the NVIDIA driver's library, fails ({error}, error {error.value})",
@@ -236,7 +237,7 @@ def _diagnose(error: Any) -> Diagnosis:
 
 
 def _diagnose_device(error: Any, index: int) -> Diagnosis:
-    """Explain an NVMLError that rules out one GPU."""
+    """Return the diagnosis for an NVMLError that rules out one GPU."""
     known = _DIAGNOSES.get(error.value)
     return Diagnosis(
         known.reason if known else Reason.NVML_ERROR,

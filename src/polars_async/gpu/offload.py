@@ -151,7 +151,9 @@ def count_failure(health: Breaker, text: str, cause: Exception, generation: obje
     """Count a failure that speaks against a GPU."""
     if (cooldown := health.failed(text, cause, generation)) is not None:
         gpu = "the GPU" if health.index is None else f"GPU {health.index}"
-        deliver(partial(log.warning, "%s rests for %g s: %s", gpu, cooldown.seconds, text))
+        deliver(
+            partial(log.warning, "%s is in a cooldown of %g s: %s", gpu, cooldown.seconds, text)
+        )
 
 
 def context_is_poisoned() -> bool:
