@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 from polars_async.executors.operations import on_engine
 from polars_async.gpu.failure import GpuFailure
-from polars_async.resolution import ASKERS, IN_MEMORY, runs
+from polars_async.resolution import IN_MEMORY, SOURCE_NAMES, runs
 
 if TYPE_CHECKING:
     from polars_async.executors.operations import Operation
@@ -42,7 +42,7 @@ def fall_back(query: Query[T], operation: Operation[T] | None, admission: Admiss
 
 def fallen_back(resolution: Resolution, failure: GpuFailure) -> Resolution:
     """Say that the in-memory engine runs what the GPU engine could not."""
-    asks = f"{ASKERS[resolution.source]} asks for the GPU engine"
+    asks = f"{SOURCE_NAMES[resolution.source]} asks for the GPU engine"
     what_runs = " ".join(filter(None, (runs(IN_MEMORY.name), failure.remaining)))
     return replace(
         resolution,
