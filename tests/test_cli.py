@@ -474,7 +474,7 @@ def test_without_a_command_the_help_goes_to_stderr(capsys):
     printed, errors = capsys.readouterr()
     assert printed == ""
     assert errors.startswith("usage: polars-async [-h]")
-    assert "tell what would run here, and why" in errors
+    assert "report which engine would run here, and why" in errors
 
 
 @pytest.mark.parametrize("arguments", [["nurse"], ["doctor", "--yaml"]])

@@ -42,28 +42,28 @@ _SUPPORT: Final = {
     False: "answers unknown, for cudf-polars cannot be asked: see its line above",
     None: "unknown",
 }
-# What is there to be copied, such as a UUID, is never broken.
+# Without line breaks in words: a UUID, for one, is there to be copied.
 _fill: Final = partial(textwrap.fill, break_long_words=False, break_on_hyphens=False)
 _DOCTOR: Final = """\
-Tell which engine would run a query on each path, and why, and whether the GPU
+Report which engine would run a query on each path, and why, and whether the GPU
 engine could run here. The driver is asked; cudf-polars and CUDA are not loaded.
-What a program sets itself, with engine=, a Collector or
-pl.Config.set_engine_affinity, is not seen from here.
+Settings that a program makes itself, with engine=, a Collector or
+pl.Config.set_engine_affinity, are not seen from here.
 """
 _DETAILS: Final = f"""\
 exit status:
-  0  What the environment asks for can be had, or it asks for nothing: a missing
-     GPU is then no fault. Nor is a GPU that {GPU_POLICY_VARIABLE}=downgrade keeps
+  0  The environment asks for an engine that can run, or for none: a missing GPU
+     is then no problem. Nor is {GPU_POLICY_VARIABLE}=downgrade, which keeps the GPU
      off the async, background and batches paths; the report says so.
-  2  It cannot: {AFFINITY_VARIABLE} or {GPU_POLICY_VARIABLE} is not valid;
+  2  {AFFINITY_VARIABLE} or {GPU_POLICY_VARIABLE} is not valid;
      or no GPU is usable, and {AFFINITY_VARIABLE}=gpu asks for one, under
      any policy, or {GPU_POLICY_VARIABLE}=require does, with which every query
      that asks for one fails. Wrong arguments are 2, too.
 
 --json writes one object; what is unknown or absent is null:
   versions     python, polars_async, polars, cudf_polars
-  cudf_polars  installed, reason (null where nothing speaks against it),
-               message, gpu_support (whether it can be asked what it supports)
+  cudf_polars  installed, reason (null where nothing rules it out),
+               message, gpu_support (whether gpu_support can ask it)
   affinity, gpu_policy: each value, source (environment or default), valid
   paths        sync, async, background, batches: each engine, downgraded,
                reason, message; where the query would fail, error alone
@@ -81,13 +81,13 @@ exit status:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the console script, with the command line's arguments for None; give its exit status."""
+    """Run the console script; return its exit status. None for the command line's arguments."""
     parser = argparse.ArgumentParser(prog=_NAME, description="Look at what would run here.")
     version = f"{_NAME} {_version() or 'of unknown version'}"
     parser.add_argument("--version", action="version", version=version)
     doctor = parser.add_subparsers(title="commands", dest="command").add_parser(
         "doctor",
-        help="tell what would run here, and why",
+        help="report which engine would run here, and why",
         description=_DOCTOR,
         epilog=_DETAILS,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -96,14 +96,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         given = parser.parse_args(arguments)
     except SystemExit:
-        _write("")  # what argparse has written may still be on its way
+        _write("")  # flushes what argparse has written
         raise
-    if given.command is None:  # with the status of argparse where an argument is missing
+    if given.command is None:  # with argparse's status for a missing argument
         parser.print_help(sys.stderr)
         return 2
     report = _diagnose()
     width = max(60, min(shutil.get_terminal_size().columns, 100))
-    text = json.dumps(report, indent=2) if given.json else "\n".join(_told(report, width))
+    text = json.dumps(report, indent=2) if given.json else "\n".join(_render(report, width))
     _write(f"{text}\n")
     return int(report["exit_status"])
 
@@ -117,12 +117,12 @@ def _write(text: str) -> None:
         sys.stdout.write(text.encode(encoding, "backslashreplace").decode(encoding))
         sys.stdout.flush()
     except BrokenPipeError:
-        # Or the interpreter would try again when it ends, and complain.
+        # Else the interpreter would flush again at its exit, and print an error.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _diagnose() -> Report:
-    """Find out all that doctor tells; what cannot be found out is told, too."""
+    """Return the report of doctor; where a check itself fails, the report says so."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # such as that of the deprecated distribution pynvml
         gpu = _gpu()
@@ -144,7 +144,7 @@ def _diagnose() -> Report:
 
 
 def _problems(report: Report) -> list[str]:
-    """Tell what the environment asks for and cannot have, each with its remedy."""
+    """Return a sentence with a remedy for each thing that the environment asks for in vain."""
     affinity, policy, gpu = report["affinity"], report["gpu_policy"], report["gpu"]
     found = [
         f"{variable}={setting['value']!r} is not valid: unset it or set it to one of "
@@ -160,15 +160,15 @@ def _problems(report: Report) -> list[str]:
             found.append(f"{AFFINITY_VARIABLE}=gpu asks for a GPU, but {gpu['message']}")
         elif policy["value"] == "require":
             found.append(f"{GPU_POLICY_VARIABLE}=require asks for a GPU, but {gpu['message']}")
-    # Where a path fails, it is for one of these; if not, that is a problem of its own.
+    # A path that fails does so for one of these; if there is none, its error is a problem itself.
     errors = [each["error"] for each in report["paths"].values() if "error" in each]
     return found or list(dict.fromkeys(errors))
 
 
-def _tried(ask: Callable[[], _T]) -> _T | str:
+def _try(ask: Callable[[], _T]) -> _T | str:
     try:
         return ask()
-    except Exception as error:  # noqa: BLE001  # whatever is wrong here is what doctor is for
+    except Exception as error:  # noqa: BLE001  # doctor is there to report it
         return f"{type(error).__name__}: {error}"
 
 
@@ -180,7 +180,7 @@ def _version() -> str | None:
 
 
 def _cudf() -> Report:
-    found = _tried(find_cudf_polars)
+    found = _try(find_cudf_polars)
     if isinstance(found, str):
         message = f"looking for it failed ({found})"
         return {"installed": None, "reason": None, "message": message, "gpu_support": None}
@@ -188,20 +188,20 @@ def _cudf() -> Report:
     if found.diagnosis is not None:
         reason, message = found.diagnosis.reason, found.diagnosis.message
     answers = found.installed and found.diagnosis is None
-    told = {"installed": found.installed, "reason": reason, "message": message}
-    return {**told, "gpu_support": answers}
+    facts = {"installed": found.installed, "reason": reason, "message": message}
+    return {**facts, "gpu_support": answers}
 
 
 def _setting(variable: str, default: str, check: Callable[[Any], object]) -> Report:
     value = os.environ.get(variable)
     if value is None:
         return {"value": default, "source": "default", "valid": True}
-    valid = not isinstance(_tried(partial(check, value)), str)
+    valid = not isinstance(_try(partial(check, value)), str)
     return {"value": value, "source": "environment", "valid": valid}
 
 
 def _path(path: resolution.QueryPath) -> Report:
-    found = _tried(partial(resolution.resolve_engine, path=path))
+    found = _try(partial(resolution.resolve_engine, path=path))
     if isinstance(found, str):
         return {"error": found}
     shown = {"engine": found.name, "downgraded": found.downgraded}
@@ -209,7 +209,7 @@ def _path(path: resolution.QueryPath) -> Report:
 
 
 def _gpu() -> Report:
-    status = _tried(gpu_status)
+    status = _try(gpu_status)
     if isinstance(status, str):
         status = GpuStatus(usable=False, message=f"asking about it failed ({status})")
     variables = {name: os.environ.get(name) for name in (VISIBLE_DEVICES, DEVICE_ORDER)}
@@ -229,7 +229,7 @@ def _breaker(of: Breaker) -> Report:
     return {"failures": of.health.failures, "cooldown_seconds": seconds, "message": message}
 
 
-def _told(report: Report, width: int) -> Iterator[str]:
+def _render(report: Report, width: int) -> Iterator[str]:
     entry = partial(_entry, width)
     versions, gpu = report["versions"], report["gpu"]
     yield "Versions"
@@ -238,8 +238,8 @@ def _told(report: Report, width: int) -> Iterator[str]:
     yield entry("Polars", versions["polars"])
     yield entry("cudf-polars", report["cudf_polars"]["message"])
     yield "\nAsked for"
-    yield entry("engine", _asked(report["affinity"], AFFINITY_VARIABLE))
-    yield entry("GPU policy", _asked(report["gpu_policy"], GPU_POLICY_VARIABLE))
+    yield entry("engine", _describe_setting(report["affinity"], AFFINITY_VARIABLE))
+    yield entry("GPU policy", _describe_setting(report["gpu_policy"], GPU_POLICY_VARIABLE))
     yield "  (What a program sets itself, as with pl.Config, is not seen from here.)"
     yield "\nWhat would run"
     for path, each in report["paths"].items():
@@ -256,11 +256,11 @@ def _told(report: Report, width: int) -> Iterator[str]:
         if value is not None:
             yield entry("environment", f"{variable}={value!r}")
     for device in gpu["devices"]:
-        yield entry(f"GPU {device['index']}", *_about(device))
-    yield from _concluded(report, width)
+        yield entry(f"GPU {device['index']}", *_describe_device(device))
+    yield from _render_conclusion(report, width)
 
 
-def _concluded(report: Report, width: int) -> Iterator[str]:
+def _render_conclusion(report: Report, width: int) -> Iterator[str]:
     problems = report["problems"]
     plural = "" if len(problems) == 1 else "s"
     yield f"\n{len(problems)} problem{plural}:" if problems else "\nNothing to mend."
@@ -272,18 +272,18 @@ def _concluded(report: Report, width: int) -> Iterator[str]:
 
 
 def _entry(width: int, label: str, *paragraphs: str) -> str:
-    """Write a label, and beside it what belongs to it."""
+    """Return a label with paragraphs beside it."""
     body = "\n".join(_fill(each, width - _INDENT) for each in paragraphs)
     return f"  {label}".ljust(_INDENT) + textwrap.indent(body, " " * _INDENT)[_INDENT:]
 
 
-def _asked(setting: Report, variable: str) -> str:
+def _describe_setting(setting: Report, variable: str) -> str:
     if setting["source"] == "default":
         return f"{setting['value']} ({variable} is not set)"
     return f"{variable}={setting['value']!r}{'' if setting['valid'] else ', which is not valid'}"
 
 
-def _about(device: Report) -> Iterator[str]:
+def _describe_device(device: Report) -> Iterator[str]:
     is_usable, is_selected = ("" if device[key] else "not " for key in ("usable", "selected"))
     yield f"{device['name'] or 'name unknown'}: {is_usable}usable, {is_selected}selected"
     yield device["uuid"] or "uuid unknown"
