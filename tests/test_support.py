@@ -144,7 +144,7 @@ def test_gpu_that_cannot_be_asked_is_no_no(cudf, failure):
     answer = gpu_support(QUERY)
     assert (answer.answer, answer.operations) == ("unknown", ())
     assert answer.reason is Reason.GPU_NEEDED
-    assert f"({_cudf.described(failure)}): ask on a host where gpu_status()" in answer.message
+    assert f"({_cudf.describe(failure)}): ask on a host where gpu_status()" in answer.message
 
 
 def test_driver_that_nvml_does_not_find_is_no_no(cudf):

@@ -146,7 +146,7 @@ def _diagnose() -> Report:
 def _problems(report: Report) -> list[str]:
     """Return a sentence with a remedy for each thing that the environment asks for in vain."""
     affinity, policy, gpu = report["affinity"], report["gpu_policy"], report["gpu"]
-    found = [
+    problems = [
         f"{variable}={setting['value']!r} is not valid: unset it or set it to one of "
         + ", ".join(map(repr, values))
         for variable, setting, values in (
@@ -157,12 +157,12 @@ def _problems(report: Report) -> list[str]:
     ]
     if not gpu["usable"]:
         if affinity["value"] == "gpu":
-            found.append(f"{AFFINITY_VARIABLE}=gpu asks for a GPU, but {gpu['message']}")
+            problems.append(f"{AFFINITY_VARIABLE}=gpu asks for a GPU, but {gpu['message']}")
         elif policy["value"] == "require":
-            found.append(f"{GPU_POLICY_VARIABLE}=require asks for a GPU, but {gpu['message']}")
+            problems.append(f"{GPU_POLICY_VARIABLE}=require asks for a GPU, but {gpu['message']}")
     # A path that fails does so for one of these; if there is none, its error is a problem itself.
     errors = [each["error"] for each in report["paths"].values() if "error" in each]
-    return found or list(dict.fromkeys(errors))
+    return problems or list(dict.fromkeys(errors))
 
 
 def _try(ask: Callable[[], _T]) -> _T | str:
@@ -180,15 +180,18 @@ def _version() -> str | None:
 
 
 def _cudf() -> Report:
-    found = _try(find_cudf_polars)
-    if isinstance(found, str):
-        message = f"looking for it failed ({found})"
+    cudf_polars = _try(find_cudf_polars)
+    if isinstance(cudf_polars, str):
+        message = f"looking for it failed ({cudf_polars})"
         return {"installed": None, "reason": None, "message": message, "gpu_support": None}
-    reason, message = None, f"{found}, compatible" if found.installed else "not installed"
-    if found.diagnosis is not None:
-        reason, message = found.diagnosis.reason, found.diagnosis.message
-    answers = found.installed and found.diagnosis is None
-    facts = {"installed": found.installed, "reason": reason, "message": message}
+    reason, message = (
+        None,
+        f"{cudf_polars}, compatible" if cudf_polars.installed else "not installed",
+    )
+    if cudf_polars.diagnosis is not None:
+        reason, message = cudf_polars.diagnosis.reason, cudf_polars.diagnosis.message
+    answers = cudf_polars.installed and cudf_polars.diagnosis is None
+    facts = {"installed": cudf_polars.installed, "reason": reason, "message": message}
     return {**facts, "gpu_support": answers}
 
 
@@ -201,11 +204,11 @@ def _setting(variable: str, default: str, check: Callable[[Any], object]) -> Rep
 
 
 def _path(path: resolution.QueryPath) -> Report:
-    found = _try(partial(resolution.resolve_engine, path=path))
-    if isinstance(found, str):
-        return {"error": found}
-    shown = {"engine": found.name, "downgraded": found.downgraded}
-    return {**shown, "reason": found.reason, "message": found.message}
+    decision = _try(partial(resolution.resolve_engine, path=path))
+    if isinstance(decision, str):
+        return {"error": decision}
+    shown = {"engine": decision.name, "downgraded": decision.downgraded}
+    return {**shown, "reason": decision.reason, "message": decision.message}
 
 
 def _gpu() -> Report:
@@ -214,8 +217,8 @@ def _gpu() -> Report:
         status = GpuStatus(usable=False, message=f"asking about it failed ({status})")
     variables = {name: os.environ.get(name) for name in (VISIBLE_DEVICES, DEVICE_ORDER)}
     devices = [{**asdict(each), "breaker": _breaker(breaker_of(each))} for each in status.devices]
-    found = {**asdict(status), "devices": devices, "environment": variables}
-    return {**found, "breaker": _breaker(breaker)}
+    facts = {**asdict(status), "devices": devices, "environment": variables}
+    return {**facts, "breaker": _breaker(breaker)}
 
 
 def _breaker(of: Breaker) -> Report:

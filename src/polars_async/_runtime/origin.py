@@ -129,8 +129,8 @@ def _is_in_polars(function: int | None) -> bool:
 
 def _library(address: int | None) -> bytes | None:
     """Return the path of the library in which `address` lies, if it is in one."""
-    found = _Library()
-    if not _python.dladdr(ctypes.c_void_p(address), ctypes.byref(found)):
+    library = _Library()
+    if not _python.dladdr(ctypes.c_void_p(address), ctypes.byref(library)):
         return None
-    path: bytes = found.path
+    path: bytes = library.path
     return path

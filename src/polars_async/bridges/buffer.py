@@ -97,8 +97,7 @@ class Buffer:
         except StopAsyncIteration:
             return None
         finally:
-            # After the batch was taken: this is what makes room. Also after a cancellation, since
-            # the batches may have been taken by another consumer.
+            # After the batch was taken, which makes room.
             if producer is not None:
                 self._let_go_on(producer)
 

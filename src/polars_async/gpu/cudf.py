@@ -113,10 +113,10 @@ def find_cudf_polars() -> CudfPolars:
         here = _override
         failed = here.diagnosis is None and _import_failure is not None
         return here._replace(diagnosis=diagnose_import(here)) if failed else here
-    found = [(build, each) for build in (CU12, CU13, UNKNOWN) for each in _distributions(build)]
+    builds = [(build, each) for build in (CU12, CU13, UNKNOWN) for each in _distributions(build)]
     # Two builds overwrite each other's module, so it is unknown whose is left.
-    build = found[0][0] if len(found) == 1 else UNKNOWN
-    here = CudfPolars(build=build, version=found[0][1].version if found else None)
+    build = builds[0][0] if len(builds) == 1 else UNKNOWN
+    here = CudfPolars(build=build, version=builds[0][1].version if builds else None)
     module = imported()
     if module is None:
         return here._replace(installed=False)
@@ -127,8 +127,8 @@ def find_cudf_polars() -> CudfPolars:
     # A folder without code, as an uninstall leaves behind, makes a namespace package.
     if spec is None or spec.origin is None:
         diagnosis = _diagnose_broken(here, f"but its module {MODULE} was not found")
-        return here._replace(diagnosis=diagnosis) if found else here._replace(installed=False)
-    return here._replace(diagnosis=_diagnose(here, [each for _, each in found]))
+        return here._replace(diagnosis=diagnosis) if builds else here._replace(installed=False)
+    return here._replace(diagnosis=_diagnose(here, [each for _, each in builds]))
 
 
 def _diagnose(here: CudfPolars, distributions: list[Distribution]) -> Diagnosis | None:

@@ -20,14 +20,14 @@ def diagnose_device(device: HostDevice, cudf: CudfPolars) -> Diagnosis | None:
     """Return what rules out a GPU in itself, visible or not."""
     if device.diagnosis is not None:
         return device.diagnosis
-    found, needed = device.compute_capability, cudf.build.compute_capability
-    if found is not None and found < needed:
+    actual, needed = device.compute_capability, cudf.build.compute_capability
+    if actual is not None and actual < needed:
         return Diagnosis(
             Reason.COMPUTE_CAPABILITY,
-            f"{device} has compute capability {_dotted(found)} and {cudf.build.name} needs "
+            f"{device} has compute capability {_dotted(actual)} and {cudf.build.name} needs "
             f"{_dotted(needed)} or newer",
             f"install {CU12.name}"
-            if found >= CU12.compute_capability
+            if actual >= CU12.compute_capability
             else "use a newer GPU, or the CPU",
         )
     if device.compute_prohibited:
@@ -107,15 +107,15 @@ def usable(
 
 def diagnose_driver(host: Host, cudf: CudfPolars) -> Diagnosis | None:
     """Return a diagnosis if the driver is too old; one of unknown CUDA version passes."""
-    found, needed = host.cuda_version, cudf.build.cuda_version
-    if found is None or found >= needed:
+    actual, needed = host.cuda_version, cudf.build.cuda_version
+    if actual is None or actual >= needed:
         return None
     return Diagnosis(
         Reason.DRIVER_TOO_OLD,
-        f"the driver supports CUDA {_dotted(found)} and {cudf.build.name} needs "
+        f"the driver supports CUDA {_dotted(actual)} and {cudf.build.name} needs "
         f"{_dotted(needed)} or newer",
         f"update the driver or install {CU12.name}"
-        if found >= CU12.cuda_version
+        if actual >= CU12.cuda_version
         else "update the driver",
     )
 

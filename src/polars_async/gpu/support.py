@@ -127,19 +127,19 @@ def gpu_support(
     gpu = _gpu_engine(engine)
     # It raises the query's own errors on any host, and opens files without the GIL.
     lf.collect_schema()
-    found = _cudf.find_cudf_polars()
-    diagnosis = found.diagnosis or (None if found.installed else _MISSING)
+    cudf_polars = _cudf.find_cudf_polars()
+    diagnosis = cudf_polars.diagnosis or (None if cudf_polars.installed else _MISSING)
     if diagnosis is not None:
         return _unknown(diagnosis)
     try:
         module = importlib.import_module(_cudf.MODULE)
     except Exception as error:  # noqa: BLE001  # it has raised more than ImportError
         _cudf.note_import_failure(error)
-        return _unknown(_cudf.diagnose_import(found))
+        return _unknown(_cudf.diagnose_import(cudf_polars))
     try:
         unsupported = _translation_error(module, lf, optimizations, gpu)
     except (Exception, pl.exceptions.PanicException) as error:  # noqa: BLE001  # a private API
-        return _unknown(_diagnose_translation(error, found))
+        return _unknown(_diagnose_translation(error, cudf_polars))
     return _judged(unsupported)
 
 
@@ -254,10 +254,10 @@ def describe_operation(error: BaseException) -> str:
     return _cudf.describe(error)
 
 
-def _diagnose_translation(error: BaseException, found: _cudf.CudfPolars) -> Diagnosis:
+def _diagnose_translation(error: BaseException, cudf_polars: _cudf.CudfPolars) -> Diagnosis:
     if is_of_the_gpu(error):
         return _diagnose_gpu(error)
-    cause = f"the translator of {found} could not be asked ({_cudf.describe(error)})"
+    cause = f"the translator of {cudf_polars} could not be asked ({_cudf.describe(error)})"
     return Diagnosis(Reason.TRANSLATION_FAILED, cause, _TRY)
 
 
