@@ -24,7 +24,7 @@ Rooms, from the lowest to the highest; each imports only from those before it:
 - ``executors``: the operations of queries, and the executors that run them.
 - ``scheduling``: a query's state, the queue, the slots, estimates, and the fallback to the CPU.
 - ``handle``, ``streams``, ``sharing``, ``collector``, ``api``, ``engine``: the API for users.
-- ``testing``, ``pytest_plugin``, ``cli``: a simulated GPU, and the console script.
+- ``testing``, ``pytest_plugin``, ``doctor``, ``cli``: a simulated GPU, and the console script.
 
 Threads: a lane has at most one worker thread for each slot. Such a thread takes queries from the
 queue and runs them, or waits for the worker process that runs them. One thread serves all
