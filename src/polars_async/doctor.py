@@ -41,7 +41,7 @@ def diagnose() -> Report:
         gpu = _gpu()
         report: Report = {
             "versions": {
-                "python": platform.pythoninstalled_version(),
+                "python": platform.python_version(),
                 "polars_async": installed_version(),
                 "polars": pl.__version__,
                 "cudf_polars": gpu["cudf_polars_version"],
