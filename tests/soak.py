@@ -265,13 +265,13 @@ class Soak:
     def _leftovers(self, threads):
         """Give what is kept of what is over."""
         found = []
-        clock = timers._TheClock.clock
+        clock = timers._timers
         with clock.lock:
-            kept = [query.id for *_, deadline in clock.deadlines if (query := deadline.query)]
+            kept = [query.id for *_, deadline in clock.heap if (query := deadline.query)]
         if kept:
             found.append(f"deadlines of queries {kept} were not lifted")
-        if len(clock.deadlines) > clock.swept_at + 1 or clock.swept_at > 4000:
-            found.append(f"{len(clock.deadlines)} deadlines")
+        if len(clock.heap) > clock.swept_at + 1 or clock.swept_at > 4000:
+            found.append(f"{len(clock.heap)} deadlines")
         own = self._own_threads()
         # Asked for now, since a thread that still learns from its last query is not counted.
         threads += clock.runs + sum(book.lanes[0]._executor.threads for book in self.books)

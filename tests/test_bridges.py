@@ -92,9 +92,9 @@ def test_many_completions_wake_trio_once(collector, blocked, posted, monkeypatch
 
 def test_many_completions_wake_gevent_once(collector, blocked, posted, monkeypatch):
     wakes = []
-    empty = gevent_bridge._Mailbox._empty
+    empty = gevent_bridge._Mailbox._deliver_all
     monkeypatch.setattr(
-        gevent_bridge._Mailbox, "_empty", lambda mailbox: (wakes.append(1), empty(mailbox))
+        gevent_bridge._Mailbox, "_deliver_all", lambda mailbox: (wakes.append(1), empty(mailbox))
     )
     greenlets = [gevent.spawn(handle.get) for handle in many(collector, blocked, gevent=True)]
     gevent.sleep(0)

@@ -15,6 +15,7 @@ import pytest
 from nvml_stub import DRIVER_NOT_LOADED, Gpu, compile_stub, describe
 
 from polars_async import Collector, Reason, cli, gpu_status, resolution, resolve_engine
+from polars_async import doctor as doctor_module
 from polars_async.gpu import cudf as _cudf
 from polars_async.gpu import probe
 from polars_async.gpu.nvml import Host, HostDevice
@@ -38,7 +39,7 @@ H100 = {
 }
 GB10 = {"name": "NVIDIA GB10", "uuid": UUIDS[2], "compute_capability": (12, 1)}
 
-NO_DRIVER = Host(fault=Diagnosis(Reason.NO_DRIVER, "the driver sleeps", "wake it up"))
+NO_DRIVER = Host(diagnosis=Diagnosis(Reason.NO_DRIVER, "the driver sleeps", "wake it up"))
 
 
 def host_of(*devices):
@@ -353,7 +354,7 @@ def test_gpu_that_rests_is_told(diagnosis, doctor):
     found = report["gpu"]["breaker"]
     assert found["failures"] == 3
     assert 0 < found["cooldown_seconds"] <= 30
-    assert "breaker open: the GPU rests for 30 s more. Last time, the memory of" in (
+    assert "breaker open: the cooldown lasts 30 s more. Last time, the memory of" in (
         unwrapped(printed)
     )
 
@@ -426,7 +427,7 @@ def broken(*_, **__):
 
 
 def test_unexpected_error_of_the_gpu_is_a_line(doctor, diagnosis, monkeypatch):
-    monkeypatch.setattr(cli, "gpu_status", broken)
+    monkeypatch.setattr(doctor_module, "gpu_status", broken)
     report = diagnosis()
     assert report["gpu"]["message"] == "asking about it failed (RuntimeError: it broke)"
     assert list(report["gpu"]) == KEYS["gpu"].split()
@@ -437,7 +438,7 @@ def test_unexpected_error_of_the_gpu_is_a_line(doctor, diagnosis, monkeypatch):
 
 
 def test_unexpected_error_of_cudf_polars_is_a_line(doctor, diagnosis, monkeypatch):
-    monkeypatch.setattr(cli, "find_cudf_polars", broken)
+    monkeypatch.setattr(doctor_module, "find_cudf_polars", broken)
     report = diagnosis()
     assert report["cudf_polars"]["installed"] is None
     assert report["cudf_polars"]["gpu_support"] is None
@@ -461,7 +462,7 @@ def test_warnings_of_what_is_asked_are_not_shown(doctor, monkeypatch):
         warnings.warn("the pynvml package is deprecated", FutureWarning, stacklevel=1)
         return gpu_status()
 
-    monkeypatch.setattr(cli, "gpu_status", warn)
+    monkeypatch.setattr(doctor_module, "gpu_status", warn)
     assert doctor()[0] == 0  # the suite makes errors of warnings
     assert "deprecated" not in doctor()[1]
 
@@ -474,7 +475,7 @@ def test_without_a_command_the_help_goes_to_stderr(capsys):
     printed, errors = capsys.readouterr()
     assert printed == ""
     assert errors.startswith("usage: polars-async [-h]")
-    assert "tell what would run here, and why" in errors
+    assert "report which engine would run here, and why" in errors
 
 
 @pytest.mark.parametrize("arguments", [["nurse"], ["doctor", "--yaml"]])

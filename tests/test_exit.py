@@ -177,7 +177,7 @@ def test_polars_own_python_is_left_alone():
 LOOKING = """
 from polars_async._runtime import upstream
 
-write = upstream._Text.write
+write = upstream.serialized._Text.write
 def write_slowly(text, piece):
     begin()
     nap(0.3)
@@ -188,7 +188,7 @@ class Late:  # so that there still is a program when the thread is back
         sleep(1)
 
 threading.late = Late()
-upstream._Text.write = write_slowly
+upstream.serialized._Text.write = write_slowly
 slow = TINY.map_batches(lambda df: (nap(0.05), df)[1])
 collector.collect_async(slow).result()  # at whose plan its thread looks afterwards
 leave()

@@ -144,7 +144,7 @@ def test_usable_host_says_what_runs_where(nvml):
         selected=True,
         usable=True,
         reason=None,
-        message="cudf-polars takes GPU 0 (NVIDIA H100 80GB HBM3)",
+        message="cudf-polars selects GPU 0 (NVIDIA H100 80GB HBM3)",
     )
 
 
@@ -296,7 +296,7 @@ def test_failing_gpu_does_not_hide_the_others(nvml, question, error, reason):
     assert sound.usable
     assert sound.name == "NVIDIA A100-SXM4-40GB"
     assert sound.message == (
-        f"cudf-polars takes {'GPU 0' if failing.name is None else f'GPU 0 ({failing.name})'}: "
+        f"cudf-polars selects {'GPU 0' if failing.name is None else f'GPU 0 ({failing.name})'}: "
         f"set CUDA_VISIBLE_DEVICES={UUIDS[1]} to use GPU 1 (NVIDIA A100-SXM4-40GB)"
     )
     assert f": set CUDA_VISIBLE_DEVICES={UUIDS[1]} to use GPU 1" in status.message
@@ -588,10 +588,10 @@ def test_entries_up_to_the_first_invalid_one_are_visible(nvml, monkeypatch, visi
         ("2", "begins with '2', and the driver lists no such GPU: set it to an index (0 to 1)"),
         ("x", "begins with 'x', and the driver lists no such GPU: set it to an index (0 to 1)"),
         ("²", "begins with '²', and the driver lists no such GPU: set it to an index (0 to 1)"),
-        ("GPU-b", f"begins with 'GPU-b', which cudf-polars does not take: set it to {UUIDS[1]}"),
+        ("GPU-b", f"begins with 'GPU-b', which cudf-polars does not accept: set it to {UUIDS[1]}"),
         ("GPU-", "begins with 'GPU-', and the driver lists no such GPU"),
-        (" 1", "begins with ' 1', which cudf-polars does not take: set it to 1 for GPU 1"),
-        (f" {UUIDS[1]}", f"which cudf-polars does not take: set it to {UUIDS[1]} for GPU 1"),
+        (" 1", "begins with ' 1', which cudf-polars does not accept: set it to 1 for GPU 1"),
+        (f" {UUIDS[1]}", f"which cudf-polars does not accept: set it to {UUIDS[1]} for GPU 1"),
     ],
 )
 def test_entry_that_cudf_polars_cannot_take(nvml, monkeypatch, visible, message):

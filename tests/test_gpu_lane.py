@@ -160,7 +160,7 @@ def test_query_on_the_gpu_that_asks_for_another_there_fails_instead_of_waiting_f
     def udf(df):
         return offloading.collect_async(TINY, engine="gpu").result().with_columns(df["a"])
 
-    with pytest.raises(RuntimeError, match=r"would wait for it.*engine='in-memory'"):
+    with pytest.raises(RuntimeError, match=r"would deadlock.*engine='in-memory'"):
         offloading.collect_async(TINY.map_batches(udf), engine="gpu").result(30)
 
 

@@ -20,7 +20,7 @@ from polars_async._runtime import unpatched
 
 OURS = str(Path(polars_async.__file__).parent)
 TASKS = Path("/proc/self/task")
-OF_THE_LOOP = {"_empty", "_resolve", "_reschedule", "abort"}
+OF_THE_LOOP = {"_deliver_all", "_resolve", "_reschedule", "abort"}
 """What a loop calls, and sees to by itself: trio protects that from Ctrl-C."""
 OUTCOMES = ("completed", "failed", "cancelled", "timed_out", "rejected")
 

@@ -22,7 +22,7 @@ LAYERS = (
     ("handle", "options", "streams", "sharing"),
     ("collector",),
     ("api", "engine"),
-    ("testing", "pytest_plugin", "cli", "__main__", "_pytest_entry"),
+    ("testing", "pytest_plugin", "doctor", "cli", "__main__", "_pytest_entry"),
 )
 """From the lowest to the highest. The package itself names what is public, and is above all."""
 LAYER_OF = {room: number for number, rooms in enumerate(LAYERS) for room in rooms}

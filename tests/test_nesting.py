@@ -16,7 +16,7 @@ from places import Failure, Source, until
 from test_collector import nested_on_pool
 
 from polars_async import Collector, CollectorClosedError, EventKind, QueryTimeoutError
-from polars_async._runtime.nesting import Asking
+from polars_async._runtime.nesting import EnclosingQuery
 from polars_async.scheduling import query as query_module
 from polars_async.scheduling.estimates import CostModel
 
@@ -249,13 +249,13 @@ def test_close_in_the_functions_context_is_refused(collector):
 def test_chain_of_queries_that_each_ask_for_the_next_keeps_none_of_them():
     last = None
     for _ in range(3):
-        before, last = last, Asking(last, on_gpu=False)
+        before, last = last, EnclosingQuery(last, on_gpu=False)
         if before is not None:
             before.end()
     assert last.still_running() is last
-    assert last.asked_by.asked_by is None
+    assert last.parent.parent is None
     last.end()
-    assert last.still_running() is last.asked_by is None
+    assert last.still_running() is last.parent is None
 
 
 # On Polars' own threads, of which there may be one

@@ -33,7 +33,7 @@ from polars_async import (
 )
 from polars_async._runtime import upstream
 from polars_async.executors.threads import ThreadPool
-from polars_async.gpu import offload
+from polars_async.gpu import attempt, offload
 from polars_async.gpu.breaker import COOLDOWN, FAILURES, Health, breaker
 from polars_async.scheduling.admission import Admission
 from polars_async.testing import simulate_gpu
@@ -960,7 +960,7 @@ def test_synchronous_query_on_the_gpu_that_asks_for_another_there_fails(here, co
         lambda: TINY.collect(engine=here),
     ):
         lf = TINY.map_batches(lambda df, ask=ask: (ask(), df)[1])
-        with pytest.raises(RuntimeError, match="asks for another one there"):
+        with pytest.raises(RuntimeError, match="cannot start another GPU query"):
             lf.collect(engine=here)
 
 
@@ -970,7 +970,7 @@ def test_source_on_a_thread_of_cudf_polars_may_not_ask_for_the_gpu(here, collect
             lambda: collector.collect_async(TINY, engine="gpu"),
             lambda: TINY.collect(engine=here),
         ):
-            with pytest.raises(RuntimeError, match="asks for another one there"):
+            with pytest.raises(RuntimeError, match="cannot start another GPU query"):
                 pool.submit(ask).result(30)
         assert pool.submit(lambda: collector.collect_async(TINY).result(30)).result(30).item() == 1
 
@@ -1113,7 +1113,7 @@ def test_errors_in_the_error_of_an_unsupported_query_keep_nothing(collector, gpu
         except NotImplementedError as error:
             return NotImplementedError("unsupported", [error])
 
-    monkeypatch.setattr(offload, "unsupported_error", unsupported)
+    monkeypatch.setattr(attempt, "unsupported_error", unsupported)
     handle = collector.collect_async(TINY, engine="gpu")
     handle.result(30)
     [inner] = handle.resolution.cause.args[1]
@@ -1161,9 +1161,11 @@ def test_gpu_that_keeps_failing_rests_and_is_tried_again(collector, gpu, clock, 
             time.sleep(0.001)
     stats = collector.stats()
     assert (stats["gpu_failures"], stats["gpu_cooldown_seconds"]) == (FAILURES, COOLDOWN)
-    assert "the GPU rests for 30 s: the memory of the GPU did not suffice" in caplog.text
+    assert "the GPU is in a cooldown of 30 s: the memory of the GPU did not suffice" in caplog.text
 
-    with pytest.warns(EngineDowngradeWarning, match=r"keeps failing.*a rest of 30 s.*MemoryError"):
+    with pytest.warns(
+        EngineDowngradeWarning, match=r"keeps failing.*cooldown of 30 s.*MemoryError"
+    ):
         handle = collector.collect_async(TINY, engine="gpu")
     assert handle.result(30).item() == 1
     assert (handle.resolution.downgraded, handle.resolution.reason) == (True, Reason.GPU_COOLDOWN)
@@ -1213,7 +1215,7 @@ def test_resting_gpu_is_an_error_where_it_is_required_and_is_tried_where_the_cpu
             collector.collect_async(TINY, engine=STRICT).result(30)
     assert gpu.queries == FAILURES + 1
     assert breaker.seconds_left() == 2 * COOLDOWN
-    with pytest.raises(EngineUnavailableError, match=r"gpu='require' forbids any other.*rests"):
+    with pytest.raises(EngineUnavailableError, match=r"gpu='require' forbids any other.*cooldown"):
         resolve_engine("gpu", gpu="require")
     gpu.fail = None
     with Collector(gpu="offload") as collector:
@@ -1369,7 +1371,7 @@ warnings.simplefilter("ignore", DeprecationWarning)  # of a fork beside threads,
 from polars_async.gpu import offload
 held = threading.Event()
 def hold():
-    with offload.GpuTurn():
+    with offload.GpuHold():
         held.set()
         threading.Event().wait()
 threading.Thread(target=hold, daemon=True).start()
@@ -1377,7 +1379,7 @@ held.wait()
 child = os.fork()
 if not child:
     signal.alarm(10)
-    with offload.GpuTurn():
+    with offload.GpuHold():
         os._exit(0)
 print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
 os._exit(0)

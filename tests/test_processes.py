@@ -251,7 +251,7 @@ def test_large_result_is_mapped_and_its_memory_is_freed_with_it(collector):
 
 
 def test_result_that_cannot_be_mapped_is_read(collector, monkeypatch):
-    monkeypatch.setattr("polars_async._runtime.upstream._ways_to_map", ())
+    monkeypatch.setattr("polars_async._runtime.upstream.ipc._ways_to_map", ())
     lf = pl.LazyFrame({"n": [0]}).select(k=pl.int_range(0, 1_000_000))
     assert collector.collect_async(lf).result(30)["k"].sum() == 499_999_500_000
     assert not mapped()

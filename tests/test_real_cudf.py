@@ -14,10 +14,10 @@ from polars_async.gpu.nvml import Host, HostDevice, read_host
 
 pytestmark = [
     pytest.mark.skipif(
-        not _cudf.find_cudf_polars().installed or _cudf.find_cudf_polars().fault is not None,
+        not _cudf.find_cudf_polars().installed or _cudf.find_cudf_polars().diagnosis is not None,
         reason="cudf-polars is not installed, or supports another Polars",
     ),
-    pytest.mark.skipif(not read_host().fault, reason="there is a driver: ci/gpu is for that"),
+    pytest.mark.skipif(not read_host().diagnosis, reason="there is a driver: ci/gpu is for that"),
 ]
 STRICT = pl.GPUEngine(raise_on_fail=True)
 # What it then does not have to ask the driver for, so that the translation comes to its end.

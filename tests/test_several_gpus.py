@@ -80,7 +80,7 @@ def test_broken_gpu_fails_three_queries_and_the_other_runs_all_that_come_after(
         collector = offloading()
         first = [ran_on(collector.collect_async(WHERE)) for _ in range(2 * FAILURES)]
         assert sorted(first) == [uuid(0)] * FAILURES + ["none"] * FAILURES
-        assert "GPU 1 rests for 30 s: " in caplog.text
+        assert "GPU 1 is in a cooldown of 30 s: " in caplog.text
         stats = collector.stats()
         assert (stats["gpu_0_failures"], stats["gpu_0_cooldown_seconds"]) == (0, 0)
         assert (stats["gpu_1_failures"], stats["gpu_failures"]) == (FAILURES, FAILURES)
@@ -97,12 +97,12 @@ def test_all_that_rest_are_a_downgrade_and_an_error_where_one_is_required(offloa
         collector = offloading()
         for _ in range(2):
             collector.collect_async(WHERE).result(30)
-        with pytest.warns(pa.EngineDowngradeWarning, match=r"rests for a while.*a rest of 30 s"):
+        with pytest.warns(pa.EngineDowngradeWarning, match=r"is in a cooldown.*a cooldown of 30 s"):
             handle = collector.collect_async(WHERE)
         assert (ran_on(handle), handle.resolution.reason) == ("none", pa.Reason.GPU_COOLDOWN)
         with (
             pa.Collector(executor="processes", gpu="require") as requiring,
-            pytest.raises(pa.EngineUnavailableError, match="rests for a while"),
+            pytest.raises(pa.EngineUnavailableError, match="is in a cooldown"),
         ):
             requiring.collect_async(WHERE, engine="gpu")
         assert gpu.queries == 2
@@ -413,7 +413,7 @@ def test_gpu_that_is_named_and_rests_is_a_downgrade_though_another_works(offload
     with simulate_gpu(2):
         opened(1)
         collector = offloading()
-        with pytest.warns(pa.EngineDowngradeWarning, match="rests"):
+        with pytest.warns(pa.EngineDowngradeWarning, match="is in a cooldown"):
             assert ran_on(collector.collect_async(TINY, engine=on_device(1))) == "none"
         strict = on_device(1, raise_on_fail=True)
         assert ran_on(collector.collect_async(TINY, engine=strict)) == uuid(1)
@@ -492,7 +492,7 @@ def test_doctor_tells_of_each_gpu_of_this_process(capsys):
         assert cooldowns[0] == 0 < cooldowns[1]
         cli.main(["doctor"])
         text = " ".join(capsys.readouterr().out.split())
-        assert "breaker in worker processes open: the GPU rests for 3600 s more" in text
+        assert "breaker in worker processes open: the cooldown lasts 3600 s more" in text
         assert text.count("breaker in worker processes") == 1
 
 

@@ -472,8 +472,8 @@ print(json.dumps([found, repr(error)]))
 def real():
     """Ask the real cudf-polars on a host where no driver is to be seen."""
     found = _cudf.find_cudf_polars()
-    if found.fault is not None or not found.installed:
-        pytest.skip(found.fault.message if found.fault else "cudf-polars is not installed")
+    if found.diagnosis is not None or not found.installed:
+        pytest.skip(found.diagnosis.message if found.diagnosis else "cudf-polars is not installed")
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     done = subprocess.run(
         [sys.executable, "-W", "error", "-c", REAL, ROOT / ".cache" / "data"],

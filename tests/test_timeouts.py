@@ -28,7 +28,7 @@ class Time:
 
     def __init__(self):
         self.now = 0.0
-        self.clock = timers._Clock(self)
+        self.clock = timers._Timers(self)
 
     def __call__(self):
         return self.now
@@ -39,7 +39,7 @@ class Time:
 
     def end(self):
         with self.clock.lock:
-            self.clock.deadlines.clear()
+            self.clock.heap.clear()
         self.clock.wakeup.put(None)
         until(lambda: not self.clock.runs)
 
@@ -47,7 +47,7 @@ class Time:
 @pytest.fixture
 def time(monkeypatch):
     time = Time()
-    monkeypatch.setattr(timers._TheClock, "clock", time.clock)
+    monkeypatch.setattr(timers, "_timers", time.clock)
     yield time
     time.end()
 
@@ -201,7 +201,7 @@ def test_what_comes_too_late_is_dropped_in_silence(
 def test_result_in_time_lifts_the_deadline(collector, time):
     handle = collector.collect_async(TINY, timeout=5)
     assert handle.result(30).item() == 1
-    ((_, _, deadline),) = time.clock.deadlines
+    ((_, _, deadline),) = time.clock.heap
     until(lambda: deadline.query is None)
     time.passes(10)
     until(lambda: not time.clock.runs)
@@ -219,7 +219,7 @@ def test_other_ends_lift_the_deadline_too(collector, blocked, time, how):
         blocked.gate.set()
         with pytest.raises(Exception, match="nope"):
             handle.result(30)
-    ((_, _, deadline),) = time.clock.deadlines
+    ((_, _, deadline),) = time.clock.heap
     until(lambda: deadline.query is None)
     time.passes(10)
     until(lambda: not time.clock.runs)
@@ -313,7 +313,7 @@ def test_time_out_of_trio_cancels_the_query(collector, blocked):
 
 
 def test_earlier_deadline_that_comes_later_is_kept(collector, blocked, monkeypatch):
-    monkeypatch.setattr(timers._TheClock, "clock", clock := timers._Clock())
+    monkeypatch.setattr(timers, "_timers", clock := timers._Timers())
     waits, when_put = threading.Event(), timers.when_put
 
     def say_and_wait(bell, seconds):
@@ -326,7 +326,7 @@ def test_earlier_deadline_that_comes_later_is_kept(collector, blocked, monkeypat
     timed_out(collector.collect_async(TINY, timeout=0.001))
     assert not later.done()
     later.cancel()
-    clock.deadlines.clear()
+    clock.heap.clear()
     clock.wakeup.put(None)
 
 
@@ -361,7 +361,7 @@ def test_deadlines_come_in_their_order(collector, blocked, time):
 
 
 def test_clock_ends_after_its_last_deadline_and_is_started_anew(collector, blocked, monkeypatch):
-    monkeypatch.setattr(timers._TheClock, "clock", clock := timers._Clock())
+    monkeypatch.setattr(timers, "_timers", clock := timers._Timers())
     ended, start_new_thread = threading.Semaphore(0), timers.start_new_thread
 
     def start(run, arguments):
@@ -372,7 +372,7 @@ def test_clock_ends_after_its_last_deadline_and_is_started_anew(collector, block
     for _ in range(3):
         timed_out(collector.collect_async(TINY, timeout=0.001))
         assert ended.acquire(timeout=30)
-        assert not clock.deadlines
+        assert not clock.heap
 
 
 class Failing:
@@ -389,7 +389,7 @@ class Failing:
 def test_clock_survives_what_is_raised_at_a_time_out(collector, blocked, time, caplog, kind):
     handle = collector.collect_async(blocked.lf, timeout=5)
     assert blocked.started.wait()
-    timers.set_deadline(5, Failing(kind()))
+    timers.start_timer(5, Failing(kind()))
     after = collector.collect_async(TINY, timeout=6)
     time.passes(5)
     timed_out(handle)
@@ -404,7 +404,7 @@ def test_clock_that_dies_is_replaced_with_the_next_deadline(
     collector, blocked, time, monkeypatch, caplog
 ):
     def no_memory(heap):
-        if heap is not time.clock.deadlines:  # but of the clock of an earlier test
+        if heap is not time.clock.heap:  # but of the clock of an earlier test
             return heappop(heap)
         monkeypatch.setattr(timers, "heappop", heappop)
         raise MemoryError
@@ -428,7 +428,7 @@ def test_deadlines_that_were_lifted_do_not_pile_up(collector, blocked, monkeypat
     handle = collector.collect_async(blocked.lf, timeout=7200)
     for _ in range(200):
         collector.collect_async(TINY, timeout=3600).cancel()
-        assert len(time.clock.deadlines) <= 12
+        assert len(time.clock.heap) <= 12
     time.passes(3600)
     assert not handle.done()
     time.passes(3600)
@@ -447,7 +447,7 @@ def test_deadlines_of_queries_on_the_way_are_all_kept(collector, blocked, monkey
 
 @pytest.mark.parametrize("timeout", [Fraction(1, 1000)])
 def test_clock_outlives_any_number(collector, blocked, timeout, monkeypatch):
-    monkeypatch.setattr(timers._TheClock, "clock", timers._Clock())  # it may not come back
+    monkeypatch.setattr(timers, "_timers", timers._Timers())  # it may not come back
     collector.collect_async(blocked.lf)
     try:
         handle = collector.collect_async(TINY, timeout=timeout)
@@ -486,11 +486,11 @@ class Query:  # a real one would start Polars' threads
 
 held = threading.Event()
 def hold():
-    with timers._TheClock.clock.lock:
+    with timers._timers.lock:
         held.set()
         threading.Event().wait()
 
-timers.set_deadline(3600, Query())
+timers.start_timer(3600, Query())
 if sys.argv[1] == "held":
     threading.Thread(target=hold, daemon=True).start()
     held.wait()
@@ -511,7 +511,7 @@ assert os.waitpid(child, 0)[1] == 0, "the child hung"
 if sys.argv[1] != "held":
     told = threading.Event()
     Query.expire = lambda _: told.set()
-    timers.set_deadline(0.01, Query())
+    timers.start_timer(0.01, Query())
     assert told.wait(10)
 print("over")
 """

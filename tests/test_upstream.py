@@ -477,8 +477,11 @@ WHOLE = {"query": "polars.lazyframe.in_process", "sync": "auto"}
     ("breakage", "stands_in"),
     [
         ("", {}),
-        ("del in_process.InProcessQuery", {"query": "polars_async._runtime.upstream"}),
-        ("sys.modules[in_process.__name__] = None", {"query": "polars_async._runtime.upstream"}),
+        ("del in_process.InProcessQuery", {"query": "polars_async._runtime.upstream.engines"}),
+        (
+            "sys.modules[in_process.__name__] = None",
+            {"query": "polars_async._runtime.upstream.engines"},
+        ),
         ("del engine_config.get_engine_affinity_override", {}),
         ("sys.modules[engine_config.__name__] = None", {}),
         ("del engine._AutoEngine", {"sync": "in-memory"}),
@@ -546,11 +549,11 @@ def ipc_file(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "way", [*upstream._ways_to_map, None], ids=lambda way: str(way and way.__name__)
+    "way", [*upstream.ipc._ways_to_map, None], ids=lambda way: str(way and way.__name__)
 )
 def test_ipc_file_is_mapped_or_else_read(ipc_file, monkeypatch, way):
     file, path, frame = ipc_file
-    monkeypatch.setattr(upstream, "_ways_to_map", () if way is None else (way,))
+    monkeypatch.setattr(upstream.ipc, "_ways_to_map", () if way is None else (way,))
     found = upstream.map_ipc(file, dict(frame.schema))
     assert found.equals(frame)
     assert (path in Path("/proc/self/maps").read_text()) is (way is not None)
@@ -558,7 +561,7 @@ def test_ipc_file_is_mapped_or_else_read(ipc_file, monkeypatch, way):
 
 def test_ipc_file_that_maps_to_another_schema_is_read(ipc_file, monkeypatch):
     file, _, frame = ipc_file
-    monkeypatch.setattr(upstream, "_ways_to_map", (lambda _: pl.DataFrame({"a": ["1"]}),))
+    monkeypatch.setattr(upstream.ipc, "_ways_to_map", (lambda _: pl.DataFrame({"a": ["1"]}),))
     assert upstream.map_ipc(file, dict(frame.schema)).equals(frame)
 
 
@@ -611,7 +614,7 @@ def test_no_data_and_no_text_in_a_plan_look_like_such_a_sink(tmp_path):
 
 @pytest.mark.parametrize("piece", [1, 7, 1000])
 def test_such_a_sink_is_found_wherever_it_begins(tmp_path, monkeypatch, piece):
-    monkeypatch.setattr(upstream, "_PIECE", piece)
+    monkeypatch.setattr(upstream.serialized, "_PIECE", piece)
     data = packed(pl.LazyFrame({"a": [1]}).sink_batches(print, lazy=True), tmp_path / "plan")
     assert upstream.hands_over_here(io.BytesIO(data))
 

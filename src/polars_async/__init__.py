@@ -1,40 +1,40 @@
 """
 Await Polars queries from asyncio, trio and gevent; the engine that ran is never a secret.
 
-The way of a query, from the call to the task that awaits it::
+The path of a query, from the call to the task that awaits it::
 
     api, engine ──> collector ──> resolution ──> gpu          which engine runs it
                         │
                         v
       scheduling: lane ──> admission ──> fair_queue           which query runs, and when
-                   │  a thread of the lane takes it out
+                   │  a worker thread of the lane takes it from the queue
                    v
       executors: threads | gpu_thread | processes | futures   where it runs
                    │  Query.end sets the outcome
                    v
       bridges: mailbox ──> asyncio | trio | gevent | threads  how its waiters are woken
 
-Rooms, from the lowest to the highest; each imports from those before it alone:
+Rooms, from the lowest to the highest; each imports only from those before it:
 
-- ``errors``, ``reasons``: what can go wrong, in words.
-- ``_runtime``: the interpreter, gevent, forks, and all that is private of Polars (``upstream``).
+- ``errors``, ``reasons``: exceptions, and the reasons for a downgrade.
+- ``_runtime``: the interpreter, gevent, forks, and every private API of Polars (``upstream``).
 - ``bridges``: waiters of each kind of loop, and the buffer between a query and a stream.
-- ``gpu``: whether the GPU engine can run, running on it, and what its failures mean.
-- ``resolution``, ``events``: the decision about the engine, and what is reported of a query.
-- ``executors``: the operations of queries, and the places where they run.
+- ``gpu``: whether the GPU engine can run, how it runs a query, and what its failures mean.
+- ``resolution``, ``events``: the decision about the engine, and the events of a query.
+- ``executors``: the operations of queries, and the executors that run them.
 - ``scheduling``: a query's state, the queue, the slots, estimates, and the fallback to the CPU.
-- ``handle``, ``streams``, ``sharing``, ``collector``, ``api``, ``engine``: what users hold.
-- ``testing``, ``pytest_plugin``, ``cli``: a simulated GPU, and the commands.
+- ``handle``, ``streams``, ``sharing``, ``collector``, ``api``, ``engine``: the API for users.
+- ``testing``, ``pytest_plugin``, ``doctor``, ``cli``: a simulated GPU, and the console script.
 
-Threads: a lane has as many as it has slots, at most; each takes queries from the queue and runs
-them, or waits for the worker process that does. One thread serves all time-outs. Loops only submit,
-and are woken.
+Threads: a lane has at most one worker thread for each slot. Such a thread takes queries from the
+queue and runs them, or waits for the worker process that runs them. One thread serves all
+time-outs. The threads of loops only submit queries, and are woken.
 
-Locks: that of an admission (the GPU's lanes share the CPU's) guards the queue, the slots and the
-state of every query in them. Each buffer of a stream, each pool of workers, each worker and each
-call of one has its own; none is held while a query runs, a hook is called or a waiter is woken. A
-thread that holds one of these takes no lock of an admission. Locks are free in forked children
-(``_runtime.fork``).
+Locks: the lock of an admission (a collector's CPU and GPU lanes share one) guards the queue, the
+slots and the state of every query in them. Each buffer of a stream, each pool of workers, each
+worker and each call of a worker has a lock of its own. None of these is held while a query runs, a
+hook is called or a waiter is woken, and a thread that holds one acquires no lock of an admission.
+Locks are free in forked children (``_runtime.fork``).
 """
 
 from typing import TYPE_CHECKING
@@ -101,10 +101,11 @@ if TYPE_CHECKING:
 else:
     from importlib import import_module
 
-    import_module(f"{__name__}._runtime.fork")  # from now on forks are seen, whatever is used later
+    # Forks are noticed from now on, even if nothing else is imported before the first one.
+    import_module(f"{__name__}._runtime.fork")
 
-    # Each is imported when it is first used: pytest imports this package at its start, for the sake
-    # of the plug-in, and Polars takes a while.
+    # Each name is imported when it is first used: pytest imports this package at its start, for its
+    # plug-in, and the import of Polars takes a while.
     _HOMES = {
         "AsyncEngine": "engine",
         "BackgroundQuery": "handle",

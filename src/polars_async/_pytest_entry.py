@@ -1,4 +1,4 @@
-"""What pytest loads where polars-async is installed: an old one must not fail at its start."""
+"""The module that pytest loads where polars-async is installed; an old pytest must not fail."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ _OLDEST = 8
 
 if int(getattr(pytest, "version_tuple", (0,))[0]) >= _OLDEST:
     from polars_async import pytest_plugin as plugin
-else:  # which has neither the stashes nor the wrappers that the plug-in is made of
+else:  # an older pytest lacks the stashes and the hook wrappers that the plug-in uses
     plugin = sys.modules[__name__]
 
 __all__ = ["plugin"]

@@ -1,70 +1,52 @@
-"""The console script of polars-async."""
+"""The console script of polars-async: its commands, and the text of their reports."""
 
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
 import json
 import os
-import platform
 import shutil
 import sys
 import textwrap
-import warnings
-from dataclasses import asdict
 from functools import partial
-from typing import TYPE_CHECKING, Any, Final, TypeAlias, TypeVar, get_args
+from typing import TYPE_CHECKING, Final
 
-import polars as pl
-
-from polars_async import resolution
-from polars_async.errors import describe
-from polars_async.gpu import gpu_status
-from polars_async.gpu.breaker import COOLDOWN, FAILURES, breaker, breaker_of
-from polars_async.gpu.cudf import find_cudf_polars
-from polars_async.gpu.status import GpuStatus
-from polars_async.gpu.visible import DEVICE_ORDER, VISIBLE_DEVICES
+from polars_async.doctor import DISTRIBUTION, diagnose, installed_version
 from polars_async.resolution import AFFINITY_VARIABLE, GPU_POLICY_VARIABLE
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Iterator, Sequence
 
-    from polars_async.gpu.breaker import Breaker
+    from polars_async.doctor import Report
 
-    Report: TypeAlias = dict[str, Any]
-
-_T = TypeVar("_T")
-
-_NAME: Final = "polars-async"
 _INDENT: Final = 16
-_POLICIES: Final = get_args(resolution.GpuPolicy)
 _SUPPORT: Final = {
     True: "can be asked which queries the GPU engine could run, with or without a GPU",
     False: "answers unknown, for cudf-polars cannot be asked: see its line above",
     None: "unknown",
 }
-# What is there to be copied, such as a UUID, is never broken.
+# Without line breaks in words: a UUID, for one, is there to be copied.
 _fill: Final = partial(textwrap.fill, break_long_words=False, break_on_hyphens=False)
 _DOCTOR: Final = """\
-Tell which engine would run a query on each path, and why, and whether the GPU
+Report which engine would run a query on each path, and why, and whether the GPU
 engine could run here. The driver is asked; cudf-polars and CUDA are not loaded.
-What a program sets itself, with engine=, a Collector or
-pl.Config.set_engine_affinity, is not seen from here.
+Settings that a program makes itself, with engine=, a Collector or
+pl.Config.set_engine_affinity, are not seen from here.
 """
 _DETAILS: Final = f"""\
 exit status:
-  0  What the environment asks for can be had, or it asks for nothing: a missing
-     GPU is then no fault. Nor is a GPU that {GPU_POLICY_VARIABLE}=downgrade keeps
+  0  The environment asks for an engine that can run, or for none: a missing GPU
+     is then no problem. Nor is {GPU_POLICY_VARIABLE}=downgrade, which keeps the GPU
      off the async, background and batches paths; the report says so.
-  2  It cannot: {AFFINITY_VARIABLE} or {GPU_POLICY_VARIABLE} is not valid;
+  2  {AFFINITY_VARIABLE} or {GPU_POLICY_VARIABLE} is not valid;
      or no GPU is usable, and {AFFINITY_VARIABLE}=gpu asks for one, under
      any policy, or {GPU_POLICY_VARIABLE}=require does, with which every query
      that asks for one fails. Wrong arguments are 2, too.
 
 --json writes one object; what is unknown or absent is null:
   versions     python, polars_async, polars, cudf_polars
-  cudf_polars  installed, reason (null where nothing speaks against it),
-               message, gpu_support (whether it can be asked what it supports)
+  cudf_polars  installed, reason (null where nothing rules it out),
+               message, gpu_support (whether gpu_support can ask it)
   affinity, gpu_policy: each value, source (environment or default), valid
   paths        sync, async, background, batches: each engine, downgraded,
                reason, message; where the query would fail, error alone
@@ -82,13 +64,13 @@ exit status:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the console script, with the command line's arguments for None; give its exit status."""
-    parser = argparse.ArgumentParser(prog=_NAME, description="Look at what would run here.")
-    version = f"{_NAME} {_version() or 'of unknown version'}"
+    """Run the console script; return its exit status. None for the command line's arguments."""
+    parser = argparse.ArgumentParser(prog=DISTRIBUTION, description="Look at what would run here.")
+    version = f"{DISTRIBUTION} {installed_version() or 'of unknown version'}"
     parser.add_argument("--version", action="version", version=version)
     doctor = parser.add_subparsers(title="commands", dest="command").add_parser(
         "doctor",
-        help="tell what would run here, and why",
+        help="report which engine would run here, and why",
         description=_DOCTOR,
         epilog=_DETAILS,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -97,14 +79,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         given = parser.parse_args(arguments)
     except SystemExit:
-        _write("")  # what argparse has written may still be on its way
+        _write("")  # flushes what argparse has written
         raise
-    if given.command is None:  # with the status of argparse where an argument is missing
+    if given.command is None:  # with argparse's status for a missing argument
         parser.print_help(sys.stderr)
         return 2
-    report = _diagnose()
+    report = diagnose()
     width = max(60, min(shutil.get_terminal_size().columns, 100))
-    text = json.dumps(report, indent=2) if given.json else "\n".join(_told(report, width))
+    text = json.dumps(report, indent=2) if given.json else "\n".join(_render(report, width))
     _write(f"{text}\n")
     return int(report["exit_status"])
 
@@ -118,129 +100,21 @@ def _write(text: str) -> None:
         sys.stdout.write(text.encode(encoding, "backslashreplace").decode(encoding))
         sys.stdout.flush()
     except BrokenPipeError:
-        # Or the interpreter would try again when it ends, and complain.
+        # Else the interpreter would flush again at its exit, and print an error.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def _diagnose() -> Report:
-    """Find out all that doctor tells; what cannot be found out is told, too."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # such as that of the deprecated distribution pynvml
-        gpu = _gpu()
-        report: Report = {
-            "versions": {
-                "python": platform.python_version(),
-                "polars_async": _version(),
-                "polars": pl.__version__,
-                "cudf_polars": gpu["cudf_polars_version"],
-            },
-            "cudf_polars": _cudf(),
-            "affinity": _setting(AFFINITY_VARIABLE, "auto", resolution.engine_object),
-            "gpu_policy": _setting(GPU_POLICY_VARIABLE, "downgrade", _POLICIES.index),
-            "paths": {path: _path(path) for path in get_args(resolution.QueryPath)},
-            "gpu": gpu,
-        }
-    problems = _problems(report)
-    return {**report, "problems": problems, "exit_status": 2 if problems else 0}
-
-
-def _problems(report: Report) -> list[str]:
-    """Tell what the environment asks for and cannot have, each with its remedy."""
-    affinity, policy, gpu = report["affinity"], report["gpu_policy"], report["gpu"]
-    found = [
-        f"{variable}={setting['value']!r} is not valid: unset it or set it to one of "
-        + ", ".join(map(repr, values))
-        for variable, setting, values in (
-            (AFFINITY_VARIABLE, affinity, resolution.ENGINE_NAMES),
-            (GPU_POLICY_VARIABLE, policy, _POLICIES),
-        )
-        if not setting["valid"]
-    ]
-    if not gpu["usable"]:
-        if affinity["value"] == "gpu":
-            found.append(f"{AFFINITY_VARIABLE}=gpu asks for a GPU, but {gpu['message']}")
-        elif policy["value"] == "require":
-            found.append(f"{GPU_POLICY_VARIABLE}=require asks for a GPU, but {gpu['message']}")
-    # Where a path fails, it is for one of these; if not, that is a problem of its own.
-    errors = [each["error"] for each in report["paths"].values() if "error" in each]
-    return found or list(dict.fromkeys(errors))
-
-
-def _tried(ask: Callable[[], _T]) -> _T | str:
-    try:
-        return ask()
-    except Exception as error:  # noqa: BLE001  # whatever is wrong here is what doctor is for
-        return describe(error)
-
-
-def _version() -> str | None:
-    try:
-        return importlib.metadata.version(_NAME)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
-def _cudf() -> Report:
-    found = _tried(find_cudf_polars)
-    if isinstance(found, str):
-        message = f"looking for it failed ({found})"
-        return {"installed": None, "reason": None, "message": message, "gpu_support": None}
-    reason, message = None, f"{found}, compatible" if found.installed else "not installed"
-    if found.fault is not None:
-        reason, message = found.fault.reason, found.fault.message
-    answers = found.installed and found.fault is None
-    told = {"installed": found.installed, "reason": reason, "message": message}
-    return {**told, "gpu_support": answers}
-
-
-def _setting(variable: str, default: str, check: Callable[[Any], object]) -> Report:
-    value = os.environ.get(variable)
-    if value is None:
-        return {"value": default, "source": "default", "valid": True}
-    valid = not isinstance(_tried(partial(check, value)), str)
-    return {"value": value, "source": "environment", "valid": valid}
-
-
-def _path(path: resolution.QueryPath) -> Report:
-    found = _tried(partial(resolution.resolve_engine, path=path))
-    if isinstance(found, str):
-        return {"error": found}
-    shown = {"engine": found.name, "downgraded": found.downgraded}
-    return {**shown, "reason": found.reason, "message": found.message}
-
-
-def _gpu() -> Report:
-    status = _tried(gpu_status)
-    if isinstance(status, str):
-        status = GpuStatus(usable=False, message=f"asking about it failed ({status})")
-    variables = {name: os.environ.get(name) for name in (VISIBLE_DEVICES, DEVICE_ORDER)}
-    devices = [{**asdict(each), "breaker": _breaker(breaker_of(each))} for each in status.devices]
-    found = {**asdict(status), "devices": devices, "environment": variables}
-    return {**found, "breaker": _breaker(breaker)}
-
-
-def _breaker(of: Breaker) -> Report:
-    seconds = of.seconds_left()
-    message = (
-        f"closed: after {FAILURES} failures in a row, a process leaves the GPU alone for a while, "
-        f"{COOLDOWN:g} s at first"
-    )
-    if (cooldown := of.cooldown()) is not None:
-        message = f"open: the GPU rests for {seconds:.0f} s more. Last time, {cooldown.failure}"
-    return {"failures": of.health.failures, "cooldown_seconds": seconds, "message": message}
-
-
-def _told(report: Report, width: int) -> Iterator[str]:
+def _render(report: Report, width: int) -> Iterator[str]:
     entry = partial(_entry, width)
     versions, gpu = report["versions"], report["gpu"]
     yield "Versions"
     yield entry("Python", versions["python"])
-    yield entry(_NAME, versions["polars_async"] or "unknown (not installed)")
+    yield entry(DISTRIBUTION, versions["polars_async"] or "unknown (not installed)")
     yield entry("Polars", versions["polars"])
     yield entry("cudf-polars", report["cudf_polars"]["message"])
     yield "\nAsked for"
-    yield entry("engine", _asked(report["affinity"], AFFINITY_VARIABLE))
-    yield entry("GPU policy", _asked(report["gpu_policy"], GPU_POLICY_VARIABLE))
+    yield entry("engine", _describe_setting(report["affinity"], AFFINITY_VARIABLE))
+    yield entry("GPU policy", _describe_setting(report["gpu_policy"], GPU_POLICY_VARIABLE))
     yield "  (What a program sets itself, as with pl.Config, is not seen from here.)"
     yield "\nWhat would run"
     for path, each in report["paths"].items():
@@ -257,11 +131,11 @@ def _told(report: Report, width: int) -> Iterator[str]:
         if value is not None:
             yield entry("environment", f"{variable}={value!r}")
     for device in gpu["devices"]:
-        yield entry(f"GPU {device['index']}", *_about(device))
-    yield from _concluded(report, width)
+        yield entry(f"GPU {device['index']}", *_describe_device(device))
+    yield from _render_conclusion(report, width)
 
 
-def _concluded(report: Report, width: int) -> Iterator[str]:
+def _render_conclusion(report: Report, width: int) -> Iterator[str]:
     problems = report["problems"]
     plural = "" if len(problems) == 1 else "s"
     yield f"\n{len(problems)} problem{plural}:" if problems else "\nNothing to mend."
@@ -273,18 +147,18 @@ def _concluded(report: Report, width: int) -> Iterator[str]:
 
 
 def _entry(width: int, label: str, *paragraphs: str) -> str:
-    """Write a label, and beside it what belongs to it."""
+    """Return a label with paragraphs beside it."""
     body = "\n".join(_fill(each, width - _INDENT) for each in paragraphs)
     return f"  {label}".ljust(_INDENT) + textwrap.indent(body, " " * _INDENT)[_INDENT:]
 
 
-def _asked(setting: Report, variable: str) -> str:
+def _describe_setting(setting: Report, variable: str) -> str:
     if setting["source"] == "default":
         return f"{setting['value']} ({variable} is not set)"
     return f"{variable}={setting['value']!r}{'' if setting['valid'] else ', which is not valid'}"
 
 
-def _about(device: Report) -> Iterator[str]:
+def _describe_device(device: Report) -> Iterator[str]:
     is_usable, is_selected = ("" if device[key] else "not " for key in ("usable", "selected"))
     yield f"{device['name'] or 'name unknown'}: {is_usable}usable, {is_selected}selected"
     yield device["uuid"] or "uuid unknown"

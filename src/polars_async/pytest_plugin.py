@@ -1,17 +1,17 @@
 """
-The plug-in for pytest: what a program does with a GPU, and without, tested on any machine.
+The plug-in for pytest: tests what a program does with a GPU, and without one, on any machine.
 
-pytest 8 or newer finds it where polars-async is installed; where plug-ins are not looked for,
-``-p polars_async.pytest_plugin`` brings it. For an older pytest there is none. It imports Polars
+pytest 8 or newer finds it where polars-async is installed; where pytest loads no plug-ins by
+itself, ``-p polars_async.pytest_plugin`` loads it. An older pytest does without. It imports Polars
 when that is first needed.
 
 Fixtures
 --------
 gpu_host
-    For this test the host has a GPU, which the CPU plays: `polars_async.testing.SimulatedGpu`.
+    For this test the host has a GPU, simulated on the CPU: `polars_async.testing.SimulatedGpu`.
 no_gpu_host
-    For this test the host has no GPU, no driver and no cudf-polars, whatever it really has. It goes
-    before the marker below, where a class or a module has that.
+    For this test the host has no GPU, no driver and no cudf-polars, whatever it really has. It
+    overrides the marker below on a class or a module.
 engine_log
     An `EngineLog`: which engine ran each query of this test, and why.
 
@@ -19,26 +19,26 @@ Markers
 -------
 ``@pytest.mark.gpu_host(count=2, fail="oom")``
     As the fixture, also for a test that does not name it. It takes the arguments of
-    `polars_async.testing.simulate_gpu`, and is in force before any fixture of the test is set up.
+    `polars_async.testing.simulate_gpu`, and takes effect before the test's fixtures are set up.
 ``@pytest.mark.allow_downgrade``
-    Spares a test what ``--polars-no-downgrade`` does.
+    Exempts a test from ``--polars-no-downgrade``.
 
 Options, each with a setting for the configuration file
 -------------------------------------------------------
 ``--polars-gpu-host=none``, ``--polars-gpu-host=COUNT``, ``polars_gpu_host = "none"``
     The whole run, from the collection of the tests on, is as if on a host without a GPU, or with so
-    many. Fixtures and markers of a test go before it; ``-o polars_gpu_host=`` undoes the setting.
+    many. Fixtures and markers of a test override it; ``-o polars_gpu_host=`` undoes the setting.
 ``--polars-no-downgrade``, ``polars_no_downgrade = true``
-    A test fails where a query of it does not run on the engine that was asked for, even if it
-    passes otherwise. What it asserts of its `engine_log` it may expect, and if it has a `gpu_host`
-    or `no_gpu_host` of its own, what that host does to its queries: then it fails only for what is
-    the program's own doing, such as GPU execution switched off on the async path.
+    A test fails if one of its queries does not run on the engine that was asked for, even if it
+    passes otherwise. Queries for which it has made an assertion with its `engine_log` are exempt.
+    In a test with a `gpu_host` or `no_gpu_host` of its own, so are downgrades by that host: it
+    fails only for those by the program, such as GPU execution switched off on the async path.
 
-An `EngineDowngradeWarning` is raised as ever: a suite that makes warnings errors has its queries
-raise it where they would be downgraded, before they run.
+An `EngineDowngradeWarning` is issued as always: in a suite that turns warnings into errors, it is
+raised before the query runs.
 
-Queries count that go through polars_async, an `AsyncEngine` included; those handed to another
-engine of Polars are not seen. A query counts for the test during which it ends: wait for each.
+Queries that go through polars_async count, an `AsyncEngine` included; those of other engines of
+Polars are not seen. A query counts for the test during which it ends: wait for each.
 """
 
 from __future__ import annotations
@@ -70,9 +70,9 @@ _OF_THE_PROGRAM: Final = (
 
 class EngineLog(Sequence["Resolution"]):
     """
-    Which engine ran each query of a test: their resolutions, in the order in which they ended.
+    The resolutions of a test's queries, in the order in which the queries ended.
 
-    A query is in it once it was awaited, or waited for.
+    A query is in it once a task or a thread has waited for its end.
     """
 
     def __init__(self) -> None:
@@ -101,15 +101,15 @@ class EngineLog(Sequence["Resolution"]):
         engine
             The name of an engine, such as ``"in-memory"`` or ``"gpu"``.
         because
-            The `Reason`, or its text, for which it ran there and not where it was asked for; None
-            for any reason, and for none.
+            The `Reason`, or its text, for which another engine ran than was asked for; None for any
+            reason, or none.
 
         Raises
         ------
         AssertionError
-            It did not; the text lists what ran instead, and why.
+            A query did not; the text lists each such query with its engine and the reason.
         ValueError
-            `because` is no reason.
+            `because` is no `Reason`.
         """
         __tracebackhide__ = True
         if because is not None and because not in tuple(Reason):
@@ -119,7 +119,7 @@ class EngineLog(Sequence["Resolution"]):
             )
         ran = tuple(self)
         wrong = [
-            f"\n  query {number} {_told(each)}"
+            f"\n  query {number} {_describe(each)}"
             for number, each in enumerate(ran, 1)
             if each.name != engine or because not in (None, each.reason)
         ]
@@ -128,7 +128,7 @@ class EngineLog(Sequence["Resolution"]):
             expected += f" because of {str(because)!r}"
         if not ran:
             raise AssertionError(
-                f"{expected}, but none has run: those count that go through polars_async, once "
+                f"{expected}, but none has run: queries count that go through polars_async, once "
                 "they were waited for"
             )
         if wrong:
@@ -141,17 +141,17 @@ class EngineLog(Sequence["Resolution"]):
         self._resolutions.append(resolution)
 
     def unexpected(self) -> list[Resolution]:
-        """Give the queries that ran where nobody wanted them, nor has asserted it since."""
+        """Return the queries that ran on another engine than requested, and were not asserted."""
         return [each for each in self[self._expected :] if each.reason is not None]
 
 
-def _told(resolution: Resolution) -> str:
+def _describe(resolution: Resolution) -> str:
     reason = "" if resolution.reason is None else f" ({resolution.reason})"
     return f"ran on {resolution.name!r}{reason}: {resolution.message}"
 
 
 class _Test:
-    """What a test has of this plug-in, until its teardown is over."""
+    """The state of this plug-in for one test, until the end of its teardown."""
 
     def __init__(self) -> None:
         self.stack = ExitStack()
@@ -176,7 +176,7 @@ class _Test:
         return gpu
 
     def check(self) -> None:
-        """Fail for a query that did not run where it was to, and is not expected to."""
+        """Fail the test for queries that were downgraded, and are not exempt."""
         if self.log is None or self.forbidden_by is None:
             return
         downgrades = [
@@ -187,11 +187,11 @@ class _Test:
         if not downgrades:
             return
         first, number = downgrades[0], len(downgrades)
-        lines = "".join(f"\n  one {_told(each)}" for each in downgrades)
+        lines = "".join(f"\n  one {_describe(each)}" for each in downgrades)
         pytest.fail(
             f"{number} {'query' if number == 1 else 'queries'} of this test did not run on the "
             f"engine that was asked for, which {self.forbidden_by} forbids:{lines}\n"
-            f"If that is right, assert it with engine_log.assert_ran_on({first.name!r}, "
+            f"If that is intended, assert it with engine_log.assert_ran_on({first.name!r}, "
             f"because={str(first.reason)!r}), or mark the test with @pytest.mark.allow_downgrade",
             pytrace=False,
         )
@@ -200,7 +200,7 @@ class _Test:
 _TEST: Final = pytest.StashKey[_Test]()
 
 
-def _of(item: pytest.Item) -> _Test:
+def _test_of(item: pytest.Item) -> _Test:
     return item.stash.setdefault(_TEST, _Test())
 
 
@@ -213,7 +213,7 @@ def _simulate(stack: ExitStack, *arguments: Any, **options: Any) -> SimulatedGpu
 @pytest.fixture
 def gpu_host(request: pytest.FixtureRequest) -> SimulatedGpu:
     """Have a GPU for this test, with the arguments of ``@pytest.mark.gpu_host``."""
-    test = _of(request.node)
+    test = _test_of(request.node)
     if test.gpu is None:
         test.gpu = test.simulate()
     return test.gpu
@@ -224,13 +224,13 @@ def no_gpu_host(request: pytest.FixtureRequest) -> None:
     """Have no GPU for this test, no driver and no cudf-polars."""
     if "gpu_host" in request.fixturenames:
         pytest.fail("a test has the fixture gpu_host or no_gpu_host, not both", pytrace=False)
-    _of(request.node).simulate(**_NO_GPU)
+    _test_of(request.node).simulate(**_NO_GPU)
 
 
 @pytest.fixture
 def engine_log(request: pytest.FixtureRequest) -> EngineLog:
-    """Tell which engine ran each query of this test, and why."""
-    return _of(request.node).watch()
+    """Return the log of the engines that ran the queries of this test."""
+    return _test_of(request.node).watch()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -256,7 +256,7 @@ def pytest_configure(config: pytest.Config) -> None:
         "makes it of these arguments",
     )
     config.addinivalue_line(
-        "markers", "allow_downgrade: spare this test what --polars-no-downgrade does"
+        "markers", "allow_downgrade: exempt this test from --polars-no-downgrade"
     )
     option, host = "--polars-gpu-host", config.getoption("polars_gpu_host")
     if host is None:
@@ -271,10 +271,10 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    # Before any fixture of the test, so that they have that host and that log, too.
+    # Before any fixture of the test is set up, so that fixtures have that host and that log, too.
     mark = item.get_closest_marker("gpu_host")
     if mark is not None:
-        test = _of(item)
+        test = _test_of(item)
         try:
             test.gpu = test.simulate(*mark.args, **mark.kwargs)
         except (TypeError, ValueError) as error:
@@ -282,13 +282,13 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
             raise pytest.fail.Exception(text, pytrace=False) from None
     forbidden_by = _forbidding_downgrades(item)
     if forbidden_by is not None or "engine_log" in getattr(item, "fixturenames", ()):
-        test = _of(item)
+        test = _test_of(item)
         test.forbidden_by = forbidden_by
         test.watch()
 
 
 def _forbidding_downgrades(item: pytest.Item) -> str | None:
-    """Give the name of what forbids the downgrades of a test; None if nothing does."""
+    """Return the name of the option or setting that forbids downgrades in a test, or None."""
     if item.get_closest_marker("allow_downgrade") is not None:
         return None
     if item.config.getoption("polars_no_downgrade"):
@@ -306,7 +306,7 @@ def pytest_runtest_call(item: pytest.Item) -> Generator[None, object, object]:
     return result
 
 
-@pytest.hookimpl(wrapper=True, tryfirst=True)  # so that all fixtures are torn down by then
+@pytest.hookimpl(wrapper=True, tryfirst=True)  # outermost: fixtures are torn down within the yield
 def pytest_runtest_teardown(item: pytest.Item) -> Generator[None, object, object]:
     test = item.stash.get(_TEST, None)
     if test is None:

@@ -1,4 +1,4 @@
-"""Why a query does not run on the engine that was asked for."""
+"""The reasons why a query does not run on the engine that was asked for."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 
 class Reason(enum.StrEnum):
-    """What explains a `Resolution`, a `GpuStatus` or a `GpuSupport`; each is its own name."""
+    """Why a `Resolution`, a `GpuStatus` or a `GpuSupport` is not a yes; its value is its name."""
 
     ASYNC_PATH = "async_path"
     """GPU execution is switched off on the async path, as Polars documents."""
@@ -19,9 +19,9 @@ class Reason(enum.StrEnum):
     """POLARS_ENGINE_AFFINITY names no engine."""
 
     NO_LIBRARY = "no_library"
-    """A library of the NVIDIA driver, or the Python package that asks it, was not found."""
+    """A library of the NVIDIA driver, or the Python package that calls it, was not found."""
     NO_DRIVER = "no_driver"
-    """The driver's library is there, and its kernel module is not loaded."""
+    """The driver's library is installed, and its kernel module is not loaded."""
     NO_PERMISSION = "no_permission"
     """This process may not ask the driver, or not about the GPU that it would use."""
     DRIVER_MISMATCH = "driver_mismatch"
@@ -34,14 +34,14 @@ class Reason(enum.StrEnum):
     """The driver runs, and lists no GPU."""
 
     DEVICES_HIDDEN = "devices_hidden"
-    """CUDA_VISIBLE_DEVICES hides every GPU, or the one that the reason belongs to."""
+    """CUDA_VISIBLE_DEVICES hides every GPU, or the GPU that has this reason."""
     INVALID_VISIBLE_DEVICES = "invalid_visible_devices"
-    """The first entry of CUDA_VISIBLE_DEVICES names no GPU in a way that cudf-polars can take."""
+    """The first entry of CUDA_VISIBLE_DEVICES names no GPU in a way that cudf-polars accepts."""
     AMBIGUOUS_DEVICE_ORDER = "ambiguous_device_order"
-    """CUDA and NVML number the GPUs differently: CUDA would take one that is ruled out, or it is
-    not known which one a number means."""
+    """CUDA and NVML number the GPUs differently: CUDA would use one that is ruled out, or it is
+    unknown which GPU a number means."""
     UNKNOWN_DEVICE = "unknown_device"
-    """The number that ``pl.GPUEngine(device=...)`` asks for is that of no visible GPU."""
+    """No visible GPU has the number in ``pl.GPUEngine(device=...)``."""
     COMPUTE_CAPABILITY = "compute_capability"
     """The GPU's compute capability is too low for the installed cudf-polars."""
     COMPUTE_PROHIBITED = "compute_prohibited"
@@ -63,7 +63,7 @@ class Reason(enum.StrEnum):
     TRANSLATION_FAILED = "translation_failed"
     """The GPU engine failed to translate the query, or its private translator is gone."""
     GPU_NEEDED = "gpu_needed"
-    """cudf-polars has to ask the GPU whether it supports the query, and fails."""
+    """cudf-polars has to ask the GPU whether it supports the query, and cannot."""
     OUT_OF_MEMORY = "out_of_gpu_memory"
     """The memory of the GPU did not suffice for the query."""
     CUDA_ERROR = "cuda_error"
@@ -71,11 +71,11 @@ class Reason(enum.StrEnum):
     GPU_FAILED = "gpu_failed"
     """The GPU engine failed in another way while the query ran."""
     GPU_COOLDOWN = "gpu_cooldown"
-    """The GPU has failed several times in a row, and is left alone for a while."""
+    """The GPU has failed several times in a row, and no query tries it until its cooldown ends."""
 
 
 class Diagnosis(NamedTuple):
-    """What rules a GPU out: the reason, what was needed and found, and what to do about it."""
+    """What rules a GPU out: the reason, its cause in words, and the remedy."""
 
     reason: Reason
     cause: str
@@ -83,5 +83,5 @@ class Diagnosis(NamedTuple):
 
     @property
     def message(self) -> str:
-        """One sentence, to stand alone or after ``the GPU engine was asked for, but``."""
+        """Cause and remedy in one sentence; it can follow ``the GPU engine was asked for, but``."""
         return f"{self.cause}: {self.remedy}"

@@ -1,4 +1,4 @@
-"""Which engine runs a query, asked for by whom, and why: the decision table."""
+"""Which engine runs a query, who requested it, and why: the decision table."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from polars_async._runtime.callers import level_of_caller
 from polars_async.errors import EngineDowngradeWarning, EngineUnavailableError
 from polars_async.gpu import gpu_status
 from polars_async.gpu.breaker import breaker, cooldown_of
-from polars_async.gpu.devices import candidates, device_fault
+from polars_async.gpu.devices import candidates, diagnose_named_device
 from polars_async.reasons import Reason
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Iterable
 
     from polars_async.gpu.status import GpuStatus
 
@@ -34,15 +34,9 @@ AFFINITY_VARIABLE: Final = "POLARS_ENGINE_AFFINITY"
 GPU_POLICY_VARIABLE: Final = "POLARS_ASYNC_GPU"
 _WARN_UNSTABLE: Final = "POLARS_WARN_UNSTABLE"
 
-_AFFINITY_KEY: Final = os.fsencode(AFFINITY_VARIABLE)
-_environ: Final = os.environ
-# Where os.environ looks each key up, encoded; an internal that need not be there.
-_variables: Final[Mapping[bytes, bytes] | None] = (
-    getattr(os.environ, "_data", None) if os.name == "posix" else None
-)
 
 _LONGEST_CHAIN: Final = 100
-"""So many engines may ask for each other; more are a circle, which would have no end."""
+"""The most engines that may stand for one another in a row; more are a circle without an end."""
 
 IN_MEMORY: Final = pl.InMemoryEngine()
 _ENGINES: Final[dict[str, pl.Engine]] = {
@@ -51,7 +45,7 @@ _ENGINES: Final[dict[str, pl.Engine]] = {
     "cpu": IN_MEMORY,  # an alias that Polars itself still takes
     "streaming": pl.StreamingEngine(),
 }
-ASKERS: Final[dict[EngineSource, str]] = {
+SOURCE_NAMES: Final[dict[EngineSource, str]] = {
     "argument": "the engine argument",
     "config": "Config.set_engine_affinity",
     "environment": AFFINITY_VARIABLE,
@@ -74,10 +68,9 @@ class Resolution:
     Attributes
     ----------
     requested
-        What was asked for: the name of an engine or a ``pl.Engine`` object; ``"auto"`` where
-        nobody asked for anything.
+        The engine that was asked for: a name or a ``pl.Engine`` object; ``"auto"`` where none was.
     source
-        Who asked: ``"argument"``, ``"config"`` (an engine object set with
+        Where it was asked for: ``"argument"``, ``"config"`` (an engine object set with
         ``pl.Config.set_engine_affinity``), ``"environment"`` (``POLARS_ENGINE_AFFINITY``, which is
         also where a *name* set with ``Config`` lives) or ``"default"``.
     engine
@@ -88,16 +81,16 @@ class Resolution:
     downgraded
         Whether the GPU engine was asked for, and the path or the host ruled it out.
     reason
-        Why it is not what was asked for; None if it is.
+        Why another engine runs than was asked for; None if it is that one.
     message
         The same in one sentence that a person can act on.
     gpu
-        What is known of the GPU; None when nobody asked for one.
+        The status of the GPU; None where the GPU engine was not asked for.
     fell_back
-        Whether the GPU engine tried the query and failed, or rests since it kept failing, so that
-        the in-memory engine runs it, or for several frames those that failed.
+        Whether the GPU engine failed at the query, or is in a cooldown since it kept failing, so
+        that the in-memory engine runs the query: of several frames, those that failed.
     cause
-        What the GPU engine raised then; None where the query did not fall back.
+        The error that the GPU engine raised; None where the query did not fall back.
     """
 
     requested: EngineRequest
@@ -113,20 +106,20 @@ class Resolution:
 
 
 class DeferringEngine(pl.Engine):
-    """An engine that carries a request of its own, or none, and is never itself what runs."""
+    """An engine that stands for the request of another one, and never runs a query itself."""
 
     variable: str | None = None
-    """What the variable of the affinity said when this engine became the affinity instead."""
+    """The value of the affinity variable when this engine became the affinity in its place."""
 
     @property
     @abstractmethod
     def asks_for(self) -> EngineRequest:
-        """What is asked for by asking for this engine; ``"auto"`` where that is nothing."""
+        """The request for which this engine stands; ``"auto"`` if it requests no engine."""
 
-    @property  # type: ignore[misc]  # which nobody sets
+    @property  # type: ignore[misc]  # it cannot be set, unlike that of `object`
     def __class__(self) -> type:  # pyright: ignore[reportIncompatibleMethodOverride]  # as above
-        # Polars tells no engine that it becomes the affinity. But it asks whether this is an engine
-        # before it removes the variable, for which this engine has to stand in from then on.
+        # Polars does not notify an engine that becomes the affinity. But it calls isinstance, and
+        # only then removes the variable: here is the last chance to read what was requested there.
         if upstream.sets_affinity():
             self.variable = _affinity_name(upstream.affinity_override())
         return type(self)
@@ -142,11 +135,12 @@ def resolve_engine(
     """
     Decide which engine runs a query, without running one.
 
-    It asks, in this order: `engine` itself, the engine object set with
+    The first of these that names an engine decides: `engine` itself, the engine object set with
     ``pl.Config.set_engine_affinity``, the variable ``POLARS_ENGINE_AFFINITY`` as it is now, and
-    `default_engine`. A GPU engine then has to pass the GPU rule of `path` and `gpu`. What this
-    function returns in silence, the functions that run queries also warn of. It knows of no
-    collector, nor of `configure`: `Collector.resolve_engine` asks one, after `engine`.
+    `default_engine`. A GPU engine then has to pass the GPU rule of `path` and `gpu`. Functions that
+    run queries warn of a downgrade; this one does not. It knows of no collector, nor of
+    `configure`: `Collector.resolve_engine` takes the engine of its collector into account, after
+    `engine`.
 
     Parameters
     ----------
@@ -154,14 +148,15 @@ def resolve_engine(
         ``"auto"``, ``"in-memory"``, ``"streaming"``, ``"gpu"`` or a ``pl.Engine`` object. An
         `AsyncEngine`, here or as affinity, asks for the engine of its collector, if that has one.
     path
-        How the query is asked for: ``"sync"``, ``"async"``, ``"background"`` or ``"batches"``.
+        How the query is submitted: ``"sync"``, ``"async"``, ``"background"`` or ``"batches"``.
     gpu
         ``"downgrade"``: no GPU on any path but ``"sync"``, as Polars documents. ``"offload"``: the
         synchronous GPU engine on a thread of the collector. ``"require"``: the same, but an
-        unusable GPU is an error. None takes ``POLARS_ASYNC_GPU``, else ``"downgrade"``.
+        unusable GPU is an error. None for ``POLARS_ASYNC_GPU``, or ``"downgrade"`` if that is not
+        set.
     default_engine
-        What runs on the async and background paths where nothing was asked for. On the other two
-        the choice is then left to Polars, as it is without this library.
+        The engine on the async and background paths where none was asked for. On the other two
+        Polars then chooses, as it does without this library.
 
     Returns
     -------
@@ -171,7 +166,7 @@ def resolve_engine(
     ------
     ValueError
         `engine`, `path` or `gpu` is none of the values listed here; or the GPU engine is asked for
-        and ``POLARS_ASYNC_GPU`` is none; or an `AsyncEngine` asks for itself.
+        and ``POLARS_ASYNC_GPU`` is not valid; or an `AsyncEngine` asks for itself.
     EngineUnavailableError
         The GPU engine cannot run and the CPU was forbidden, by ``gpu="require"`` or by
         ``pl.GPUEngine(raise_on_fail=True)``.
@@ -196,44 +191,44 @@ def decide(
     optimizations: pl.QueryOptFlags | None = None,
 ) -> Resolution:
     """
-    Do what `resolve_engine` does.
+    Do what `resolve_engine` does, for queries that may run outside of this process.
 
-    With `gpu_elsewhere`, whatever the GPU of this host is; with `gpu_in_workers`, for queries that
-    run in worker processes, of which each GPU has its own.
+    With `gpu_elsewhere` they run on other hosts, and the GPU of this one does not matter. With
+    `gpu_in_workers` they run in worker processes, one for each GPU.
     """
     if path not in _PATHS:
         raise ValueError(f"path must be one of {_listed(_PATHS)}, got {path!r}")
     if gpu is not None:
         _checked_policy("gpu", gpu)
-    asked = _who_asks(engine, path, default_engine)
-    # By name where that tells: to ask an abstract class takes longer than all the rest.
-    if asked.name in _ENGINES or not (
-        asked.name == "gpu" or isinstance(asked.engine, pl.GPUEngine)
+    requested = _find_request(engine, path, default_engine)
+    # By name where that suffices: isinstance with an abstract class takes longer than all the rest.
+    if requested.name in _ENGINES or not (
+        requested.name == "gpu" or isinstance(requested.engine, pl.GPUEngine)
     ):
-        return asked
+        return requested
     if optimizations is not None and upstream.is_eager(optimizations):
-        return _left_to_cpu(asked)
+        return _left_to_cpu(requested)
     if gpu_elsewhere and path != "sync" and gpu_policy(gpu) != "downgrade":
-        return asked
+        return requested
     in_workers = (
-        gpu_in_workers and path != "sync" and type(asked.engine) in upstream.BUILT_IN_ENGINES
+        gpu_in_workers and path != "sync" and type(requested.engine) in upstream.BUILT_IN_ENGINES
     )
-    return _gpu_rule(asked, path, gpu, in_workers=in_workers)
+    return _gpu_rule(requested, path, gpu, in_workers=in_workers)
 
 
-def _who_asks(engine: EngineRequest, path: QueryPath, default: EngineRequest) -> Resolution:
-    """Find the engine that is asked for, and by whom, before the GPU rule."""
+def _find_request(engine: EngineRequest, path: QueryPath, default: EngineRequest) -> Resolution:
+    """Return the engine that is requested, and its source, before the GPU rule."""
     if engine != "auto" and (argument := request_of(engine)) != "auto":
-        return _asked(argument, "argument")
+        return _requested(argument, "argument")
     configured = upstream.affinity_override()
     if configured is not None and (affinity := request_of(configured)) != "auto":
-        return _asked(affinity, "config")
+        return _requested(affinity, "config")
     name = _affinity_name(configured)
     if name is None or name == "auto":
-        return _nothing_asked(path, default)
+        return _nothing_requested(path, default)
     if name == "gpu" or name in _ENGINES:
-        return _asked(name, "environment")
-    instead = _nothing_asked(path, default)
+        return _requested(name, "environment")
+    instead = _nothing_requested(path, default)
     return replace(
         instead,
         requested=name,
@@ -243,24 +238,24 @@ def _who_asks(engine: EngineRequest, path: QueryPath, default: EngineRequest) ->
     )
 
 
-def _left_to_cpu(asked: Resolution) -> Resolution:
+def _left_to_cpu(requested: Resolution) -> Resolution:
     """Let the CPU run an operation on a DataFrame, as Polars does: it is no downgrade."""
     return replace(
-        asked,
+        requested,
         engine=IN_MEMORY,
         name=IN_MEMORY.name,
-        message=f"{runs(IN_MEMORY.name)}: {ASKERS[asked.source]} asks for the GPU engine, to "
-        "which Polars gives no operations on DataFrames",
+        message=f"{runs(IN_MEMORY.name)}: {SOURCE_NAMES[requested.source]} asks for the GPU "
+        "engine, on which Polars runs no operations on DataFrames",
     )
 
 
 def _gpu_rule(
-    asked: Resolution, path: QueryPath, gpu: GpuPolicy | None, *, in_workers: bool
+    requested: Resolution, path: QueryPath, gpu: GpuPolicy | None, *, in_workers: bool
 ) -> Resolution:
-    """Let the GPU engine through, or say what rules it out and what runs instead."""
+    """Return the request as it is, or the downgrade with what rules the GPU engine out."""
     policy = gpu_policy(gpu)
     status = gpu_status()
-    engine = asked.engine
+    engine = requested.engine
     reason: Reason | None
     if path != "sync" and policy == "downgrade":
         reason, why = _SWITCHED_OFF[path], f"GPU execution is switched off on the {path} path"
@@ -271,26 +266,29 @@ def _gpu_rule(
             remedy = f"{remedy}, and mind that {status.message}"
     elif not status.usable:
         reason, why, remedy = status.reason, "no GPU is usable here", status.message
-    elif (fault := device_fault(engine, status, in_workers=in_workers)) is not None:
-        reason, why, remedy = fault
+    elif (diagnosis := diagnose_named_device(engine, status, in_workers=in_workers)) is not None:
+        reason, why, remedy = diagnosis
     else:
         cooldown = None
         if not upstream.forbids_cpu(engine):
             cooldown = cooldown_of(candidates(engine, status)) if in_workers else breaker.cooldown()
         if cooldown is None:
-            return replace(asked, gpu=status)
-        reason, why = Reason.GPU_COOLDOWN, "it keeps failing, and rests for a while"
-        remedy = f"it is tried again after a rest of {cooldown.seconds:g} s. Last time, {cooldown.failure}"
-    asks = f"{ASKERS[asked.source]} asks for the GPU engine"
-    if asked.reason is not None:
-        asks = f"{asked.message}; {asks}"
-    if policy == "require" or upstream.forbids_cpu(asked.engine):
+            return replace(requested, gpu=status)
+        reason, why = Reason.GPU_COOLDOWN, "it keeps failing, and is in a cooldown"
+        remedy = (
+            f"it is tried again after a cooldown of {cooldown.seconds:g} s. "
+            f"Last time, {cooldown.failure}"
+        )
+    asks = f"{SOURCE_NAMES[requested.source]} asks for the GPU engine"
+    if requested.reason is not None:
+        asks = f"{requested.message}; {asks}"
+    if policy == "require" or upstream.forbids_cpu(engine):
         forbids = "raise_on_fail=True"
         if policy == "require":
             forbids = f"{GPU_POLICY_VARIABLE}=require" if gpu is None else "gpu='require'"
         raise EngineUnavailableError(f"{asks} and {forbids} forbids any other, but {why}: {remedy}")
     return replace(
-        asked,
+        requested,
         engine=IN_MEMORY,
         name=IN_MEMORY.name,
         downgraded=True,
@@ -301,12 +299,12 @@ def _gpu_rule(
 
 
 def is_on_gpu(resolution: Resolution) -> bool:
-    """Tell whether the GPU engine is what runs."""
+    """Return whether the GPU engine runs the query."""
     return isinstance(resolution.engine, pl.GPUEngine)
 
 
 def gpu_policy(policy: GpuPolicy | None) -> GpuPolicy:
-    """Give `policy`, checked, or where it is None the default of the process."""
+    """Return `policy`, checked; for None, the default of the process."""
     if policy is not None:
         return _checked_policy("gpu", policy)
     return _checked_policy(GPU_POLICY_VARIABLE, os.environ.get(GPU_POLICY_VARIABLE) or "downgrade")
@@ -320,12 +318,12 @@ def _checked_policy(name: str, value: str) -> GpuPolicy:
 
 
 def engine_object(engine: EngineRequest | None, parameter: str = "engine") -> pl.Engine:
-    """Turn the name of an engine into an engine; an engine is given back as it is."""
+    """Return the engine of a name; an engine is returned as it is."""
     if isinstance(engine, pl.Engine):
         return engine
     if engine == "gpu":
         return pl.GPUEngine()
-    # As in Polars, whatever is no engine is a ValueError: None and numbers, too.
+    # As in Polars, anything else is a ValueError: None and numbers, too.
     for name, known in _ENGINES.items():
         if engine == name:
             return known
@@ -336,13 +334,13 @@ def engine_object(engine: EngineRequest | None, parameter: str = "engine") -> pl
 
 
 def warn_of(resolution: Resolution) -> None:
-    """Say aloud, at the caller's line outside of Polars, that what was asked for does not run."""
+    """Warn, at the caller's line outside of Polars, that another engine runs than was asked for."""
     if resolution.reason is not None:
         warnings.warn(resolution.message, EngineDowngradeWarning, stacklevel=level_of_caller())
 
 
 def warns_of_unstable() -> bool:
-    """Tell whether ``Config.warn_unstable`` is set."""
+    """Return whether ``Config.warn_unstable`` is set."""
     return os.environ.get(_WARN_UNSTABLE, "0") != "0"
 
 
@@ -358,58 +356,52 @@ def warn_of_unstable(mode: str) -> None:
 
 
 def _affinity_name(configured: pl.Engine | None) -> str | None:
-    """Read the variable as it is now, or as it was when `configured` became the affinity."""
-    name = _variable_now()
+    """Return the variable as it is now, or as it was when `configured` became the affinity."""
+    name = os.environ.get(AFFINITY_VARIABLE)
     if name is None and isinstance(configured, DeferringEngine):
         return configured.variable
     return name
 
 
-def _variable_now() -> str | None:
-    """Read the variable, in a fifth of the time that ``os.environ.get`` takes."""
-    if _variables is None or os.environ is not _environ:
-        return os.environ.get(AFFINITY_VARIABLE)
-    value = _variables.get(_AFFINITY_KEY)
-    return None if value is None else os.fsdecode(value)
-
-
 def request_of(engine: EngineRequest) -> EngineRequest:
-    """Return what is asked for by asking for `engine`; ``"auto"`` where that is nothing."""
-    asked = engine
+    """Return the request for which `engine` stands; ``"auto"`` if it requests no engine."""
+    request = engine
     for _ in range(_LONGEST_CHAIN):
-        if isinstance(asked, str) or not isinstance(asked, DeferringEngine):
-            return asked
-        asked = asked.asks_for
+        if isinstance(request, str) or not isinstance(request, DeferringEngine):
+            return request
+        request = request.asks_for
     raise ValueError(
         f"engine must not ask for itself, but {engine!r} asks for the engine of its collector, "
         "which asks for the same again: give that collector another engine, such as 'in-memory'"
     )
 
 
-def _nothing_asked(path: QueryPath, default: EngineRequest) -> Resolution:
+def _nothing_requested(path: QueryPath, default: EngineRequest) -> Resolution:
     if path == "sync":
-        return _asked("auto", "default")
-    if path == "batches":  # where Polars itself takes "auto" for this one
-        return _asked("streaming", "default")
+        return _requested("auto", "default")
+    if path == "batches":  # where "auto" is this one in Polars itself
+        return _requested("streaming", "default")
     if isinstance(default, str):
-        return _asked_by_name(default, "default")
-    return _asked(request_of(default), "default")
+        return _requested_by_name(default, "default")
+    return _requested(request_of(default), "default")
 
 
-def _asked(engine: EngineRequest, source: EngineSource) -> Resolution:
+def _requested(engine: EngineRequest, source: EngineSource) -> Resolution:
     if isinstance(engine, str):
-        return _asked_by_name(engine, source)
-    return _as_asked(engine, source)
+        return _requested_by_name(engine, source)
+    return _as_requested(engine, source)
 
 
 @cache
-def _asked_by_name(engine: str, source: EngineSource) -> Resolution:
-    return _as_asked(engine, source)
+def _requested_by_name(engine: str, source: EngineSource) -> Resolution:
+    return _as_requested(engine, source)
 
 
-def _as_asked(request: EngineRequest, source: EngineSource) -> Resolution:
+def _as_requested(request: EngineRequest, source: EngineSource) -> Resolution:
     engine = engine_object(request)
-    why = "nothing else was asked for" if source == "default" else f"asked for by {ASKERS[source]}"
+    why = f"asked for by {SOURCE_NAMES[source]}"
+    if source == "default":
+        why = "nothing else was asked for"
     return Resolution(
         requested="auto" if source == "default" else request,
         source=source,

@@ -12,13 +12,13 @@ from polars.io.plugins import register_io_source
 
 from polars_async._runtime.files import (
     Identity,
+    attach_to_message,
     content_of,
-    found,
-    goes_along,
     identity_of,
     is_open_to_others,
     most_files,
     new_file,
+    open_shared,
     opened,
 )
 from polars_async._runtime.upstream import map_ipc, without_warning
@@ -125,7 +125,7 @@ class _Source:
         file = held if isinstance(held, int) else _in_file(held)
         about = self._schema, self._sorted_by
         try:
-            if goes_along(file) or (isinstance(held, int) and is_open_to_others(file)):
+            if attach_to_message(file) or (isinstance(held, int) and is_open_to_others(file)):
                 return _attach, (os.getpid(), file, identity_of(file), *about)
             return _copied, (content_of(file), *about)
         finally:
@@ -160,7 +160,7 @@ def _attach(
     schema: Mapping[str, pl.DataType],
     sorted_by: Mapping[int, bool],
 ) -> _Source:
-    own = found(owner, file, identity)
+    own = open_shared(owner, file, identity)
     if own is None:
         raise PolarsAsyncError(
             f"the frame that process {owner} has shared is not to be had here: share() is for "

@@ -1,4 +1,4 @@
-"""Results that arrive one after the other: async iterators for asyncio and trio."""
+"""Async iterators, for asyncio and trio, over results that arrive one after the other."""
 
 from __future__ import annotations
 
@@ -28,27 +28,27 @@ class ResultStream(Generic[T]):
     """
     An async iterator, in asyncio and trio, over results as they come.
 
-    Leaving the loop early, by ``break`` or an exception, lets go of all that is still on the way
-    once nobody holds the stream any more; ``async with`` and `close` do so at once, and so does the
-    cancellation of the task that waits for the next result.
+    If a loop over it ends early, by ``break`` or an exception, the queries that are not done are
+    cancelled once the stream is garbage-collected. ``async with`` and `close` cancel them at once,
+    and so does the cancellation of the task that waits for the next result.
     """
 
     __slots__ = ("__weakref__",)
 
     def __aiter__(self) -> Self:
-        """Give the stream itself."""
+        """Return the stream itself."""
         return self
 
     @abstractmethod
     async def __anext__(self) -> T:
-        """Wait for the next result; raises what its query raised, which ends the stream."""
+        """Wait for the next result; an error of its query is raised, and ends the stream."""
 
     @abstractmethod
     def close(self) -> None:
-        """Let go of what is still on the way; any thread may call it, and more than once."""
+        """Cancel the queries that are not done; any thread may call it, and more than once."""
 
     async def aclose(self) -> None:
-        """Let go of what is still on the way, for ``contextlib.aclosing``."""
+        """Cancel the queries that are not done, for ``contextlib.aclosing``."""
         self.close()
 
     async def __aenter__(self) -> Self:
@@ -62,7 +62,7 @@ class ResultStream(Generic[T]):
     ) -> None:
         self.close()
 
-    # As a default: see `Collector`.
+    # `is_finalizing` is a default: see `Collector`.
     def __del__(self, is_finalizing: Callable[[], bool] = sys.is_finalizing) -> None:
         if not is_finalizing():
             self.close()
@@ -87,12 +87,13 @@ class Completions(ResultStream[tuple[int, T]]):
         return f"<ResultStream: {len(self._queries)} results to come>"
 
     async def __anext__(self) -> tuple[int, T]:
-        """Wait for the next result; raises what its query raised, which ends the stream."""
+        """Wait for the next result; an error of its query is raised, and ends the stream."""
         bridge = bridges.current()
         try:
             while True:
                 number = await self._arrivals.next(bridge)
-                # None if it is told again by a thread that was interrupted, or closed meanwhile.
+                # None if the stream was closed meanwhile, or if the number arrives a second time: a
+                # thread that a signal handler interrupts while it wakes its waiters does it again.
                 if (query := self._take(number)) is not None:
                     return number, _outcome(query, bridge)
         except BaseException:
@@ -100,7 +101,7 @@ class Completions(ResultStream[tuple[int, T]]):
             raise
         finally:
             query = None
-            del self  # the traceback holds this frame, which else held the query and its error
+            del self  # an error's traceback holds this frame, and so would hold query and error
 
     def _take(self, number: int) -> Query[T] | None:
         query = self._queries.pop(number, None)
@@ -109,7 +110,7 @@ class Completions(ResultStream[tuple[int, T]]):
         return query
 
     def close(self) -> None:
-        """Let go of what is still on the way; any thread may call it, and more than once."""
+        """Cancel the queries that are not done; any thread may call it, and more than once."""
         queries, self._queries = self._queries, {}
         self._arrivals.finish(drop=True)
         for query in queries.values():
@@ -133,11 +134,11 @@ class Batches(ResultStream[pl.DataFrame]):
 
     @property
     def resolution(self) -> Resolution:
-        """Which engine runs the query, asked for by whom, and why."""
+        """Which engine runs the query, where it was asked for, and why."""
         return self._query.resolution
 
     async def __anext__(self) -> pl.DataFrame:
-        """Wait for the next batch; raises what the query raised, which ends the stream."""
+        """Wait for the next batch; an error of the query is raised, and ends the stream."""
         bridge = bridges.current()
         try:
             batch = await self._buffer.take(bridge)
@@ -147,13 +148,15 @@ class Batches(ResultStream[pl.DataFrame]):
             self.close()
             raise
         finally:
-            del self  # as above
+            del self  # an error's traceback holds this frame, and so would hold query and error
         if batch is None:
             raise StopAsyncIteration
         return batch
 
     def close(self) -> None:
-        """Let go of what is still on the way; any thread may call it, and more than once."""
+        """Cancel the query if it is not done; any thread may call it, and more than once."""
+        # The buffer first: a consumer that waits in another task then finds the stream closed, and
+        # does not raise that its query was cancelled.
         self._buffer.close()
         self._query.cancel()
 
@@ -161,14 +164,16 @@ class Batches(ResultStream[pl.DataFrame]):
 def _outcome(query: Query[T], bridge: Bridge) -> T:
     try:
         return query.outcome(bridge.CANCELLED)
-    except (StopIteration, StopAsyncIteration) as error:  # they would end the stream in silence
+    except (StopIteration, StopAsyncIteration) as error:  # they would end the stream without error
         raise RuntimeError(f"the query raised {type(error).__name__}") from error
     finally:
-        del query  # as in Query.outcome
+        del query  # an error's traceback holds this frame, and so would hold query and error
 
 
 class _Ending:
-    survives_fork: ClassVar[bool] = True  # so that the child is told that its query is lost
+    """A waiter for one of several queries: it puts the number of the query."""
+
+    survives_fork: ClassVar[bool] = True  # so that a stream in the child learns of its lost queries
     wake_at_exit: ClassVar[bool] = True
 
     def __init__(self, number: int, arrivals: Arrivals[int]) -> None:
@@ -180,7 +185,9 @@ class _Ending:
 
 
 class _BufferEnding:
-    survives_fork: ClassVar[bool] = True  # so that the child is told that its query is lost
+    """A waiter for the query of a buffer: it ends the buffer."""
+
+    survives_fork: ClassVar[bool] = True  # so that a stream in the child learns of its lost query
     wake_at_exit: ClassVar[bool] = True
 
     def __init__(self, query: Query[int], buffer: Buffer) -> None:
@@ -188,4 +195,5 @@ class _BufferEnding:
         self._buffer = buffer
 
     def wake(self) -> None:
+        # Batches of a query that was cancelled or timed out are not wanted any more.
         self._buffer.finish(drop=self._query.is_cancelled)

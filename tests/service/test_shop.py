@@ -70,7 +70,7 @@ def test_gpu_that_keeps_failing_is_left_alone(gpu_host, engine_log):
     async def often(shop):
         return [(await best(shop))[0] for _ in range(6)]
 
-    with pytest.warns(pa.EngineDowngradeWarning, match="it keeps failing, and rests"):
+    with pytest.warns(pa.EngineDowngradeWarning, match="it keeps failing, and is in a cooldown"):
         assert ask(often) == [BEST] * 6
     assert gpu_host.queries < 6
     engine_log.assert_ran_on("in-memory")

@@ -1,1 +1,1 @@
-"""What the interpreter, gevent and Polars are, and how they are told apart: internals."""
+"""Internals of the interpreter, of gevent and of Polars, on which the other rooms build."""

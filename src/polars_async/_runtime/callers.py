@@ -1,4 +1,4 @@
-"""The line of the program that asks: the last that is neither of this library nor of Polars."""
+"""The line of the program that called: the innermost neither in this library nor in Polars."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _texts: Final[dict[tuple[str, int, type[Warning]], str]] = {}
 
 
 class CallSite(NamedTuple):
-    """A line of the program, to be warned of later on, and from any thread."""
+    """A line of the program at which to warn later on, and from any thread."""
 
     file: str
     line: int
@@ -30,8 +30,8 @@ class CallSite(NamedTuple):
         """
         Warn as `warnings.warn` does on that line.
 
-        Python shows a warning once for each line and text. So that it is once for the line, a text
-        with numbers in it is that of the first time.
+        Python shows a warning once for each line and text. A text may have numbers in it that
+        change, so the text of the first warning on the line is used again.
         """
         text = _texts.setdefault((self.file, self.line, category), text)
         warnings.warn_explicit(
@@ -45,7 +45,7 @@ class CallSite(NamedTuple):
 
 
 def call_site() -> CallSite:
-    """Return the line that asks, in about a microsecond."""
+    """Return the line of the program that called; it takes about a microsecond."""
     frame, _ = _caller()
     if frame is None:  # as `warnings.warn` does
         return CallSite("sys", 1, sys.__dict__)
@@ -53,7 +53,7 @@ def call_site() -> CallSite:
 
 
 def level_of_caller() -> int:
-    """Return the ``stacklevel`` at which the function that warns has that line."""
+    """Return the ``stacklevel`` with which the calling function warns at that line."""
     return _caller()[1] - 1
 
 

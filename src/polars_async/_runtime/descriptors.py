@@ -1,4 +1,4 @@
-"""Numbers of open files that are not taken for stdin, stdout and stderr."""
+"""Keeps the descriptors of our files off the numbers of stdin, stdout and stderr."""
 
 from __future__ import annotations
 
@@ -14,10 +14,11 @@ STANDARD_FILES: Final = 3
 
 def above_standard_files(file: int) -> int:
     """
-    Move an open file of ours away from 0, 1 and 2, which are free where a program has closed them.
+    Move the open `file` to a number above 2, if it has none, and return that.
 
-    What is printed there would else be in the midst of our data, also the text of a panic; and a
-    program that opens them again would close ours.
+    0, 1 and 2 are free where a program has closed its standard files. If a file of ours had one of
+    them, whatever is printed would be written into our data, the text of a panic too; and a program
+    that opens its standard files again would close ours.
     """
     if file >= STANDARD_FILES:
         return file

@@ -1,4 +1,4 @@
-"""Files in memory without a name, which go from process to process as descriptors."""
+"""Files in memory without a name, whose descriptors are sent from process to process."""
 
 from __future__ import annotations
 
@@ -21,23 +21,24 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 Identity: TypeAlias = tuple[int, int]
-"""What tells a file from all others of this machine, while a process has it open or mapped."""
+"""Device and inode: no other file of this machine has both, while a process has it open or mapped.
+"""
 
 MOST_IN_MESSAGE: Final = 64
 """Files of one kind that go in one message, which carries 253 at most."""
 _PART: Final = 4
 _PIECE: Final = 1 << 30
-"""Bytes that are read at once: the kernel gives 2 GB at most."""
+"""Bytes that are read at once: the kernel returns 2 GB at most."""
 
 
 def most_files() -> int:
-    """Return how many files of one kind may be open: the program needs the most for itself."""
+    """Return how many files of one kind may be open: most descriptors are left to the program."""
     limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     return sys.maxsize if limit == resource.RLIM_INFINITY else max(1, limit // _PART)
 
 
 def new_file() -> int:
-    """Make a file in memory that has no name, and that no other user could open."""
+    """Make a file in memory without a name, which no other user can open."""
     flags = os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING
     file = above_standard_files(os.memfd_create("polars-async", flags))
     os.fchmod(file, 0o600)
@@ -50,10 +51,10 @@ def opened(file: int, mode: Literal["rb"]) -> BufferedReader: ...
 def opened(file: int, mode: Literal["wb"]) -> BufferedWriter: ...
 def opened(file: int, mode: Literal["rb", "wb"]) -> BufferedReader | BufferedWriter:
     """
-    Give `file` as an object that begins at its start, and leaves the descriptor open.
+    Return a file object for `file`, at its start; to close it leaves the descriptor open.
 
-    Not by a path below /proc: that is refused once this process has become that of another user,
-    and need not be there.
+    It is not opened by its path below /proc: that is refused once this process has changed its
+    user, and /proc need not be there.
     """
     os.lseek(file, 0, os.SEEK_SET)
     raw = FileIO(file, mode, closefd=False)
@@ -61,79 +62,79 @@ def opened(file: int, mode: Literal["rb", "wb"]) -> BufferedReader | BufferedWri
 
 
 def content_of(file: int) -> bytes:
-    """Read all of `file`, whatever its position: processes and threads that share it move that."""
+    """Read all of `file`, without its position: processes and threads that share it move that."""
     size = os.fstat(file).st_size
     pieces = [os.pread(file, _PIECE, begin) for begin in range(0, size, _PIECE)]
     return b"".join(pieces)
 
 
 def identity_of(file: int) -> Identity:
-    """Return what tells `file` from all others."""
+    """Return the identity of the open `file`."""
     status = os.fstat(file)
     return status.st_dev, status.st_ino
 
 
 class _ThisThread(local):
-    along: dict[Identity, int] | None = None
+    attached: dict[Identity, int] | None = None
 
 
 _this_thread: Final = _ThisThread()
-_brought: Final[dict[Identity, int]] = {}
+_received: Final[dict[Identity, int]] = {}
 """The shared files that came to this worker process with its query. Polars unpickles functions in
-expressions when it comes to them, on any thread, so they are at hand until the query ends."""
+expressions while the query runs, on any thread, so they stay open until the query ends."""
 
 
-def taking_along(files: dict[Identity, int] | None, do: Callable[[], T]) -> T:
-    """Give what `do` gives; `files` take what `goes_along` is told meanwhile on this thread."""
-    before, _this_thread.along = _this_thread.along, files
+def attaching(files: dict[Identity, int] | None, do: Callable[[], T]) -> T:
+    """Return what `do` returns; meanwhile `attach_to_message` adds to `files` on this thread."""
+    before, _this_thread.attached = _this_thread.attached, files
     try:
         return do()
     finally:
-        _this_thread.along = before
+        _this_thread.attached = before
 
 
-def goes_along(file: int) -> bool:
-    """Have a copy of `file` go along with what this thread packs; False if it cannot."""
-    along = _this_thread.along
-    if along is None:
+def attach_to_message(file: int) -> bool:
+    """Send a copy of `file` with the message that this thread packs; return False if it cannot."""
+    attached = _this_thread.attached
+    if attached is None:
         return False
     identity = identity_of(file)
-    if identity not in along:
-        if len(along) >= min(MOST_IN_MESSAGE, most_files()):
+    if identity not in attached:
+        if len(attached) >= min(MOST_IN_MESSAGE, most_files()):
             return False
-        along[identity] = above_standard_files(os.dup(file))
+        attached[identity] = above_standard_files(os.dup(file))
     return True
 
 
-def bring(files: Iterable[int]) -> None:
-    """Have shared `files` at hand, which belong to this module from now on."""
+def receive(files: Iterable[int]) -> None:
+    """Keep shared `files` for `open_shared`; this module closes them."""
     for file in files:
         identity = identity_of(file)
-        if identity in _brought:
+        if identity in _received:
             os.close(file)
         else:
-            _brought[identity] = file
+            _received[identity] = file
 
 
-def put_away() -> None:
-    """Close the files that were brought: the query has ended."""
-    while _brought:
-        os.close(_brought.popitem()[1])
+def close_received() -> None:
+    """Close the files that were received: the query has ended."""
+    while _received:
+        os.close(_received.popitem()[1])
 
 
 def is_open_to_others(file: int) -> bool:
-    """Return whether other processes of this user can open `file` by the path that it has here."""
+    """Return whether other processes of this user can open `file` by its path below /proc."""
     user = os.geteuid()
     with suppress(OSError):  # there is no /proc
-        folder = os.stat("/proc/self/fd")  # noqa: PTH116  # whose owner is the one that may
+        folder = os.stat("/proc/self/fd")  # noqa: PTH116  # its owner may open what is in it
         return folder.st_uid == user and os.fstat(file).st_uid == user
     return False
 
 
-def found(owner: int, file: int, identity: Identity) -> int | None:
+def open_shared(owner: int, file: int, identity: Identity) -> int | None:
     """Return a descriptor of this process for `file` of the process `owner`; None without one."""
     ways: tuple[Callable[[], int], ...] = (
-        partial(os.dup, _brought.get(identity, -1)),
+        partial(os.dup, _received.get(identity, -1)),
         partial(os.dup, file),  # of this process, or of the one that it was forked from
         partial(os.open, f"/proc/{owner}/fd/{file}", os.O_RDONLY | os.O_CLOEXEC),
     )

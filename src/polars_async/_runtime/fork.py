@@ -1,8 +1,12 @@
 """
-What a fork leaves of a process that runs queries, and what has to be done in the child.
+What is done in a forked child of a process that runs queries.
 
 Of all threads only the one that forks is in the child. Polars' own are gone, so that a query would
 never end there; and a lock that another thread held would never be released.
+
+In the child the locks are made free first, since all that follows takes them; then it is noted
+whether Polars' threads are lost, since failed queries may be submitted again at once; then the
+actions run, step by step.
 """
 
 from __future__ import annotations
@@ -28,12 +32,13 @@ _THREADS: Final = Path("/proc/self/task")
 
 
 class Step(enum.IntEnum):
-    """What is done in a forked child after the locks are free, in this order."""
+    """The steps in a forked child after the locks are free, in this order."""
 
     FORGET = enum.auto()
-    """Forget threads, worker processes and what they were to do: they are the parent's."""
+    """Forget threads, worker processes and their jobs: they are the parent's."""
     FAIL = enum.auto()
-    """Fail the queries: their waiters may ask for others at once, so all else is done by then."""
+    """Fail the queries. This wakes their waiters, which may submit others at once: those must find
+    nothing of the parent's any more."""
 
 
 _locks: Final[WeakSet[RLock]] = WeakSet()
@@ -42,10 +47,10 @@ _actions: Final[list[tuple[Step, Callable[[], object]]]] = []
 
 def new_lock() -> RLock:
     """
-    Make a lock that is free in a forked child, whichever thread held it in the parent.
+    Make a lock that is free in a forked child, although another thread held it in the parent.
 
-    Unless it is the thread that forks, in a signal handler for one: that is in the child, too, and
-    goes on to release it.
+    Where the thread that forks holds it, for example in a signal handler, it stays held: that
+    thread is in the child, too, and will release it.
     """
     lock = RLock()
     _locks.add(lock)
@@ -53,32 +58,58 @@ def new_lock() -> RLock:
 
 
 def in_child(step: Step, action: Callable[[], object]) -> None:
-    """Have `action` called in each forked child, at its `step`."""
+    """Call `action` in each forked child, at its `step`."""
     _actions.append((step, action))
 
 
-class _Process:
-    names_before_fork: frozenset[str] = frozenset()
-    threads_lost = False
-    in_doubt = False
-    trial: Trial | None = None
+class _PolarsThreads:
+    """Whether Polars' threads, without which no query ends, were left behind by a fork."""
+
+    def __init__(self) -> None:
+        self._names: frozenset[str] = frozenset()
+        self._lost = False
+        self._in_doubt = False
+        self._trial: Trial | None = None
+
+    def note_before_fork(self) -> None:
+        """Note the names of all threads; in the child they are gone."""
+        if "polars" in sys.modules:
+            self._names = _names_of_threads()
+
+    def note_in_child(self) -> None:
+        """Note whether the threads of the parent were Polars'."""
+        if not self._names:
+            return
+        # Not at import of this module, which is that of the package, and must not import Polars.
+        from polars_async._runtime.upstream import POOL_THREAD, SHARED_NAME  # noqa: PLC0415
+
+        if any(POOL_THREAD.match(name) for name in self._names):
+            self._lost = True
+        # A name of Polars' own threads, and of those of other libraries, which are not needed here.
+        elif SHARED_NAME in self._names:
+            self._in_doubt = True
+        self._trial = None
+
+    def check(self) -> None:
+        """Raise if they were; where the names do not tell, a small query is tried."""
+        if self._lost:
+            raise forked_process_error()
+        if self._in_doubt:
+            from polars_async._runtime.trial import Trial  # noqa: PLC0415  # as above
+
+            # Kept, since one that never ends is not to be started again for each query.
+            self._trial = trial = self._trial or Trial()
+            if not trial.has_ended():
+                raise forked_process_error()
+            self._in_doubt = False
 
 
-def check() -> None:
-    """Raise where a query would hang for ever, waiting for threads that a fork left behind."""
-    if _Process.threads_lost:
-        raise lost()
-    if _Process.in_doubt:
-        # Not at import, which is that of the package, and is to leave Polars alone.
-        from polars_async._runtime.trial import Trial  # noqa: PLC0415
-
-        _Process.trial = trial = _Process.trial or Trial()
-        if not trial.has_ended():
-            raise lost()
-        _Process.in_doubt = False
+_polars_threads: Final = _PolarsThreads()
+check: Final = _polars_threads.check
+"""Raise ForkedProcessError where a query would wait for ever for threads left behind by a fork."""
 
 
-def lost() -> ForkedProcessError:
+def forked_process_error() -> ForkedProcessError:
     """Make the error of a query that cannot run, or go on running, in a forked process."""
     return ForkedProcessError(
         "this process was forked from one in which Polars had already run, and Polars' threads do "
@@ -89,45 +120,28 @@ def lost() -> ForkedProcessError:
 
 
 def _names_of_threads() -> frozenset[str]:
-    """List how the threads are called, which Linux alone tells; elsewhere a query may hang."""
+    """Return the names of this process's threads; only Linux lists them: else a query may hang."""
     names: set[str] = set()
     with suppress(OSError):
         for thread in _THREADS.iterdir():
-            with suppress(OSError):  # the thread may end while it is looked at
+            with suppress(OSError):  # the thread may end meanwhile
                 names.add((thread / "comm").read_text(errors="replace").strip())
     return frozenset(names)
 
 
-def _before() -> None:
-    if "polars" in sys.modules:
-        _Process.names_before_fork = _names_of_threads()
-
-
 def _after_in_child() -> None:
     for lock in list(_locks):
+        # One that this thread holds guards a change that it is in the midst of: it goes on with it
+        # after the fork, and releases the lock.
         if not lock._is_owned():  # type: ignore[attr-defined]  # noqa: SLF001  # as threading uses both
             lock._at_fork_reinit()  # type: ignore[attr-defined]  # noqa: SLF001
-    _note_lost_threads()
+    _polars_threads.note_in_child()
     for _, action in sorted(_actions, key=lambda each: each[0]):
         try:
             action()
-        except BaseException:  # noqa: BLE001  # the others are not to suffer for it
+        except BaseException:  # noqa: BLE001  # the other actions are still needed
             traceback.print_exc()
 
 
-def _note_lost_threads() -> None:
-    if not _Process.names_before_fork:
-        return
-    from polars_async._runtime.upstream import POOL_THREAD, SHARED_NAME  # noqa: PLC0415  # as above
-
-    names = _Process.names_before_fork
-    if any(POOL_THREAD.match(name) for name in names):
-        _Process.threads_lost = True
-    # Polars' own threads are called so, and those of other libraries, which do without them here.
-    elif SHARED_NAME in names:
-        _Process.in_doubt = True
-    _Process.trial = None
-
-
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(before=_before, after_in_child=_after_in_child)
+    os.register_at_fork(before=_polars_threads.note_before_fork, after_in_child=_after_in_child)

@@ -1,4 +1,4 @@
-"""The logger ``polars_async``, and the errors that go no further than there."""
+"""The logger ``polars_async``, and errors that are logged and not raised."""
 
 from __future__ import annotations
 
@@ -17,14 +17,13 @@ def complain(message: str, *arguments: object) -> None:
     """
     Log the error that is being handled, and raise nothing.
 
-    A handler that raises in its turn harms nothing either: a thread that has queries to end has to
-    survive it.
+    Nor is raised what a log handler raises: the calling thread has other queries to end.
     """
     deliver(partial(_complain, message, arguments, sys.exception()))
 
 
 def is_ctrl_c() -> bool:
-    """Return whether a KeyboardInterrupt is for the program, and not raised by a hook."""
+    """Return whether a KeyboardInterrupt is Ctrl-C: only the main thread gets it."""
     return threading.current_thread() is threading.main_thread()
 
 

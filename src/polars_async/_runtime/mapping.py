@@ -1,4 +1,4 @@
-"""Files mapped into memory, which take no descriptor."""
+"""Files mapped into memory without an open descriptor."""
 
 from __future__ import annotations
 
@@ -25,15 +25,15 @@ _FAILED: Final = ctypes.c_void_p(-1).value
 
 class Mapping:
     """
-    A file in memory, to be read; before Python 3.13 that of `mmap` keeps a descriptor open.
+    A file mapped for reading; before Python 3.13, `mmap.mmap` keeps a descriptor open.
 
-    It is undone on a thread of its own, and without the GIL, once nothing uses it any more. To free
-    its pages takes the kernel 20 ms for 144 MB, which would hold up every loop.
+    Once nothing uses the mapping, it is undone on a thread of its own, without the GIL: the kernel
+    takes 20 ms to free the pages of 144 MB, which would hold up every loop.
 
     Attributes
     ----------
     address, size
-        Where it is, and how many bytes it has.
+        Where the mapping begins, and its size in bytes.
     """
 
     _undo: Callable[[], object] | None = None
@@ -47,12 +47,12 @@ class Mapping:
         self.address: Final[int] = address
         self._undo = partial(_libc.munmap, address, self.size)
 
-    # As a default, since a frozen program clears this module before it lets go of its own.
+    # `start` is a default, since a frozen program clears this module before it deletes its objects.
     def __del__(self, start: Callable[..., int] = start_new_thread) -> None:
         undo = self._undo
         if undo is None:
             return
         try:
             start(undo, ())
-        except RuntimeError:  # no thread to be had, or the program ends
+        except RuntimeError:  # no thread can be started, or the program ends
             undo()

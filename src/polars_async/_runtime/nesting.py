@@ -1,22 +1,22 @@
 """
-Whether it is a Python function of a query that asks, for what its query may wait for.
+Whether the caller is a Python function of a running query, and its query waits for the function.
 
-What such a function asks for must not wait for a slot, since its own query may hold the last one.
-Three facts tell, looked at each time that somebody asks:
+What such a function submits must not wait for a slot, since its own query may hold the last one.
+Three facts are looked at for each submission:
 
 - Our worker threads do nothing but run queries and call their hooks. That is certain.
-- On threads that Polars has started, as `_origin` tells, it is always a query that calls Python.
-  Whose it is cannot be told: it counts as ours, although the program's own ``collect`` uses the
-  same threads. At worst a query more than the slots allow runs then.
-- The context in which a function of ours runs goes along to the tasks and threads to which the
-  function hands something over: with ``asyncio.run_coroutine_threadsafe``, ``asyncio.to_thread``
-  and their like in trio and anyio. It counts until that query has really ended. A task that it
-  started and does not wait for counts meanwhile, too: again, that is a query too many.
+- On threads that Polars has started, as `origin` finds out, it is always a query that calls Python.
+  Which query cannot be known: it counts as one of ours, although the program's own ``collect`` uses
+  the same threads. At worst one query more than there are slots runs then.
+- The context in which a function of ours runs is copied to the tasks and threads to which the
+  function hands work: by ``asyncio.run_coroutine_threadsafe``, ``asyncio.to_thread`` and their like
+  in trio and anyio. It counts until that query has really ended. A task that the function started
+  and does not wait for counts meanwhile, too: again, at worst one query too many runs.
 
-Not told are threads without the context: those of an executor, unless they are given it by
-``executor.submit(contextvars.copy_context().run, function)``, and all that is asked by Polars' own
-threads to which Polars does not give it. What those ask for waits for a slot, and where a function
-that holds the last slot waits for them, it waits for ever.
+Threads without that context are missed: those of an executor, unless they get it by
+``executor.submit(contextvars.copy_context().run, function)``, and threads of Polars' own to which
+it does not pass the context. What these submit waits for a slot; where a function that holds the
+last slot waits for them, both wait for ever.
 """
 
 from __future__ import annotations
@@ -29,32 +29,34 @@ from polars_async._runtime import unpatched
 from polars_async._runtime.origin import is_this_of_polars
 
 _OF_GPU_ENGINE: Final = "spmd-executor"
-"""How cudf-polars names its threads on which Python sources of a query run. Python does not hand
-names on, so that a thread of that name was given it; by whom is a guess."""
+"""How cudf-polars names the threads on which Python sources of a query run. A new thread does not
+inherit the name of its starter, so one of this name was given it; that cudf-polars did is a guess.
+"""
 
 
-class Asking:
-    """A query while it runs, to all that asks in its context."""
+class EnclosingQuery:
+    """A running query, to what is submitted in its context."""
 
-    __slots__ = ("asked_by", "on_gpu", "over")
+    __slots__ = ("ended", "on_gpu", "parent")
 
-    def __init__(self, asked_by: Asking | None, *, on_gpu: bool) -> None:
-        self.asked_by = asked_by
+    def __init__(self, parent: EnclosingQuery | None, *, on_gpu: bool) -> None:
+        self.parent = parent
+        """The query whose Python function submitted this one."""
         self.on_gpu = on_gpu
-        self.over = False
+        self.ended = False
 
-    def still_running(self) -> Asking | None:
-        """Return this one, or the nearest of those it was asked for by, that is not over."""
-        asking: Asking | None = self
-        while asking is not None and asking.over:
-            asking = asking.asked_by
-        return asking
+    def still_running(self) -> EnclosingQuery | None:
+        """Return this query, or the nearest of those around it, that has not ended."""
+        query: EnclosingQuery | None = self
+        while query is not None and query.ended:
+            query = query.parent
+        return query
 
     def end(self) -> None:
         """Note that the query has really ended."""
-        self.over = True
-        # Else queries that ask for the next and end would all be kept by the last.
-        self.asked_by = self.still_running()
+        self.ended = True
+        # Else, of queries that each submit the next and end, the last would keep all in memory.
+        self.parent = self.still_running()
 
 
 class _ThisThread(unpatched.local):
@@ -63,7 +65,9 @@ class _ThisThread(unpatched.local):
 
 
 _this_thread: Final = _ThisThread()
-_asking: Final[ContextVar[Asking | None]] = ContextVar("polars_async_asking", default=None)
+_enclosing: Final[ContextVar[EnclosingQuery | None]] = ContextVar(
+    "polars_async_enclosing_query", default=None
+)
 
 
 def enter_worker(*, for_gpu: bool) -> None:
@@ -72,44 +76,44 @@ def enter_worker(*, for_gpu: bool) -> None:
     _this_thread.is_worker_of_gpu = for_gpu
 
 
-def enter_context() -> Asking:
-    """Have what asks in the current context be known to ask for a query, until that is over."""
-    asking = Asking(_who_asks(), on_gpu=_this_thread.is_worker_of_gpu)
-    _asking.set(asking)
-    return asking
+def enter_context() -> EnclosingQuery:
+    """Make a query the enclosing one of the current context; the caller ends it."""
+    query = EnclosingQuery(_enclosing_query(), on_gpu=_this_thread.is_worker_of_gpu)
+    _enclosing.set(query)
+    return query
 
 
 def in_query() -> bool:
-    """Tell whether a Python function of a query asks, or may."""
-    if _this_thread.is_worker or _who_asks() is not None:
+    """Return whether the caller is a Python function of a query, or may be one."""
+    if _this_thread.is_worker or _enclosing_query() is not None:
         return True
     return not _is_main_thread() and (is_this_of_polars() or _is_of_gpu_engine())
 
 
 def in_gpu_query() -> bool:
     """
-    Tell whether a query on the GPU may be what asks: on its own thread, or on one of cudf-polars.
+    Return whether the caller may be a Python function of a query on the GPU.
 
-    That is where a Python source of it runs, and what a hook hears of it.
+    Its Python sources run on its own thread or on one of cudf-polars', its hooks on its own.
     """
     if _this_thread.is_worker_of_gpu or _is_of_gpu_engine():
         return True
-    asking = _who_asks()
-    return asking is not None and asking.on_gpu
+    query = _enclosing_query()
+    return query is not None and query.on_gpu
 
 
 def on_thread_of_polars() -> bool:
-    """Tell whether one of Polars' own threads asks, which Polars lacks while that waits."""
+    """Return whether this thread is one of Polars' own, which Polars lacks while it waits."""
     return not _this_thread.is_worker and not _is_main_thread() and is_this_of_polars()
 
 
-def _who_asks() -> Asking | None:
-    asking = _asking.get()
-    return None if asking is None else asking.still_running()
+def _enclosing_query() -> EnclosingQuery | None:
+    query = _enclosing.get()
+    return None if query is None else query.still_running()
 
 
 def _is_main_thread() -> bool:
-    # Most loops run there, and it is asked for each query: the rest takes five times as long.
+    # Looked at before the rest, which takes five times as long: most loops run on this thread.
     return unpatched.get_ident() == main_thread().ident
 
 

@@ -1,13 +1,14 @@
 """
 Which threads Polars has started.
 
-Their names tell nothing: a thread inherits the name of the one that starts it, and other libraries
-written in Rust call theirs as Polars does. But the C library notes, in its descriptor of a thread,
-with which function that began, and the function lies in the library that started the thread, since
-each has Rust's own compiled in. Where in the descriptor that is, a thread of ours shows.
+The name of a thread is no proof: a thread inherits the name of the one that starts it, and other
+libraries written in Rust use the same names as Polars. But the C library keeps, in its descriptor
+of a thread, the function with which the thread began. That function lies in the library that
+started the thread, since each library has Rust's own code compiled in. The offset of this pointer
+in the descriptor is found by means of a thread of our own, whose first function is known.
 
 With glibc that is certain. With another C library, or on another system, the name has to do: a
-query too many that runs beyond the slots does less harm than one that is waited for in vain.
+wrong yes lets one query too many run, a wrong no may have a query wait for ever for its own slot.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from polars_async._runtime.unpatched import allocate_lock, start_new_thread
 from polars_async._runtime.upstream import LIBRARY, POOL_THREAD, SHARED_NAME
 
 _DESCRIPTOR_WORDS: Final = 256
-"""How much is searched: no more than a descriptor has on any processor."""
+"""How many words are searched: no more than a descriptor has on any processor."""
 
 _NAME_BYTES: Final = 64
 _MEMORY: Final = Path("/proc/self/mem")
@@ -45,27 +46,28 @@ _python.pthread_self.restype = ctypes.c_void_p
 
 def is_this_of_polars() -> bool:
     """Return whether Polars has started the calling thread."""
-    thread, place = _this_thread(), _place()
-    if place is None:
-        return _is_named_so(thread)
-    return _is_in_polars(ctypes.c_void_p.from_address(thread + place).value)
+    thread, offset = _this_thread(), _offset()
+    if offset is None:
+        return _has_name_of_polars(thread)
+    return _is_in_polars(ctypes.c_void_p.from_address(thread + offset).value)
 
 
 def is_of_polars(thread: int) -> bool:
     """
     Return whether Polars has started `thread`, an identifier; False if the thread has ended.
 
-    It may end at any time, and its descriptor with it, which the kernel then does not read.
+    The thread may end at any time, and its descriptor is freed then. So it is read by way of the
+    kernel, which returns an error for freed memory, where a direct read would end the process.
     """
-    place = _place()
-    word = _read_word(thread + (place or 0))
+    offset = _offset()
+    word = _read_word(thread + (offset or 0))
     if word is None and sys.platform == "linux":
         return False
-    return _is_named_so(thread) if place is None else _is_in_polars(word)
+    return _has_name_of_polars(thread) if offset is None else _is_in_polars(word)
 
 
 def _read_word(address: int) -> int | None:
-    """Read a pointer of this process; return None where no memory is."""
+    """Read a pointer from the memory of this process; return None where `address` has none."""
     size = ctypes.sizeof(ctypes.c_void_p)
     try:
         with _MEMORY.open("rb", buffering=0) as memory:
@@ -76,32 +78,33 @@ def _read_word(address: int) -> int | None:
 
 
 def _this_thread() -> int:
-    # Not by get_ident, in place of which gevent puts one of its own.
+    # Not by get_ident, which gevent replaces.
     thread: int = _python.pthread_self()
     return thread
 
 
 @cache
-def _place() -> int | None:
-    """Find out how far into its descriptor a thread's first function is noted, if it is there."""
+def _offset() -> int | None:
+    """Return the offset of the first function in a thread's descriptor; None if it is not found."""
     if not hasattr(_python, "gnu_get_libc_version"):
         return None
-    found: list[int] = []
+    offsets: list[int] = []
     done = allocate_lock()
     done.acquire()
 
     def search() -> None:
         try:
-            found.extend(_places_of_python(_this_thread()))
+            offsets.extend(_offsets_of_starter(_this_thread()))
         finally:
             done.release()
 
     start_new_thread(search, ())
     done.acquire()
-    return found[0] if found else None
+    return offsets[0] if offsets else None
 
 
-def _places_of_python(thread: int) -> list[int]:
+def _offsets_of_starter(thread: int) -> list[int]:
+    """Return where the descriptor of a thread that Python started points into Python's library."""
     starter = ctypes.cast(_python.PyThread_start_new_thread, ctypes.c_void_p).value
     words = (ctypes.c_void_p * _DESCRIPTOR_WORDS).from_address(thread)
     return [
@@ -111,7 +114,7 @@ def _places_of_python(thread: int) -> list[int]:
     ]
 
 
-def _is_named_so(thread: int) -> bool:
+def _has_name_of_polars(thread: int) -> bool:
     name = ctypes.create_string_buffer(_NAME_BYTES)
     if _python.pthread_getname_np(ctypes.c_void_p(thread), name, ctypes.c_size_t(len(name))):
         return False
@@ -125,9 +128,9 @@ def _is_in_polars(function: int | None) -> bool:
 
 
 def _library(address: int | None) -> bytes | None:
-    """Give the path of the library in which `address` lies, if it is in one."""
-    found = _Library()
-    if not _python.dladdr(ctypes.c_void_p(address), ctypes.byref(found)):
+    """Return the path of the library in which `address` lies, if it is in one."""
+    library = _Library()
+    if not _python.dladdr(ctypes.c_void_p(address), ctypes.byref(library)):
         return None
-    path: bytes = found.path
+    path: bytes = library.path
     return path

@@ -1,4 +1,4 @@
-"""What a query will read and run, as far as its plan tells by itself."""
+"""What a query will read and run, as far as the text of its plan shows."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ if TYPE_CHECKING:
     import polars as pl
 
 NEAR: Final = 1 << 20
-"""Characters of a plan's text that are looked at, in up to 3 ms: some 300 kB of frames."""
+"""Characters of a plan's text that are read, in up to 3 ms: some 300 kB of frames."""
 FAR: Final = 1 << 23
 """The same where it is worth up to 30 ms: some 2.3 MB of frames."""
 SENT_RATE: Final = 50e6
 """Bytes per second of frames in memory that Polars packs, and unpacks elsewhere."""
 _PAUSE: Final = 0.002
 _PYTHON_NODE: Final = b'"PipeWithSchema":{"input":['
-"""The node whose function comes after what it reads, and so may be unseen."""
+"""The node whose function comes after its inputs in the text, and so may lie beyond the limit."""
 _PLUGIN: Final = b'"FfiPlugin":{'
-"""A compiled function, which may end the process as well."""
+"""A compiled function, which can end the process just as one of Python can."""
 _NUMBERS: Final = re.compile(rb"\d[\d,]*")
 _RESOLVED: Final = re.compile(rb'\{"IR":\{"dsl":|,"version":\d+\}\}')
-"""What is put around a node whose schema was asked for."""
+"""What Polars puts around a node whose schema was resolved."""
 _PATHS: Final = '"sources":{"Paths":'
 _JSON: Final = json.JSONDecoder()
 _NODE: Final = re.compile(
@@ -36,20 +36,20 @@ _NODE: Final = re.compile(
 
 
 class Plan(NamedTuple):
-    """What one look at a plan has shown."""
+    """What the text of a plan has shown."""
 
     shape: int
-    """A number that all plans share that differ in numbers alone."""
+    """A hash of the text without its numbers: plans that differ in numbers alone have the same."""
     frame_bytes: int
     """The size of the frames in memory that it reads, as far as they were seen."""
     paths: list[str]
-    """What is scanned: paths and addresses, as they were given."""
+    """The paths and addresses that are scanned, as they were given."""
     is_whole: bool
-    """Whether that is all that it reads, and no Python function hides what it does."""
+    """Whether nothing of it stayed unseen, and it has no Python function."""
     runs_python: bool | None
-    """Whether functions of Python or of a compiled plugin are in it; None if that is not seen."""
+    """Whether it has functions of Python or of a compiled plugin; None if it was not seen whole."""
     is_sendable: bool
-    """Whether another process can have it, as far as it was seen."""
+    """Whether it can be sent to another process, as far as it was seen."""
     summary: str
     """Its nodes in one line, from the result to the sources."""
 
@@ -57,77 +57,76 @@ class Plan(NamedTuple):
 NOTHING: Final = Plan(
     0, 0, [], is_whole=False, runs_python=None, is_sendable=True, summary="an unknown plan"
 )
-"""What is known of a plan that cannot be looked at."""
+"""What is known of a plan that cannot be read."""
 
-
-class _Process:
-    ends = False
-
-
-_looking: Final[set[int]] = set()
-"""The threads that look at a plan."""
-in_child(Step.FORGET, _looking.clear)
+_process_ends = False
+_reading: Final[set[int]] = set()
+"""The threads that read a plan."""
+in_child(Step.FORGET, _reading.clear)
 
 
 def end_looks(within: float) -> None:
     """
-    Have no plan be looked at any more, and wait `within` so many seconds for looks to end.
+    Let no more plans be read, and wait up to `within` seconds for threads that are reading one.
 
-    Polars writes a plan to an object of Python. A thread that comes back to Python while the
-    interpreter is taken down is ended there, which Polars tells on stderr.
+    Polars writes a plan to a Python object. A thread that returns to Python while the interpreter
+    shuts down is ended there, and Polars then prints an error.
     """
-    _Process.ends = True
+    global _process_ends  # noqa: PLW0603  # a fact about the process
+    _process_ends = True
     last = monotonic() + within
-    while _looking and monotonic() < last:
+    while _reading and monotonic() < last:
         sleep(_PAUSE)
 
 
 def look_at(lf: pl.LazyFrame, limit: int = NEAR) -> Plan:
     """
-    Look at the plan of `lf` as it was written, up to `limit` characters of its text.
+    Read the plan of `lf` as the user wrote it, up to `limit` characters of its text.
 
-    For that nothing in it is called, resolved or opened, and no other thread is held up. So what
-    comes after a Python function, or after frames in memory that exceed the limit, stays unseen.
+    Nothing in it is called, resolved or opened, and no other thread is held up. So what comes after
+    a Python function, or after frames in memory that exceed the limit, stays unseen.
     """
-    # Before the end is looked for: a thread that ends all looks then sees this one.
-    _looking.add(thread := get_ident())
+    # The thread is listed before it looks at the flag, and `end_looks` sets the flag before it
+    # looks at the list: so one of the two sees the other. The other way round, a thread could begin
+    # to read just after `end_looks` has found none.
+    _reading.add(thread := get_ident())
     try:
-        found = None if _Process.ends else plan_text(lf, limit)
+        plan = None if _process_ends else plan_text(lf, limit)
     finally:
-        _looking.discard(thread)
-    if found is None:
+        _reading.discard(thread)
+    if plan is None:
         return NOTHING
-    text = _RESOLVED.sub(b"", found.text)
-    runs_python: bool | None = found.end is PlanEnd.PYTHON or any(
+    text = _RESOLVED.sub(b"", plan.text)
+    runs_python: bool | None = plan.end is PlanEnd.PYTHON or any(
         each in text for each in (PICKLED, _PYTHON_NODE, _PLUGIN)
     )
-    if found.end is PlanEnd.LIMIT and not runs_python:
+    if plan.end is PlanEnd.LIMIT and not runs_python:
         runs_python = None
     paths = _paths(text)
     return Plan(
         shape=hash(_NUMBERS.sub(b"0", text)),
-        frame_bytes=found.frame_bytes,
+        frame_bytes=plan.frame_bytes,
         paths=paths,
-        is_whole=found.end is PlanEnd.WHOLE and not runs_python,
+        is_whole=plan.end is PlanEnd.WHOLE and not runs_python,
         runs_python=runs_python,
-        is_sendable=found.end is not PlanEnd.UNSENDABLE,
+        is_sendable=plan.end is not PlanEnd.UNSENDABLE,
         summary=_summary(text, paths, runs_python=bool(runs_python)),
     )
 
 
 def _paths(text: bytes) -> list[str]:
-    found: list[str] = []
+    paths: list[str] = []
     plan = text.decode(errors="ignore")
     position = plan.find(_PATHS)
     while position >= 0:
         position += len(_PATHS)
         try:
-            paths, _ = _JSON.raw_decode(plan, position)
-            found += [str(path["inner"]) for path in paths]
-        except (ValueError, TypeError, KeyError):  # it ends in the midst of them
+            sources, _ = _JSON.raw_decode(plan, position)
+            paths += [str(source["inner"]) for source in sources]
+        except (ValueError, TypeError, KeyError):  # the text ends in the midst of them
             break
         position = plan.find(_PATHS, position)
-    return found
+    return paths
 
 
 def _summary(text: bytes, paths: list[str], *, runs_python: bool) -> str:

@@ -15,17 +15,22 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 _SWEPT_FROM: Final = 1000
+"""The size of the heap from which on cancelled timers are removed."""
 
 
 class Timed(Protocol):
     """What has to be done in time, such as a query."""
 
     def expire(self) -> None:
-        """Know that it is late; on the clock's thread, which has to be let go at once."""
+        """
+        Be called on the timer thread once the time is up; return quickly.
+
+        It may be called just after `Timer.cancel`, and does nothing then.
+        """
 
 
-class Deadline:
-    """When a query has to be done; made by `set_deadline`."""
+class Timer:
+    """A call of `expire` to come; made by `start_timer`."""
 
     __slots__ = ("query",)
 
@@ -33,25 +38,27 @@ class Deadline:
         self.query: Timed | None = query
 
     def cancel(self) -> None:
-        """Forget the query, which is done. It takes no lock, so that a finaliser may do it."""
+        """Forget the query, which is done. It takes no lock, so that a finaliser may call it."""
         self.query = None
 
 
-class _Clock:
+class _Timers:
     """
-    Any thread adds, under the lock; the clock's own thread takes out.
+    All timers, in a heap: any thread adds under the lock, the timer thread alone takes out.
 
-    The lock is reentrant because a signal handler may come in and add a deadline of its own.
+    The lock is reentrant, since a signal handler may run while this thread holds it, and start a
+    timer of its own.
     """
 
     def __init__(self, now: Callable[[], float] = monotonic) -> None:
         self._now = now
         self.lock = RLock()
         self.wakeup: SimpleQueue[None] = SimpleQueue()
-        self.deadlines: list[tuple[float, int, Deadline]] = []
+        """What is put here ends the sleep of the thread, or its next one: it then looks again."""
+        self.heap: list[tuple[float, int, Timer]] = []
         self.number = 0
         self.wakes_at = 0.0
-        """Until when the thread sleeps; what is past, while it is about to look again."""
+        """When the sleeping thread wakes up by itself; in the past while it is not asleep."""
         self.thread: list[int] = []
         self.swept_at = _SWEPT_FROM
 
@@ -60,74 +67,81 @@ class _Clock:
         """Whether it has a thread."""
         return bool(self.thread)
 
-    def add(self, seconds: float, query: Timed) -> Deadline:
-        deadline = Deadline(query)
+    def start(self, seconds: float, query: Timed) -> Timer:
+        timer = Timer(query)
         try:
-            holding(self.lock, self._add, self._now() + seconds, deadline)
-        except BaseException:  # no thread to be had, or Ctrl-C
-            deadline.cancel()
+            holding(self.lock, self._add, self._now() + seconds, timer)
+        except BaseException:  # no thread to be had, or Ctrl-C: the timer may be in the heap
+            timer.cancel()
             raise
-        return deadline
+        return timer
 
-    def _add(self, time: float, deadline: Deadline) -> None:
+    def _add(self, time: float, timer: Timer) -> None:
         self.number += 1
-        entry = (time, self.number, deadline)
-        if len(self.deadlines) > self.swept_at:
-            # Most queries are done long before: their deadlines would pile up.
-            kept = [each for each in self.deadlines if each[2].query is not None]
+        entry = (time, self.number, timer)
+        if len(self.heap) > self.swept_at:
+            # Most queries are done long before their time: cancelled timers would pile up.
+            kept = [each for each in self.heap if each[2].query is not None]
             heapify(kept)
-            self.deadlines = kept
+            self.heap = kept
             self.swept_at = max(_SWEPT_FROM, 2 * len(kept))
-        heappush(self.deadlines, entry)
+        # Into the heap before the thread is started or woken, which looks for it there. It needs
+        # this lock for that, so that it looks after all that is done here.
+        heappush(self.heap, entry)
         if not self.thread:
-            # In one call of C, so that no signal handler comes in before it is noted.
+            # Started and recorded in one call of C: a signal handler that ran in between, and added
+            # a timer, would find no thread recorded, and start a second one.
             self.thread.extend(map(start_new_thread, [self.run], [()]))
         elif time < self.wakes_at:
-            # Not just where it is the first: the one before may have been added, but Ctrl-C have
-            # come before the bell.
+            # Not only where the entry is first in the heap: one before it may have been pushed by a
+            # call that Ctrl-C ended here, before it woke the thread. A thread that is not asleep
+            # needs no wakeup: it looks at the heap before it sleeps.
             self.wakeup.put(None)
 
     @leaving_no_hub
     def run(self) -> None:
         try:
             while (wait := self.expire_due()) is not None:
+                # A timer may be added before the sleep begins: its wakeup is in the queue by then.
                 when_put(self.wakeup, wait)
         except BaseException:  # noqa: BLE001  # no memory, for one
             with self.lock:
-                self.thread.clear()  # so that the next deadline finds another thread
+                self.thread.clear()  # so that the next timer starts another thread
             complain("the thread of all time-outs has ended")
 
     def expire_due(self) -> float | None:
-        """Give the seconds until the next deadline; None if there is none."""
+        """Expire what is due; return the seconds until the next timer, or None without one."""
         while True:
             with self.lock:
-                if not self.deadlines:
+                if not self.heap:
+                    # With the lock held: a thread that adds a timer from now on starts another one.
                     self.thread.clear()
                     return None
-                wait = self.deadlines[0][0] - self._now()
+                wait = self.heap[0][0] - self._now()
                 if wait > 0:
-                    self.wakes_at = self.deadlines[0][0]
+                    self.wakes_at = self.heap[0][0]
                     return wait
-                query = heappop(self.deadlines)[2].query
+                query = heappop(self.heap)[2].query
+            # Without the lock: to expire a query takes locks under which others start timers.
             if query is not None:
                 try:
                     query.expire()
-                except BaseException:  # noqa: BLE001  # the others are to be told in time, too
+                except BaseException:  # noqa: BLE001  # the other timers have to go off in time
                     complain("what was to be done at a time-out has failed")
-                del query
+                del query  # not held while the thread sleeps
 
 
-class _TheClock:
-    clock = _Clock()
-
-    @classmethod
-    def after_fork(cls) -> None:
-        cls.clock = _Clock()  # its thread stayed behind
+_timers = _Timers()
 
 
-in_child(Step.FORGET, _TheClock.after_fork)
+def start_timer(seconds: float, query: Timed) -> Timer:
+    """Have `query` expire in so many seconds, unless the timer is cancelled before."""
+    return _timers.start(seconds, query)
 
 
-def set_deadline(seconds: float, query: Timed) -> Deadline:
-    """Have `query` expire in so many seconds, unless the deadline is lifted before."""
-    return _TheClock.clock.add(seconds, query)
+def _reset_after_fork() -> None:
+    global _timers  # noqa: PLW0603  # those of the process: their thread is the parent's
+    _timers = _Timers()
+
+
+in_child(Step.FORGET, _reset_after_fork)

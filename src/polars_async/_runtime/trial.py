@@ -1,4 +1,4 @@
-"""A trial of whether Polars works in a forked process."""
+"""A small query that shows whether Polars works in a forked process."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ import polars as pl
 from polars_async._runtime.unpatched import allocate_lock, start_new_thread
 
 _PATIENCE: Final = 1.0
-"""Seconds that a trial has, which takes some milliseconds where Polars works."""
+"""Seconds until a trial has failed; it takes some milliseconds where Polars works."""
 
 
 class Trial:
-    """A small query that needs Polars' threads; it never ends where a fork left them behind."""
+    """A query that needs Polars' threads, on a thread: it never ends where a fork lost them."""
 
     def __init__(self) -> None:
         self._deadline = monotonic() + _PATIENCE
@@ -23,7 +23,7 @@ class Trial:
         start_new_thread(self._run, ())
 
     def has_ended(self) -> bool:
-        """Wait for its end, until the deadline."""
+        """Wait for its end, until the deadline; return whether it has ended."""
         if self._running.acquire(timeout=max(self._deadline - monotonic(), 0.0)):
             self._running.release()
             return True

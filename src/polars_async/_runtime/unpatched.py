@@ -1,8 +1,9 @@
-"""The interpreter's own lock, thread and queue, also where gevent has patched them.
+"""
+The interpreter's own lock, thread and queue, also where gevent has patched them.
 
-Under ``gevent.monkey.patch_all()`` the names in `threading` and `queue` are green: a worker
-thread that waited on one would wait for the hub, and a query would stall it. What is taken here is
-the original, whether the patch comes before or after this module's import.
+After ``gevent.monkey.patch_all()`` the names in `threading` and `queue` are green: a worker thread
+that waited on one would wait for the hub, and a query would stall the hub. These are the originals,
+whether gevent patches before or after this module is imported.
 """
 
 from __future__ import annotations
@@ -44,35 +45,38 @@ else:
 T = TypeVar("T")
 
 _SLICE: Final = 0.1
-"""Seconds that a signal waits at most. Polars installs its SIGINT handler with SA_RESTART, so that
-a wait without an end of its own is resumed, and Python never gets to see Ctrl-C."""
+"""Seconds after which a wait is begun anew, so that Ctrl-C takes effect. Polars installs its SIGINT
+handler with SA_RESTART, after which a wait without a timeout is resumed by the kernel, and Python
+never runs its own handler."""
 
 _LONGEST: Final = 86_400.0
-"""Seconds that one wait takes at most; the interpreter refuses those of centuries."""
+"""Seconds that one wait takes at most; the interpreter refuses timeouts of centuries."""
 
 
 def holding(lock: RLock, do: Callable[..., T], *arguments: object) -> T:
     """
-    Give what `do` gives, called with `lock` held, which is free again whatever is raised, and when.
+    Call `do` with `lock` held and return its result; the lock is released whatever is raised.
 
-    A signal handler may raise between any two steps of Python, and a tracing hook at each line: at
-    the end of a ``with``, too, before its lock is released. So here the lock is taken, `do` called
-    and the lock released in one call of C, which notes how far it came. Where `do` takes the lock,
-    too, it is to do so in the same way.
+    A signal handler may raise between any two bytecodes, and a tracing hook at each line: also at
+    the end of a ``with`` block, before it releases its lock. So here one call of C acquires the
+    lock, calls `do` and releases the lock, and `done` records how far it came. If `do` acquires the
+    lock again, it has to do so in the same way.
     """
-    leave = partial(lock.__exit__, None, None, None)
-    steps: list[Callable[[], Any]] = [lock.__enter__, partial(do, *arguments), leave]
+    release = partial(lock.__exit__, None, None, None)
+    steps: list[Callable[[], Any]] = [lock.__enter__, partial(do, *arguments), release]
     done: list[Any] = []
     try:
         done.extend(map(call, steps))
         return done[1]  # type: ignore[no-any-return]
     finally:
+        # One step is done where `do` has raised. With none the lock was not acquired, with more it
+        # was released.
         if len(done) == 1:
-            leave()
+            release()
 
 
 def wait_for(lock: LockType | RLock, timeout: float | None = None) -> bool:
-    """Acquire `lock`, open to Ctrl-C; False if `timeout` seconds pass before."""
+    """Acquire `lock`, interruptible by Ctrl-C; return False if `timeout` seconds pass before."""
     end = inf if timeout is None else monotonic() + timeout
     while not lock.acquire(timeout=min(max(end - monotonic(), 0.0), _SLICE)):
         if monotonic() >= end:

@@ -1,4 +1,4 @@
-"""How each loop, and a plain thread, is told that a query is done."""
+"""How a task of each loop, and a plain thread, waits for a query and is woken."""
 
 from __future__ import annotations
 
@@ -15,26 +15,26 @@ if TYPE_CHECKING:
 
 
 class Bridge(Protocol):
-    """What a module of this package offers."""
+    """A module of this package for one kind of loop."""
 
     CANCELLED: type[BaseException]
-    """What the await of a cancelled query raises there."""
+    """What an await of a cancelled query raises in a task of this loop."""
 
     def running(self) -> object | None:
         """Return the coroutine of the task that runs on this thread; None outside of one."""
         ...
 
     def wait(self, awaited: Awaited) -> Generator[Any, Any, None]:
-        """Suspend the running task until `awaited` has come."""
+        """Suspend the running task until `awaited` is done."""
         ...
 
     def checkpoint(self) -> Generator[Any, Any, None]:
-        """Let other tasks run once, as a task that never has to wait must do now and then."""
+        """Let other tasks run once; a task that never has to wait calls this now and then."""
         ...
 
 
 class Suspension:
-    """What a coroutine awaits to have `bridge` wait for `awaited`."""
+    """An awaitable that waits for `awaited`."""
 
     def __init__(self, bridge: Bridge, awaited: Awaited) -> None:
         self._bridge = bridge
@@ -45,7 +45,7 @@ class Suspension:
 
 
 class Checkpoint:
-    """What a coroutine awaits to let other tasks run."""
+    """An awaitable that lets other tasks run once."""
 
     def __init__(self, bridge: Bridge) -> None:
         self._bridge = bridge
@@ -56,10 +56,10 @@ class Checkpoint:
 
 def current() -> Bridge:
     """
-    Find the bridge into the loop whose task asks.
+    Return the bridge to the loop of the calling task.
 
-    The loops themselves are asked, and not sniffio, whose variable travels into the functions of a
-    query with the context of its caller.
+    This asks the loops themselves, and not sniffio: its variable is part of the caller's context,
+    and so would be set in the Python functions of a query, too, which no loop runs.
     """
     if sys.modules.get("trio") is None or (task := _trio().running()) is None:
         return _asyncio()
@@ -73,7 +73,7 @@ def _frame_of(coroutine: object) -> FrameType | None:
 
 
 def _innermost(bridges: dict[FrameType | None, Bridge]) -> Bridge:
-    """Find who runs the task that asks, where a task of one loop runs the other loop."""
+    """Return the bridge to the innermost loop, where a task of one loop runs the other loop."""
     frame: FrameType | None = sys._getframe()  # noqa: SLF001  # pyright: ignore[reportPrivateUsage]
     while frame is not None and frame not in bridges:
         frame = frame.f_back

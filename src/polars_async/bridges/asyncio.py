@@ -1,4 +1,4 @@
-"""The way into asyncio."""
+"""The bridge to asyncio."""
 
 from __future__ import annotations
 
@@ -17,8 +17,9 @@ if TYPE_CHECKING:
 CANCELLED: type[BaseException] = asyncio.CancelledError
 
 _MAILBOX: Final = "_polars_async_mailbox"
-"""The attribute of a loop. What a mailbox holds leads back to its loop, so that anybody else who
-held it, by a weak key even, would keep a loop that was closed with a delivery on its way."""
+"""The attribute of a loop that holds its mailbox. The items of a mailbox refer to its loop, so that
+any other place, a dictionary with weak keys too, would keep alive a loop that was closed before a
+delivery."""
 
 
 class _Waiter:
@@ -42,20 +43,20 @@ class _Waiter:
         try:
             self.mailbox.post(self.future, self.loop.call_soon_threadsafe)
         except RuntimeError:
-            pass  # the loop was closed meanwhile, and took its tasks with it
+            pass  # the loop was closed meanwhile, and its tasks with it
 
 
 def _mailbox_of(loop: asyncio.AbstractEventLoop) -> Mailbox[asyncio.Future[None]]:
     mailbox: Mailbox[asyncio.Future[None]] | None = getattr(loop, _MAILBOX, None)
     if mailbox is None:
         mailbox = Mailbox(_resolve)
-        with suppress(AttributeError):  # a loop that takes none wakes up for each by itself
+        with suppress(AttributeError):  # such a loop has a mailbox, and a wake-up, for each query
             setattr(loop, _MAILBOX, mailbox)
     return mailbox
 
 
 def _resolve(future: asyncio.Future[None]) -> None:
-    if not future.done():  # it is when its task was cancelled on the way
+    if not future.done():  # it is done if its task was cancelled before this delivery
         future.set_result(None)
 
 
@@ -69,7 +70,7 @@ def running() -> object | None:
 
 
 def wait(awaited: Awaited) -> Generator[Any, Any, None]:
-    """Suspend the running task until `awaited` has come; its cancellation lets go of a query."""
+    """Suspend the running task until `awaited` is done; cancelling the task cancels a query."""
     waiter = _Waiter()
     try:
         if not awaited.add_waiter(waiter):

@@ -1,4 +1,4 @@
-"""The way into gevent."""
+"""The bridge to gevent."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ if TYPE_CHECKING:
 
 class _Mailbox:
     """
-    What the hub of one thread still has to be told.
+    Items that are to be delivered to the hub of one thread.
 
-    Workers append and send, which libev folds into one wake-up; all else happens in the hub's
-    thread. The watcher runs just while somebody waits: without one the hub would see nothing to
-    wait for and give up, and with one nobody needs it could never end.
+    Other threads append and send; libev merges what is sent into one wake-up. All else happens in
+    the hub's thread. The watcher runs only while a greenlet waits: without it the hub would find
+    nothing to wait for, and raise LoopExit; if it ran for ever, the hub could never end.
     """
 
     def __init__(self, loop: Any) -> None:
@@ -31,26 +31,28 @@ class _Mailbox:
         self._waiters: set[_Waiter] = set()
 
     def open_for(self, waiter: _Waiter) -> None:
-        """Look what comes, for as long as `waiter` waits at least."""
+        """Run the watcher, for as long as `waiter` waits at least."""
         self._waiters.add(waiter)
         if not self._watcher.active:
-            self._watcher.start(self._empty)
+            self._watcher.start(self._deliver_all)
 
     def close_for(self, waiter: _Waiter) -> None:
-        """Look no more, unless others wait. It may be called again."""
+        """Stop the watcher, unless other greenlets wait. It may be called again."""
         self._waiters.discard(waiter)
         if not self._waiters:
             self._watcher.stop()
 
     def post(self, item: AsyncResult[None]) -> None:
+        # Appended before the hub is woken: the wake-up that is sent here finds the item, or an
+        # earlier one has delivered it already.
         self._items.append(item)
         with suppress(ValueError):  # the hub was destroyed, and its greenlets with it
             self._watcher.send()
 
-    def _empty(self) -> None:
+    def _deliver_all(self) -> None:
         try:
             while self._items:
-                self._items[0].set()
+                self._items[0].set()  # removed only afterwards: see `Mailbox`
                 self._items.popleft()
         except BaseException:  # out of a signal handler
             self._watcher.send()
@@ -77,18 +79,20 @@ class _Waiter:
 
 
 def block_greenlet(awaited: Awaited, timeout: float | None = None) -> bool:
-    """Let other greenlets run until `awaited` has come; False if `timeout` seconds pass before."""
+    """Suspend this greenlet until `awaited` is done; return False after `timeout` seconds."""
     waiter = _Waiter()
     mailbox = waiter.mailbox
     try:
-        mailbox.open_for(waiter)  # first: what is sent to a watcher that does not run yet is lost
-        came = not awaited.add_waiter(waiter)
-        if not came:
+        # Before another thread can wake the waiter: what is sent to a watcher that does not run is
+        # lost.
+        mailbox.open_for(waiter)
+        done = not awaited.add_waiter(waiter)
+        if not done:
             waiter.result.wait(timeout)
-            came = not awaited.remove_waiter(waiter, last_cancels=False)
+            done = not awaited.remove_waiter(waiter, last_cancels=False)
         mailbox.close_for(waiter)
     except BaseException:
         mailbox.close_for(waiter)
         awaited.remove_waiter(waiter, last_cancels=True)
         raise
-    return came
+    return done

@@ -1,4 +1,4 @@
-"""The way into a plain thread, which blocks."""
+"""The bridge to a plain thread, which blocks."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class _Waiter:
         self._lock.acquire()
 
     def wake(self) -> None:
-        with suppress(RuntimeError):  # it was told before
+        with suppress(RuntimeError):  # it was woken before
             self._lock.release()
 
     def wait(self, timeout: float | None) -> None:
@@ -32,12 +32,14 @@ class _Waiter:
 
 
 def block(awaited: Awaited, timeout: float | None = None) -> bool:
-    """Block this thread until `awaited` has come; False if `timeout` seconds pass before."""
+    """Block this thread until `awaited` is done; return False after `timeout` seconds."""
     waiter = _Waiter()
     try:
         if not awaited.add_waiter(waiter):
             return True
         waiter.wait(timeout)
+        # Not the wait decides, but whether the waiter was still there: the end may have come just
+        # after the timeout.
         return not awaited.remove_waiter(waiter, last_cancels=False)
     except BaseException:
         awaited.remove_waiter(waiter, last_cancels=False)
@@ -45,7 +47,7 @@ def block(awaited: Awaited, timeout: float | None = None) -> bool:
 
 
 def block_or_let_run(awaited: Awaited) -> None:
-    """Block this thread as above, or just this greenlet where gevent has patched the threads."""
+    """Block this thread until `awaited` is done, or its greenlet where gevent has patched."""
     monkey = sys.modules.get("gevent.monkey")
     if monkey is not None and monkey.is_module_patched("threading"):
         from polars_async.bridges.gevent import block_greenlet  # noqa: PLC0415  # optional

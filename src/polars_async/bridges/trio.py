@@ -1,4 +1,4 @@
-"""The way into trio."""
+"""The bridge to trio."""
 
 from __future__ import annotations
 
@@ -34,19 +34,20 @@ class _Waiter:
         self.mailbox = mailbox
 
     def wake(self) -> None:
-        # A run that is over took its tasks with it: nobody waits there any more.
+        # When a run has finished, so have its tasks: none waits there any more.
         with suppress(trio.RunFinishedError):
             self.mailbox.post(self, self.token.run_sync_soon)
 
 
-# Of each run, which alone holds it: what it holds leads back to the run.
+# One for each run, which alone holds it: the items of a mailbox refer to their run.
 _mailbox: Final[trio.lowlevel.RunVar[Mailbox[_Waiter] | None]] = trio.lowlevel.RunVar(
     "polars_async mailbox"
 )
 
 
 def _reschedule(waiter: _Waiter) -> None:
-    # Both this and the abort run in trio's thread, so the task is rescheduled by one of them.
+    # Both this and `abort` run in trio's thread, and the first of them clears the task: trio does
+    # not allow it to be rescheduled twice.
     task, waiter.task = waiter.task, None
     if task is not None:
         trio.lowlevel.reschedule(task)
@@ -58,7 +59,7 @@ def running() -> object | None:
 
 
 def wait(awaited: Awaited) -> Generator[Any, Any, None]:
-    """Suspend the running task until `awaited` has come; its cancellation lets go of a query."""
+    """Suspend the running task until `awaited` is done; cancelling the task cancels a query."""
     waiter = _Waiter()
 
     def abort(_: object) -> trio.lowlevel.Abort:
@@ -71,7 +72,7 @@ def wait(awaited: Awaited) -> Generator[Any, Any, None]:
             yield from trio.lowlevel.wait_task_rescheduled(abort).__await__()  # noqa: ASYNC105  # no coroutine here
             return
     except BaseException:
-        if waiter.task is not None:  # Ctrl-C, before trio knew that it waits
+        if waiter.task is not None:  # Ctrl-C came before trio had suspended the task
             abort(None)
         raise
     yield from checkpoint()

@@ -1,4 +1,4 @@
-"""Who waits for what, and how waiters are woken."""
+"""What a waiter is, what it waits for, and how it is woken."""
 
 from __future__ import annotations
 
@@ -11,18 +11,20 @@ if TYPE_CHECKING:
 
 
 class Waiter(Protocol):
-    """A task, a greenlet or a thread that waits."""
+    """A task, a greenlet or a thread that waits for something."""
 
     survives_fork: ClassVar[bool]
     """Whether it still waits in a forked child."""
     wake_at_exit: ClassVar[bool]
-    """Whether it is woken while the program ends: a loop is over then, a thread about to be."""
+    """Whether it is woken while the program ends. Tasks and threads are not: by then their loop has
+    ended, and the interpreter stops them before they could go on."""
 
     def wake(self) -> None:
         """
-        Have the waiter look again. Any thread may call it, and it never raises.
+        Have the waiter go on; any thread may call this.
 
-        It may be called again, since a signal handler may raise in the midst of it.
+        It raises only what a signal handler raises, and is called a second time then: so a second
+        call must be harmless.
         """
 
 
@@ -42,34 +44,44 @@ class Awaited(Protocol):
         ...
 
 
-class Waking:
-    """Waiters that must not be woken while the program ends; kept until the process does."""
+_held_at_exit: list[object] | None = None
 
-    held_at_exit: ClassVar[list[object] | None] = None
+
+def hold_at_exit(waiters: list[object] | None) -> None:
+    """Add to `waiters`, from now on, those that are not to be woken at exit; None to wake all."""
+    global _held_at_exit  # noqa: PLW0603  # a process ends once
+    _held_at_exit = waiters
 
 
 def wake(waiters: Iterable[Waiter]) -> None:
-    """Wake `waiters`, each whatever happens to the others."""
+    """
+    Wake `waiters`, one after the other.
+
+    Before this, and with its lock held, the caller has noted what they wait for: so a waiter that
+    is added from then on finds that it need not wait, and none is missed. The lock is released by
+    now, since a loop takes locks of its own to be woken. After an error of a signal handler the
+    caller may call this again for the same waiters.
+    """
     for waiter in waiters:
-        if Waking.held_at_exit is not None and not waiter.wake_at_exit:
-            Waking.held_at_exit.append(waiter)
+        if _held_at_exit is not None and not waiter.wake_at_exit:
+            _held_at_exit.append(waiter)
             continue
         persist(waiter.wake, "a waiter could not be woken")
 
 
 def persist(act: Callable[[], object], complaint: str) -> None:
     """
-    Do what must not be left out, and twice if it raises.
+    Call `act`, and call it again if it raises.
 
-    What comes out of a signal handler does not come again, and is raised in the end. What `act`
-    raises each time is its own, and logged.
+    If the second call succeeds, a signal handler has raised during the first one, and its error is
+    raised. If both raise, the error is that of `act`, and is logged.
     """
     try:
         act()
     except BaseException:  # noqa: BLE001  # raised below
         try:
             act()
-        except BaseException:  # noqa: BLE001  # whatever it is, the others are not to suffer for it
+        except BaseException:  # noqa: BLE001  # whatever it is, the caller has more to do
             complain(complaint)
         else:
             raise

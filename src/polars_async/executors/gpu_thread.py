@@ -6,7 +6,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Final, TypeVar
 
 from polars_async.executors.threads import ThreadsExecutor
-from polars_async.gpu.offload import GpuTurn
+from polars_async.gpu.offload import GpuHold
 
 if TYPE_CHECKING:
     from polars_async.executors import Job
@@ -22,7 +22,7 @@ class GpuThreadExecutor(ThreadsExecutor):
         """Wait for the GPU, and run `operation` on this thread; nothing stops it then."""
         try:
             # Queries of other collectors may have the GPU until this one is cancelled.
-            with GpuTurn(partial(_is_wanted, query), query.paused):
+            with GpuHold(partial(_is_wanted, query), query.paused):
                 return super().run(operation, query)
         finally:
             del operation, query  # see QueryExecutor.run

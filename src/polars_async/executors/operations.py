@@ -231,6 +231,6 @@ def _collect_each_on_gpu(
             failure = failure or caught
     if failure is None:
         return list(found.values())
-    failure.found = found
-    failure.share = f"{len(frames) - len(found)} of {len(frames)} frames"
+    failure.partial_results = found
+    failure.remaining = f"{len(frames) - len(found)} of {len(frames)} frames"
     raise failure

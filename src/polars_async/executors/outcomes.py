@@ -38,7 +38,7 @@ def outcome_of(
         return "value", run()
     except GpuFailure as failure:
         errors = packed_error(failure.cause), packed_error(failure.raised)
-        return "gpu failure", (failure.reason, errors, failure.found, failure.share)
+        return "gpu failure", (failure.reason, errors, failure.partial_results, failure.remaining)
     except BaseException as error:  # noqa: BLE001  # a panic and SystemExit are outcomes too
         if annotate is not None:
             with suppress(BaseException):  # an error may be frozen
@@ -55,7 +55,7 @@ def error_of(kind: str, found: Any) -> BaseException | None:
     reason, errors, results, share = found
     cause, raised = map(unpacked_error, errors)
     failure = GpuFailure(reason, cause, raised)  # type: ignore[arg-type]  # which both were
-    failure.found, failure.share = results, share
+    failure.partial_results, failure.remaining = results, share
     return failure
 
 

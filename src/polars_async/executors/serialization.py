@@ -15,10 +15,10 @@ import polars as pl
 from polars_async._runtime.files import (
     MOST_IN_MESSAGE,
     Identity,
+    attaching,
     most_files,
     new_file,
     opened,
-    taking_along,
 )
 from polars_async._runtime.upstream import (
     extensions_of,
@@ -198,7 +198,7 @@ def pack(item: object, *, in_files: bool, abort: SerializationAbort | None = Non
     packer = _Packer(target, message_files if in_files else None, abort)
     try:
         try:
-            taking_along(shared if in_files else None, partial(packer.dump, item))
+            attaching(shared if in_files else None, partial(packer.dump, item))
         finally:
             if abort is not None:
                 abort.end()  # before the files are closed below, or by the receiver of the message

@@ -29,11 +29,11 @@ class ThreadsExecutor(QueryExecutor):
 
     def run(self, operation: Operation[T], query: Job) -> T:
         """Run `operation` on this thread; nothing stops it."""
-        asking = query.context.run(enter_context)
+        enclosing = query.context.run(enter_context)
         try:
             return query.context.run(operation)
         finally:
-            asking.end()
+            enclosing.end()
             del operation, query  # see QueryExecutor.run
 
 

@@ -10,9 +10,9 @@ if TYPE_CHECKING:
 
 def gpu_status(*, refresh: bool = False) -> GpuStatus:
     """
-    Tell whether the GPU engine can run in this process, and if not, why.
+    Return whether the GPU engine can run in this process, and if not, why.
 
-    NVML is asked once in a process; what it said is judged anew when ``CUDA_VISIBLE_DEVICES`` or
+    NVML is asked once in a process; its answers are judged anew when ``CUDA_VISIBLE_DEVICES`` or
     ``CUDA_DEVICE_ORDER`` changes, when ``cudf_polars`` is imported and when its import fails.
     cudf-polars is looked for, never imported, and CUDA is not loaded. The first call takes as long
     as NVML does (milliseconds; seconds where the driver has to wake up), later ones microseconds.
@@ -20,8 +20,7 @@ def gpu_status(*, refresh: bool = False) -> GpuStatus:
     Parameters
     ----------
     refresh
-        Ask NVML again, look again for what has been installed since, and forget that importing
-        cudf-polars has failed.
+        Ask NVML again, look for cudf-polars again, and forget that its import has failed.
 
     Returns
     -------

@@ -1,4 +1,4 @@
-"""Which cudf-polars is installed, found without importing it: that takes half a second and CUDA."""
+"""Which cudf-polars is installed, without its import: that takes half a second, and loads CUDA."""
 
 from __future__ import annotations
 
@@ -28,18 +28,18 @@ class Build(NamedTuple):
 
 CU12: Final = Build("cudf-polars-cu12", (7, 0), (12, 2))
 CU13: Final = Build("cudf-polars-cu13", (7, 5), (13, 0))
-# Conda's distribution does not tell which CUDA it is for, and a stand-in module tells nothing: the
-# rules that are easier to pass then hold, and what they let through too much fails when it runs.
+# Conda's distribution does not say which CUDA it is for, and a module without a distribution says
+# nothing: then the more lenient rules hold, and a query that should not have passed fails later.
 UNKNOWN: Final = Build("cudf-polars", CU12.compute_capability, CU12.cuda_version)
 
 
 class CudfPolars(NamedTuple):
-    """What is known of cudf-polars on this host, and what rules it out."""
+    """The cudf-polars of this host, and what rules it out."""
 
     installed: bool = True
     build: Build = UNKNOWN
     version: str | None = None
-    fault: Diagnosis | None = None
+    diagnosis: Diagnosis | None = None
 
     def __str__(self) -> str:
         return self.build.name if self.version is None else f"{self.build.name} {self.version}"
@@ -51,67 +51,67 @@ _override: CudfPolars | None = None
 
 def note_import_failure(error: BaseException) -> None:
     """
-    Record that ``import cudf_polars`` raised `error`, which cannot be known without trying.
+    Record that ``import cudf_polars`` raised `error`, which only an import can show.
 
-    Whoever imports it calls this, and `polars_async.gpu_status` says so from then on, until
-    cudf-polars is imported after all or the status is asked with ``refresh=True``.
+    Code that imports it calls this. From then on `polars_async.gpu_status` reports the failure,
+    until cudf-polars is imported after all or the status is requested with ``refresh=True``.
 
     Parameters
     ----------
     error
-        What the import raised; its type and the first line of its text are kept.
+        The error of the import; its type and the first line of its text are kept.
     """
     global _import_failure  # noqa: PLW0603  # a fact about the process
     _import_failure = describe(error)
 
 
 def forget_import_failure() -> None:
-    """Take an import that failed for one that has not been tried."""
+    """Forget that an import has failed, as if it had not been tried."""
     global _import_failure  # noqa: PLW0603  # a fact about the process
     _import_failure = None
 
 
 def imported() -> object:
-    """Give the module if it is imported, None if its import is blocked, else its name."""
+    """Return the module if it is imported, None if its import is blocked, else its name."""
     return sys.modules.get(MODULE, MODULE)
 
 
 def overridden() -> CudfPolars | None:
-    """Give what stands in for what is installed; None if nothing does."""
+    """Return the cudf-polars that tests have set in place of the installed one, if they have."""
     return _override
 
 
 def import_failure() -> str | None:
-    """Give what the import of cudf-polars raised, if it was tried and failed."""
+    """Return the error of the import of cudf-polars, in words, if it was tried and failed."""
     return _import_failure
 
 
-class Known(NamedTuple):
-    """What there is to be found, and what came of its import."""
+class Override(NamedTuple):
+    """The cudf-polars in place of the installed one, and the failure of its import."""
 
     here: CudfPolars | None = None
-    """None where that is really looked for."""
+    """None for the one that is installed."""
     import_failure: str | None = None
 
 
-def override(known: Known) -> Known:
-    """Put what is known aside, for `polars_async.testing`; gives that, to put it back."""
+def override(new: Override) -> Override:
+    """Replace what is known, for `polars_async.testing`; return what was, to restore it."""
     global _import_failure, _override  # facts about the process
-    before = Known(_override, _import_failure)
-    _override, _import_failure = known
+    before = Override(_override, _import_failure)
+    _override, _import_failure = new
     return before
 
 
 def find_cudf_polars() -> CudfPolars:
-    """Look for cudf-polars; an imported module counts, whatever its distribution says."""
+    """Look for cudf-polars; a module that is imported already counts as installed and sound."""
     if _override is not None:
         here = _override
-        failed = here.fault is None and _import_failure is not None
-        return here._replace(fault=import_fault(here)) if failed else here
-    found = [(build, each) for build in (CU12, CU13, UNKNOWN) for each in _distributions(build)]
-    # Two builds overwrite each other's module, so which one is left cannot be told.
-    build = found[0][0] if len(found) == 1 else UNKNOWN
-    here = CudfPolars(build=build, version=found[0][1].version if found else None)
+        failed = here.diagnosis is None and _import_failure is not None
+        return here._replace(diagnosis=diagnose_import(here)) if failed else here
+    builds = [(build, each) for build in (CU12, CU13, UNKNOWN) for each in _distributions(build)]
+    # Two builds overwrite each other's module, so it is unknown whose is left.
+    build = builds[0][0] if len(builds) == 1 else UNKNOWN
+    here = CudfPolars(build=build, version=builds[0][1].version if builds else None)
     module = imported()
     if module is None:
         return here._replace(installed=False)
@@ -121,36 +121,36 @@ def find_cudf_polars() -> CudfPolars:
     spec = importlib.util.find_spec(MODULE)
     # A folder without code, as an uninstall leaves behind, makes a namespace package.
     if spec is None or spec.origin is None:
-        fault = _broken(here, f"but its module {MODULE} was not found")
-        return here._replace(fault=fault) if found else here._replace(installed=False)
-    return here._replace(fault=_fault(here, [each for _, each in found]))
+        diagnosis = _diagnose_broken(here, f"but its module {MODULE} was not found")
+        return here._replace(diagnosis=diagnosis) if builds else here._replace(installed=False)
+    return here._replace(diagnosis=_diagnose(here, [each for _, each in builds]))
 
 
-def _fault(here: CudfPolars, distributions: list[Distribution]) -> Diagnosis | None:
+def _diagnose(here: CudfPolars, distributions: list[Distribution]) -> Diagnosis | None:
     for needed in filter(None, map(_unmet_polars, distributions)):
-        return incompatible(here, needed)
-    return None if _import_failure is None else import_fault(here)
+        return diagnose_incompatible(here, needed)
+    return None if _import_failure is None else diagnose_import(here)
 
 
-def incompatible(here: CudfPolars, needed: str) -> Diagnosis:
-    """Tell that cudf-polars needs another Polars, such as ``"<1.45"``."""
+def diagnose_incompatible(here: CudfPolars, needed: str) -> Diagnosis:
+    """Return the diagnosis of a cudf-polars that needs another Polars, such as ``"<1.45"``."""
     cause = f"{here} needs Polars {needed} and Polars {pl.__version__} is installed"
     return Diagnosis(Reason.CUDF_INCOMPATIBLE, cause, f'install "polars{needed}"')
 
 
-def import_fault(here: CudfPolars) -> Diagnosis:
-    """Tell of the import that failed."""
-    return _broken(here, f"but its import fails ({_import_failure})")
+def diagnose_import(here: CudfPolars) -> Diagnosis:
+    """Return the diagnosis of a cudf-polars whose import has failed."""
+    return _diagnose_broken(here, f"but its import fails ({_import_failure})")
 
 
-def _broken(here: CudfPolars, how: str) -> Diagnosis:
+def _diagnose_broken(here: CudfPolars, how: str) -> Diagnosis:
     return Diagnosis(
         Reason.CUDF_BROKEN, f"{here} is installed, {how}", f"reinstall {here.build.name}"
     )
 
 
 def _distributions(build: Build) -> list[Distribution]:
-    from importlib import metadata  # noqa: PLC0415  # which takes as long as all of this package
+    from importlib import metadata  # noqa: PLC0415  # its import takes as long as this package's
 
     try:
         return [metadata.distribution(build.name)]
@@ -159,17 +159,17 @@ def _distributions(build: Build) -> list[Distribution]:
 
 
 def _unmet_polars(distribution: Distribution) -> str | None:
-    """Give the Polars that a distribution needs, where the installed one will not do."""
+    """Return the versions of Polars that a distribution needs, if the installed one is not one."""
     try:
         requirements = importlib.import_module("packaging.requirements")
     except ImportError:
-        return None  # cudf-polars itself imports packaging: its import will fail, and be noted
+        return None  # cudf-polars imports packaging too: its import will fail, and be recorded
     for line in distribution.requires or ():
         try:
             needed = requirements.Requirement(line)
             applies = needed.marker is None or needed.marker.evaluate()
             met: bool = needed.specifier.contains(pl.__version__, prereleases=True)
-        except ValueError:  # of all that packaging raises: a line or a version it cannot read
+        except ValueError:  # the base of all that packaging raises for what it cannot read
             continue
         if needed.name == "polars" and applies:
             return None if met else str(needed.specifier)

@@ -1,4 +1,4 @@
-"""What it means where a query fails on the GPU: whose failure it is, and of what kind."""
+"""Failures of queries on the GPU: of what kind they are, and whether the query is to blame."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import polars as pl
 from polars_async._runtime.green import deliver
 from polars_async._runtime.logs import log
 from polars_async.errors import describe
-from polars_async.gpu.support import is_of_the_gpu, operations_of, told, underlying
+from polars_async.gpu.support import describe_operation, is_of_the_gpu, operations_of, underlying
 from polars_async.reasons import Diagnosis, Reason
 
 if TYPE_CHECKING:
@@ -25,10 +25,10 @@ _LIBRARIES: Final = sys.stdlib_module_names | {
     *("kvikio", "numba", "numpy", "nvtx", "polars", "polars_async", "pyarrow", "pylibcudf"),
     *("packaging", "pynvml", "rapidsmpf", "ray", "rmm", "toolz", "tornado", "ucxx"),
 }
-"""Whose code runs where the GPU engine does; all other code there belongs to the query."""
-_FAULTS: Final = {
-    fault.reason: fault
-    for fault in (
+"""The packages whose code runs as part of the GPU engine; all other code belongs to the query."""
+_DIAGNOSES: Final = {
+    diagnosis.reason: diagnosis
+    for diagnosis in (
         Diagnosis(Reason.CUDF_MISSING, "cudf-polars is not installed", "install cudf-polars"),
         Diagnosis(Reason.CUDF_BROKEN, "cudf-polars cannot be imported", "reinstall cudf-polars"),
         Diagnosis(
@@ -58,7 +58,7 @@ _FAULTS: Final = {
         ),
         Diagnosis(
             Reason.GPU_COOLDOWN,
-            "the GPU rests for a while, since it kept failing",
+            "the GPU is in a cooldown, since it kept failing",
             "it is tried again after that",
         ),
     )
@@ -66,22 +66,22 @@ _FAULTS: Final = {
 _CUDA_ERROR: Final = re.compile(r"\bcudaError[A-Z]\w*")
 
 
-class GpuFailure(Exception):  # noqa: N818  # no error to be seen: it says where to go on
+class GpuFailure(Exception):  # noqa: N818  # no error for users: it leads to the fallback
     """
-    The GPU engine failed where the query need not.
+    The GPU engine failed at a query that may succeed on the CPU.
 
     Attributes
     ----------
     reason
-        What kind of failure it was.
+        The kind of failure.
     cause
-        What the GPU engine raised.
+        The error that the GPU engine raised.
     raised
-        What Polars made of it.
-    found
-        The results of some of several frames, by the numbers of those; else None.
-    share
-        How many are left, in words, such as ``"2 of 5 frames"``; else None.
+        The error that Polars raised for it.
+    partial_results
+        For several frames, the results of those that succeeded, by their numbers; else None.
+    remaining
+        How many frames failed, in words, such as ``"2 of 5 frames"``; else None.
     """
 
     def __init__(self, reason: Reason, cause: Exception, raised: Exception | None = None) -> None:
@@ -89,40 +89,44 @@ class GpuFailure(Exception):  # noqa: N818  # no error to be seen: it says where
         self.reason = reason
         self.cause = cause
         self.raised = raised or cause
-        self.found: dict[int, pl.DataFrame] | None = None
-        self.share: str | None = None
+        self.partial_results: dict[int, pl.DataFrame] | None = None
+        self.remaining: str | None = None
         if self.raised is not cause:
             self.raised.__cause__ = cause
 
     def __str__(self) -> str:
         if self.reason is Reason.UNSUPPORTED_QUERY:
-            what = "; ".join(map(told, operations_of(self.cause)))
+            details = "; ".join(map(describe_operation, operations_of(self.cause)))
         else:
-            what = describe(next(_leaves(self.cause)))
-        return f"{_FAULTS[self.reason].cause} ({what})"
+            details = describe(next(_leaves(self.cause)))
+        return f"{_DIAGNOSES[self.reason].cause} ({details})"
 
     @property
     def remedy(self) -> str:
         """What to do about it."""
-        return _FAULTS[self.reason].remedy
+        return _DIAGNOSES[self.reason].remedy
 
-    def let_go_of_memory(self, outer: BaseException | None) -> None:
-        """Drop the tracebacks, whose frames hold what the query had on the GPU."""
+    def drop_tracebacks(self, outer: BaseException | None) -> None:
+        """Drop the tracebacks, whose frames hold the memory of the query on the GPU."""
         if log.isEnabledFor(logging.DEBUG):
-            # As a text, since some handlers keep what they are given.
+            # As text, since some log handlers keep the arguments of a record.
             text = "".join(format_exception(self.raised))
             deliver(partial(log.debug, "a query failed on the GPU\n%s", text))
         for error in _chain(self.raised, outer):
             error.__traceback__ = None
-            for each in underlying(error):  # which are not in the chain
+            for each in underlying(error):  # they are not in the chain
                 each.__traceback__ = None
 
 
 def is_of_the_query(error: BaseException, outer: BaseException | None) -> bool:
-    """Tell what would fail on the CPU too, or comes out of the query's own Python."""
+    """
+    Return whether `error` would occur on the CPU too, or comes from Python functions of the query.
+
+    `outer` is the error that was being handled already when the query began.
+    """
     for each in _chain(error, outer):
         if isinstance(each, pl.exceptions.PolarsError):
-            return "GPU engine" not in str(each)  # where cudf-polars says that CUDA is too old
+            return "GPU engine" not in str(each)  # so cudf-polars says that CUDA is too old
         if _is_of_the_system(each):
             return True
         for frame, _ in walk_tb(each.__traceback__):
@@ -132,7 +136,7 @@ def is_of_the_query(error: BaseException, outer: BaseException | None) -> bool:
 
 
 def _is_of_the_system(error: BaseException) -> bool:
-    """Tell whether it is about a file, and not about a connection of the engine's."""
+    """Return whether `error` is about a file, and not about a connection of the engine."""
     return (
         isinstance(error, OSError)
         and not isinstance(error, (ConnectionError, TimeoutError))
@@ -141,7 +145,7 @@ def _is_of_the_system(error: BaseException) -> bool:
 
 
 def reason_of(error: Exception, otherwise: Reason) -> Reason:
-    """Say what kind of failure `error` is, with `otherwise` for one that nothing tells of."""
+    """Return the kind of failure that `error` is, or `otherwise` if it does not show that."""
     if isinstance(error, MemoryError):
         return Reason.OUT_OF_MEMORY
     if isinstance(error, NotImplementedError):
@@ -155,7 +159,7 @@ def reason_of(error: Exception, otherwise: Reason) -> Reason:
 
 
 def _leaves(error: BaseException) -> Iterator[BaseException]:
-    """Give the errors of a group, and of groups in it; any other error as it is."""
+    """Yield the errors of a group, and of groups in it, or any other error itself."""
     if isinstance(error, BaseExceptionGroup):
         for each in error.exceptions:
             yield from _leaves(each)
@@ -164,7 +168,7 @@ def _leaves(error: BaseException) -> Iterator[BaseException]:
 
 
 def _chain(error: BaseException, outer: BaseException | None) -> Iterator[BaseException]:
-    """Go from an error to all it came from, up to what was there before."""
+    """Yield an error, its causes and contexts, and errors in groups, but for `outer` and beyond."""
     seen: set[int] = {id(outer)}
     left: list[BaseException | None] = [error]
     while left:

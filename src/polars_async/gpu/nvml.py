@@ -1,4 +1,4 @@
-"""What NVML says of this host: its driver and its GPUs, before any of it is judged."""
+"""The driver and the GPUs of this host as NVML lists them, before they are judged."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from types import ModuleType
 
-# nvmlReturn_t by value, since which names pynvml has for them depends on its version.
+# nvmlReturn_t by value, since the names for them depend on the version of pynvml.
 _NOT_SUPPORTED: Final = 3
 _NO_PERMISSION: Final = 4
 _NOT_FOUND: Final = 6
@@ -22,7 +22,7 @@ _GPU_IS_LOST: Final = 15
 _MIG_ENABLED: Final = 1
 _COMPUTE_PROHIBITED: Final = 2
 
-_FAULTS: Final = {
+_DIAGNOSES: Final = {
     _NO_PERMISSION: Diagnosis(
         Reason.NO_PERMISSION,
         "this process has no permission to ask the NVIDIA driver",
@@ -59,8 +59,8 @@ _FAULTS: Final = {
         "run on a machine with an NVIDIA GPU, or give the container access to one",
     ),
 }
-NO_DEVICE: Final = _FAULTS[28]
-NO_LIBRARY: Final = _FAULTS[_LIBRARY_NOT_FOUND]
+NO_DEVICE: Final = _DIAGNOSES[28]
+NO_LIBRARY: Final = _DIAGNOSES[_LIBRARY_NOT_FOUND]
 _LOOK_CLOSER: Final = "look into nvidia-smi and the kernel's log for the cause"
 _NO_PYNVML: Final = Diagnosis(
     Reason.NO_LIBRARY,
@@ -77,7 +77,7 @@ _NO_LIBCUDA: Final = Diagnosis(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HostDevice:
-    """One GPU as NVML lists it; a fact that NVML would not tell is None."""
+    """One GPU as NVML lists it; a fact that NVML does not tell is None."""
 
     index: int
     uuid: str | None = None
@@ -88,7 +88,7 @@ class HostDevice:
     compute_prohibited: bool = False
     mig_enabled: bool = False
     mig_instances: tuple[str, ...] | None = None
-    fault: Diagnosis | None = None
+    diagnosis: Diagnosis | None = None
 
     def __str__(self) -> str:
         return f"GPU {self.index}" if self.name is None else f"GPU {self.index} ({self.name})"
@@ -101,20 +101,20 @@ class Host:
     devices: tuple[HostDevice, ...] = ()
     driver_version: str | None = None
     cuda_version: tuple[int, int] | None = None
-    fault: Diagnosis | None = None
+    diagnosis: Diagnosis | None = None
 
 
 def read_host() -> Host:
-    """Ask NVML for everything, once: nothing stays initialised, and no error escapes."""
+    """Ask NVML for all facts; NVML is shut down after that, and its errors become diagnoses."""
     try:
-        import pynvml  # noqa: PLC0415  # nothing is loaded before somebody asks for a GPU
+        import pynvml  # noqa: PLC0415  # not before the program asks for a GPU
     except ImportError:
-        return Host(fault=_NO_PYNVML)
+        return Host(diagnosis=_NO_PYNVML)
     nvml: ModuleType = pynvml
     try:
         nvml.nvmlInit()
     except nvml.NVMLError as error:
-        return Host(fault=_fault(error))
+        return Host(diagnosis=_diagnose(error))
     try:
         return _read_host(nvml)
     finally:
@@ -127,13 +127,13 @@ def _read_host(nvml: ModuleType) -> Host:
     try:
         count = nvml.nvmlDeviceGetCount()
     except nvml.NVMLError as error:
-        return Host(driver_version=driver_version, fault=_fault(error))
-    cuda_version, fault = _cuda_version(nvml)
+        return Host(driver_version=driver_version, diagnosis=_diagnose(error))
+    cuda_version, diagnosis = _cuda_version(nvml)
     return Host(
         devices=tuple(_read_device(nvml, index) for index in range(count)),
         driver_version=driver_version,
         cuda_version=cuda_version,
-        fault=fault,
+        diagnosis=diagnosis,
     )
 
 
@@ -150,12 +150,12 @@ def _read_device(nvml: ModuleType, index: int) -> HostDevice:
     try:
         return _read_handle(nvml, index, nvml.nvmlDeviceGetHandleByIndex(index))
     except nvml.NVMLError as error:
-        return HostDevice(index=index, fault=_device_fault(error, index))
+        return HostDevice(index=index, diagnosis=_diagnose_device(error, index))
 
 
 def _read_handle(nvml: ModuleType, index: int, handle: object) -> HostDevice:
     name = _text(_ask(nvml, nvml.nvmlDeviceGetName, handle))
-    total, free, fault = _memory(nvml, index, handle)
+    total, free, diagnosis = _memory(nvml, index, handle)
     mig_mode = _ask(nvml, nvml.nvmlDeviceGetMigMode, handle)
     mig_enabled = mig_mode is not None and mig_mode[0] == _MIG_ENABLED
     return HostDevice(
@@ -168,7 +168,7 @@ def _read_handle(nvml: ModuleType, index: int, handle: object) -> HostDevice:
         compute_prohibited=_ask(nvml, nvml.nvmlDeviceGetComputeMode, handle) == _COMPUTE_PROHIBITED,
         mig_enabled=mig_enabled,
         mig_instances=_mig_instances(nvml, handle) if mig_enabled else None,
-        fault=fault,
+        diagnosis=diagnosis,
     )
 
 
@@ -182,8 +182,9 @@ def _memory(
             return None, None, None
         if error.value != _NO_PERMISSION:
             raise
-        # cudf-polars 26.10 asks the same of the whole GPU, in MIG mode too, and takes no other
-        # error than the one above: every query fails where it is refused (NVIDIA/cudf#22388).
+        # cudf-polars 26.10 asks the same of the whole GPU, in MIG mode too, and handles no other
+        # error than the first one above: where this is refused, every query fails
+        # (NVIDIA/cudf#22388).
         cause = f"NVML does not tell cudf-polars the memory of GPU {index} ({error})"
         remedy = "give this process access to the whole GPU, not to a MIG instance of it"
         return None, None, Diagnosis(Reason.NO_PERMISSION, cause, remedy)
@@ -191,11 +192,11 @@ def _memory(
 
 
 def _mig_instances(nvml: ModuleType, handle: object) -> tuple[str, ...] | None:
-    """List the UUIDs of a GPU's MIG instances; None where NVML will not say."""
+    """Return the UUIDs of a GPU's MIG instances; None where NVML does not list them."""
     slots: int | None = _ask(nvml, nvml.nvmlDeviceGetMaxMigDeviceCount, handle)
     if slots is None:
         return None
-    found: list[str] = []
+    uuids: list[str] = []
     refused = False
     for slot in range(slots):
         try:
@@ -205,14 +206,14 @@ def _mig_instances(nvml: ModuleType, handle: object) -> tuple[str, ...] | None:
             continue
         uuid = _text(_ask(nvml, nvml.nvmlDeviceGetUUID, instance))
         if uuid is not None:
-            found.append(uuid)
+            uuids.append(uuid)
         else:
             refused = True
-    return None if refused and not found else tuple(found)
+    return None if refused and not uuids else tuple(uuids)
 
 
 def _ask(nvml: ModuleType, question: Callable[..., Any], *about: object) -> Any:
-    """Get one fact, or None where NVML does not tell; a lost GPU is more than a missing fact."""
+    """Return one fact, or None where NVML does not tell; raise the error of a lost GPU."""
     try:
         return question(*about)
     except nvml.NVMLError as error:
@@ -222,22 +223,22 @@ def _ask(nvml: ModuleType, question: Callable[..., Any], *about: object) -> Any:
 
 
 def _text(value: str | bytes | None) -> str | None:
-    """Read what is bytes or text, by the version of pynvml."""
+    """Return `value` as text: some versions of pynvml return bytes."""
     return value.decode(errors="replace") if isinstance(value, bytes) else value
 
 
-def _fault(error: Any) -> Diagnosis:
-    """Explain an NVMLError that rules out every GPU."""
-    return _FAULTS.get(error.value) or Diagnosis(
+def _diagnose(error: Any) -> Diagnosis:
+    """Return the diagnosis for an NVMLError that rules out every GPU."""
+    return _DIAGNOSES.get(error.value) or Diagnosis(
         Reason.NVML_ERROR,
         f"NVML, the NVIDIA driver's library, fails ({error}, error {error.value})",
         _LOOK_CLOSER,
     )
 
 
-def _device_fault(error: Any, index: int) -> Diagnosis:
-    """Explain an NVMLError that rules out one GPU."""
-    known = _FAULTS.get(error.value)
+def _diagnose_device(error: Any, index: int) -> Diagnosis:
+    """Return the diagnosis for an NVMLError that rules out one GPU."""
+    known = _DIAGNOSES.get(error.value)
     return Diagnosis(
         known.reason if known else Reason.NVML_ERROR,
         f"NVML cannot read GPU {index} ({error}, error {error.value})",

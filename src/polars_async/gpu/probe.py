@@ -1,4 +1,4 @@
-"""NVML's facts, asked for once, and the status that follows from them."""
+"""The status of the GPU engine, from NVML's facts, which are asked for once in a process."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from polars_async.gpu.cudf import (
 )
 from polars_async.gpu.nvml import Host, HostDevice, read_host
 from polars_async.gpu.status import GpuDevice, GpuStatus
-from polars_async.gpu.visible import Visibility, numbers, selected, shown
+from polars_async.gpu.visible import Visibility, find_selected, numbers, shown
 from polars_async.reasons import Diagnosis
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 class Probe:
-    """The process's own answer to whether the GPU engine can run."""
+    """The status of the GPU engine in this process, with NVML's facts and the last status kept."""
 
     def __init__(self) -> None:
         self._lock = new_lock()
@@ -34,7 +34,7 @@ class Probe:
 
     def status(self, *, refresh: bool) -> GpuStatus:
         """See `polars_async.gpu_status`."""
-        judged = self._judged
+        judged = self._judged  # read once, without the lock: other threads replace it as a whole
         if judged is not None and not refresh and judged[0] == _circumstances():
             return judged[1]
         with self._lock:
@@ -42,17 +42,12 @@ class Probe:
 
     def override(self, host: Host | None) -> Host | None:
         """
-        Judge a host that is not there, for `polars_async.testing`.
-
-        Parameters
-        ----------
-        host
-            What NVML is taken to have said; None asks NVML itself again.
+        Use `host` in place of NVML's facts, for `polars_async.testing`; None for NVML again.
 
         Returns
         -------
         Host or None
-            The stand-in that was in place before, to put it back.
+            The one that was used before, to restore it.
         """
         with self._lock:
             before, self._override = self._override, host
@@ -65,7 +60,7 @@ class Probe:
             forget_import_failure()
             importlib.invalidate_caches()
         circumstances = _circumstances()
-        # Another thread may have judged while this one waited for the lock.
+        # Another thread may have done this while this one waited for the lock.
         if self._judged is not None and not refresh and self._judged[0] == circumstances:
             return self._judged[1]
         host = self._override
@@ -80,29 +75,30 @@ probe: Final = Probe()
 
 
 def _circumstances() -> tuple[object, ...]:
-    """Everything that may change the status while NVML's facts stay the same."""
+    """Return all that may change the status while NVML's facts stay the same."""
     return (*Visibility.now(), imported(), import_failure(), overridden())
 
 
 def _status(host: Host, visibility: Visibility, cudf: CudfPolars) -> GpuStatus:
-    faults = [requirements.device_fault(each, cudf) for each in host.devices]
-    choice = selected(host.devices, visibility)
-    pick = choice if isinstance(choice, HostDevice) else None
-    fault = _fault(host, choice, faults, visibility, cudf)
+    diagnoses = [requirements.diagnose_device(each, cudf) for each in host.devices]
+    choice = find_selected(host.devices, visibility)
+    selected = choice if isinstance(choice, HostDevice) else None
+    diagnosis = _diagnose(host, choice, diagnoses, visibility, cudf)
     visible = shown(host.devices, visibility)
     counted = numbers(host.devices, visibility)
-    devices = zip(host.devices, faults, strict=True)
+    devices = zip(host.devices, diagnoses, strict=True)
     return GpuStatus(
-        usable=fault is None,
-        reason=None if fault is None else fault.reason,
+        usable=diagnosis is None,
+        reason=None if diagnosis is None else diagnosis.reason,
         message=requirements.usable(host.devices, choice, visibility, cudf)
-        if fault is None
-        else fault.message,
+        if diagnosis is None
+        else diagnosis.message,
         devices=tuple(
             _device(
                 each,
-                own or (None if each in visible else requirements.hidden_fault(each, visibility)),
-                pick,
+                own
+                or (None if each in visible else requirements.diagnose_hidden(each, visibility)),
+                selected,
                 counted.get(each.index),
             )
             for each, own in devices
@@ -113,41 +109,45 @@ def _status(host: Host, visibility: Visibility, cudf: CudfPolars) -> GpuStatus:
     )
 
 
-def _fault(
+def _diagnose(
     host: Host,
     choice: HostDevice | Diagnosis,
-    faults: list[Diagnosis | None],
+    diagnoses: list[Diagnosis | None],
     visibility: Visibility,
     cudf: CudfPolars,
 ) -> Diagnosis | None:
-    """Find the first thing that rules out the GPU that cudf-polars would take."""
-    if host.fault is not None:
-        return host.fault
+    """Return the first diagnosis that rules out the GPU that cudf-polars would select."""
+    if host.diagnosis is not None:
+        return host.diagnosis
     if isinstance(choice, Diagnosis):
         return choice
-    own = faults[choice.index]
+    own = diagnoses[choice.index]
     if own is not None:
-        sound = (each for each, fault in zip(host.devices, faults, strict=True) if fault is None)
+        sound = (
+            each
+            for each, diagnosis in zip(host.devices, diagnoses, strict=True)
+            if diagnosis is None
+        )
         other = next(sound, None)
-        return own if other is None else own._replace(remedy=requirements.take(other))
+        return own if other is None else own._replace(remedy=requirements.how_to_select(other))
     return (
-        requirements.order_fault(host.devices, choice, visibility, cudf)
-        or requirements.driver_fault(host, cudf)
-        or cudf.fault
-        or (None if cudf.installed else requirements.missing_fault(host, choice))
+        requirements.diagnose_order(host.devices, choice, visibility, cudf)
+        or requirements.diagnose_driver(host, cudf)
+        or cudf.diagnosis
+        or (None if cudf.installed else requirements.diagnose_missing(host, choice))
     )
 
 
 def _device(
-    device: HostDevice, fault: Diagnosis | None, pick: HostDevice | None, number: int | None
+    device: HostDevice, diagnosis: Diagnosis | None, selected: HostDevice | None, number: int | None
 ) -> GpuDevice:
-    if fault is not None:
-        message = fault.message
-    elif device is pick:
-        message = f"cudf-polars takes {device}"
+    if diagnosis is not None:
+        message = diagnosis.message
+    elif device is selected:
+        message = f"cudf-polars selects {device}"
     else:
-        found = "no GPU" if pick is None else str(pick)
-        message = f"cudf-polars takes {found}: {requirements.take(device)}"
+        other = "no GPU" if selected is None else str(selected)
+        message = f"cudf-polars selects {other}: {requirements.how_to_select(device)}"
     return GpuDevice(
         index=device.index,
         uuid=device.uuid,
@@ -156,8 +156,8 @@ def _device(
         memory_total=device.memory_total,
         memory_free=device.memory_free,
         number=number,
-        selected=device is pick,
-        usable=fault is None,
-        reason=None if fault is None else fault.reason,
+        selected=device is selected,
+        usable=diagnosis is None,
+        reason=None if diagnosis is None else diagnosis.reason,
         message=message,
     )

@@ -1,4 +1,4 @@
-"""What a GPU, its driver and the environment have to be for cudf-polars to run."""
+"""What cudf-polars requires of a GPU, of its driver and of the environment."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ if TYPE_CHECKING:
     from polars_async.gpu.visible import Visibility
 
 
-def device_fault(device: HostDevice, cudf: CudfPolars) -> Diagnosis | None:
-    """Tell what is wrong with a GPU itself, visible or not."""
-    if device.fault is not None:
-        return device.fault
-    found, needed = device.compute_capability, cudf.build.compute_capability
-    if found is not None and found < needed:
+def diagnose_device(device: HostDevice, cudf: CudfPolars) -> Diagnosis | None:
+    """Return what rules out a GPU in itself, visible or not."""
+    if device.diagnosis is not None:
+        return device.diagnosis
+    actual, needed = device.compute_capability, cudf.build.compute_capability
+    if actual is not None and actual < needed:
         return Diagnosis(
             Reason.COMPUTE_CAPABILITY,
-            f"{device} has compute capability {_dotted(found)} and {cudf.build.name} needs "
+            f"{device} has compute capability {_dotted(actual)} and {cudf.build.name} needs "
             f"{_dotted(needed)} or newer",
             f"install {CU12.name}"
-            if found >= CU12.compute_capability
+            if actual >= CU12.compute_capability
             else "use a newer GPU, or the CPU",
         )
     if device.compute_prohibited:
@@ -46,32 +46,32 @@ def device_fault(device: HostDevice, cudf: CudfPolars) -> Diagnosis | None:
     return None
 
 
-def hidden_fault(device: HostDevice, visibility: Visibility) -> Diagnosis:
-    """Tell how to see a GPU that CUDA_VISIBLE_DEVICES hides."""
+def diagnose_hidden(device: HostDevice, visibility: Visibility) -> Diagnosis:
+    """Return the diagnosis of a GPU that CUDA_VISIBLE_DEVICES hides."""
     cause = f"{VISIBLE_DEVICES}={visibility.devices!r} hides {device}"
-    return Diagnosis(Reason.DEVICES_HIDDEN, cause, take(device))
+    return Diagnosis(Reason.DEVICES_HIDDEN, cause, how_to_select(device))
 
 
-def take(device: HostDevice) -> str:
-    """Tell how to make a GPU the one that cudf-polars takes, in any order of numbering."""
+def how_to_select(device: HostDevice) -> str:
+    """Return what to set to have cudf-polars select a GPU, however CUDA numbers the GPUs."""
     if device.uuid is None:
         return f"set {DEVICE_ORDER}={BUS_ORDER} and {VISIBLE_DEVICES}={device.index} to use it"
     return f"set {VISIBLE_DEVICES}={device.uuid} to use {device}"
 
 
 def same_order(devices: Sequence[HostDevice], visibility: Visibility) -> bool:
-    """Tell whether CUDA and cudf-polars mean the same GPU by what CUDA_VISIBLE_DEVICES says."""
+    """Return whether the first entry of CUDA_VISIBLE_DEVICES is the same GPU to CUDA and NVML."""
     return counts_by_bus(devices, visibility) or not visibility.first.isdecimal()
 
 
-def order_fault(
+def diagnose_order(
     devices: Sequence[HostDevice], selected: HostDevice, visibility: Visibility, cudf: CudfPolars
 ) -> Diagnosis | None:
     """
-    Tell where CUDA would run on another GPU than the one that cudf-polars takes, and fail there.
+    Return a diagnosis if CUDA's order has it use a GPU that is not the selected one, and too old.
 
-    cudf-polars reads an index as NVML's, which counts by PCI bus; CUDA, unless it is told
-    otherwise, counts the fastest GPU first. NVML does not know that order: compute capability
+    cudf-polars reads an index as NVML's, which counts by PCI bus. CUDA counts the fastest GPU
+    first, unless the environment says otherwise. NVML does not know that order: compute capability
     stands in for speed, and equal GPUs stay in the order of the bus.
     """
     if same_order(devices, visibility):
@@ -79,12 +79,13 @@ def order_fault(
     fastest_first = sorted(
         devices, key=lambda each: each.compute_capability or (0, 0), reverse=True
     )
-    fault = device_fault(fastest_first[selected.index], cudf)
-    if fault is None or fault.reason is not Reason.COMPUTE_CAPABILITY:
+    diagnosis = diagnose_device(fastest_first[selected.index], cudf)
+    if diagnosis is None or diagnosis.reason is not Reason.COMPUTE_CAPABILITY:
         return None
     return Diagnosis(
         Reason.AMBIGUOUS_DEVICE_ORDER,
-        f"CUDA counts the fastest GPU first and cudf-polars counts by PCI bus, and {fault.cause}",
+        "CUDA counts the fastest GPU first and cudf-polars counts by PCI bus, "
+        f"and {diagnosis.cause}",
         f"set {DEVICE_ORDER}={BUS_ORDER} to use {selected}",
     )
 
@@ -95,7 +96,7 @@ def usable(
     visibility: Visibility,
     cudf: CudfPolars,
 ) -> str:
-    """Tell where queries run, when nothing is in their way."""
+    """Return the message that says on which GPU queries run, where nothing rules it out."""
     if same_order(devices, visibility):
         return f"queries run on {selected}, through {cudf}"
     return (
@@ -104,23 +105,23 @@ def usable(
     )
 
 
-def driver_fault(host: Host, cudf: CudfPolars) -> Diagnosis | None:
-    """Tell whether the driver is too old; one that does not tell its CUDA version passes."""
-    found, needed = host.cuda_version, cudf.build.cuda_version
-    if found is None or found >= needed:
+def diagnose_driver(host: Host, cudf: CudfPolars) -> Diagnosis | None:
+    """Return a diagnosis if the driver is too old; one of unknown CUDA version passes."""
+    actual, needed = host.cuda_version, cudf.build.cuda_version
+    if actual is None or actual >= needed:
         return None
     return Diagnosis(
         Reason.DRIVER_TOO_OLD,
-        f"the driver supports CUDA {_dotted(found)} and {cudf.build.name} needs "
+        f"the driver supports CUDA {_dotted(actual)} and {cudf.build.name} needs "
         f"{_dotted(needed)} or newer",
         f"update the driver or install {CU12.name}"
-        if found >= CU12.cuda_version
+        if actual >= CU12.cuda_version
         else "update the driver",
     )
 
 
-def missing_fault(host: Host, selected: HostDevice) -> Diagnosis:
-    """Tell which cudf-polars to install for a GPU and its driver."""
+def diagnose_missing(host: Host, selected: HostDevice) -> Diagnosis:
+    """Return the diagnosis of a missing cudf-polars, with the build for a GPU and its driver."""
     newer = (host.cuda_version or (0, 0)) >= CU13.cuda_version and (
         selected.compute_capability or (0, 0)
     ) >= CU13.compute_capability

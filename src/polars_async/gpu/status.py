@@ -1,4 +1,4 @@
-"""What is known of the GPUs of this host, and of the GPU engine here."""
+"""The status of the GPUs of this host, and of the GPU engine in this process."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ class GpuDevice:
     index
         Its place in NVML's list, which is by PCI bus.
     uuid, name
-        As NVML gives them; None when unknown.
+        As NVML lists them; None when unknown.
     compute_capability
         ``(major, minor)``; None when unknown.
     memory_total, memory_free
         In bytes, of the whole GPU, when NVML was last asked; None when unknown. Some integrated
-        GPUs have no memory of their own to tell of, and are usable.
+        GPUs have no memory of their own, and are usable all the same.
     number
         By which number CUDA counts it in this process, as ``pl.GPUEngine(device=...)`` takes it;
         None where it is hidden, or where the GPUs are not all alike and ``CUDA_DEVICE_ORDER`` does
@@ -33,7 +33,7 @@ class GpuDevice:
         Whether this is the GPU that cudf-polars uses: the first in ``CUDA_VISIBLE_DEVICES``.
     usable
         Whether queries could run on it if it were selected: nothing is wrong with it, and it is
-        visible. What the driver and cudf-polars must be is the business of `GpuStatus`.
+        visible. Whether the driver and cudf-polars suffice is in `GpuStatus`.
     reason
         What rules it out; None if it is usable.
     message
@@ -61,7 +61,7 @@ class GpuStatus:
     Attributes
     ----------
     usable
-        Whether it can, as far as can be told without loading CUDA.
+        Whether it can, as far as that can be known without loading CUDA.
     reason
         The first thing that rules it out, from the driver over the GPU to cudf-polars; None if
         it is usable.

@@ -1,4 +1,4 @@
-"""Whether the GPU engine could run a query, as cudf-polars' own translator says."""
+"""Whether the GPU engine could run a query, according to cudf-polars' own translator."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class Support(enum.StrEnum):
     NO = "no"
     """It cannot: at least one operation is not supported."""
     UNKNOWN = "unknown"
-    """It could not be asked."""
+    """cudf-polars could not be asked."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,7 +53,7 @@ class GpuSupport:
     answer
         ``"yes"``, ``"no"`` or ``"unknown"``.
     operations
-        What rules the GPU engine out, each in the words of cudf-polars; empty unless the answer
+        The operations that cudf-polars does not support, in its own words; empty unless the answer
         is no.
     reason
         Why the answer is no or unknown; None if it is yes.
@@ -81,26 +81,26 @@ def gpu_support(
     optimizations: pl.QueryOptFlags = pl.QueryOptFlags(),  # noqa: B008  # as in Polars
 ) -> GpuSupport:
     """
-    Tell whether the GPU engine could run a query, without running it.
+    Return whether the GPU engine could run a query, without running it.
 
-    cudf-polars is asked to translate the optimised plan, as it does before it runs one. That takes
-    no GPU and no driver but for a few operations, such as joins by inequality; whether a GPU is
-    usable here is the question of `gpu_status`. A yes is no promise that the data fit into the
-    memory of the GPU.
+    cudf-polars translates the optimised plan, as it does before it runs one. That needs no GPU and
+    no driver, but for a few operations such as joins by inequality; `gpu_status` returns whether a
+    GPU is usable here. A yes is no promise that the data fit into the memory of the GPU.
 
-    The first call imports cudf-polars, which takes half a second or more, and nothing else here
-    does; later ones take about a millisecond, and longer where Polars has to open files for their
-    schema. To keep a loop free, call it with ``asyncio.to_thread``. Polars calls a UDF of unknown
-    ``return_dtype`` to learn its type, as it does for ``collect_schema``.
+    The first call imports cudf-polars, which takes half a second or more; no other function does
+    that before a query runs on the GPU. Later calls take about a millisecond, and longer where
+    Polars has to open files for their schema. To keep a loop free, call it with
+    ``asyncio.to_thread``. Polars calls a UDF of unknown ``return_dtype`` to learn its type, as it
+    does for ``collect_schema``.
 
     Parameters
     ----------
     lf
         The query.
     engine
-        ``"gpu"`` or a ``pl.GPUEngine``, whose options are taken into account.
+        ``"gpu"`` or a ``pl.GPUEngine`` with options.
     optimizations
-        Those that the query would be run with.
+        The optimisations with which the query would run.
 
     Returns
     -------
@@ -113,7 +113,7 @@ def gpu_support(
     ValueError
         `engine` is no GPU engine.
     polars.exceptions.PolarsError
-        The query itself is wrong; whatever ``collect`` would find before it runs it.
+        The query itself is wrong, as ``collect`` would find before it runs.
 
     Examples
     --------
@@ -125,21 +125,21 @@ def gpu_support(
     """
     check_frame(lf)
     gpu = _gpu_engine(engine)
-    # Releases the GIL where files are opened, and finds what is wrong with the query on any host.
+    # It raises the query's own errors on any host, and opens files without the GIL.
     lf.collect_schema()
-    found = _cudf.find_cudf_polars()
-    fault = found.fault or (None if found.installed else _MISSING)
-    if fault is not None:
-        return _unknown(fault)
+    cudf_polars = _cudf.find_cudf_polars()
+    diagnosis = cudf_polars.diagnosis or (None if cudf_polars.installed else _MISSING)
+    if diagnosis is not None:
+        return _unknown(diagnosis)
     try:
         module = importlib.import_module(_cudf.MODULE)
     except Exception as error:  # noqa: BLE001  # it has raised more than ImportError
         _cudf.note_import_failure(error)
-        return _unknown(_cudf.import_fault(found))
+        return _unknown(_cudf.diagnose_import(cudf_polars))
     try:
         unsupported = _translation_error(module, lf, optimizations, gpu)
     except (Exception, pl.exceptions.PanicException) as error:  # noqa: BLE001  # a private API
-        return _unknown(_failure(error, found))
+        return _unknown(_diagnose_translation(error, cudf_polars))
     return _judged(unsupported)
 
 
@@ -147,19 +147,19 @@ def unsupported_error(
     lf: pl.LazyFrame, engine: pl.GPUEngine, optimizations: pl.QueryOptFlags
 ) -> Exception | None:
     """
-    Give cudf-polars' own error for a query that it does not support, None for one that it does.
+    Return cudf-polars' own error for a query that it does not support, None for one that it does.
 
     Parameters
     ----------
     lf
         The query.
     engine, optimizations
-        What it was run with.
+        The engine and the optimisations with which it ran.
 
     Raises
     ------
     Exception
-        Of any kind, since this imports cudf-polars and uses what is private in it and in Polars.
+        Of any kind, since this imports cudf-polars, and uses private functions of it and of Polars.
     """
     module = importlib.import_module(_cudf.MODULE)
     return _translation_error(module, lf, optimizations, engine)
@@ -181,21 +181,21 @@ def _translation_error(
         translator.translate_ir()
         return (translator.unsupported_operations_error(),)
 
-    told = upstream.ask_optimized_plan(lf, optimizations, translate)
-    if told is None:
+    answer = upstream.ask_optimized_plan(lf, optimizations, translate)
+    if answer is None:
         raise NotImplementedError("Polars hands out its plans no more")
-    (error,) = told
+    (error,) = answer
     if error is None or isinstance(error, Exception):
         return error
-    raise TypeError(f"unsupported_operations_error() gave {type(error).__name__}")
+    raise TypeError(f"unsupported_operations_error() returned {type(error).__name__}")
 
 
 def _without_a_device(engine: pl.GPUEngine) -> pl.GPUEngine:
     """
-    Give the same engine with the size of the device told, which NVML is asked for otherwise.
+    Return the same engine with a size of the device, for which it would ask NVML otherwise.
 
-    Partitions are sized by it, after the translation. The executor for which nothing is sized
-    knows no such option.
+    It is the base for the size of partitions, which come after the translation. Only the streaming
+    executor has partitions, and this option.
     """
     options = engine.config.get("executor_options") or {}
     executor = engine.config.get("executor") or os.environ.get(EXECUTOR_VARIABLE, "streaming")
@@ -212,8 +212,8 @@ def _judged(unsupported: Exception | None) -> GpuSupport:
         return GpuSupport(answer=Support.YES, message=message)
     own = operations_of(unsupported)
     if not own:
-        return _unknown(_gpu_fault(underlying(unsupported)[0]))
-    operations = tuple(dict.fromkeys(map(told, own)))
+        return _unknown(_diagnose_gpu(underlying(unsupported)[0]))
+    operations = tuple(dict.fromkeys(map(describe_operation, own)))
     return GpuSupport(
         answer=Support.NO,
         operations=operations,
@@ -224,12 +224,12 @@ def _judged(unsupported: Exception | None) -> GpuSupport:
 
 
 def operations_of(unsupported: BaseException) -> list[BaseException]:
-    """Give what cudf-polars does not support wherever it is asked: not what ails the host."""
+    """Return the errors of operations that cudf-polars supports nowhere, not those of this host."""
     return [each for each in underlying(unsupported) if not is_of_the_gpu(each)]
 
 
 def underlying(unsupported: BaseException) -> list[BaseException]:
-    """Give the errors that cudf-polars has summed up, or the sum where it does not give them."""
+    """Return the errors that cudf-polars has put into `unsupported`; if none, that one itself."""
     errors = unsupported.args[1] if len(unsupported.args) > 1 else None
     if not isinstance(errors, (list, tuple)):
         return [unsupported]
@@ -237,34 +237,34 @@ def underlying(unsupported: BaseException) -> list[BaseException]:
 
 
 def is_of_the_gpu(error: BaseException) -> bool:
-    """Tell whether `error` is of the host, whose GPU could not be asked, and not of the query."""
+    """Return whether `error` is about the GPU of this host, and not about the query."""
     if isinstance(error, NotImplementedError):
         return False
     if type(error).__module__.partition(".")[0] in _ASKS_THE_GPU:
         return True
-    # As native code raises them; what libcudf itself does not support is a "CUDF failure".
+    # Raised by native code. For what libcudf does not support, the text begins "CUDF failure".
     native = isinstance(error, (RuntimeError, MemoryError))
     return native and _OF_THE_GPU.search(describe(error)) is not None
 
 
-def told(error: BaseException) -> str:
-    """Give what rules the GPU engine out, in its own words."""
+def describe_operation(error: BaseException) -> str:
+    """Return the operation that the GPU engine does not support, in its own words."""
     return describe(error).removeprefix("NotImplementedError: ")
 
 
-def _failure(error: BaseException, found: _cudf.CudfPolars) -> Diagnosis:
+def _diagnose_translation(error: BaseException, cudf_polars: _cudf.CudfPolars) -> Diagnosis:
     if is_of_the_gpu(error):
-        return _gpu_fault(error)
-    cause = f"the translator of {found} could not be asked ({describe(error)})"
+        return _diagnose_gpu(error)
+    cause = f"the translator of {cudf_polars} could not be asked ({describe(error)})"
     return Diagnosis(Reason.TRANSLATION_FAILED, cause, _TRY)
 
 
-def _gpu_fault(error: BaseException) -> Diagnosis:
+def _diagnose_gpu(error: BaseException) -> Diagnosis:
     cause = f"cudf-polars asks the GPU about this query, and that fails ({describe(error)})"
     return Diagnosis(
         Reason.GPU_NEEDED, cause, "ask on a host where gpu_status() finds a usable GPU"
     )
 
 
-def _unknown(fault: Diagnosis) -> GpuSupport:
-    return GpuSupport(answer=Support.UNKNOWN, reason=fault.reason, message=fault.message)
+def _unknown(diagnosis: Diagnosis) -> GpuSupport:
+    return GpuSupport(answer=Support.UNKNOWN, reason=diagnosis.reason, message=diagnosis.message)

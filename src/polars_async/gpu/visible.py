@@ -1,4 +1,4 @@
-"""Which GPU cudf-polars takes, by CUDA_VISIBLE_DEVICES, which NVML itself ignores."""
+"""Which GPUs CUDA_VISIBLE_DEVICES shows, and which one cudf-polars selects; NVML ignores it."""
 
 from __future__ import annotations
 
@@ -34,22 +34,22 @@ class Visibility(NamedTuple):
 
     @property
     def first(self) -> str:
-        """The first entry, the one that cudf-polars takes."""
+        """The first entry, which cudf-polars selects."""
         return "0" if self.devices is None else self.devices.split(",", 1)[0]
 
     def entry(self, number: int) -> str:
-        """Return the entry of the GPU that CUDA counts by `number`; empty if there is none."""
+        """Return the entry of the GPU to which CUDA gives `number`; empty if there is none."""
         if self.devices is None:
             return str(number)
         return "".join(self.devices.split(",")[number : number + 1]).strip()
 
 
-def selected(devices: Sequence[HostDevice], visibility: Visibility) -> HostDevice | Diagnosis:
+def find_selected(devices: Sequence[HostDevice], visibility: Visibility) -> HostDevice | Diagnosis:
     """
-    Find the GPU that cudf-polars 26.10 takes.
+    Return the GPU that cudf-polars 26.10 selects, or why it selects none.
 
     That is the first entry, as it stands: digits are NVML's index, all else a whole UUID. CUDA
-    takes more (the first letters of a UUID, spaces), with which cudf-polars fails.
+    accepts more (the first letters of a UUID, spaces), with which cudf-polars fails.
     """
     if not devices:
         return NO_DEVICE
@@ -67,74 +67,74 @@ def selected(devices: Sequence[HostDevice], visibility: Visibility) -> HostDevic
             return device
     if entry.isdecimal() and int(entry) < len(devices):
         return devices[int(entry)]
-    return _unlisted_instance(devices, entry) or _invalid(devices, entry)
+    return _unlisted_instance(devices, entry) or _diagnose_invalid(devices, entry)
 
 
 def shown(devices: Sequence[HostDevice], visibility: Visibility) -> Sequence[HostDevice]:
     """
-    Find the GPUs that CUDA shows: entry by entry, up to the first one that names none.
+    Return the GPUs that CUDA shows: entry by entry, up to the first one that names none.
 
-    An entry that comes again before that hides them all.
+    An entry that is repeated before that hides them all.
     """
     if visibility.devices is None:
         return devices
-    found: dict[str | int, HostDevice] = {}
+    visible: dict[str | int, HostDevice] = {}
     for entry in map(str.strip, visibility.devices.split(",")):
         device = _named(devices, entry)
         if device is None:
             break
         key = entry if entry.startswith("MIG-") else device.index
-        if key in found:
+        if key in visible:
             return []
-        found[key] = device
-    return list(found.values())
+        visible[key] = device
+    return list(visible.values())
 
 
 def counts_by_bus(devices: Sequence[HostDevice], visibility: Visibility) -> bool:
-    """Tell whether CUDA counts the GPUs as NVML does, so that an index means the same to both."""
+    """Return whether CUDA counts the GPUs as NVML does, so that an index means the same to both."""
     return visibility.order == BUS_ORDER or len({each.name for each in devices}) == 1
 
 
 def numbers(devices: Sequence[HostDevice], visibility: Visibility) -> dict[int, int]:
-    """Return by which number CUDA counts each GPU, by its index, where that can be told."""
-    found: dict[int, int] = {}
+    """Return the number that CUDA gives to each GPU, by its index, where that can be known."""
+    counted: dict[int, int] = {}
     by_bus = counts_by_bus(devices, visibility)
     for number, device in enumerate(shown(devices, visibility)):
         if by_bus or not visibility.entry(number).isdecimal():
-            found.setdefault(device.index, number)  # CUDA takes no second instance of a GPU
-    return found
+            counted.setdefault(device.index, number)  # CUDA uses no second instance of a GPU
+    return counted
 
 
 def _named(devices: Sequence[HostDevice], entry: str) -> HostDevice | None:
-    """Find the GPU that an entry names to CUDA, which takes the first letters of a UUID too."""
+    """Return the GPU that an entry names to CUDA, which accepts the first letters of a UUID too."""
     if entry.isdecimal():
         return devices[int(entry)] if int(entry) < len(devices) else None
     if not entry.startswith(("GPU-", "MIG-")):
         return None
-    found = [
+    matches = [
         device
         for device in devices
         for uuid in (device.uuid, *(device.mig_instances or ()))
         if uuid is not None and uuid.startswith(entry)
     ]
-    return found[0] if len(found) == 1 else _unlisted_instance(devices, entry)
+    return matches[0] if len(matches) == 1 else _unlisted_instance(devices, entry)
 
 
 def _unlisted_instance(devices: Sequence[HostDevice], entry: str) -> HostDevice | None:
-    """Find the GPU that a MIG instance can only belong to, where NVML does not list instances."""
+    """Return the first GPU in MIG mode whose instances NVML does not list: `entry` may be there."""
     if not entry.startswith("MIG-"):
         return None
-    silent = (each for each in devices if each.mig_enabled and each.mig_instances is None)
-    return next(silent, None)
+    unlisted = (each for each in devices if each.mig_enabled and each.mig_instances is None)
+    return next(unlisted, None)
 
 
-def _invalid(devices: Sequence[HostDevice], entry: str) -> Diagnosis:
+def _diagnose_invalid(devices: Sequence[HostDevice], entry: str) -> Diagnosis:
     named = _named(devices, entry.strip())
     if named is None:
         cause = f"{VISIBLE_DEVICES} begins with {entry!r}, and the driver lists no such GPU"
         remedy = f"set it to {_entries(devices)}"
     else:
-        cause = f"{VISIBLE_DEVICES} begins with {entry!r}, which cudf-polars does not take"
+        cause = f"{VISIBLE_DEVICES} begins with {entry!r}, which cudf-polars does not accept"
         whole = (named.uuid, *(named.mig_instances or ()))
         uuids = [each for each in whole if each is not None and each.startswith(entry.strip())]
         remedy = f"set it to {uuids[0] if uuids else named.index} for {named}"

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 from polars_async.executors.operations import on_engine
 from polars_async.gpu.failure import GpuFailure
-from polars_async.resolution import ASKERS, IN_MEMORY, runs
+from polars_async.resolution import IN_MEMORY, SOURCE_NAMES, runs
 
 if TYPE_CHECKING:
     from polars_async.executors.operations import Operation
@@ -34,7 +34,7 @@ def fall_back(query: Query[T], operation: Operation[T] | None, admission: Admiss
     # Its traceback holds the frames of the query, and all of the query with it.
     failure.__traceback__ = failure.__context__ = None
     return query.requeue(
-        on_engine(operation, IN_MEMORY, failure.found),
+        on_engine(operation, IN_MEMORY, failure.partial_results),
         fallen_back(query.resolution, failure),
         admission.owner,
     )
@@ -42,8 +42,8 @@ def fall_back(query: Query[T], operation: Operation[T] | None, admission: Admiss
 
 def fallen_back(resolution: Resolution, failure: GpuFailure) -> Resolution:
     """Return the resolution of a query after its fallback."""
-    asks = f"{ASKERS[resolution.source]} asks for the GPU engine"
-    what_runs = " ".join(filter(None, (runs(IN_MEMORY.name), failure.share)))
+    asks = f"{SOURCE_NAMES[resolution.source]} asks for the GPU engine"
+    what_runs = " ".join(filter(None, (runs(IN_MEMORY.name), failure.remaining)))
     return replace(
         resolution,
         engine=IN_MEMORY,

@@ -414,7 +414,7 @@ class Lane:
 
 def _reset_after_fork() -> None:
     for lane in list(_lanes):
-        lane.reset_after_fork(fork.lost())
+        lane.reset_after_fork(fork.forked_process_error())
 
 
 fork.in_child(fork.Step.FAIL, _reset_after_fork)

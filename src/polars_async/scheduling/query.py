@@ -9,7 +9,7 @@ from itertools import count
 from typing import TYPE_CHECKING, Any, Final, Generic, NamedTuple, TypeVar
 
 from polars_async._runtime.green import delivery
-from polars_async._runtime.timers import set_deadline
+from polars_async._runtime.timers import start_timer
 from polars_async._runtime.unpatched import get_ident, holding
 from polars_async.bridges.waiting import persist, wake
 from polars_async.errors import QueryTimeoutError
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     import polars as pl
 
     from polars_async._runtime.callers import CallSite
-    from polars_async._runtime.timers import Deadline
+    from polars_async._runtime.timers import Timer
     from polars_async.bridges.waiting import Waiter
     from polars_async.events import Reporter
     from polars_async.executors.operations import Operation
@@ -71,7 +71,6 @@ class Query(Generic[T]):
         "_announcing",
         "_canceller",
         "_counts",
-        "_deadline",
         "_leave_queue",
         "_operation",
         "_outcome",
@@ -81,6 +80,7 @@ class Query(Generic[T]):
         "_stop_is_sure",
         "_timeout",
         "_timeout_error",
+        "_timer",
         "_waiters",
         "call_site",
         "context",
@@ -141,7 +141,7 @@ class Query(Generic[T]):
         """Whether that thread still has to emit the event of the cancellation or time-out."""
         self._timeout_error: QueryTimeoutError | None = None
         self._timeout = 0.0
-        self._deadline: Deadline | None = None
+        self._timer: Timer | None = None
 
     @property
     def done(self) -> bool:
@@ -171,9 +171,9 @@ class Query(Generic[T]):
     def expire_in(self, seconds: float) -> None:
         """Have the query time out, unless it is done before."""
         self._timeout = seconds
-        self._deadline = set_deadline(seconds, self)
-        if self.done:  # since before there was a deadline to cancel
-            self._deadline.cancel()
+        self._timer = start_timer(seconds, self)
+        if self.done:  # since before there was a timer to cancel
+            self._timer.cancel()
 
     def set_running(self) -> float | None:
         """
@@ -315,8 +315,8 @@ class Query(Generic[T]):
         self.times.end()
         if not self._settle(State.COMPLETED if self._outcome.error is None else State.FAILED):
             return ()
-        if self._deadline is not None:
-            self._deadline.cancel()
+        if self._timer is not None:
+            self._timer.cancel()
         waiters, self._waiters = self._waiters, {}
         return waiters
 
@@ -489,8 +489,8 @@ class Query(Generic[T]):
         """Stop the query and wake its waiters, without the lock; may be done again."""
         if self.times.started is None:
             self._operation, self.frames = None, ()
-        if self._deadline is not None:
-            self._deadline.cancel()
+        if self._timer is not None:
+            self._timer.cancel()
         if self._stop is not None:
             persist(self._stop, "a query that was cancelled or timed out could not be stopped")
         if self._owes_event:

@@ -26,7 +26,7 @@ from polars_async._runtime.origin import is_of_polars
 from polars_async._runtime.plans import end_looks
 from polars_async._runtime.unpatched import sleep
 from polars_async._runtime.upstream import PACKAGE_FOLDER
-from polars_async.bridges.waiting import Waking
+from polars_async.bridges.waiting import hold_at_exit
 from polars_async.scheduling.query import Query
 
 if TYPE_CHECKING:
@@ -103,7 +103,7 @@ def _leave() -> None:
     _Process.exits = True
     # For good: a task that is freed before its end complains of that.
     ctypes.pythonapi.Py_IncRef(ctypes.py_object(unwoken := list[object]()))
-    Waking.held_at_exit = unwoken
+    hold_at_exit(unwoken)
     lanes = list(_Process.lanes)
     for lane in lanes:
         lane.close(cancel_waiting=True)
@@ -113,7 +113,7 @@ def _leave() -> None:
     if _running(lanes):
         _delay_abort()
     catch_up()
-    Waking.held_at_exit = None
+    hold_at_exit(None)
 
 
 def _running(lanes: list[_Lane]) -> bool:

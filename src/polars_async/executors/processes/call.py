@@ -9,10 +9,10 @@ from functools import partial
 from time import monotonic
 from typing import TYPE_CHECKING, Any, Final
 
-from polars_async._runtime.files import Identity, taking_along
+from polars_async._runtime.files import Identity, attaching
 from polars_async._runtime.green import deliver
 from polars_async._runtime.logs import complain
-from polars_async._runtime.timers import set_deadline
+from polars_async._runtime.timers import start_timer
 from polars_async._runtime.unpatched import RLock, holding
 from polars_async.errors import QueryMemoryError
 from polars_async.executors.exports import export
@@ -24,7 +24,7 @@ from polars_async.executors.staying import UnsendableError
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from polars_async._runtime.timers import Deadline
+    from polars_async._runtime.timers import Timer
     from polars_async.bridges.buffer import Buffer
     from polars_async.executors import Job
     from polars_async.executors.main_module import Export
@@ -75,7 +75,7 @@ class WorkerCall:
         self._lock = RLock()
         self._phase = _Phase.STARTING
         self._interrupts = 0
-        self._deadline: Deadline | None = None
+        self._timer: Timer | None = None
         self._has_begun = False
         self._next_sample = monotonic() + _SAMPLE_INTERVAL
         """When to sample the worker's memory, even if messages come all the time."""
@@ -183,13 +183,13 @@ class WorkerCall:
     def _expire_in(self, seconds: float) -> None:
         self._cancel_timer()
         try:
-            self._deadline = set_deadline(seconds, self)
+            self._timer = start_timer(seconds, self)
         except RuntimeError:  # the timer thread could not be started
             self._worker.signal(signal.SIGKILL)
 
     def _cancel_timer(self) -> None:
-        if self._deadline is not None:
-            self._deadline.cancel()
+        if self._timer is not None:
+            self._timer.cancel()
 
     def _follow(self, message: Message, buffer: Buffer | None) -> tuple[str, Any]:
         """Send `message`; handle what the worker sends until that is the outcome, and return it."""
@@ -223,7 +223,7 @@ class WorkerCall:
     def _export(self, module: str, name: str) -> Message:
         """Return the message with what this program calls `name`, and the frames it shares."""
         shared: dict[Identity, int] = {}
-        exported = taking_along(shared, partial(self._export_or_reason, module, name))
+        exported = attaching(shared, partial(self._export_or_reason, module, name))
         return Message(pack(exported, in_files=False).data, list(shared.values()), len(shared))
 
     def _export_or_reason(self, module: str, name: str) -> Export:

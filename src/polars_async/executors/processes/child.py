@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import polars as pl
 
-from polars_async._runtime.files import bring, put_away
+from polars_async._runtime.files import close_received, receive
 from polars_async._runtime.fork import Step, in_child
 from polars_async._runtime.nesting import enter_worker
 from polars_async._runtime.unpatched import RLock
@@ -116,14 +116,14 @@ def _serve(transport: Transport, logs: _LogSender, follower: Follower) -> None:
 def _run(message: Message, transport: Transport, follower: Follower) -> object:
     parent = _Parent(transport)
     follower.enter_folder()
-    bring(message.take_shared())
+    receive(message.take_shared())
     try:
         with ResolvingMain(parent.load):
             operation = unpack(message, _RemoteBuffer(parent))
             return operation()
     finally:
         parent.end()
-        put_away()
+        close_received()
 
 
 def _ask_initializer(transport: Transport) -> Any:
@@ -178,7 +178,7 @@ class _Parent:
                 raise PolarsAsyncError("the query has ended: what is left of it has no answer")
             self._transport.send(question)
             answer = self._transport.receive()
-            bring(answer.take_shared())
+            receive(answer.take_shared())
             return unpack(answer)
 
     def load(self, module: str, name: str) -> Export:
