@@ -585,4 +585,4 @@ def test_deadline_of_a_query_that_ends_meanwhile_is_lifted():
         for i in range(500):
             query = query_of(admission, i)
             together.turn()
-            assert query._deadline.query is None
+            assert query._timer.query is None
