@@ -7,8 +7,8 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from benchmarks import charts, table
-from benchmarks.results import Report
+from benchmarks.report import charts, table
+from benchmarks.report.results import Report
 from benchmarks.runner import ENGINES, Options, measure
 from benchmarks.suites import SUITES, suite
 

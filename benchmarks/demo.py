@@ -24,9 +24,9 @@ from rich.progress import Progress
 from rich.table import Table
 
 import polars_async as pa
+from benchmarks.measure.stall import StallMeter
 from benchmarks.pdsh import data, oracle
 from benchmarks.pdsh.queries import QUERIES
-from benchmarks.stall import StallMeter
 
 _TOGETHER: Final = "collect_all_async"
 _EACH: Final = "collect_async"

@@ -15,12 +15,12 @@ import polars as pl
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from benchmarks.results import Environment, Fault, Ratio, Report, Result, spread
+from benchmarks.report.results import Environment, Fault, Ratio, Report, Result, spread
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
-    from benchmarks.results import Better
+    from benchmarks.report.results import Better
 
     Figures = Mapping[str, float]
 
@@ -194,7 +194,7 @@ def _compare(
 def _run(case: Case, who: str) -> tuple[Figures | None, str | None]:
     """Run one contender once; gives its figures, if any, and what was wrong, if anything."""
     size = json.dumps(case.size)
-    command = [sys.executable, "-m", "benchmarks.contender", case.suite, case.name, who, size]
+    command = [sys.executable, "-m", "benchmarks.measure.run_one", case.suite, case.name, who, size]
     try:
         done = subprocess.run(
             command, capture_output=True, text=True, timeout=case.timeout, check=False, cwd=_ROOT

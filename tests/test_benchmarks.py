@@ -11,9 +11,10 @@ import polars as pl
 import pytest
 from test_readme import BLOCKS, ROOT
 
-from benchmarks import gpu, table
 from benchmarks.__main__ import main
-from benchmarks.results import Environment, Ratio, Report, Result, spread
+from benchmarks.gpu import __main__ as gpu
+from benchmarks.report import table
+from benchmarks.report.results import Environment, Ratio, Report, Result, spread
 from benchmarks.runner import NATIVE, OWN, Case, Metric, Options, measure
 from benchmarks.suites import SUITES, load, suite
 
@@ -101,7 +102,7 @@ def test_suite_is_a_file_as_in_the_readme(tmp_path):
 @pytest.mark.usefixtures("tiny")
 def test_reports_become_one_with_charts(tmp_path, capsys):
     one = str(tmp_path / "one.json")
-    assert main(["run", "async", *SIZES, f"--json={one}"]) == 0
+    assert main(["run", "latency", *SIZES, f"--json={one}"]) == 0
     capsys.readouterr()
     assert main(["show", one, one, f"--output={tmp_path}"]) == 0
     targets = (tmp_path / "targets.md").read_text()
@@ -109,10 +110,10 @@ def test_reports_become_one_with_charts(tmp_path, capsys):
     report = Report.read(tmp_path / "results.json")
     assert len(report.results) == 2 * len(Report.read(tmp_path / "one.json").results)
     assert "lower is better" in (tmp_path / "targets.svg").read_text()
-    for name in ("async-round-trip", "targets"):
+    for name in ("latency-round-trip", "targets"):
         assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
     page = (tmp_path / "report.html").read_text()
-    assert "async: round trip" in page
+    assert "latency: round trip" in page
     assert 'src="http' not in page
     assert main(["compare", one, one]) == 0
     assert "within noise" in capsys.readouterr().out
@@ -121,10 +122,10 @@ def test_reports_become_one_with_charts(tmp_path, capsys):
 def test_targets_stand_in_one_table_for_both_polars():
     report = Report(environments=[environment(polars="1.44.2"), environment(polars="2.1.0")])
     found = [
-        ("1.44.2", "async", "tiny", "trip", "us", 0.5, NATIVE, "P1", "<= 0.5", True),
-        ("2.1.0", "async", "tiny", "trip", "us", 0.9, NATIVE, "P1", "<= 0.4", False),
-        ("2.1.0", "async", "import", "time", "ms", 9.0, None, "P10", "<= 20", True),
-        ("1.44.2", "async", "resolve", "time", "us", 0.3, None, "P9", "<= 5", True),
+        ("1.44.2", "latency", "tiny", "trip", "us", 0.5, NATIVE, "P1", "<= 0.5", True),
+        ("2.1.0", "latency", "tiny", "trip", "us", 0.9, NATIVE, "P1", "<= 0.4", False),
+        ("2.1.0", "latency", "import", "time", "ms", 9.0, None, "P10", "<= 20", True),
+        ("1.44.2", "latency", "resolve", "time", "us", 0.3, None, "P9", "<= 5", True),
         ("1.44.2", "faults", "one", "lines", "in 10 runs", 0.0, None, "R2", "<= 0", True),
         ("1.44.2", "faults", "another", "lines", "in 10 runs", 3.0, None, "R2", "<= 0", False),
         ("1.44.2", "load", "free", "time", "s", 0.3, NATIVE, None, None, None),
@@ -169,7 +170,9 @@ def environment(**changed):
 
 
 def result(*runs, better="lower", metric="time"):
-    return Result("2.1.0", "async", "a case", OWN, metric, "ms", better, runs=runs, **spread(runs))
+    return Result(
+        "2.1.0", "latency", "a case", OWN, metric, "ms", better, runs=runs, **spread(runs)
+    )
 
 
 @pytest.mark.parametrize(
@@ -211,7 +214,7 @@ def test_file_that_is_no_report_is_named(tmp_path, text, command):
 
 def test_contender_that_does_not_end_is_a_row():
     case = Case(
-        "async",
+        "latency",
         "tiny, asyncio, in-memory",
         (OWN,),
         (Metric("round trip", "us"),),
@@ -230,7 +233,7 @@ def test_unknown_suite_is_named(capsys):
     with pytest.raises(SystemExit):
         main(["run", "speed", "--json=x"])
     assert (
-        "no such suite: speed; choose of async, engines, faults, load, processes"
+        "no such suite: speed; choose of engines, faults, latency, load, processes"
         in capsys.readouterr().err
     )
 
@@ -273,9 +276,9 @@ def test_gpu_says_what_could_not_be_run_without_one(capsys, tmp_path, monkeypatc
     ],
 )
 def test_gpu_report_outlives_a_check_that_fails(end, verdict, capsys, tmp_path, monkeypatch):
-    checks = tmp_path / "benchmarks" / "gpu_checks.py"
-    checks.parent.mkdir()
-    checks.write_text(
+    check = tmp_path / "benchmarks" / "gpu" / "run_check.py"
+    check.parent.mkdir(parents=True)
+    check.write_text(
         "import json, os, sys, time\n"
         "print('noise')\n"
         "print(json.dumps({'what': 'before', 'found': 'all', 'ok': True}), flush=True)\n"

@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Final
 if TYPE_CHECKING:
     from types import ModuleType
 
-SUITES: Final = {module.name.rstrip("_"): module.name for module in iter_modules(__path__)}
-"""The module of each, by the name that the command line knows."""
+SUITES: Final = tuple(module.name for module in iter_modules(__path__))
+"""Their names, as the command line knows them."""
 
 
 def suite(name: str) -> ModuleType:
     """Import one suite, and not the loops and libraries of the others."""
-    return import_module(f"benchmarks.suites.{SUITES[name]}")
+    return import_module(f"benchmarks.suites.{name}")

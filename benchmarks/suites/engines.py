@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 import polars_async as pa
+from benchmarks.measure.workloads import peak, read
 from benchmarks.pdsh import data, oracle
 from benchmarks.pdsh.queries import QUERIES
 from benchmarks.runner import Case, Metric, NotRun
-from benchmarks.workloads import peak, read
 
 if TYPE_CHECKING:
     from benchmarks.runner import Options

@@ -23,8 +23,8 @@ from typing import TYPE_CHECKING, Any, Final
 import polars as pl
 
 import polars_async as pa
+from benchmarks.measure.workloads import frame
 from benchmarks.runner import NATIVE, OWN, Case, Metric, Target
-from benchmarks.workloads import frame
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Coroutine, Iterable

@@ -17,10 +17,10 @@ from typing import TYPE_CHECKING, Any, Final, Literal
 import polars as pl
 
 import polars_async as pa
+from benchmarks.measure.workloads import frame, peak, rank, read
 from benchmarks.pdsh import data
 from benchmarks.pdsh.queries import QUERIES
 from benchmarks.runner import NATIVE, OWN, THREADS, Case, Metric, Target
-from benchmarks.workloads import frame, peak, rank, read
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping, Sequence

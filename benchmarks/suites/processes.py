@@ -27,11 +27,11 @@ from uuid import uuid4
 import polars as pl
 
 import polars_async as pa
-from benchmarks.idle import children, seconds_until_idle
+from benchmarks.measure.idle import children, seconds_until_idle
+from benchmarks.measure.workloads import frame, one_by_one, rank, read, trivial
 from benchmarks.pdsh import data
 from benchmarks.pdsh.queries import QUERIES
 from benchmarks.runner import NATIVE, OWN, Case, Metric, Target
-from benchmarks.workloads import frame, one_by_one, rank, read, trivial
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence

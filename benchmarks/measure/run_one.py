@@ -1,7 +1,7 @@
 """
-What one contender does in a process of its own: ``benchmarks.runner`` starts it.
+Run one contender once, in this process: ``benchmarks.runner`` starts it.
 
-``python -m benchmarks.contender SUITE CASE WHO SIZE`` prints its figures as JSON.
+``python -m benchmarks.measure.run_one SUITE CASE WHO SIZE`` prints its figures as JSON.
 """
 
 from __future__ import annotations

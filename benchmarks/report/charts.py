@@ -7,14 +7,14 @@ from typing import TYPE_CHECKING, Any, Final
 import altair as alt
 import polars as pl
 
+from benchmarks.report.table import number, row_order
 from benchmarks.runner import NATIVE
-from benchmarks.table import number, row_order
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
-    from benchmarks.results import Report
+    from benchmarks.report.results import Report
 
 _COLOURS: Final = {
     "polars-async": "#1b7f5c",

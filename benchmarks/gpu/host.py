@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING, Final
 import polars as pl
 
 import polars_async as pa
-from benchmarks.gpu_checks.findings import tell, telling, told
+from benchmarks.gpu.findings import tell, telling, told
+from benchmarks.measure.workloads import resident
 from benchmarks.pdsh import data
-from benchmarks.workloads import resident
 
 if TYPE_CHECKING:
-    from benchmarks.gpu_checks.findings import Settings
+    from benchmarks.gpu.findings import Settings
     from polars_async.resolution import GpuPolicy
     from polars_async.testing import SimulatedGpu
 

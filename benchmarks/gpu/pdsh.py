@@ -10,12 +10,12 @@ from statistics import median
 from typing import TYPE_CHECKING, Final
 
 import polars_async as pa
-from benchmarks.gpu_checks.findings import counted, tell, tell_row, told
-from benchmarks.gpu_checks.offload import grouped
+from benchmarks.gpu.findings import counted, tell, tell_row, told
+from benchmarks.gpu.offload import grouped
+from benchmarks.measure.stall import StallMeter
+from benchmarks.measure.workloads import frame, read
 from benchmarks.pdsh import data, oracle
 from benchmarks.pdsh.queries import QUERIES
-from benchmarks.stall import StallMeter
-from benchmarks.workloads import frame, read
 from polars_async.gpu.breaker import Health, breaker
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     import polars as pl
 
-    from benchmarks.gpu_checks.findings import Settings
+    from benchmarks.gpu.findings import Settings
     from polars_async.testing import SimulatedGpu
 
 FIRST: Final = "gpu, first s"

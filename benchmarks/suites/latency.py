@@ -16,9 +16,9 @@ import polars as pl
 import trio
 
 import polars_async as pa
+from benchmarks.measure.stall import StallMeter
+from benchmarks.measure.workloads import one_by_one, trivial
 from benchmarks.runner import NATIVE, OWN, THREADS, Case, Metric, Target
-from benchmarks.stall import StallMeter
-from benchmarks.workloads import one_by_one, trivial
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Sequence
@@ -62,16 +62,16 @@ def cases(options: Options) -> list[Case]:
                 Metric("round trip", "us", "lower", () if trip is None else (trip,)),
                 Metric("gathered", "queries/s", "higher", () if fan is None else (fan,)),
             )
-            found.append(Case("async", f"tiny, {loop}, {engine}", contenders, metrics, trips))
+            found.append(Case("latency", f"tiny, {loop}, {engine}", contenders, metrics, trips))
     rows = {"rows": 600_000 if quick else 6_000_000}
     for loop in ("asyncio", "gevent"):
         for what, targets in _STALLS.items():
             metric = Metric("longest stall", "ms", "lower", targets)
-            found.append(Case("async", f"{what}, {loop}", (NATIVE, OWN), (metric,), rows))
+            found.append(Case("latency", f"{what}, {loop}", (NATIVE, OWN), (metric,), rows))
     resolution = Metric("time", "us", "lower", (Target("P9", at_most=5, of=None),))
     imports = Metric("time", "ms", "lower", (Target("P10", at_most=20, of=None),))
-    found.append(Case("async", _RESOLUTION, (OWN,), (resolution,)))
-    found.append(Case("async", _IMPORT, (OWN,), (imports,)))
+    found.append(Case("latency", _RESOLUTION, (OWN,), (resolution,)))
+    found.append(Case("latency", _IMPORT, (OWN,), (imports,)))
     return found
 
 

@@ -13,7 +13,7 @@ from benchmarks.runner import NATIVE
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
-    from benchmarks.results import Environment, Ratio, Report, Result
+    from benchmarks.report.results import Environment, Ratio, Report, Result
 
 
 def show(report: Report, console: Console | None = None) -> None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import TYPE_CHECKING, Any, Final
 
-from benchmarks.gpu_checks.pdsh import FIRST
+from benchmarks.gpu.pdsh import FIRST
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence

@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING, Any, Final
 import polars as pl
 
 import polars_async as pa
-from benchmarks.gpu_checks.findings import counted, tell, tell_right, telling, told
-from benchmarks.workloads import frame
+from benchmarks.gpu.findings import counted, tell, tell_right, telling, told
+from benchmarks.measure.workloads import frame
 from polars_async.events import observers
 
 if TYPE_CHECKING:
-    from benchmarks.gpu_checks.findings import Settings
+    from benchmarks.gpu.findings import Settings
     from polars_async.testing import SimulatedGpu
 
 STRICT: Final = pl.GPUEngine(raise_on_fail=True)

@@ -1,5 +1,5 @@
 """
-One check in a process of its own: ``python -m benchmarks.gpu_checks CHECK SETTINGS``.
+One check in a process of its own: ``python -m benchmarks.gpu.run_check CHECK SETTINGS``.
 
 It writes what it finds to stdout line by line, as JSON: CUDA may end the process at any time, and
 what was found before shall not be lost. `benchmarks.gpu` starts it.
@@ -16,12 +16,12 @@ from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any, Final
 
 import polars_async as pa
-from benchmarks.gpu_checks.exits import awaited, exits, running
-from benchmarks.gpu_checks.findings import Settings
-from benchmarks.gpu_checks.host import facts, make_data
-from benchmarks.gpu_checks.memory import memory
-from benchmarks.gpu_checks.offload import collectors, offload
-from benchmarks.gpu_checks.pdsh import answers, speed, stall
+from benchmarks.gpu.exits import awaited, exits, running
+from benchmarks.gpu.findings import Settings
+from benchmarks.gpu.host import facts, make_data
+from benchmarks.gpu.memory import memory
+from benchmarks.gpu.offload import collectors, offload
+from benchmarks.gpu.pdsh import answers, speed, stall
 from polars_async.testing import simulate_gpu
 
 if TYPE_CHECKING:

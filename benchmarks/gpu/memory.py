@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING
 import polars as pl
 
 import polars_async as pa
-from benchmarks.gpu_checks.findings import tell, tell_right, telling, told
-from benchmarks.gpu_checks.offload import STRICT, grouped
-from benchmarks.workloads import frame
+from benchmarks.gpu.findings import tell, tell_right, telling, told
+from benchmarks.gpu.offload import STRICT, grouped
+from benchmarks.measure.workloads import frame
 
 if TYPE_CHECKING:
     from collections.abc import Generator
 
-    from benchmarks.gpu_checks.findings import Settings
+    from benchmarks.gpu.findings import Settings
     from polars_async.testing import SimulatedGpu
 
 

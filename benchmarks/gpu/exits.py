@@ -16,11 +16,11 @@ from typing import TYPE_CHECKING, Final
 import polars as pl
 
 import polars_async as pa
-from benchmarks.gpu_checks.findings import counted, tell
-from benchmarks.workloads import frame
+from benchmarks.gpu.findings import counted, tell
+from benchmarks.measure.workloads import frame
 
 if TYPE_CHECKING:
-    from benchmarks.gpu_checks.findings import Settings
+    from benchmarks.gpu.findings import Settings
     from polars_async.testing import SimulatedGpu
 
 _AT_ONCE: Final = 4
@@ -64,7 +64,8 @@ class End:
 
 
 def _end(settings: Settings, state: str) -> End:
-    command = [sys.executable, "-m", "benchmarks.gpu_checks", state, json.dumps(asdict(settings))]
+    python = [sys.executable, "-m"]
+    command = [*python, "benchmarks.gpu.run_check", state, json.dumps(asdict(settings))]
     begun = time.perf_counter()
     try:
         done = subprocess.run(

@@ -24,15 +24,14 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from benchmarks import gpu_report
-from benchmarks.gpu_checks.findings import Settings
-from benchmarks.gpu_report import Outcome
+from benchmarks.gpu.findings import Settings
+from benchmarks.gpu.report import Outcome, text, unusable_gpu
 from benchmarks.pdsh.queries import QUERIES
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-_ROOT: Final = Path(__file__).parents[1]
+_ROOT: Final = Path(__file__).parents[2]
 _GRACE: Final = 5.0
 _SHORTEST: Final = 5.0
 _SCALES: Final = (1.0, 10.0)
@@ -63,10 +62,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         outcomes.append(outcome)
         print(f"{check.title}: {outcome.verdict}, {outcome.seconds:.1f} s", file=sys.stderr)
         to_come = [_not_run(each, "it was yet to come") for each in checks[len(outcomes) :]]
-        report = gpu_report.text(outcomes + to_come, began=began, simulated=options.simulate)
+        report = text(outcomes + to_come, began=began, simulated=options.simulate)
         _write(options.report, report, outcomes, simulated=options.simulate)
     print(report, flush=True)
-    if gpu_report.unusable_gpu(outcomes) is not None:
+    if unusable_gpu(outcomes) is not None:
         return 2
     return 0 if all(outcome.passed for outcome in outcomes) else 1
 
@@ -168,7 +167,7 @@ def _outcome(
     check: Check, before: Sequence[Outcome], end: float, options: argparse.Namespace
 ) -> Outcome:
     """Run a check, unless something speaks against it."""
-    if gpu_report.unusable_gpu(before) is not None:
+    if unusable_gpu(before) is not None:
         return _not_run(check, "no GPU is usable")
     if before and not before[0].findings:
         return _not_run(check, "what is here could not be told")
@@ -195,7 +194,7 @@ def _run(check: Check, seconds: float, options: argparse.Namespace) -> Outcome:
         seconds=seconds,
     )
     python = [sys.executable, "-X", "faulthandler"]
-    command = [*python, "-m", "benchmarks.gpu_checks", check.name, json.dumps(asdict(settings))]
+    command = [*python, "-m", "benchmarks.gpu.run_check", check.name, json.dumps(asdict(settings))]
     begun = time.monotonic()
     # Files, since a process that hangs in the driver cannot be killed, and would keep pipes open.
     with tempfile.TemporaryFile("w+") as stdout, tempfile.TemporaryFile("w+") as stderr:
