@@ -15,8 +15,8 @@ from benchmarks.suites import suite
 if __name__ == "__main__":
     name, case, who, size = sys.argv[1:]
     run = suite(name).run
-    # What the imports left takes up to 30 ms to go through, which would fall to one by chance.
+    # Else a collection of what the imports left takes up to 30 ms, in one measurement by chance.
     gc.collect()
     gc.freeze()
-    # At once: an interpreter may still abort when it exits.
+    # Flushed, since the interpreter may still abort when it exits.
     print(json.dumps(run(case, who, **json.loads(size))), flush=True)
