@@ -277,7 +277,7 @@ def test_gpu_says_what_could_not_be_run_without_one(capsys, tmp_path, monkeypatc
         ("os.abort()", "**died of SIGABRT**"),
         ("sys.exit(3)", "**died, exit status 3**"),
         ("raise MemoryError('cuda')", "**died, exit status 1**"),
-        ("time.sleep(600)", "**was killed: no end in time**"),
+        ("time.sleep(600)", "**was killed at its time limit**"),
         ("print(json.dumps({'what': 'then', 'found': 'a fault', 'ok': False}))", "1 of 2 FAILED"),
         ("print(json.dumps({'row': {'query': 'q1'}, 'ok': False}))", "1 of 2 FAILED"),
     ],
@@ -302,7 +302,7 @@ def test_gpu_report_outlives_a_check_that_fails(end, verdict, capsys, tmp_path, 
     assert f"## Offload: {verdict}\n\n- ok: before: all\n" in printed
     assert ("Its process" in printed) == ("last words\n" in printed) == ("**" in verdict)
     if "sleep" in end:
-        assert "- Two collectors: the 0.02 minutes were up" in printed
+        assert "- Two collectors: the 0.02 minutes were over" in printed
     else:
         assert "| Two collectors | passed |" in printed
 
