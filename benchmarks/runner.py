@@ -88,79 +88,92 @@ def measure(cases: Sequence[Case], runs: int, *, quick: bool) -> Report:
 
 
 def _measure(case: Case, turns: int, report: Report, advance: Callable[[], None]) -> None:
-    figures: dict[str, list[Figures | None]] = {who: [] for who in case.contenders}
     for each in case.not_run:
-        why = f"not run: {each.why}"
-        report.errors.append(
-            RunError(pl.__version__, case.suite, case.name, each.contender, 0, why)
-        )
+        report.errors.append(_error(case, each.contender, 0, f"not run: {each.why}"))
+    figures = _figures(case, turns, report, advance)
+    for metric in case.metrics:
+        for who in case.contenders:
+            runs = [each[metric.name] for each in figures[who] if each is not None]
+            if runs:
+                report.results.append(_result(case, metric, who, runs))
+        if POLARS_ASYNC in figures:
+            _compare(case, metric, figures, report)
+
+
+def _figures(
+    case: Case, turns: int, report: Report, advance: Callable[[], None]
+) -> dict[str, list[Figures | None]]:
+    figures: dict[str, list[Figures | None]] = {who: [] for who in case.contenders}
     for turn in range(1, turns + 1):
         for who in case.contenders[:: 1 if turn % 2 else -1]:  # so that none is always the first
             found, error = _run(case, who)
             advance()
             figures[who].append(found)
             if error is not None:
-                report.errors.append(
-                    RunError(pl.__version__, case.suite, case.name, who, turn, error)
-                )
-    for metric in case.metrics:
-        for who in case.contenders:
-            runs = [each[metric.name] for each in figures[who] if each is not None]
-            if runs:
-                report.results.append(
-                    Result(
-                        polars=pl.__version__,
-                        suite=case.suite,
-                        case=case.name,
-                        contender=who,
-                        metric=metric.name,
-                        unit=metric.unit,
-                        better=metric.better,
-                        runs=runs,
-                        **spread(runs),
-                    )
-                )
-        for name in metric.targets or (None,):
-            _compare(case, metric, name, figures, report)
+                report.errors.append(_error(case, who, turn, error))
+    return figures
 
 
 def _compare(
     case: Case,
     metric: Metric,
-    name: str | None,
     figures: Mapping[str, Sequence[Figures | None]],
     report: Report,
 ) -> None:
-    """Add the ratio of polars-async to the contender that the target `name`, or None, is for."""
-    target = None if name is None else metric.targets[name]
-    against = POLARS if target is None else target.of
-    if POLARS_ASYNC not in figures or (against is not None and against not in figures):
-        return
-    measured = metric.name
-    if against is None:
-        pairs = [own[measured] for own in figures[POLARS_ASYNC] if own is not None]
-    else:
-        pairs = [
-            own[measured] / other[measured]
-            for own, other in zip(figures[POLARS_ASYNC], figures[against], strict=True)
-            if own is not None and other is not None and other[measured]
-        ]
-    if not pairs:
-        return
-    middle = spread(pairs)
-    report.ratios.append(
-        Ratio(
-            polars=pl.__version__,
-            suite=case.suite,
-            case=case.name,
-            metric=measured,
-            contender=POLARS_ASYNC,
-            against=against,
-            target=name,
-            limit=None if target is None else str(target),
-            holds=None if target is None else target.holds(middle["median"]),
-            **middle,
-        )
+    """Add the ratios of polars-async to those that the targets are for, or else to Polars' own."""
+    targets: list[tuple[str | None, Target | None]] = [*metric.targets.items()]
+    for name, target in targets or [(None, None)]:
+        against = POLARS if target is None else target.of
+        if against is None:
+            ratios = [own[metric.name] for own in figures[POLARS_ASYNC] if own is not None]
+        else:
+            ratios = [
+                own[metric.name] / other[metric.name]
+                for own, other in zip(figures[POLARS_ASYNC], figures.get(against, ()), strict=False)
+                if own is not None and other is not None and other[metric.name]
+            ]
+        if ratios:
+            report.ratios.append(_ratio(case, metric, ratios, against, name, target))
+
+
+def _error(case: Case, who: str, run: int, what: str) -> RunError:
+    return RunError(pl.__version__, case.suite, case.name, who, run, what)
+
+
+def _result(case: Case, metric: Metric, who: str, runs: Sequence[float]) -> Result:
+    return Result(
+        polars=pl.__version__,
+        suite=case.suite,
+        case=case.name,
+        contender=who,
+        metric=metric.name,
+        unit=metric.unit,
+        better=metric.better,
+        runs=runs,
+        **spread(runs),
+    )
+
+
+def _ratio(
+    case: Case,
+    metric: Metric,
+    ratios: Sequence[float],
+    against: str | None,
+    name: str | None,
+    target: Target | None,
+) -> Ratio:
+    middle = spread(ratios)
+    return Ratio(
+        polars=pl.__version__,
+        suite=case.suite,
+        case=case.name,
+        metric=metric.name,
+        contender=POLARS_ASYNC,
+        against=against,
+        target=name,
+        limit=None if target is None else str(target),
+        holds=None if target is None else target.holds(middle["median"]),
+        **middle,
     )
 
 
