@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from benchmarks.contenders import POLARS
 
@@ -55,7 +56,7 @@ def _described(environment: Environment) -> str:
 def _table(
     suite: str, results: Sequence[Result], ratios: dict[tuple[str, str, str], list[Ratio]]
 ) -> Table:
-    table = Table(title=f"{suite}: median [smallest-largest]", title_justify="left")
+    table = Table(title=Text(f"{suite}: median [smallest-largest]"), title_justify="left")
     contenders = list(dict.fromkeys(each.contender for each in results))
     table.add_column("case", min_width=16)
     table.add_column("metric")

@@ -53,7 +53,7 @@ _TARGETS: Final = {
 _STALLS: Final = ("6 collect_async", "collect_all_async")
 _HEAVY: Final = 6
 _RESOLUTION: Final = "resolve_engine"
-_IMPORT: Final = "import"
+_IMPORT: Final = "import of polars_async"
 
 
 def cases(options: Options) -> list[Case]:
