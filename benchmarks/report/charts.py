@@ -112,10 +112,10 @@ def _targets(report: Report) -> Iterator[tuple[str, Any]]:
 
 
 def _charts(report: Report) -> Iterator[tuple[str, Any]]:
-    fields = ("polars", "suite", "case", "contender", "metric", "unit", "median", "min", "max")
+    fields = ("suite", "case", "contender", "metric", "unit", "median", "min", "max")
     frame = pl.DataFrame(
         [
-            {name: getattr(each, name) for name in fields}
+            {"Polars": f"Polars {each.polars}", **{name: getattr(each, name) for name in fields}}
             for each in report.results
             # Counts and single queries are in the tables alone.
             if not each.is_count and not each.metric.startswith("query ")
@@ -124,7 +124,8 @@ def _charts(report: Report) -> Iterator[tuple[str, Any]]:
     if frame.is_empty():
         return
     for (suite, metric), figures in frame.group_by("suite", "metric", maintain_order=True):
-        yield f"{suite}-{metric}".replace(" ", "-"), _chart(str(suite), str(metric), figures)
+        name = f"{suite}-{metric}".replace(",", "").replace(" ", "-")
+        yield name, _chart(str(suite), str(metric), figures)
 
 
 def _chart(suite: str, metric: str, figures: pl.DataFrame) -> Any:
@@ -142,7 +143,7 @@ def _chart(suite: str, metric: str, figures: pl.DataFrame) -> Any:
     unit = figures["unit"][0]
     point = base.mark_point(filled=True, size=70).encode(
         x=alt.X("median:Q", title=f"{metric} ({unit})", scale=scale),
-        tooltip=["polars", "case", "contender", "median", "min", "max"],
+        tooltip=["Polars", "case", "contender", "median", "min", "max"],
     )
     spread = base.mark_rule(strokeWidth=2).encode(x=alt.X("min:Q", scale=scale), x2="max:Q")
     label = base.mark_text(align="left", dx=8, fontSize=10).encode(
@@ -157,7 +158,7 @@ def _chart(suite: str, metric: str, figures: pl.DataFrame) -> Any:
     return (
         (spread + point + label)
         .properties(width=320, height=alt.Step(18))
-        .facet(row=rows, column=alt.Column("polars:N", title=None))
+        .facet(row=rows, column=alt.Column("Polars:N", title=None))
         .properties(title=f"{suite}: {metric}, median and range")
         .resolve_scale(y="independent")
     )

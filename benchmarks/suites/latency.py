@@ -53,7 +53,7 @@ _TARGETS: Final = {
 _STALLS: Final = ("6 collect_async", "collect_all_async")
 _HEAVY: Final = 6
 _RESOLUTION: Final = "resolve_engine"
-_IMPORT: Final = "import of polars_async"
+_IMPORT: Final = "polars_async"
 
 
 def cases(options: Options) -> list[Case]:
@@ -75,8 +75,8 @@ def cases(options: Options) -> list[Case]:
             name = f"{what}, {loop}"
             metric = Metric("longest stall", "ms", "lower", targets(f"longest stall, {name}"))
             found.append(Case("latency", name, (POLARS, POLARS_ASYNC), (metric,), rows))
-    resolution = Metric("time", "us", "lower", targets("resolve_engine"))
-    imports = Metric("time", "ms", "lower", targets("import of polars_async"))
+    resolution = Metric("call", "us", "lower", targets("resolve_engine"))
+    imports = Metric("import", "ms", "lower", targets("import of polars_async"))
     found.append(Case("latency", _RESOLUTION, (POLARS_ASYNC,), (resolution,)))
     found.append(Case("latency", _IMPORT, (POLARS_ASYNC,), (imports,)))
     return found
@@ -85,9 +85,9 @@ def cases(options: Options) -> list[Case]:
 def run(case: str, contender: str, **size: int) -> dict[str, float]:
     """Measure one contender in one case, once."""
     if case == _RESOLUTION:
-        return {"time": min(timeit.repeat(pa.resolve_engine, number=2000, repeat=5)) / 2000 * 1e6}
+        return {"call": min(timeit.repeat(pa.resolve_engine, number=2000, repeat=5)) / 2000 * 1e6}
     if case == _IMPORT:
-        return {"time": _import()}
+        return {"import": _import()}
     what, loop, *engine = case.split(", ")
     if what == "tiny":
         return _TINY[loop](_SUBMITS[loop, contender](engine[0]), **size)
