@@ -1,4 +1,4 @@
-"""The benchmarks' command line; ``ci/bench`` sets up what it needs and calls it."""
+"""Compare polars-async with Polars' own and others; ``ci/bench`` is the way to call this."""
 
 from __future__ import annotations
 
@@ -7,9 +7,10 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from benchmarks import charts, table
-from benchmarks.results import Report
-from benchmarks.runner import ENGINES, Options, measure
+from benchmarks.contenders import ENGINES
+from benchmarks.report import charts, table
+from benchmarks.report.results import Report
+from benchmarks.runner import Options, measure
 from benchmarks.suites import SUITES, suite
 
 if TYPE_CHECKING:
@@ -21,7 +22,7 @@ _DATA: Final = Path(".cache/data")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line, with its arguments for None; give the exit status."""
+    """Run the command line; return the exit status."""
     options = _options(arguments)
     if options.command == "run":
         report = measure(_cases(options), options.runs, quick=options.quick)
@@ -47,7 +48,7 @@ def _read(path: Path) -> Report:
     try:
         return Report.read(path)
     except (OSError, ValueError) as error:
-        sys.exit(f"give the JSON that ci/bench wrote: {error}")
+        sys.exit(f"cannot read the report, which must be JSON that ci/bench wrote: {error}")
 
 
 def _cases(options: argparse.Namespace) -> list[Case]:
@@ -58,25 +59,44 @@ def _cases(options: argparse.Namespace) -> list[Case]:
 def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
-    run = commands.add_parser("run", help="measure the installed Polars, and print a table")
-    run.add_argument("suites", nargs="*", metavar="suite", help=f"{', '.join(SUITES)}; all of them")
+    run = commands.add_parser("run", help="measure with the installed Polars, and print tables")
+    run.add_argument(
+        "suites", nargs="*", metavar="SUITE", help=f"{', '.join(SUITES)} (default: all)"
+    )
     run.add_argument("--quick", action="store_true", help="small sizes, 2 runs, scale 0.1")
-    run.add_argument("--runs", type=int, help="that count, of each contender (default: 5)")
-    run.add_argument("--scale", type=float, help="of PDS-H; 1 is 345 MB (default: 1)")
-    run.add_argument("--engines", nargs="+", choices=ENGINES, default=ENGINES)
-    run.add_argument("--data", type=Path, default=_DATA, help="where PDS-H data is kept")
-    run.add_argument("--json", type=Path, required=True, help="where to write what was found")
-    show = commands.add_parser("show", help="put reports together, and draw charts of them")
-    show.add_argument("reports", type=Path, nargs="+")
-    show.add_argument("--output", type=Path, required=True, help="the folder for all of it")
-    compare = commands.add_parser("compare", help="tell what got better, worse, or neither")
-    compare.add_argument("old", type=Path)
-    compare.add_argument("new", type=Path)
+    run.add_argument("--runs", type=int, metavar="N", help="of each contender (default: 5)")
+    run.add_argument(
+        "--scale", type=float, metavar="S", help="of the PDS-H data; 1 is 345 MB (default: 1)"
+    )
+    run.add_argument(
+        "--engines",
+        nargs="+",
+        choices=ENGINES,
+        default=ENGINES,
+        help="those of the suite engines (default: all)",
+    )
+    run.add_argument(
+        "--data",
+        type=Path,
+        default=_DATA,
+        metavar="FOLDER",
+        help=f"where the PDS-H data is kept (default: {_DATA})",
+    )
+    run.add_argument(
+        "--json", type=Path, required=True, metavar="PATH", help="where the report goes"
+    )
+    show = commands.add_parser("show", help="join reports into one, and draw charts of it")
+    show.add_argument("reports", type=Path, nargs="+", metavar="REPORT")
+    show.add_argument(
+        "--output", type=Path, required=True, metavar="FOLDER", help="where all of it goes"
+    )
+    compare = commands.add_parser("compare", help="print what got better or worse since a report")
+    compare.add_argument("old", type=Path, metavar="OLD")
+    compare.add_argument("new", type=Path, metavar="NEW")
     options = parser.parse_args(arguments)
     if options.command == "run":
-        unknown = set(options.suites) - set(SUITES)
-        if unknown:
-            run.error(f"no such suite: {', '.join(sorted(unknown))}; choose of {', '.join(SUITES)}")
+        if unknown := sorted({*options.suites} - {*SUITES}):
+            run.error(f"no such suite: {', '.join(unknown)}; choose from {', '.join(SUITES)}")
         options.runs = options.runs or (2 if options.quick else 5)
         options.scale = options.scale or (0.1 if options.quick else 1)
     return options

@@ -1,9 +1,9 @@
 """
-Demo: one asyncio program collects the 22 PDS-H queries at once, in two ways, and checks them all.
+Demo: one asyncio program collects the 22 PDS-H queries at once, in two ways.
 
 ``python -m benchmarks.demo`` collects them with one ``collect_all_async`` and then with 22
-``collect_async``, while a ticker measures how long the event loop was ever held up. DuckDB says
-what the right answers are; a wrong one is named, and the exit status is 1.
+``collect_async``, and measures the longest time that the event loop was held up. Every answer is
+compared with that of DuckDB; a wrong one is named, and the exit status is 1.
 
 The queries are derived from TPC-H and not comparable to published TPC-H results.
 """
@@ -24,9 +24,9 @@ from rich.progress import Progress
 from rich.table import Table
 
 import polars_async as pa
+from benchmarks.measure.stall import StallMeter
 from benchmarks.pdsh import data, oracle
 from benchmarks.pdsh.queries import QUERIES
-from benchmarks.stall import StallMeter
 
 _TOGETHER: Final = "collect_all_async"
 _EACH: Final = "collect_async"
@@ -34,7 +34,7 @@ _EACH: Final = "collect_async"
 
 @dataclass(frozen=True)
 class Run:
-    """What came of collecting all queries in one way; times in seconds, keyed by query."""
+    """The results of collecting all queries in one way; times in seconds, keyed by query."""
 
     way: str
     answers: Mapping[int, pl.DataFrame]
@@ -44,7 +44,7 @@ class Run:
     stall: float
 
     def wrong(self, expected: Mapping[int, pl.DataFrame]) -> dict[int, str]:
-        """Say what is wrong with each answer that is."""
+        """Return what is wrong with each wrong answer."""
         checked = {
             number: oracle.check(number, answer, expected[number])
             for number, answer in self.answers.items()
@@ -53,9 +53,9 @@ class Run:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the demo; the exit status is 1 if any answer is wrong."""
+    """Run the demo; return the exit status, which is 1 if any answer is wrong."""
     options = _options(arguments)
-    # Without a terminal: no control codes, whatever the environment asks rich for.
+    # Without a terminal, no control codes, whatever the environment asks of rich.
     console = Console(force_terminal=None if sys.stdout.isatty() else False, highlight=False)
     with Progress(
         console=console, transient=True, refresh_per_second=4, disable=not console.is_terminal
@@ -79,14 +79,14 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
         description="Collect the 22 PDS-H queries from one asyncio program and check the answers.",
     )
     parser.add_argument(
-        "--scale", type=float, default=0.1, help="size of the data; 1 is 345 MB (default: 0.1)"
+        "--scale", type=float, default=0.1, help="of the data; 1 is 345 MB (default: 0.1)"
     )
     parser.add_argument(
         "--data",
         type=Path,
         default=Path(".cache/data"),
         metavar="FOLDER",
-        help="where data is kept for the next time (default: .cache/data)",
+        help="where the data is kept (default: .cache/data)",
     )
     return parser.parse_args(arguments)
 

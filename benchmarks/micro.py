@@ -1,9 +1,8 @@
 """
-What the steps of one query cost, for whoever works on them: ``ci/bench micro``.
+Measure single steps of a query: ``ci/bench micro``, with the options of pytest-benchmark.
 
-It takes pytest-benchmark's own options. A query is a trivial one, and `test_collect` is that query
-alone, with none of this project's code. Where loops take part, a round is as many queries as the
-name tells, since it takes time to start and stop a loop, too.
+Every query is a trivial one; `test_collect` is that query alone, without this project's code. With
+loops, a round is as many queries as the name says, since starting and stopping a loop takes time.
 """
 
 from __future__ import annotations
@@ -34,25 +33,25 @@ def test_collect(benchmark: BenchmarkFixture) -> None:
 
 @pytest.mark.parametrize("engine", ["auto", "streaming", pl.StreamingEngine()], ids=str)
 def test_resolve_engine(benchmark: BenchmarkFixture, engine: Any) -> None:
-    """What decides on the engine of a query."""
+    """Resolving the engine of a query."""
     found = benchmark(pa.resolve_engine, engine)
     assert found.name == ("in-memory" if engine == "auto" else "streaming")
 
 
 def test_gpu_status(benchmark: BenchmarkFixture) -> None:
-    """What is asked of the probe again and again."""
+    """Asking again for the status of the GPUs, which is cached."""
     assert benchmark(pa.gpu_status) == pa.gpu_status()
 
 
 def test_handle(benchmark: BenchmarkFixture) -> None:
-    """Handing a query over, while the line grows."""
+    """Submitting a query, while the queue grows."""
     with pa.Collector() as collector:
         handle = benchmark(collector.collect_async, QUERY)
         assert handle.result().item() == 6
 
 
 def test_result_of_done(benchmark: BenchmarkFixture) -> None:
-    """Asking again for what is there."""
+    """Asking again for a result."""
     handle = pa.collect_async(QUERY)
     handle.result()
     assert benchmark(handle.result).item() == 6
@@ -125,5 +124,5 @@ def test_300_one_by_one(benchmark: BenchmarkFixture, ask: Callable[[], int]) -> 
 
 @pytest.mark.parametrize("ask", [_thread_fan, _asyncio_fan, _trio_fan, _gevent_fan], ids=_name)
 def test_300_at_once(benchmark: BenchmarkFixture, ask: Callable[[], int]) -> None:
-    """Queries that follow each other on their threads."""
+    """Queries that are all submitted before the first is awaited."""
     assert benchmark(ask) == 6 * NUMBER

@@ -89,7 +89,7 @@ def _generate(scale: float, folder: Path) -> None:
 
 
 def _move(fresh: Path, made: Path) -> None:
-    """Put finished data in its place in one step; where another process was first, leave its."""
+    """Rename finished data into its place; if another process was first, keep what it made."""
     try:
         fresh.rename(made)
     except OSError:

@@ -1,4 +1,4 @@
-"""The right answers to the PDS-H queries, from DuckDB, and how to tell them from wrong ones."""
+"""The right answers to the PDS-H queries, from DuckDB, and the comparison with them."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def answers(folder: Path) -> dict[int, pl.DataFrame]:
 
 
 def _answer(connection: duckdb.DuckDBPyConnection, question: Question) -> pl.DataFrame:
-    """One answer, by way of Python objects: DuckDB's own ``.pl()`` needs pyarrow."""
+    """Return one answer, through Python objects: DuckDB's own ``.pl()`` needs pyarrow."""
     relation = connection.sql(question.sql_with_ties)
     return pl.DataFrame(
         relation.fetchall(), schema=relation.columns, orient="row", infer_schema_length=None

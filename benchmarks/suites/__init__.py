@@ -1,8 +1,8 @@
 """
 The suites: each a module here, with ``cases(options)`` and ``run(case, contender, **size)``.
 
-The latter measures one contender in one case once, in a process of its own, and gives its figures
-by the names of their metrics.
+``cases`` returns the cases to compare. ``run`` measures one contender in one case once, in a
+process of its own, and returns the figures by the names of the metrics.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Final
 if TYPE_CHECKING:
     from types import ModuleType
 
-SUITES: Final = {module.name.rstrip("_"): module.name for module in iter_modules(__path__)}
-"""The module of each, by the name that the command line knows."""
+SUITES: Final = tuple(module.name for module in iter_modules(__path__))
+"""Their names on the command line."""
 
 
 def suite(name: str) -> ModuleType:
-    """Import one suite, and not the loops and libraries of the others."""
-    return import_module(f"benchmarks.suites.{SUITES[name]}")
+    """Import one suite alone, without the loops and libraries that the others need."""
+    return import_module(f"benchmarks.suites.{name}")

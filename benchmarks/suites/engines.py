@@ -1,9 +1,9 @@
 """
 The 22 PDS-H queries on each engine: one at a time, and all at once.
 
-Every answer is checked against that of the in-memory engine, which `ci/demo` checks against DuckDB.
-The GPU takes part where it is usable. A query that ran on another engine than it was to is counted,
-by its resolution.
+Every answer is compared with that of the in-memory engine, which `ci/demo` compares with DuckDB.
+The GPU takes part if it is usable. Queries that ran on another engine than the one asked for are
+counted, as their resolutions tell.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 import polars_async as pa
+from benchmarks.measure.workloads import peak, read
 from benchmarks.pdsh import data, oracle
 from benchmarks.pdsh.queries import QUERIES
 from benchmarks.runner import Case, Metric, NotRun
-from benchmarks.workloads import peak, read
 
 if TYPE_CHECKING:
     from benchmarks.runner import Options
@@ -28,7 +28,7 @@ _COUNTS: Final = (Metric("wrong answers", "of 22"), Metric("on another engine", 
 
 
 def cases(options: Options) -> list[Case]:
-    """List the comparisons of this suite."""
+    """Return the cases of this suite."""
     engines = options.engines
     size = {"folder": str(data.make(options.scale, options.data).absolute())}
     status = pa.gpu_status()

@@ -1,7 +1,7 @@
 """
-What goes wrong, counted: queries that never resolve (R1), noise (R2), exits (R3).
+What goes wrong, counted: queries that never resolve, lines on stderr, exits of the interpreter.
 
-Each count is over as many interpreters of their own. One that dies has resolved nothing.
+Each count is over a number of interpreters; in one that dies, the query has not resolved.
 """
 
 from __future__ import annotations
@@ -23,8 +23,10 @@ from typing import TYPE_CHECKING, Any, Final
 import polars as pl
 
 import polars_async as pa
-from benchmarks.runner import NATIVE, OWN, Case, Metric, Target
-from benchmarks.workloads import frame
+from benchmarks.contenders import POLARS, POLARS_ASYNC
+from benchmarks.measure.workloads import frame
+from benchmarks.runner import Case, Metric
+from benchmarks.targets import targets
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Coroutine, Iterable
@@ -39,10 +41,12 @@ _RUNNING: Final = 6
 _AWAITED: Final = 64
 _LONGEST_DELAY: Final = 0.05
 _RESOLVE: Final = 3.0
-"""Seconds that a query has to resolve; none of them takes one."""
+"""Seconds that a query has to resolve; without a fault, none takes a second."""
 _PATIENCE: Final = 20.0
+"""Seconds that an interpreter has to end."""
 _UNRESOLVED: Final = "unresolved"
-_EXITS: Final = ("aborts", "wrong statuses", "stderr lines", "hangs")
+_LINES: Final = "lines on stderr"
+_EXITS: Final = ("aborts", "wrong statuses", _LINES, "hangs")
 _EXIT_STATES: Final = {
     "exits, Rust running": "rust",
     "exits, Python UDFs running": "udf",
@@ -51,23 +55,24 @@ _EXIT_STATES: Final = {
 
 
 def cases(options: Options) -> list[Case]:
-    """List the comparisons of this suite."""
-
-    def target(row: str) -> tuple[Target]:
-        return (Target(row, at_most=0, of=None),)
-
+    """Return the cases of this suite."""
     number = {"number": 1 if options.quick else 10}
-    metric = Metric(_UNRESOLVED, f"of {number['number']}", "lower", target("R1"))
+    goal = targets("queries unresolved after a fault")
+    metric = Metric(_UNRESOLVED, f"of {number['number']}", "lower", goal)
     found = [_case(f"resolves after {name}", (metric,), number) for name in _FAULTS]
-    metric = Metric("lines", f"in {number['number']} runs", "lower", target("R2"))
+    goal = targets("lines on stderr after cancellations, time-outs, closed loops")
+    metric = Metric(_LINES, f"in {number['number']} runs", "lower", goal)
     found += [_case(f"noise of {name}", (metric,), number) for name in _NOISES]
     exits = {"number": 4 if options.quick else 200}
-    metrics = [Metric(name, f"of {exits['number']}", "lower", target("R3")) for name in _EXITS]
+    metrics = [
+        Metric(name, f"in {exits['number']} exits", "lower", targets(f"exits: {name}"))
+        for name in _EXITS
+    ]
     return [*found, *(_case(name, metrics, exits) for name in _EXIT_STATES)]
 
 
 def _case(name: str, metrics: Any, size: dict[str, int]) -> Case:
-    return Case("faults", name, (NATIVE, OWN), metrics, size, timeout=1800, runs=1)
+    return Case("faults", name, (POLARS, POLARS_ASYNC), metrics, size, timeout=1800, runs=1)
 
 
 def run(case: str, contender: str, number: int) -> dict[str, float]:
@@ -79,7 +84,7 @@ def run(case: str, contender: str, number: int) -> dict[str, float]:
     if case in _EXIT_STATES:
         return {fault: faults[fault] for fault in _EXITS}
     if case.startswith("noise of "):
-        return {"lines": faults["stderr lines"]}
+        return {_LINES: faults[_LINES]}
     return {_UNRESOLVED: faults[_UNRESOLVED]}
 
 
@@ -96,18 +101,18 @@ def _start(case: str, contender: str, delay: float) -> Counter[str]:
         {
             "aborts": int(done.returncode < 0),
             "wrong statuses": int(done.returncode >= 0 and done.returncode != _STATUS),
-            "stderr lines": len(done.stderr.splitlines()),
+            _LINES: len(done.stderr.splitlines()),
             _UNRESOLVED: int("resolved" not in done.stdout),
         }
     )
 
 
-# In such an interpreter
+# What runs in such an interpreter
 
 
 def main(case: str, contender: str, delay: str) -> None:
-    """Do what is to go wrong, and print whether it resolved."""
-    submit: Submit = pa.collect_async if contender == OWN else _native
+    """Provoke the fault of one case, and print whether the query resolved."""
+    submit: Submit = pa.collect_async if contender == POLARS_ASYNC else _polars
     if case in _EXIT_STATES:
         asyncio.run(_leave(_EXIT_STATES[case], submit, float(delay)))
         sys.exit(_STATUS)
@@ -117,15 +122,15 @@ def main(case: str, contender: str, delay: str) -> None:
         sys.exit(0)
     if _FAULTS[name](submit):
         print("resolved", flush=True)
-    os._exit(0)  # the exit is another case
+    os._exit(0)  # without the usual exit, which is a case of its own
 
 
-def _native(lf: pl.LazyFrame) -> Any:
+def _polars(lf: pl.LazyFrame) -> Any:
     return lf.collect_async(engine="in-memory")
 
 
 async def _resolves(query: Awaitable[pl.DataFrame]) -> bool:
-    """Tell whether a query gives or raises anything in time."""
+    """Return whether a query returns or raises anything in time."""
 
     async def ask() -> None:
         with suppress(BaseException):
@@ -201,7 +206,7 @@ async def _forks(submit: Submit) -> bool:
             return status == 0
         await asyncio.sleep(0.01)
     os.kill(child, 9)
-    os.waitpid(child, 0)  # noqa: ASYNC222  # nobody else is on this loop
+    os.waitpid(child, 0)  # noqa: ASYNC222  # this task is alone on its loop
     return False
 
 
@@ -232,7 +237,7 @@ def _cancels(submit: Submit) -> None:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-        await asyncio.sleep(1)  # for what runs on to end
+        await asyncio.sleep(1)  # until the queries that still run have ended
 
     asyncio.run(main())
 

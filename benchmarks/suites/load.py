@@ -1,8 +1,8 @@
 """
-A service under load: tiny queries beside heavy ones, memory, PDS-H at once, requests that go on.
+A service under load: tiny queries beside heavy ones, memory, PDS-H at once, steady requests.
 
-The native contenders are two: as it is, and at its best, with a semaphore around it as a user would
-put there: it lets as many queries in as polars-async does by default.
+Polars' own takes part twice: as it is, and with a semaphore around it, which lets in as many
+queries as polars-async runs at once by default.
 """
 
 from __future__ import annotations
@@ -17,10 +17,12 @@ from typing import TYPE_CHECKING, Any, Final, Literal
 import polars as pl
 
 import polars_async as pa
+from benchmarks.contenders import POLARS, POLARS_ASYNC, POLARS_SEMAPHORE, THREADS
+from benchmarks.measure.workloads import frame, peak, quantile, read
 from benchmarks.pdsh import data
 from benchmarks.pdsh.queries import QUERIES
-from benchmarks.runner import NATIVE, OWN, THREADS, Case, Metric, Target
-from benchmarks.workloads import frame, peak, rank, read
+from benchmarks.runner import Case, Metric
+from benchmarks.targets import targets
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping, Sequence
@@ -30,9 +32,7 @@ if TYPE_CHECKING:
     Submit = Callable[[pl.LazyFrame], Awaitable[pl.DataFrame]]
     Figures = dict[str, float]
 
-LIMITED: Final = "native, semaphore"
-
-_CONTENDERS: Final = (NATIVE, LIMITED, THREADS, OWN)
+_CONTENDERS: Final = (POLARS, POLARS_SEMAPHORE, THREADS, POLARS_ASYNC)
 _INTERVAL: Final = 0.005
 _HEAVY: Final = 8
 _SORTS: Final = 64
@@ -41,34 +41,35 @@ _BESIDE: Final = "tiny beside 8 heavy"
 _BESIDE_AUTO: Final = f"{_BESIDE}, executor auto"
 _SORTED: Final = "64 sorts at once"
 _PDSH: Final = "22 PDS-H queries at once"
-_SHARES: Final = (0.5, 0.8, 1.2)
+_LOAD_FACTORS: Final = (0.5, 0.8, 1.2)
 _REQUEST_RUNS: Final = 3
 _PATIENCE: Final = 30.0
-"""Seconds that a request is waited for when no more come; its latency is then that at least."""
+"""Seconds to wait for the last requests; one cancelled then counts with the time it took so far."""
 
 
 def cases(options: Options) -> list[Case]:
-    """List the comparisons of this suite."""
+    """Return the cases of this suite."""
     rows = 300_000 if options.quick else 6_000_000
-    p6 = _beside_metrics(Target("P6", at_most=0.2), Target("P6", at_most=0.9))
-    p6b = _beside_metrics(Target("P6b", at_most=0.02))
+    beside = _beside_metrics("tiny p99 beside heavy", "heavy finished beside tiny")
+    beside_auto = _beside_metrics("tiny p99 beside heavy, executor auto")
     pdsh = {"folder": str(data.make(options.scale, options.data).absolute())}
     sizes: tuple[tuple[str, Sequence[Metric], Mapping[str, object]], ...] = (
-        (_BESIDE, p6, {"rows": rows}),
-        (_SORTED, _memory_metrics("P7", 0.3), {"rows": rows // 3}),
-        (_PDSH, _memory_metrics("P8", 0.6), pdsh),
+        (_BESIDE, beside, {"rows": rows}),
+        (_SORTED, _memory_metrics("64 sorts at once"), {"rows": rows // 3}),
+        (_PDSH, _memory_metrics("PDS-H at once"), pdsh),
     )
     found = [
         Case("load", name, _CONTENDERS, metrics, size, timeout=300) for name, metrics, size in sizes
     ]
     auto = {"rows": rows, "executor": "auto"}
-    found.insert(1, Case("load", _BESIDE_AUTO, (NATIVE, OWN), p6b, auto, timeout=300))
+    pair = (POLARS, POLARS_ASYNC)
+    found.insert(1, Case("load", _BESIDE_AUTO, pair, beside_auto, auto, timeout=300))
     capacity = _capacity()
     seconds = 1 if options.quick else 5
-    for share in _SHARES:
+    for factor in _LOAD_FACTORS:
         metrics = [Metric(name, "ms") for name, _ in _LATENCIES]
-        size = {"rate": round(share * capacity, 1), "seconds": seconds}
-        name = f"requests at {share:g} of capacity"
+        size = {"rate": round(factor * capacity, 1), "seconds": seconds}
+        name = f"requests at {factor:g} of capacity"
         found.append(Case("load", name, _CONTENDERS, metrics, size, seconds + 90, _REQUEST_RUNS))
     return found
 
@@ -77,56 +78,55 @@ def run(
     case: str, contender: str, executor: Literal["threads", "auto"] = "threads", **size: Any
 ) -> Figures:
     """Measure one contender in one case, once."""
-    if contender == OWN:
+    if contender == POLARS_ASYNC:
         pa.configure(executor=executor)
         if executor == "auto":
-            size["shares"] = True
-    return asyncio.run(_ROWS.get(case, _requests)(_submitter(contender), **size))
+            size["share"] = True
+    return asyncio.run(_CASES.get(case, _requests)(_submitter(contender), **size))
 
 
-def _beside_metrics(p99: Target, finished: Target | None = None) -> list[Metric]:
+def _beside_metrics(p99: str, *finished: str) -> list[Metric]:
     tiny = [
-        Metric(f"tiny {name}", "ms", "lower", (p99,) if name == "p99" else ())
+        Metric(f"tiny {name}", "ms", "lower", targets(p99) if name == "p99" else {})
         for name, _ in _LATENCIES
     ]
-    targets = () if finished is None else (finished,)
-    return [*tiny, Metric("heavy finished", "s", "lower", targets)]
+    return [*tiny, Metric("heavy finished", "s", "lower", targets(*finished))]
 
 
-def _memory_metrics(row: str, most: float) -> tuple[Metric, Metric]:
-    return (
-        Metric("peak RSS", "MB", "lower", (Target(row, at_most=most),)),
-        Metric("finished", "s", "lower", (Target(row, at_most=1),)),
-    )
+def _memory_metrics(what: str) -> list[Metric]:
+    return [
+        Metric(name, unit, "lower", targets(f"{what}, {name}"))
+        for name, unit in (("peak RSS", "MB"), ("finished", "s"))
+    ]
 
 
 def _submitter(contender: str) -> Submit:
-    if contender == OWN:
+    if contender == POLARS_ASYNC:
         return pa.collect_async
-    if contender == NATIVE:
-        return _native
+    if contender == POLARS:
+        return _polars
     if contender == THREADS:
         return lambda lf: asyncio.to_thread(lf.collect, engine="in-memory")
     slots = asyncio.Semaphore(int(pa.default_collector().stats()["max_running"]))
 
     async def limited(lf: pl.LazyFrame) -> pl.DataFrame:
         async with slots:
-            found: pl.DataFrame = await _native(lf)
+            found: pl.DataFrame = await _polars(lf)
             return found
 
     return limited
 
 
-def _native(lf: pl.LazyFrame) -> Any:
+def _polars(lf: pl.LazyFrame) -> Any:
     return lf.collect_async(engine="in-memory")
 
 
 # Tiny beside heavy
 
 
-async def _tiny_beside_heavy(submit: Submit, rows: int, *, shares: bool = False) -> Figures:
+async def _tiny_beside_heavy(submit: Submit, rows: int, *, share: bool = False) -> Figures:
     source, small = frame(rows), frame(1000).collect()
-    if shares:  # as one does with frames for worker processes
+    if share:  # as users do with frames for worker processes
         source = pa.share(source.collect())
     heavy_queries = [_heavy(source, number) for number in range(_HEAVY)]
     await submit(_tiny(small, 0))  # starts the threads
@@ -140,7 +140,7 @@ async def _tiny_beside_heavy(submit: Submit, rows: int, *, shares: bool = False)
     begun = time.perf_counter()
     heavy = _at_once(submit, heavy_queries)
     for number in count():
-        # From the time a request was due, however late a loop that was held up sends it.
+        # Latencies count from here, even if a loop that is held up sends the request late.
         due = begun + number * _INTERVAL
         if heavy.done() and due > max(heavy.result()):
             break
@@ -165,7 +165,7 @@ def _tiny(small: pl.DataFrame, number: int) -> pl.LazyFrame:
 
 def _latencies(seconds: list[float]) -> Figures:
     seconds.sort()
-    return {name: rank(seconds, share) * 1000 for name, share in _LATENCIES}
+    return {name: quantile(seconds, part) * 1000 for name, part in _LATENCIES}
 
 
 # Memory
@@ -196,7 +196,7 @@ async def _memory(submit: Submit, queries: Iterable[pl.LazyFrame]) -> Figures:
 
 
 def _at_once(submit: Submit, queries: Iterable[pl.LazyFrame]) -> asyncio.Future[list[float]]:
-    """Submit every query now; gives the times at which the results came, and were dropped."""
+    """Submit every query now; return the times at which the results came, and were dropped."""
     return asyncio.gather(*[_arrival(submit(query)) for query in queries])
 
 
@@ -205,11 +205,11 @@ async def _arrival(handle: Awaitable[pl.DataFrame]) -> float:
     return time.perf_counter()
 
 
-# Requests that come whether or not the earlier ones were answered
+# Requests that come at a steady rate, whether or not the earlier ones were answered
 
 
 def _mix(number: int = 500) -> list[pl.LazyFrame]:
-    """Make what requests ask: nine tiny queries for each one that takes some milliseconds."""
+    """Return the queries of the requests: nine tiny ones for each that takes some milliseconds."""
     generator = random.Random(0)  # noqa: S311  # no secret, and the same for all
     small, source = frame(1000).collect(), frame(200_000)
     return [
@@ -219,7 +219,7 @@ def _mix(number: int = 500) -> list[pl.LazyFrame]:
 
 
 def _capacity() -> float:
-    """Find how many requests of the mix this machine answers in a second, one by one."""
+    """Return how many queries of the mix this machine answers in a second, one by one."""
     queries = _mix()
     for query in queries[:50]:
         query.collect(engine="in-memory")
@@ -256,7 +256,7 @@ async def _requests(submit: Submit, rate: float, seconds: float) -> Figures:
     return _latencies(latencies)
 
 
-_ROWS: Final[dict[str, Callable[..., Coroutine[Any, Any, Figures]]]] = {
+_CASES: Final[dict[str, Callable[..., Coroutine[Any, Any, Figures]]]] = {
     _BESIDE: _tiny_beside_heavy,
     _BESIDE_AUTO: _tiny_beside_heavy,
     _SORTED: _sorts,

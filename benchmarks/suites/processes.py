@@ -1,9 +1,9 @@
 """
-Queries in worker processes: stopped (P11), small (P12), many (P13), and killed (R6).
+Queries in worker processes: cancelled, tiny, many at once, and with processes killed under them.
 
-What is stopped is idle once its worker computes no more, and this process neither, which may have
-been about to send the query. Where a worker was killed, that is when it is gone: the start of the
-next is nothing that the query takes. Polars' own is idle when the threads of the process are.
+After a cancellation, the time counts until the worker is idle or gone, and this process is idle: it
+may have been about to send the query. The start of the next worker does not count. Polars' own runs
+in this process alone, and is idle once its threads are.
 """
 
 from __future__ import annotations
@@ -27,11 +27,13 @@ from uuid import uuid4
 import polars as pl
 
 import polars_async as pa
-from benchmarks.idle import children, seconds_until_idle
+from benchmarks.contenders import DASK, POLARS, POLARS_ASYNC, POLARS_ASYNC_THREADS
+from benchmarks.measure.idle import children, seconds_until_idle
+from benchmarks.measure.workloads import frame, one_by_one, quantile, read, trivial
 from benchmarks.pdsh import data
 from benchmarks.pdsh.queries import QUERIES
-from benchmarks.runner import NATIVE, OWN, Case, Metric, Target
-from benchmarks.workloads import frame, one_by_one, rank, read, trivial
+from benchmarks.runner import Case, Metric
+from benchmarks.targets import targets
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
@@ -42,22 +44,19 @@ if TYPE_CHECKING:
     Engine = Literal["in-memory", "streaming"]
     Submit = Callable[[pl.LazyFrame, Engine], Awaitable[pl.DataFrame]]
 
-DASK: Final = "dask"
-IN_THREADS: Final = "polars-async, threads"
-
 _STOP: Final = "cancelled at random moments"
-_TRIP: Final = "trivial query, warm worker"
+_TRIP: Final = "tiny query, warm worker"
 _PDSH: Final = "22 PDS-H queries at once"
-_WORKERS: Final = "workers killed in mid-query"
+_WORKERS: Final = "workers killed"
 _PARENTS: Final = "parents killed"
 _ENGINES: Final[tuple[Engine, ...]] = ("in-memory", "streaming")
 _GROUPS: Final = 0
-"""The number of the group_by, among those of PDS-H."""
+"""Stands for the group_by among the numbers of the PDS-H queries."""
 _RUNS: Final = 3
 _POOL: Final = 3
 _PATIENCE: Final = 20.0
-"""Seconds for what takes less than two."""
-_SHARED_MEMORY: Final = Path("/dev/shm")  # noqa: S108  # looks into it, no more
+"""Seconds to wait; all that is waited for takes less than two."""
+_SHARED_MEMORY: Final = Path("/dev/shm")  # noqa: S108  # it is only read
 _MARK: Final = "POLARS_ASYNC_BENCHMARK"
 _PROGRAM: Final = (
     "import sys; from benchmarks.suites import processes; processes.serve(*sys.argv[1:])"
@@ -66,7 +65,7 @@ _ROOT: Final = Path(__file__).parents[2]
 
 
 def cases(options: Options) -> list[Case]:
-    """List the comparisons of this suite."""
+    """Return the cases of this suite."""
     quick = options.quick
     folder = str(data.make(options.scale, options.data).absolute())
     queries = [_GROUPS, *QUERIES][:: 6 if quick else 1]
@@ -78,43 +77,41 @@ def cases(options: Options) -> list[Case]:
         "number": number,
     }
     stops = len(_ENGINES) * len(queries) * number
+    cancelled = "cancelled query in a process"
     idle = (
-        Metric("until idle, p50", "ms", "lower", (Target("P11", at_most=20, of=None),)),
-        Metric("until idle, p99", "ms", "lower", (Target("P11", at_most=250, of=None),)),
+        Metric("until idle, p50", "ms", "lower", targets(f"{cancelled}, until idle, p50")),
+        Metric("until idle, p99", "ms", "lower", targets(f"{cancelled}, until idle, p99")),
         Metric("until idle, max", "ms"),
         Metric("workers killed", f"of {stops}"),
     )
-    trip = Metric(
-        "round trip",
-        "ms",
-        "lower",
-        (Target("P12", at_most=1, of=None), Target("P12", at_most=0.25, of=DASK)),
-    )
-    finished = Metric("finished", "s", "lower", (Target("P13", at_most=1.1, of=IN_THREADS),))
+    tiny = "tiny query in a process, round trip"
+    trip = Metric("round trip", "ms", "lower", targets(tiny, f"{tiny} beside dask"))
+    finished = Metric("finished", "s", "lower", targets("PDS-H in processes beside threads"))
     workers = {"number": 10 if quick else 100, "rows": 300_000}
     parents = {"number": 2 if quick else 20, "rows": workers["rows"]}
 
-    def none(name: str, unit: str) -> Metric:
-        return Metric(name, unit, "lower", (Target("R6", at_most=0, of=None),))
+    def none(killed: str, name: str, unit: str) -> Metric:
+        return Metric(name, unit, "lower", targets(f"{killed}: {name}"))
 
     number = workers["number"]
     of_workers = (
-        none("unresolved", f"of {_POOL * number}"),
-        none("others harmed", f"of {_POOL * number - number}"),
-        none("pool not back to size", f"of {number}"),
-        none("processes left", f"in {number} kills"),
-        none("shared memory left", f"in {number} kills"),
+        none(_WORKERS, "unresolved", f"of {_POOL * number}"),
+        none(_WORKERS, "others harmed", f"of {_POOL * number - number}"),
+        none(_WORKERS, "pool not back to size", f"of {number}"),
+        none(_WORKERS, "processes left", f"in {number} kills"),
+        none(_WORKERS, "shared memory left", f"in {number} kills"),
     )
     of_parents = (
-        none("processes left by parents", f"in {parents['number']} kills"),
-        none("shared memory left by parents", f"in {parents['number']} kills"),
+        none(_PARENTS, "processes left", f"in {parents['number']} kills"),
+        none(_PARENTS, "shared memory left", f"in {parents['number']} kills"),
     )
+    in_threads = (POLARS_ASYNC_THREADS, POLARS_ASYNC)
     return [
-        Case("processes", _STOP, (NATIVE, OWN), idle, stop, 900, 1 if quick else _RUNS),
-        Case("processes", _TRIP, (DASK, OWN), (trip,), {"trips": 300 if quick else 1000}),
-        Case("processes", _PDSH, (IN_THREADS, OWN), (finished,), {"folder": folder}, 300),
-        Case("processes", _WORKERS, (OWN,), of_workers, workers, 900, 1),
-        Case("processes", _PARENTS, (OWN,), of_parents, parents, 900, 1),
+        Case("processes", _STOP, (POLARS, POLARS_ASYNC), idle, stop, 900, 1 if quick else _RUNS),
+        Case("processes", _TRIP, (DASK, POLARS_ASYNC), (trip,), {"trips": 300 if quick else 1000}),
+        Case("processes", _PDSH, in_threads, (finished,), {"folder": folder}, 300),
+        Case("processes", _WORKERS, (POLARS_ASYNC,), of_workers, workers, 900, 1),
+        Case("processes", _PARENTS, (POLARS_ASYNC,), of_parents, parents, 900, 1),
     ]
 
 
@@ -125,7 +122,7 @@ def run(case: str, contender: str, **size: Any) -> Figures:
     return asyncio.run(_CASES[case](contender, **size))
 
 
-# Stopped
+# Cancelled
 
 
 async def _stops(
@@ -143,8 +140,8 @@ async def _stops(
                 begun = time.perf_counter()
                 await submit(lf, engine)
                 whole = time.perf_counter() - begun
-                # Polars' own takes longer, and is not to be compared.
-                for _ in range(1 if contender == NATIVE else number):
+                # Polars' own takes long, and its figures are there to be seen beside: no target.
+                for _ in range(1 if contender == POLARS else number):
                     stopped = None
                     while stopped is None:
                         delay = generator.uniform(0, whole)
@@ -153,8 +150,8 @@ async def _stops(
                     killed += stopped[1]
     seconds.sort()
     return {
-        "until idle, p50": rank(seconds, 0.5) * 1000,
-        "until idle, p99": rank(seconds, 0.99) * 1000,
+        "until idle, p50": quantile(seconds, 0.5) * 1000,
+        "until idle, p99": quantile(seconds, 0.99) * 1000,
         "until idle, max": seconds[-1] * 1000,
         "workers killed": killed,
     }
@@ -163,7 +160,7 @@ async def _stops(
 def _grouped(rows: int, contender: str) -> pl.LazyFrame:
     keys = (pl.col("left") % 100_000).alias("key")
     source = frame(rows)
-    if contender == OWN:  # as one does with frames for worker processes
+    if contender == POLARS_ASYNC:  # as users do with frames for worker processes
         source = pa.share(source.collect())
     return source.group_by(keys).agg(pl.col("right").sum(), pl.col("number").max())
 
@@ -171,8 +168,13 @@ def _grouped(rows: int, contender: str) -> pl.LazyFrame:
 async def _stopped(
     submit: Submit, lf: pl.LazyFrame, engine: Engine, delay: float
 ) -> tuple[float, int] | None:
-    """Cancel a query; gives when all was idle, and whether that killed; None if it was done."""
-    await submit(trivial(), "in-memory")  # where a worker was killed, the next is there then
+    """
+    Cancel a query after a delay.
+
+    Returns the seconds until all was idle and how many workers were killed, or None if the query
+    was done before.
+    """
+    await submit(trivial(), "in-memory")  # if a worker was killed, waits for the next
     workers = children()
     task = asyncio.ensure_future(_awaited(submit(lf, engine)))
     await asyncio.sleep(delay)
@@ -185,7 +187,7 @@ async def _stopped(
     return idle, len(set(workers) - set(children()))
 
 
-# Small, and many
+# Tiny, and many
 
 
 async def _trips(contender: str, trips: int) -> Figures:
@@ -215,13 +217,13 @@ async def _awaited(query: Awaitable[pl.DataFrame]) -> None:
 
 @asynccontextmanager
 async def _collector(contender: str) -> AsyncIterator[Submit]:
-    if contender == NATIVE:
+    if contender == POLARS:
         yield lambda lf, engine: lf.collect_async(engine=engine)
         return
     with ExitStack() as stack:
-        executor: Any = "threads" if contender == IN_THREADS else "processes"
+        executor: Any = "threads" if contender == POLARS_ASYNC_THREADS else "processes"
         if contender == DASK:
-            # Here, since none of the others needs it.
+            # Imported here, since no other contender needs it.
             distributed: Any = import_module("distributed")
 
             folder = stack.enter_context(TemporaryDirectory())
@@ -247,14 +249,14 @@ async def _kill_workers(_: str, number: int, rows: int) -> Figures:
 
         async def ask(each: int) -> str:
             try:
-                # As if they were small, so that one runs in each slot.
+                # With a priority, so that one runs in each slot, large as they are.
                 answer = await collector.collect_async(queries[each], priority=1)
             except pa.WorkerDiedError:
                 return "died"
             return "right" if answer.equals(answers[each]) else "wrong"
 
         async def ask_all(victim: float | None = None) -> list[str]:
-            """Give what became of each; `victim` is when a worker is killed meanwhile."""
+            """Return the outcome of each query; a worker is killed after `victim` seconds."""
             tasks = [asyncio.create_task(ask(each)) for each in range(_POOL)]
             if victim is not None:
                 await asyncio.sleep(victim)
@@ -266,7 +268,7 @@ async def _kill_workers(_: str, number: int, rows: int) -> Figures:
         whole, kills = 0.0, 0
         while kills < number:
             outcomes = await ask_all(generator.uniform(0, whole))
-            # The worker may have been without a query: then nobody is to be harmed, and no more.
+            # A kill counts if the worker had a query; if not, no query may be harmed at all.
             kills += (hit := "died" in outcomes)
             found["unresolved"] += outcomes.count("unresolved")
             found["others harmed"] += outcomes.count("died") - hit + outcomes.count("wrong")
@@ -308,13 +310,13 @@ def _kill_parents(number: int, rows: int) -> Figures:
             os.kill(process, signal.SIGKILL)
     _wait_while(lambda: _left_behind(shared))
     return {
-        "processes left by parents": left,
-        "shared memory left by parents": len(_left_behind(shared)),
+        "processes left": left,
+        "shared memory left": len(_left_behind(shared)),
     }
 
 
 def serve(rows: str) -> None:
-    """Be a parent that is to be killed: run queries for ever, and print how long they take."""
+    """Run queries for ever, as a parent to be killed does, and print how long a round takes."""
 
     async def main() -> None:
         async with pa.Collector(executor="processes", max_running=_POOL) as collector:
@@ -323,7 +325,7 @@ def serve(rows: str) -> None:
                 await asyncio.gather(
                     *(_awaited(collector.collect_async(lf, priority=1)) for lf in _sorts(int(rows)))
                 )
-                if number == 1:  # by then there are all workers
+                if number == 1:  # by then all workers have started
                     print(time.perf_counter() - begun, flush=True)
 
     asyncio.run(main())
@@ -341,11 +343,11 @@ def _wait_while(some: Callable[[], Sequence[object]]) -> None:
 
 
 def _marked(mark: str) -> list[int]:
-    """Find the processes in whose environment `mark` is: children, however far away."""
+    """Return the processes that have `mark` in their environment: all descendants of a parent."""
     found = []
     for folder in Path("/proc").iterdir():
         if folder.name.isdecimal():
-            with suppress(OSError):  # it ends, or is somebody else's
+            with suppress(OSError):  # it has ended, or belongs to another user
                 if mark.encode() in (folder / "environ").read_bytes().split(b"\0"):
                     found.append(int(folder.name))
     return found
@@ -356,7 +358,7 @@ def _shared_memory() -> set[Path]:
 
 
 def _left_behind(before: set[Path]) -> list[Path]:
-    """Find what is new in shared memory, and nobody's: other programs may be at work, too."""
+    """Return the new files in shared memory, without those that a running program has mapped."""
     new = _shared_memory() - before
     for folder in Path("/proc").iterdir() if new else ():
         if folder.name.isdecimal():
@@ -367,7 +369,7 @@ def _left_behind(before: set[Path]) -> list[Path]:
 
 
 def _memory_files() -> int:
-    """Count the files in memory that this process has open: of those that go to workers."""
+    """Return how many of the memory files for workers this process has open."""
     found = 0
     for file in Path("/proc/self/fd").iterdir():
         with suppress(OSError):

@@ -1,11 +1,11 @@
 """
-Does it work on a real GPU, and how fast: ``python -m benchmarks.gpu``, or ``ci/gpu``.
+Check whether queries run on the GPU of this host, rightly, and how fast: ``ci/gpu``.
 
-Each check is a process of its own with a time limit, the most telling first, and the report is
-written anew after each: whatever becomes of one, the others have their say. The report says what
-could not be run, and why. Answers are compared with those of the in-memory engine.
+Each check runs in a process of its own with a time limit, the most important first, so that a crash
+or a hang costs no other check. The report is written again after each; it names the checks that
+were not run, and why. Answers are compared with those of the in-memory engine.
 
-Exit status: 0 if all passed, 2 if no GPU is usable here, else 1.
+Exit status: 0 if all checks passed, 2 if no GPU is usable here, otherwise 1.
 """
 
 from __future__ import annotations
@@ -24,15 +24,14 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from benchmarks import gpu_report
-from benchmarks.gpu_checks.findings import Settings
-from benchmarks.gpu_report import Outcome
+from benchmarks.gpu.findings import Settings
+from benchmarks.gpu.report import Outcome, text, unusable_gpu
 from benchmarks.pdsh.queries import QUERIES
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-_ROOT: Final = Path(__file__).parents[1]
+_ROOT: Final = Path(__file__).parents[2]
 _GRACE: Final = 5.0
 _SHORTEST: Final = 5.0
 _SCALES: Final = (1.0, 10.0)
@@ -40,19 +39,19 @@ _SCALES: Final = (1.0, 10.0)
 
 @dataclass(frozen=True)
 class Check:
-    """A check, or the making of the data for others."""
+    """A check, or the step that makes the data for others."""
 
     name: str
     title: str
     limit: float
-    """Seconds that it may take."""
+    """The most seconds that it may take."""
     scale: float
-    """Of the data."""
+    """The scale of the data."""
     needs_data: bool = False
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the checks and write the report; give the exit status."""
+    """Run the checks and write the report; return the exit status."""
     options = _options(arguments)
     began = f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC"
     end = time.monotonic() + 60 * options.minutes
@@ -62,11 +61,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         outcome = _outcome(check, outcomes, end, options)
         outcomes.append(outcome)
         print(f"{check.title}: {outcome.verdict}, {outcome.seconds:.1f} s", file=sys.stderr)
-        to_come = [_not_run(each, "it was yet to come") for each in checks[len(outcomes) :]]
-        report = gpu_report.text(outcomes + to_come, began=began, simulated=options.simulate)
+        to_come = [_not_run(each, "not reached yet") for each in checks[len(outcomes) :]]
+        report = text(outcomes + to_come, began=began, simulated=options.simulate)
         _write(options.report, report, outcomes, simulated=options.simulate)
     print(report, flush=True)
-    if gpu_report.unusable_gpu(outcomes) is not None:
+    if unusable_gpu(outcomes) is not None:
         return 2
     return 0 if all(outcome.passed for outcome in outcomes) else 1
 
@@ -81,18 +80,21 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
         "checks",
         nargs="*",
         metavar="CHECK",
-        help="facts (always first), offload, answers, memory, collectors, stall, exits, speed; "
-        "default: all",
+        help="facts (always runs), offload, answers, memory, collectors, stall, exits, speed "
+        "(default: all)",
     )
     parser.add_argument(
-        "--simulate", action="store_true", help="without a GPU: only the checks are tried"
+        "--simulate",
+        action="store_true",
+        help="simulate a GPU: shows only whether the checks themselves run",
     )
     parser.add_argument(
         "--scale",
         type=float,
         action="append",
-        help="of PDS-H, 1 is 345 MB; may be repeated, the first is that of all checks but speed "
-        "(default: 1 and 10)",
+        metavar="S",
+        help="of the PDS-H data, 1 is 345 MB; may be repeated: speed runs at each scale, the other "
+        "checks at the first (default: 1 and 10)",
     )
     parser.add_argument(
         "--queries",
@@ -101,27 +103,36 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
         choices=QUERIES,
         default=[*QUERIES],
         metavar="N",
-        help="of PDS-H (default: 1 to 22)",
+        help="numbers of the PDS-H queries (default: 1 to 22)",
     )
     parser.add_argument(
-        "--exits", type=int, default=20, help="of interpreters, all awaited (default: 20)"
+        "--exits",
+        type=int,
+        default=20,
+        metavar="N",
+        help="interpreters that exit with all queries awaited; a quarter as many more exit with a "
+        "query running (default: 20)",
     )
     parser.add_argument(
-        "--minutes", type=float, default=9, help="in all; the rest is not run (default: 9)"
+        "--minutes",
+        type=float,
+        default=9,
+        metavar="M",
+        help="for all checks; those still to come then are not run (default: 9)",
     )
     parser.add_argument(
         "--data",
         type=Path,
         default=Path(".cache/data"),
         metavar="FOLDER",
-        help="where PDS-H data is kept for the next time (default: .cache/data)",
+        help="where the PDS-H data is kept (default: .cache/data)",
     )
     parser.add_argument(
         "--report",
         type=Path,
         default=Path(".cache/gpu/report.md"),
         metavar="PATH",
-        help="where the report goes, and a JSON beside it (default: .cache/gpu/report.md)",
+        help="where the report goes, with a JSON file beside it (default: .cache/gpu/report.md)",
     )
     options = parser.parse_args(arguments)
     options.scale = options.scale or [*_SCALES]
@@ -132,7 +143,7 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def _all_checks(scales: Sequence[float]) -> list[Check]:
-    """List the checks, those first that tell most in little time."""
+    """Return the checks; those come first that find out most in little time."""
     first = scales[0]
     checks = [
         Check("facts", "Facts", 60, first),
@@ -167,17 +178,17 @@ def _checks(options: argparse.Namespace) -> list[Check]:
 def _outcome(
     check: Check, before: Sequence[Outcome], end: float, options: argparse.Namespace
 ) -> Outcome:
-    """Run a check, unless something speaks against it."""
-    if gpu_report.unusable_gpu(before) is not None:
+    """Run a check, or return why it cannot be run."""
+    if unusable_gpu(before) is not None:
         return _not_run(check, "no GPU is usable")
     if before and not before[0].findings:
-        return _not_run(check, "what is here could not be told")
+        return _not_run(check, "the facts of this host were not found out")
     made = f"Data of scale {check.scale:g}"
     if check.needs_data and not any(each.title == made and each.passed for each in before):
-        return _not_run(check, "there is no data")
+        return _not_run(check, "its data could not be made")
     left = end - time.monotonic()
     if left < _SHORTEST:
-        return _not_run(check, f"the {options.minutes:g} minutes were up")
+        return _not_run(check, f"the {options.minutes:g} minutes were over")
     return _run(check, min(check.limit, left), options)
 
 
@@ -195,9 +206,9 @@ def _run(check: Check, seconds: float, options: argparse.Namespace) -> Outcome:
         seconds=seconds,
     )
     python = [sys.executable, "-X", "faulthandler"]
-    command = [*python, "-m", "benchmarks.gpu_checks", check.name, json.dumps(asdict(settings))]
+    command = [*python, "-m", "benchmarks.gpu.run_check", check.name, json.dumps(asdict(settings))]
     begun = time.monotonic()
-    # Files, since a process that hangs in the driver cannot be killed, and would keep pipes open.
+    # Files, not pipes: a process that hangs in the driver cannot be killed, and keeps pipes open.
     with tempfile.TemporaryFile("w+") as stdout, tempfile.TemporaryFile("w+") as stderr:
         process = subprocess.Popen(
             command, cwd=_ROOT, stdout=stdout, stderr=stderr, start_new_session=True
@@ -224,13 +235,13 @@ def _wait(process: subprocess.Popen[bytes], seconds: float) -> int | None:
         return None
     finally:
         with suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)  # and those that it has started
+            os.killpg(process.pid, signal.SIGKILL)  # with the processes that it has started
         with suppress(subprocess.TimeoutExpired):
             process.wait(_GRACE)
 
 
 def _parsed(output: str) -> tuple[list[dict[str, Any]], list[str]]:
-    """Tell findings from what libraries may have written."""
+    """Return the findings, and apart from them what libraries have written."""
     findings, other = [], []
     for line in output.splitlines():
         try:
@@ -247,9 +258,9 @@ def _parsed(output: str) -> tuple[list[dict[str, Any]], list[str]]:
 def _write(path: Path, report: str, outcomes: Sequence[Outcome], *, simulated: bool) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(f"{report}\n", encoding="utf-8")
-    told = [{**asdict(each), "verdict": each.verdict} for each in outcomes]
-    whole = json.dumps({"simulated": simulated, "checks": told}, indent=1)
-    path.with_suffix(".json").write_text(f"{whole}\n", encoding="utf-8")
+    checks = [{**asdict(each), "verdict": each.verdict} for each in outcomes]
+    as_json = json.dumps({"simulated": simulated, "checks": checks}, indent=1)
+    path.with_suffix(".json").write_text(f"{as_json}\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""How interpreters end that have used the GPU, or still do."""
+"""Exits of interpreters that have used the GPU, or still use it."""
 
 from __future__ import annotations
 
@@ -16,22 +16,22 @@ from typing import TYPE_CHECKING, Final
 import polars as pl
 
 import polars_async as pa
-from benchmarks.gpu_checks.findings import counted, tell
-from benchmarks.workloads import frame
+from benchmarks.gpu.findings import counted, tell
+from benchmarks.measure.workloads import frame
 
 if TYPE_CHECKING:
-    from benchmarks.gpu_checks.findings import Settings
+    from benchmarks.gpu.findings import Settings
     from polars_async.testing import SimulatedGpu
 
 _AT_ONCE: Final = 4
 _PATIENCE: Final = 60.0
-_QUIET: Final = "status 0, stderr empty"
+_QUIET: Final = "with status 0, nothing on stderr"
 
 
 async def exits(settings: Settings, _gpu: SimulatedGpu | None) -> None:
-    """Let interpreters end with all awaited, and with a query running."""
+    """Check exits with all queries awaited, and with a query running."""
     states = (
-        ("awaited", "all awaited", settings.exits),
+        ("awaited", "all queries awaited", settings.exits),
         ("running", "a query running", max(1, settings.exits // 4)),
     )
     for state, what, number in states:
@@ -40,31 +40,32 @@ async def exits(settings: Settings, _gpu: SimulatedGpu | None) -> None:
         counts = Counter(end.summary for end in ends)
         words = Counter(end.said for end in ends if end.said)
         longest = max(end.seconds for end in ends)
-        found = f"{counted(counts)} (at the end: {counted(words)}; {longest:.1f} s at most)"
+        found = f"{counted(counts)} ({counted(words)}; {longest:.1f} s at most)"
         stderr = [end.stderr for end in ends if end.stderr]
         tell(f"exit, {what}", found, ok=set(counts) == {_QUIET}, stderr=stderr)
 
 
 @dataclass(frozen=True)
 class End:
-    """How an interpreter ended."""
+    """How an interpreter exited."""
 
     status: int | None
-    """None for one that did not end in time."""
+    """None if it did not exit in time."""
     said: str
     stderr: str
     seconds: float
 
     @property
     def summary(self) -> str:
-        """The status, and the last of what it complained of."""
-        status = "no end in time" if self.status is None else f"status {self.status}"
-        complaints = self.stderr.strip().splitlines()
-        return f"{status}, stderr {complaints[-1] if complaints else 'empty'}"
+        """The status, and the last line on stderr."""
+        status = "not in time" if self.status is None else f"with status {self.status}"
+        lines = self.stderr.strip().splitlines()
+        return f"{status}, {lines[-1] if lines else 'nothing'} on stderr"
 
 
 def _end(settings: Settings, state: str) -> End:
-    command = [sys.executable, "-m", "benchmarks.gpu_checks", state, json.dumps(asdict(settings))]
+    python = [sys.executable, "-m"]
+    command = [*python, "benchmarks.gpu.run_check", state, json.dumps(asdict(settings))]
     begun = time.perf_counter()
     try:
         done = subprocess.run(
@@ -76,16 +77,16 @@ def _end(settings: Settings, state: str) -> End:
 
 
 async def awaited(_settings: Settings, _gpu: SimulatedGpu | None) -> None:
-    """Have every query done when the interpreter ends."""
+    """Have every query done when the interpreter exits."""
     collector = pa.Collector(engine="gpu", gpu="offload")
     source = frame(100_000)
     handles = [collector.collect_async(source.sort(pl.col("left") + n)) for n in range(8)]
     await asyncio.gather(*handles)
-    print(f"the last on {handles[-1].resolution.name}")
+    print(f"after queries on {handles[-1].resolution.name}")
 
 
 async def running(_settings: Settings, _gpu: SimulatedGpu | None) -> None:
-    """Leave a query running."""
+    """Have a query running when the interpreter exits."""
     started = threading.Semaphore(0)
 
     def note(event: pa.QueryEvent) -> None:
@@ -99,4 +100,4 @@ async def running(_settings: Settings, _gpu: SimulatedGpu | None) -> None:
     handle = collector.collect_async(source.sort("left"))
     started.acquire()
     await asyncio.sleep(0.02)
-    print("over" if handle.done() else "running")
+    print("after the query" if handle.done() else "during the query")

@@ -10,12 +10,12 @@ from statistics import median
 from typing import TYPE_CHECKING, Final
 
 import polars_async as pa
-from benchmarks.gpu_checks.findings import counted, tell, tell_row, told
-from benchmarks.gpu_checks.offload import grouped
+from benchmarks.gpu.findings import counted, tell, tell_row, told
+from benchmarks.gpu.offload import grouped
+from benchmarks.measure.stall import StallMeter
+from benchmarks.measure.workloads import frame, read
 from benchmarks.pdsh import data, oracle
 from benchmarks.pdsh.queries import QUERIES
-from benchmarks.stall import StallMeter
-from benchmarks.workloads import frame, read
 from polars_async.gpu.breaker import Health, breaker
 
 if TYPE_CHECKING:
@@ -23,29 +23,29 @@ if TYPE_CHECKING:
 
     import polars as pl
 
-    from benchmarks.gpu_checks.findings import Settings
+    from benchmarks.gpu.findings import Settings
     from polars_async.testing import SimulatedGpu
 
 FIRST: Final = "gpu, first s"
-"""The column of the first time on the GPU."""
+"""The column with the first time on the GPU."""
 _ENGINES: Final = ("gpu", "in-memory", "streaming")
 _ROUNDS: Final = 3
-_AGREED: Final = ("yes", "cannot be told")
+_AGREED: Final = ("yes", "unknown")
 
 
 async def answers(settings: Settings, _gpu: SimulatedGpu | None) -> None:
-    """Compare each answer, and what `gpu_support` foretold, with what came."""
+    """Check each answer, and whether `gpu_support` predicted the engine that ran."""
     ran_on: Counter[str] = Counter()
     reasons: Counter[str] = Counter()
     async with pa.Collector(gpu="offload") as collector:
         for number, query in _queries(settings).items():
             expected = query.collect(engine="in-memory")
-            breaker.health = Health()  # so that none rests on account of those before
+            _close_breaker()
             begun = time.perf_counter()
             handle = collector.collect_async(query, engine="gpu")
             try:
                 answer = _compared(number, await handle, expected)
-            except Exception as error:  # noqa: BLE001  # whatever it is, it is the answer
+            except Exception as error:  # noqa: BLE001  # any error is an answer here
                 answer = f"raised {told(error)}"
             seconds = time.perf_counter() - begun
             resolution = handle.resolution
@@ -74,17 +74,17 @@ def _why_not(resolution: pa.Resolution) -> str:
 
 
 def _agreement(support: pa.GpuSupport, resolution: pa.Resolution) -> str:
-    """Compare what was foretold with what came; what fails at run time cannot be foretold."""
+    """Compare the prediction with what happened; no prediction covers failures at run time."""
     if support.answer is pa.Support.UNKNOWN:
-        return "cannot be told"
-    foretold = support.answer is pa.Support.YES
+        return "unknown"
+    predicted = support.answer is pa.Support.YES
     if resolution.reason not in (None, pa.Reason.UNSUPPORTED_QUERY):
-        return "failed later" if foretold else "NO"
-    return "yes" if foretold is (resolution.name == "gpu") else "NO"
+        return "failed later" if predicted else "NO"
+    return "yes" if predicted is (resolution.name == "gpu") else "NO"
 
 
 async def stall(settings: Settings, _gpu: SimulatedGpu | None) -> None:
-    """Measure how long the loop is held up while queries run on the GPU, and while not."""
+    """Measure how long the loop is held up while queries run on the GPU, and on the CPU."""
     queries = _queries(settings)
     async with pa.Collector(gpu="offload") as collector:
 
@@ -101,7 +101,7 @@ async def stall(settings: Settings, _gpu: SimulatedGpu | None) -> None:
             tell_row(row, ok=None if on_gpu is None else on_gpu > 0)
 
         async def on_gpu() -> int:
-            breaker.health = Health()  # as in answers
+            _close_breaker()
             handles = [await _ended(collector, query, "gpu") for query in queries.values()]
             return sum(handle.resolution.name == "gpu" for handle in handles)
 
@@ -125,26 +125,26 @@ async def speed(settings: Settings, _gpu: SimulatedGpu | None) -> None:
     longest = 0.0
     on_gpu: list[bool] = []
     async with pa.Collector(gpu="offload") as collector:
-        # The GPU last: it may bind its threads, and those they start, to some processors.
+        # The GPU last: it may bind its threads, and those that these start, to some processors.
         for engine in reversed(_ENGINES):
             await collector.collect_async(grouped(frame(1000)), engine=engine)
         for number, query in queries.items():
-            breaker.health = Health()  # as in answers
+            _close_breaker()
             begun = time.monotonic()
             if begun + longest > end:
                 left = ", ".join(f"q{each}" for each in queries if each >= number)
-                tell("not measured", f"{left}: the time was up", skipped=True)
+                tell("not measured", f"{left}: the time was over", skipped=True)
                 break
             try:
                 on_gpu.append(await _race(collector, number, query))
-            except Exception as error:  # noqa: BLE001  # the other queries are still to be measured
+            except Exception as error:  # noqa: BLE001  # the other queries are measured all the same
                 tell_row({"query": f"q{number}", "answer": f"raised {told(error)}"}, ok=False)
             longest = max(longest, time.monotonic() - begun)
     tell("ran on the GPU", f"{sum(on_gpu)} of {len(on_gpu)}", ok=any(on_gpu))
 
 
 async def _race(collector: pa.Collector, number: int, query: pl.LazyFrame) -> bool:
-    """Let the engines take turns; tells whether the GPU took part. The first turn is no contest."""
+    """Measure a query on each engine in turn; return whether the GPU ran all that it was to run."""
     seconds: dict[str, list[float]] = {engine: [] for engine in _ENGINES}
     answers: dict[str, pl.DataFrame] = {}
     ran_on = set()
@@ -176,6 +176,11 @@ async def _ended(
     handle = collector.collect_async(query, engine=engine)
     await handle
     return handle
+
+
+def _close_breaker() -> None:
+    """Let the next query try the GPU, whatever the queries before have done to it."""
+    breaker.health = Health()
 
 
 def _queries(settings: Settings) -> dict[int, pl.LazyFrame]:

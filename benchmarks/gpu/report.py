@@ -1,4 +1,4 @@
-"""What `benchmarks.gpu` found, as a text to read."""
+"""The report of `benchmarks.gpu`, in Markdown."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import TYPE_CHECKING, Any, Final
 
-from benchmarks.gpu_checks.pdsh import FIRST
+from benchmarks.gpu.pdsh import FIRST
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -16,13 +16,13 @@ _LAST_LINES: Final = 25
 _TIMES: Final = (FIRST, "gpu s", "in-memory s", "streaming s")
 _SIMULATED: Final = """\
 > # SIMULATED
-> **No GPU was used, and nothing here says anything about one.** A stand-in for cudf-polars had the
-> CPU do the work. This shows only that the checks themselves run."""
+> **No GPU was used, and nothing here says anything about one.** The CPU did the work, behind a
+> simulated cudf-polars. This shows only that the checks themselves run."""
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What came of one check."""
+    """The outcome of one check."""
 
     name: str
     title: str
@@ -30,7 +30,7 @@ class Outcome:
     status: int | None = 0
     """The exit status of its process; None for one that had to be killed."""
     findings: Sequence[Mapping[str, Any]] = ()
-    """Those with ``what``, ``found`` and ``ok``, and those with a ``row`` of the table."""
+    """Each has ``ok``, and either ``what`` and ``found`` or a ``row`` of the table."""
     stderr: str = ""
     other_output: Sequence[str] = ()
     not_run: str | None = None
@@ -38,21 +38,21 @@ class Outcome:
 
     @property
     def failures(self) -> list[Mapping[str, Any]]:
-        """Those findings that are not as they should be."""
+        """The findings that are not as they should be."""
         return [each for each in self.findings if each["ok"] is False]
 
     @property
     def died(self) -> str | None:
-        """How its process ended, where that was not by itself."""
+        """How its process failed; None if it did not."""
         if self.status is None:
-            return "was killed: no end in time"
+            return "was killed at its time limit"
         if self.status < 0:
             return f"died of {signal.Signals(-self.status).name}"
         return f"died, exit status {self.status}" if self.status else None
 
     @property
     def skipped(self) -> list[str]:
-        """What of it was left out."""
+        """The parts that were left out."""
         return [each["found"] for each in self.findings if each.get("skipped")]
 
     @property
@@ -62,7 +62,7 @@ class Outcome:
 
     @property
     def verdict(self) -> str:
-        """All that in a few words."""
+        """The outcome in a few words."""
         if self.not_run:
             return "not run"
         failed = f"{len(self.failures)} of {len(self.findings)} FAILED" if self.failures else None
@@ -72,7 +72,7 @@ class Outcome:
 
 
 def text(outcomes: Sequence[Outcome], *, began: str, simulated: bool) -> str:
-    """Write the report, in Markdown."""
+    """Return the report."""
     return "\n".join(_lines(outcomes, began, simulated=simulated))
 
 
@@ -88,7 +88,7 @@ def _lines(outcomes: Sequence[Outcome], began: str, *, simulated: bool) -> Itera
     for each in outcomes:
         seconds = "" if each.not_run else f"{each.seconds:.1f}"
         yield f"| {each.title} | {each.verdict} | {seconds} |"
-    yield "\n## What could not be run\n"
+    yield "\n## What was not run\n"
     yield from list(_missing(outcomes)) or ["Nothing: every check ran to its end."]
     for each in outcomes:
         if not each.not_run:
@@ -97,7 +97,7 @@ def _lines(outcomes: Sequence[Outcome], began: str, *, simulated: bool) -> Itera
 
 
 def unusable_gpu(outcomes: Sequence[Outcome]) -> str | None:
-    """Tell why no GPU is usable, if so."""
+    """Return why no GPU is usable, if so."""
     facts = outcomes[0].findings if outcomes else ()
     return next((str(each["found"]) for each in facts if "status" in each and not each["ok"]), None)
 
@@ -108,7 +108,7 @@ def _missing(outcomes: Sequence[Outcome]) -> Iterator[str]:
             yield f"- {', '.join(each.title for each in group)}: {why}"
     for each in outcomes:
         if each.died:
-            yield f"- {each.title}: only in part, for its process {each.died}"
+            yield f"- {each.title}: only in part: its process {each.died}"
         for what in each.skipped:
             yield f"- {each.title}: {what}"
 
@@ -142,7 +142,7 @@ def _table(rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
 
 
 def _digits(values: Sequence[object]) -> int | None:
-    """Count the decimals that a column needs; None if it does not hold floats."""
+    """Return how many decimals a column needs; None if it does not hold floats."""
     if not all(isinstance(value, float) for value in values):
         return None
     return max(len(str(value).partition(".")[2]) for value in values)
@@ -160,4 +160,7 @@ def _totals(rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
         return
     totals = (f"{name} {sum(row[name] for row in on_gpu):.2f}" for name in _TIMES)
     yield f"\nTotal of the {len(on_gpu)} queries that ran on the GPU: {'; '.join(totals)}."
-    yield "\nThe first time on the GPU, then medians of three, the engines taking turns."
+    yield (
+        "\nThe first time includes what the GPU does only once; the other columns are medians of "
+        "three more rounds, in which the engines take turns."
+    )

@@ -1,4 +1,4 @@
-"""Round trip, fan-out, loop stall, resolution and import: what a query costs beside its work."""
+"""What a query costs beside its work: round trip, fan-out, loop stall, resolution, import."""
 
 from __future__ import annotations
 
@@ -16,9 +16,11 @@ import polars as pl
 import trio
 
 import polars_async as pa
-from benchmarks.runner import NATIVE, OWN, THREADS, Case, Metric, Target
-from benchmarks.stall import StallMeter
-from benchmarks.workloads import one_by_one, trivial
+from benchmarks.contenders import POLARS, POLARS_ASYNC, THREADS
+from benchmarks.measure.stall import StallMeter
+from benchmarks.measure.workloads import one_by_one, trivial
+from benchmarks.runner import Case, Metric
+from benchmarks.targets import targets
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Sequence
@@ -28,59 +30,64 @@ if TYPE_CHECKING:
     Submit = Callable[[pl.LazyFrame], Any]
 
 _LOOPS: Final = {
-    "asyncio": (NATIVE, OWN, THREADS),
-    "trio": (OWN, THREADS),
-    "gevent": (NATIVE, OWN, THREADS),
+    "asyncio": (POLARS, POLARS_ASYNC, THREADS),
+    "trio": (POLARS_ASYNC, THREADS),
+    "gevent": (POLARS, POLARS_ASYNC, THREADS),
 }
 _ENGINES: Final = ("in-memory", "streaming")
 _TARGETS: Final = {
-    ("asyncio", "in-memory"): (Target("P1", at_most=0.5), Target("P2", at_least=2)),
-    ("gevent", "in-memory"): (Target("P3", at_most=0.6), Target("P3", at_least=1.5)),
-    ("asyncio", "streaming"): (Target("P4", at_most=0.85), Target("P4", at_least=1)),
-}
-_STALLS: Final = {
-    "6 collect_async": (Target("P5", at_most=1),),
-    "collect_all_async": (
-        Target("P5", at_most=0.1, line="1.44"),
-        Target("P5", at_most=1),
+    ("asyncio", "in-memory"): (
+        "tiny query, round trip, asyncio",
+        "tiny queries gathered, asyncio",
+    ),
+    ("gevent", "in-memory"): (
+        "tiny query, round trip, gevent",
+        "tiny queries gathered, gevent",
+    ),
+    ("asyncio", "streaming"): (
+        "tiny streaming query, round trip, asyncio",
+        "tiny streaming queries gathered, asyncio",
     ),
 }
+"""The targets of the round trip and of the queries gathered."""
+_STALLS: Final = ("6 collect_async", "collect_all_async")
 _HEAVY: Final = 6
 _RESOLUTION: Final = "resolve_engine"
-_IMPORT: Final = "import"
+_IMPORT: Final = "polars_async"
 
 
 def cases(options: Options) -> list[Case]:
-    """List the comparisons of this suite."""
+    """Return the cases of this suite."""
     quick = options.quick
     trips = {"trips": 300 if quick else 1000, "fan": 1000 if quick else 3000}
     found = []
     for loop, contenders in _LOOPS.items():
         for engine in _ENGINES:
-            trip, fan = _TARGETS.get((loop, engine), (None, None))
+            names = _TARGETS.get((loop, engine), ())
             metrics = (
-                Metric("round trip", "us", "lower", () if trip is None else (trip,)),
-                Metric("gathered", "queries/s", "higher", () if fan is None else (fan,)),
+                Metric("round trip", "us", "lower", targets(*names[:1])),
+                Metric("gathered", "queries/s", "higher", targets(*names[1:])),
             )
-            found.append(Case("async", f"tiny, {loop}, {engine}", contenders, metrics, trips))
+            found.append(Case("latency", f"tiny, {loop}, {engine}", contenders, metrics, trips))
     rows = {"rows": 600_000 if quick else 6_000_000}
     for loop in ("asyncio", "gevent"):
-        for what, targets in _STALLS.items():
-            metric = Metric("longest stall", "ms", "lower", targets)
-            found.append(Case("async", f"{what}, {loop}", (NATIVE, OWN), (metric,), rows))
-    resolution = Metric("time", "us", "lower", (Target("P9", at_most=5, of=None),))
-    imports = Metric("time", "ms", "lower", (Target("P10", at_most=20, of=None),))
-    found.append(Case("async", _RESOLUTION, (OWN,), (resolution,)))
-    found.append(Case("async", _IMPORT, (OWN,), (imports,)))
+        for what in _STALLS:
+            name = f"{what}, {loop}"
+            metric = Metric("longest stall", "ms", "lower", targets(f"longest stall, {name}"))
+            found.append(Case("latency", name, (POLARS, POLARS_ASYNC), (metric,), rows))
+    resolution = Metric("call", "us", "lower", targets("resolve_engine"))
+    imports = Metric("import", "ms", "lower", targets("import of polars_async"))
+    found.append(Case("latency", _RESOLUTION, (POLARS_ASYNC,), (resolution,)))
+    found.append(Case("latency", _IMPORT, (POLARS_ASYNC,), (imports,)))
     return found
 
 
 def run(case: str, contender: str, **size: int) -> dict[str, float]:
     """Measure one contender in one case, once."""
     if case == _RESOLUTION:
-        return {"time": min(timeit.repeat(pa.resolve_engine, number=2000, repeat=5)) / 2000 * 1e6}
+        return {"call": min(timeit.repeat(pa.resolve_engine, number=2000, repeat=5)) / 2000 * 1e6}
     if case == _IMPORT:
-        return {"time": _import()}
+        return {"import": _import()}
     what, loop, *engine = case.split(", ")
     if what == "tiny":
         return _TINY[loop](_SUBMITS[loop, contender](engine[0]), **size)
@@ -91,11 +98,11 @@ def run(case: str, contender: str, **size: int) -> dict[str, float]:
 # A trivial query
 
 
-def _own(engine: Any) -> Submit:
+def _polars_async(engine: Any) -> Submit:
     return lambda lf: pa.collect_async(lf, engine=engine)
 
 
-def _native(engine: Any) -> Submit:
+def _polars(engine: Any) -> Submit:
     return lambda lf: lf.collect_async(engine=engine)
 
 
@@ -107,11 +114,11 @@ def _to_trio_thread(engine: Any) -> Submit:
     return lambda lf: trio.to_thread.run_sync(lambda: lf.collect(engine=engine))
 
 
-def _own_green(engine: Any) -> Submit:
+def _polars_async_green(engine: Any) -> Submit:
     return lambda lf: pa.collect_async(lf, engine=engine, gevent=True)
 
 
-def _native_green(engine: Any) -> Submit:
+def _polars_green(engine: Any) -> Submit:
     return lambda lf: lf.collect_async(engine=engine, gevent=True)
 
 
@@ -121,13 +128,13 @@ def _to_hub_thread(engine: Any) -> Submit:
 
 
 _SUBMITS: Final[dict[tuple[str, str], Callable[[str], Submit]]] = {
-    ("asyncio", OWN): _own,
-    ("asyncio", NATIVE): _native,
+    ("asyncio", POLARS_ASYNC): _polars_async,
+    ("asyncio", POLARS): _polars,
     ("asyncio", THREADS): _to_thread,
-    ("trio", OWN): _own,
+    ("trio", POLARS_ASYNC): _polars_async,
     ("trio", THREADS): _to_trio_thread,
-    ("gevent", OWN): _own_green,
-    ("gevent", NATIVE): _native_green,
+    ("gevent", POLARS_ASYNC): _polars_async_green,
+    ("gevent", POLARS): _polars_green,
     ("gevent", THREADS): _to_hub_thread,
 }
 
@@ -203,8 +210,8 @@ def _stalling(
     # Not equal, so that they share the source and nothing else.
     heavy = [frame.group_by("key").agg(pl.col("value").sum() + number) for number in range(_HEAVY)]
     green: dict[str, Any] = {"gevent": True} if gevent_ else {}
-    one = pa.collect_async if contender == OWN else pl.LazyFrame.collect_async
-    several = pa.collect_all_async if contender == OWN else pl.collect_all_async
+    one = pa.collect_async if contender == POLARS_ASYNC else pl.LazyFrame.collect_async
+    several = pa.collect_all_async if contender == POLARS_ASYNC else pl.collect_all_async
     if what == "collect_all_async":
         return lambda: [several(heavy, engine="in-memory", **green)]
     return lambda: [one(lf, engine="in-memory", **green) for lf in heavy]

@@ -1,4 +1,4 @@
-"""What there is to work with: the GPU, the libraries, the data."""
+"""The facts of this host: its GPUs, its libraries, the data."""
 
 from __future__ import annotations
 
@@ -9,27 +9,30 @@ import platform
 import time
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, Literal
 
 import polars as pl
 
 import polars_async as pa
-from benchmarks.gpu_checks.findings import tell, telling, told
+from benchmarks.gpu.findings import tell, telling, told
+from benchmarks.measure.workloads import resident
 from benchmarks.pdsh import data
-from benchmarks.workloads import resident
 
 if TYPE_CHECKING:
-    from benchmarks.gpu_checks.findings import Settings
-    from polars_async.resolution import GpuPolicy
+    from benchmarks.gpu.findings import Settings
     from polars_async.testing import SimulatedGpu
 
 _LIBRARIES: Final = ("cuda-", "cudf", "libcudf", "nvidia-", "polars", "pylibcudf", "rapids", "rmm")
 _VARIABLES: Final = ("CUDA_", "CUDF_", "KVIKIO_", "LIBCUDF_", "POLARS_", "RAPIDSMPF_", "RMM_")
-_POLICIES: Final[tuple[GpuPolicy, ...]] = ("downgrade", "offload", "require")
+_POLICIES: Final[tuple[Literal["downgrade", "offload", "require"], ...]] = (
+    "downgrade",
+    "offload",
+    "require",
+)
 
 
 async def facts(_settings: Settings, _gpu: SimulatedGpu | None) -> None:
-    """Tell what `gpu_status` and `resolve_engine` say, and of what versions all is."""
+    """Report what `gpu_status` and `resolve_engine` return, and the versions of all libraries."""
     status = pa.gpu_status()
     tell("usable", status.message, ok=status.usable, status=asdict(status))
     tell("driver", f"{status.driver_version}, CUDA {_dotted(status.cuda_version)}")
@@ -85,7 +88,7 @@ def _host_memory() -> int:
 
 
 async def make_data(settings: Settings, _gpu: SimulatedGpu | None) -> None:
-    """Make the data of one scale, so that no other check has to."""
+    """Make the data of one scale, so that other checks find it made."""
     begun = time.perf_counter()
     folder = data.make(settings.scale, Path(settings.data))
     seconds = time.perf_counter() - begun

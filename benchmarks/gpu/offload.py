@@ -1,4 +1,4 @@
-"""Whether queries run on the GPU, off the loop, and from several collectors at once."""
+"""Queries on the GPU: each kind of call, off the loop, and from several collectors at once."""
 
 from __future__ import annotations
 
@@ -14,12 +14,11 @@ from typing import TYPE_CHECKING, Any, Final
 import polars as pl
 
 import polars_async as pa
-from benchmarks.gpu_checks.findings import counted, tell, tell_right, telling, told
-from benchmarks.workloads import frame
-from polars_async.events import observers
+from benchmarks.gpu.findings import counted, tell, tell_right, telling, told
+from benchmarks.measure.workloads import frame
 
 if TYPE_CHECKING:
-    from benchmarks.gpu_checks.findings import Settings
+    from benchmarks.gpu.findings import Settings
     from polars_async.testing import SimulatedGpu
 
 STRICT: Final = pl.GPUEngine(raise_on_fail=True)
@@ -28,23 +27,23 @@ _SYNCHRONOUS: Final = 20
 
 
 class Notes:
-    """What the collector says while it runs queries."""
+    """Records the events of a collector."""
 
     def __init__(self) -> None:
         self.threads: set[int] = set()
-        """Those on which queries started."""
+        """The threads on which queries started."""
         self.resolutions: dict[str | None, pa.Resolution] = {}
-        """The last of each label."""
+        """The last resolution of each label."""
 
     def __call__(self, event: pa.QueryEvent) -> None:
-        """Take note of what happened, on the thread where it did."""
+        """Record an event, on the thread where it happened."""
         self.resolutions[event.label] = event.resolution
         if event.kind is pa.EventKind.STARTED:
             self.threads.add(threading.get_ident())
 
 
 async def offload(_settings: Settings, _gpu: SimulatedGpu | None) -> None:
-    """Collect in every way that a collector knows."""
+    """Run a query by each method of a collector."""
     notes = Notes()
     query = grouped(frame(1_000_000))
     expected = query.collect(engine="in-memory")
@@ -58,7 +57,7 @@ async def offload(_settings: Settings, _gpu: SimulatedGpu | None) -> None:
                 seconds = f"{time.perf_counter() - begun:.3f} s"
                 tell_right(what, handle.resolution, answer.equals(expected), seconds)
         if free is not None and (left := _free_memory()) is not None:
-            tell("memory of the GPU taken", f"{(free - left) / 2**20:.0f} MiB, as NVML sees it")
+            tell("more GPU memory in use", f"{(free - left) / 2**20:.0f} MiB, as NVML sees it")
         left_over = len(os.sched_getaffinity(0))
         tell("processors", f"{left_over} of {processors} left to this thread")
         threads, own = notes.threads, threading.get_ident()
@@ -98,7 +97,7 @@ async def _batches(
 
 
 def grouped(source: pl.LazyFrame) -> pl.LazyFrame:
-    """Make a query whose answer has no fractions, and one order."""
+    """Return a query whose answer has integers alone, and only one order."""
     keys = (pl.col("left") % 1000).alias("key")
     return source.group_by(keys).agg(pl.col("right").sum(), pl.len()).sort("key")
 
@@ -109,7 +108,7 @@ def _free_memory() -> int | None:
 
 
 async def collectors(_settings: Settings, _gpu: SimulatedGpu | None) -> None:
-    """Have two collectors and a synchronous engine use the GPU at once."""
+    """Let two collectors and a synchronous engine use the GPU at once."""
     source = frame(100_000).collect()
     queries = [
         source.lazy().filter(pl.col("left") > number).select(pl.col("right").sum(), pl.len())
@@ -124,7 +123,7 @@ async def collectors(_settings: Settings, _gpu: SimulatedGpu | None) -> None:
             (first, second)[number % 2].collect_async(query) for number, query in enumerate(queries)
         ]
         beside = asyncio.create_task(
-            asyncio.to_thread(_synchronously, queries[:_SYNCHRONOUS], expected)
+            asyncio.to_thread(_synchronously, queries[:_SYNCHRONOUS], expected[:_SYNCHRONOUS])
         )
         outcomes = await asyncio.gather(*handles, return_exceptions=True)
         for place, name in enumerate(("first collector", "second collector")):
@@ -139,21 +138,11 @@ async def collectors(_settings: Settings, _gpu: SimulatedGpu | None) -> None:
 
 
 def _synchronously(queries: list[pl.LazyFrame], expected: list[tuple[Any, ...]]) -> Counter[str]:
-    resolutions: list[pa.Resolution] = []
-    thread = threading.get_ident()
-
-    def observe(resolution: pa.Resolution) -> None:
-        if threading.get_ident() == thread:
-            resolutions.append(resolution)
-
-    observers.append(observe)
-    try:
-        with pa.Collector(engine="gpu", gpu="offload") as collector:
-            engine = pa.AsyncEngine(collector)
-            answers = [query.collect(engine=engine) for query in queries]
-    finally:
-        observers.remove(observe)
-    return Counter(map(_outcome, answers, expected, resolutions))
+    with pa.Collector(engine=STRICT, gpu="offload") as collector:
+        engine = pa.AsyncEngine(collector)
+        answers = [query.collect(engine=engine).row(0) for query in queries]
+    pairs = zip(answers, expected, strict=True)
+    return Counter("right" if answer == wanted else "WRONG" for answer, wanted in pairs)
 
 
 def _outcome(outcome: object, expected: tuple[Any, ...], resolution: pa.Resolution) -> str:

@@ -1,8 +1,8 @@
 """
-One check in a process of its own: ``python -m benchmarks.gpu_checks CHECK SETTINGS``.
+Run one check, in this process: ``python -m benchmarks.gpu.run_check CHECK SETTINGS``.
 
-It writes what it finds to stdout line by line, as JSON: CUDA may end the process at any time, and
-what was found before shall not be lost. `benchmarks.gpu` starts it.
+`benchmarks.gpu` starts it. Each finding is written to stdout at once, as a line of JSON: CUDA may
+end the process at any time, and earlier findings must not be lost.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any, Final
 
 import polars_async as pa
-from benchmarks.gpu_checks.exits import awaited, exits, running
-from benchmarks.gpu_checks.findings import Settings
-from benchmarks.gpu_checks.host import facts, make_data
-from benchmarks.gpu_checks.memory import memory
-from benchmarks.gpu_checks.offload import collectors, offload
-from benchmarks.gpu_checks.pdsh import answers, speed, stall
+from benchmarks.gpu.exits import awaited, exits, running
+from benchmarks.gpu.findings import Settings
+from benchmarks.gpu.host import facts, make_data
+from benchmarks.gpu.memory import memory
+from benchmarks.gpu.offload import collectors, offload
+from benchmarks.gpu.pdsh import answers, speed, stall
 from polars_async.testing import simulate_gpu
 
 if TYPE_CHECKING:
@@ -51,12 +51,12 @@ def main(arguments: Sequence[str]) -> None:
     """Run one check."""
     name, settings = arguments[0], Settings(**json.loads(arguments[1]))
     faulthandler.dump_traceback_later(settings.seconds, exit=True)
-    # Which queries fell back is what the checks tell themselves.
+    # The checks report themselves which queries fell back.
     warnings.simplefilter("ignore", pa.EngineDowngradeWarning)
     with ExitStack() as stack:
         gpu = stack.enter_context(simulate_gpu()) if settings.simulate else None
         asyncio.run(_CHECKS[name](settings, gpu))
-    # What is left is the end of the interpreter, which shall not hang in silence either.
+    # Now the interpreter exits; if it hangs, it must not do so in silence.
     faulthandler.dump_traceback_later(_LONGEST_EXIT, exit=True)
 
 

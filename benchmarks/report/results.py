@@ -1,9 +1,9 @@
 """
-What the benchmarks found: as objects, and as the JSON that ``ci/bench`` writes.
+A report of the benchmarks: as objects, and as the JSON that ``ci/bench`` writes.
 
-The file holds one object: ``schema`` (1), ``environments``, ``results``, ``ratios`` and ``faults``,
-which are lists of the classes below, each with its fields by their names. An environment stands for
-one Polars, whose version is the ``polars`` of all others. What is unknown is null.
+The file holds one object: ``schema`` (2), and ``environments``, ``results``, ``ratios`` and
+``errors``, which are lists of the classes below, field by field. Each environment is that of one
+version of Polars, which the other objects refer to as ``polars``. Unknown values are null.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
     from typing import Self
 
-SCHEMA: Final = 1
+SCHEMA: Final = 2
 
 Better: TypeAlias = Literal["lower", "higher"]
 
 
 @dataclass(frozen=True)
 class Environment:
-    """Where one Polars was measured, and how; memory is in bytes, the load that of one minute."""
+    """The machine and the software of a run; memory in bytes, load as the average of a minute."""
 
     polars: str
     python: str
@@ -45,7 +45,7 @@ class Environment:
 
     @classmethod
     def here(cls, *, quick: bool) -> Self:
-        """Look at this machine, before anything is measured."""
+        """Return that of this process; to be called before anything is measured."""
         return cls(
             polars=pl.__version__,
             python=platform.python_version(),
@@ -61,7 +61,7 @@ class Environment:
 
 @dataclass(frozen=True)
 class Result:
-    """What one contender reached in one case, by one metric: one figure for each run."""
+    """The figures of one contender in one case, by one metric: one for each run."""
 
     polars: str
     suite: str
@@ -77,18 +77,18 @@ class Result:
 
     @property
     def is_count(self) -> bool:
-        """Whether it counts, as its unit tells: "of 22", or "in 10 runs"."""
+        """Whether the figures are counts: their unit is like "of 22" or "in 10 runs"."""
         return self.unit.startswith(("of ", "in "))
 
 
 @dataclass(frozen=True)
 class Ratio:
     """
-    A contender's figure divided by that of another, pair by pair of the runs that took turns.
+    The figures of one contender divided by those of another, pair by pair of their runs.
 
-    `row` and `target` are those of the project's targets, and `holds` tells whether the median is
-    within it; null where there is none. A target without a pair is a ratio to 1, in the unit of
-    its metric.
+    With a target, `target` is its name, `limit` its value, and `holds` whether the median is within
+    it; without one, they are null. Where `against` is null, the figures are not divided at all: the
+    target is for the figure itself, in the unit of its metric.
     """
 
     polars: str
@@ -100,14 +100,18 @@ class Ratio:
     median: float
     min: float
     max: float
-    row: str | None
     target: str | None
+    limit: str | None
     holds: bool | None
 
 
 @dataclass(frozen=True)
-class Fault:
-    """A run, counted from 1, that gave no figures or ended badly; 0 for who could not take part."""
+class RunError:
+    """
+    What went wrong in one run of a contender: it returned no figures, or its process failed.
+
+    Runs count from 1; 0 is for a contender that cannot run here at all.
+    """
 
     polars: str
     suite: str
@@ -119,44 +123,44 @@ class Fault:
 
 @dataclass
 class Report:
-    """All that was found, by one Polars or by several."""
+    """The results for one version of Polars, or for several."""
 
     environments: list[Environment] = field(default_factory=list)
     results: list[Result] = field(default_factory=list)
     ratios: list[Ratio] = field(default_factory=list)
-    faults: list[Fault] = field(default_factory=list)
+    errors: list[RunError] = field(default_factory=list)
 
     def add(self, other: Report) -> None:
-        """Take over what another one has."""
+        """Append what another report holds."""
         self.environments += other.environments
         self.results += other.results
         self.ratios += other.ratios
-        self.faults += other.faults
+        self.errors += other.errors
 
     def write(self, path: Path) -> None:
-        """Write the JSON."""
+        """Write the report as JSON."""
         text = json.dumps({"schema": SCHEMA, **asdict(self)}, indent=1)
         path.write_text(f"{text}\n", encoding="utf-8")
 
     @classmethod
     def read(cls, path: Path) -> Self:
         """
-        Read what `write` has written.
+        Read a report that `write` has written.
 
         Raises
         ------
         ValueError
-            The file is no such report, or one of another schema.
+            If the file is no such report, or has another schema.
         """
         try:
             found = json.loads(path.read_text(encoding="utf-8"))
             if found.pop("schema") != SCHEMA:
-                raise ValueError(f"{path} is not of schema {SCHEMA}")
+                raise ValueError(f"{path} is not of schema {SCHEMA}: measure again")
             return cls(
                 [Environment(**each) for each in found.pop("environments")],
                 [Result(**each) for each in found.pop("results")],
                 [Ratio(**each) for each in found.pop("ratios")],
-                [Fault(**each) for each in found.pop("faults")],
+                [RunError(**each) for each in found.pop("errors")],
             )
         except (
             json.JSONDecodeError,
@@ -165,11 +169,11 @@ class Report:
             TypeError,
             AttributeError,
         ) as error:
-            raise ValueError(f"{path} is no report of ci/bench: {error!r}") from error
+            raise ValueError(f"{path} is not a report of ci/bench: {error!r}") from error
 
 
 def spread(figures: Iterable[float]) -> dict[str, float]:
-    """Give the middle, the smallest and the largest of several runs."""
+    """Return the median, the smallest and the largest of several runs."""
     runs = list(figures)
     return {"median": median(runs), "min": min(runs), "max": max(runs)}
 

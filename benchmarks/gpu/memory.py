@@ -1,4 +1,4 @@
-"""What becomes of a query for which the memory of the GPU does not suffice."""
+"""Queries that need more memory than the GPU has."""
 
 from __future__ import annotations
 
@@ -9,20 +9,20 @@ from typing import TYPE_CHECKING
 import polars as pl
 
 import polars_async as pa
-from benchmarks.gpu_checks.findings import tell, tell_right, telling, told
-from benchmarks.gpu_checks.offload import STRICT, grouped
-from benchmarks.workloads import frame
+from benchmarks.gpu.findings import tell, tell_right, telling, told
+from benchmarks.gpu.offload import STRICT, grouped
+from benchmarks.measure.workloads import frame
 
 if TYPE_CHECKING:
     from collections.abc import Generator
 
-    from benchmarks.gpu_checks.findings import Settings
+    from benchmarks.gpu.findings import Settings
     from polars_async.testing import SimulatedGpu
 
 
 async def memory(_settings: Settings, gpu: SimulatedGpu | None) -> None:
-    """Have the GPU run out of memory in two ways, and work again after each."""
-    # Without managed memory, which would swap with the host's, and could stop the GPU for good.
+    """Let the GPU run out of memory in two ways; check that it works again after each."""
+    # No managed memory: it would swap with that of the host, and could stop the GPU for good.
     os.environ["POLARS_GPU_ENABLE_CUDA_MANAGED_MEMORY"] = "0"
     query = grouped(frame(5_000_000))
     expected = query.collect(engine="in-memory")
@@ -33,7 +33,7 @@ async def memory(_settings: Settings, gpu: SimulatedGpu | None) -> None:
             with _failing(gpu):
                 try:
                     await collector.collect_async(lf, engine=engine)
-                except Exception as error:  # noqa: BLE001  # its type is what is asked for
+                except Exception as error:  # noqa: BLE001  # its type is checked
                     tell(what, f"raised {told(error)}", ok=isinstance(error, MemoryError))
                 else:
                     tell(what, "nothing was raised", ok=False)
@@ -64,7 +64,7 @@ async def memory(_settings: Settings, gpu: SimulatedGpu | None) -> None:
 
 @contextmanager
 def _failing(gpu: SimulatedGpu | None) -> Generator[None]:
-    """Have the simulated GPU run out of memory; a real one needs no telling."""
+    """Let the simulated GPU run out of memory; a real one does so by itself."""
     if gpu is None:
         yield
         return
@@ -76,7 +76,7 @@ def _failing(gpu: SimulatedGpu | None) -> Generator[None]:
 
 
 def _limited(limit: int, *, raise_on_fail: bool) -> pl.GPUEngine:
-    """Give an engine that may allocate `limit` bytes; only this executor heeds a resource."""
+    """Return an engine with a limit of bytes; only the in-memory executor heeds a resource."""
     resource = {
         "qualname": "rmm.mr.LimitingResourceAdaptor",
         "options": {
@@ -90,7 +90,7 @@ def _limited(limit: int, *, raise_on_fail: bool) -> pl.GPUEngine:
 
 
 def _too_large() -> pl.LazyFrame:
-    """Make a cross join of fewer rows than cudf's limit, 2**31, and more bytes than the GPU's."""
+    """Return a cross join larger than the GPU, of fewer rows than cudf's limit, 2**31."""
     rows = 45_000
     total = next((each.memory_total for each in pa.gpu_status().devices if each.selected), None)
     columns = 1 + int(1.5 * (total or 2**37) / (rows**2 * 8 * 2))

@@ -1,4 +1,4 @@
-"""When processes have stopped computing, told from outside."""
+"""Find out from outside when processes have stopped computing."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ _INTERVAL: Final = 0.001
 _QUIET: Final = 0.2
 _NEXT_TO_NOTHING: Final = 0.0005
 _ALLOCATOR: Final = b"jemalloc_bg_thd"
-"""Of Polars' allocator: for a second after any query, it gives memory back to the system."""
+"""The thread of Polars' allocator: it returns memory to the system for a second after a query."""
 
 
 def children() -> list[int]:
-    """Give the processes that this one has started, and that live."""
+    """Return the living children of this process."""
     found = []
     for folder in _PROC.iterdir():
         if folder.name.isdecimal():
             with suppress(OSError):  # it may end at any time
-                # Behind the name, which may hold anything.
+                # After the name, which may hold anything.
                 stat = (folder / "stat").read_text(encoding="utf-8").rpartition(")")[2].split()
                 state, parent = stat[:2]
                 if state != "Z" and int(parent) == os.getpid():
@@ -36,11 +36,11 @@ def children() -> list[int]:
 
 def seconds_until_idle(processes: Sequence[int], begun: float, patience: float = 60) -> float:
     """
-    Give the time from `begun`, of `time.perf_counter`, to when `processes` were idle or gone.
+    Return the seconds from `begun`, of `time.perf_counter`, until `processes` were idle or gone.
 
-    That is the moment from which on they spend less than half a millisecond in a fifth of a second.
-    The kernel's count of nanoseconds tells, thread by thread: those of a whole process come in
-    steps of 10 ms. The calling thread does not count, nor does that of Polars' allocator.
+    Idle means that from then on they use less than 0.5 ms of CPU in 0.2 seconds. This is measured
+    thread by thread, since the CPU time of a whole process comes in steps of 10 ms. The calling
+    thread and that of Polars' allocator do not count.
     """
     watch = _Watch(processes)
     spent = [(time.perf_counter(), watch.spent())]
@@ -56,7 +56,7 @@ def seconds_until_idle(processes: Sequence[int], begun: float, patience: float =
 
 
 class _Watch:
-    """Counts what the threads of some processes spend from now on."""
+    """Counts the CPU time that the threads of some processes use from now on."""
 
     def __init__(self, processes: Sequence[int]) -> None:
         self._processes = processes
@@ -67,7 +67,7 @@ class _Watch:
         self._total = 0.0
 
     def spent(self) -> float:
-        """Give the seconds so far."""
+        """Return the seconds so far."""
         for process in self._processes:
             with suppress(OSError):  # it is gone
                 for thread in os.listdir(f"/proc/{process}/task"):  # noqa: PTH208  # a tight loop

@@ -1,4 +1,4 @@
-"""The charts of a report: PNGs, and all of them in one HTML that needs nothing else."""
+"""The charts of a report: as PNGs, and all of them in one HTML file that needs no other."""
 
 from __future__ import annotations
 
@@ -7,33 +7,40 @@ from typing import TYPE_CHECKING, Any, Final
 import altair as alt
 import polars as pl
 
-from benchmarks.runner import NATIVE
-from benchmarks.table import number, row_order
+from benchmarks.contenders import (
+    DASK,
+    POLARS,
+    POLARS_ASYNC,
+    POLARS_ASYNC_THREADS,
+    POLARS_SEMAPHORE,
+    THREADS,
+)
+from benchmarks.report.table import number
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
-    from benchmarks.results import Report
+    from benchmarks.report.results import Report
 
 _COLOURS: Final = {
-    "polars-async": "#1b7f5c",
-    "native": "#c0504d",
-    "native, semaphore": "#e39c94",
-    "loop's threads": "#7f7f7f",
-    "polars-async, threads": "#7fb8a4",
-    "dask": "#e0913a",
+    POLARS_ASYNC: "#1b7f5c",
+    POLARS: "#c0504d",
+    POLARS_SEMAPHORE: "#e39c94",
+    THREADS: "#7f7f7f",
+    POLARS_ASYNC_THREADS: "#7fb8a4",
+    DASK: "#e0913a",
     "in-memory": "#4472a8",
     "streaming": "#e0913a",
     "gpu": "#1b7f5c",
 }
-"""Of the contenders, in the order in which they are drawn."""
-_DECADES: Final = 20
-"""Spread over so many times, figures need a logarithmic scale."""
+"""The colours of the contenders, in the order in which these are drawn."""
+_WIDE: Final = 20
+"""Figures whose largest is more than so many times the smallest get a logarithmic scale."""
 
 
 def draw(report: Report, folder: Path) -> list[Path]:
-    """Write PNGs of the targets and of each metric, and ``report.html``; gives the files."""
+    """Write PNGs of the targets and of each metric, and ``report.html``; return the files."""
     targets = dict(_targets(report))
     charts = {**targets, **dict(_charts(report))}
     written = []
@@ -53,27 +60,23 @@ def draw(report: Report, folder: Path) -> list[Path]:
 
 
 def _targets(report: Report) -> Iterator[tuple[str, Any]]:
-    """Draw what was reached in relation to Polars' own, or another, for each such target."""
+    """Draw the ratio and the limit of each target that is for a ratio."""
     better = {(each.suite, each.case, each.metric): each.better for each in report.results}
     frame = pl.DataFrame(
         [
             {
-                "what": f"{each.row}  {each.case}: {each.metric}"
-                + ("" if each.against == NATIVE else f", of {each.against}"),
+                "what": each.target,
                 "Polars": f"Polars {each.polars}",
                 "better": f"{better[each.suite, each.case, each.metric]} is better",
                 "median": each.median,
                 "min": each.min,
                 "max": each.max,
-                "target": float(each.target.split()[1]),
+                "target": float(each.limit.split()[1]),
                 "label": number(each.median),
                 "holds": "holds" if each.holds else "missed",
             }
-            for each in sorted(
-                (ratio for ratio in report.ratios if ratio.row is not None),
-                key=lambda ratio: row_order(ratio.row or ""),
-            )
-            if each.target is not None and each.against is not None and each.max > 0
+            for each in report.ratios
+            if each.limit is not None and each.against is not None and each.max > 0
         ]
     )
     if frame.is_empty():
@@ -87,49 +90,48 @@ def _targets(report: Report) -> Iterator[tuple[str, Any]]:
             scale=alt.Scale(domain=["holds", "missed"], range=["#1b7f5c", "#c0504d"]),
         ),
     )
-    x = alt.X(
-        "median:Q", title="times that of Polars' own, or as said; median and range", scale=scale
-    )
+    x = alt.X("median:Q", title=f"ratio to {POLARS}: median and range", scale=scale)
     spread = base.mark_rule(strokeWidth=2).encode(x=alt.X("min:Q", scale=scale), x2="max:Q")
     point = base.mark_point(filled=True, size=70).encode(x=x)
     label = base.mark_text(align="left", fontSize=10).encode(x=alt.value(366), text="label:N")
     target = base.mark_tick(thickness=2, size=14, color="black").encode(
         x="target:Q", color=alt.value("black")
     )
-    native = alt.Chart().mark_rule(strokeDash=[4, 3], color="#888").encode(x=alt.datum(1.0))
+    equal = alt.Chart().mark_rule(strokeDash=[4, 3], color="#888").encode(x=alt.datum(1.0))
     yield (
         "targets",
-        (native + spread + target + point + label)
+        (equal + spread + target + point + label)
         .properties(width=360, height=alt.Step(18), data=frame)
         .facet(
             row=alt.Row("better:N", title=None, sort=["lower is better", "higher is better"]),
             column=alt.Column("Polars:N", title=None),
         )
-        .properties(title="polars-async beside Polars' own (dashed); the targets are black")
+        .properties(title=f"polars-async beside {POLARS} (dashed); the targets are black")
         .resolve_scale(y="independent"),
     )
 
 
 def _charts(report: Report) -> Iterator[tuple[str, Any]]:
-    fields = ("polars", "suite", "case", "contender", "metric", "unit", "median", "min", "max")
+    fields = ("suite", "case", "contender", "metric", "unit", "median", "min", "max")
     frame = pl.DataFrame(
         [
-            {name: getattr(each, name) for name in fields}
+            {"Polars": f"Polars {each.polars}", **{name: getattr(each, name) for name in fields}}
             for each in report.results
-            # Counts are for the table, and so are single queries.
+            # Counts and single queries are in the tables alone.
             if not each.is_count and not each.metric.startswith("query ")
         ]
     )
     if frame.is_empty():
         return
     for (suite, metric), figures in frame.group_by("suite", "metric", maintain_order=True):
-        yield f"{suite}-{metric}".replace(" ", "-"), _chart(str(suite), str(metric), figures)
+        name = f"{suite}-{metric}".replace(",", "").replace(" ", "-")
+        yield name, _chart(str(suite), str(metric), figures)
 
 
 def _chart(suite: str, metric: str, figures: pl.DataFrame) -> Any:
     figures = figures.with_columns(label=pl.col("median").map_elements(number, pl.String))
     medians: list[float] = figures["median"].to_list()
-    wide = 0 < _DECADES * min(medians) < max(medians)
+    wide = 0 < _WIDE * min(medians) < max(medians)
     scale = alt.Scale(type="log") if wide else alt.Scale(zero=True)
     present = set(figures["contender"])
     names = [each for each in _COLOURS if each in present]
@@ -141,7 +143,7 @@ def _chart(suite: str, metric: str, figures: pl.DataFrame) -> Any:
     unit = figures["unit"][0]
     point = base.mark_point(filled=True, size=70).encode(
         x=alt.X("median:Q", title=f"{metric} ({unit})", scale=scale),
-        tooltip=["polars", "case", "contender", "median", "min", "max"],
+        tooltip=["Polars", "case", "contender", "median", "min", "max"],
     )
     spread = base.mark_rule(strokeWidth=2).encode(x=alt.X("min:Q", scale=scale), x2="max:Q")
     label = base.mark_text(align="left", dx=8, fontSize=10).encode(
@@ -156,7 +158,7 @@ def _chart(suite: str, metric: str, figures: pl.DataFrame) -> Any:
     return (
         (spread + point + label)
         .properties(width=320, height=alt.Step(18))
-        .facet(row=rows, column=alt.Column("polars:N", title=None))
+        .facet(row=rows, column=alt.Column("Polars:N", title=None))
         .properties(title=f"{suite}: {metric}, median and range")
         .resolve_scale(y="independent")
     )

@@ -1,4 +1,4 @@
-"""The table that ``ci/bench`` prints: what each contender reached, and whether the targets hold."""
+"""The tables that ``ci/bench`` prints: the figures of the contenders, and which targets hold."""
 
 from __future__ import annotations
 
@@ -7,13 +7,14 @@ from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
-from benchmarks.runner import NATIVE
+from benchmarks.contenders import POLARS
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
-    from benchmarks.results import Environment, Ratio, Report, Result
+    from benchmarks.report.results import Environment, Ratio, Report, Result
 
 
 def show(report: Report, console: Console | None = None) -> None:
@@ -29,25 +30,23 @@ def show(report: Report, console: Console | None = None) -> None:
                 ratios.setdefault((each.suite, each.case, each.metric), []).append(each)
         for suite, of_suite in groupby(results, lambda each: each.suite):
             console.print(_table(suite, list(of_suite), ratios))
-        faults = [each for each in report.faults if each.polars == environment.polars]
-        for fault in faults:
-            console.print(f"{fault.suite}, {fault.case}: {fault.contender}: {fault.what}")
+        for error in report.errors:
+            if error.polars == environment.polars:
+                console.print(f"{error.suite}, {error.case}: {error.contender}: {error.what}")
         held = [each.holds for of in ratios.values() for each in of if each.holds is not None]
         console.print(f"{sum(held)} of {len(held)} targets hold.\n", highlight=False)
 
 
 def _console() -> Console:
     console = Console()
-    # As wide as it takes where nobody looks on.
+    # In a file, as wide as the tables are.
     return console if console.is_terminal else Console(width=180)
 
 
 def _described(environment: Environment) -> str:
     memory = "" if environment.memory is None else f", {environment.memory / 2**30:.0f} GiB"
-    load = (
-        f"load {environment.load_before or 0:.1f} before, {environment.load_after or 0:.1f} after"
-    )
-    quick = ", quick: figures that say little" if environment.quick else ""
+    load = f"load {environment.load_before or 0:.1f} to {environment.load_after or 0:.1f}"
+    quick = "\nA quick run: sizes too small for reliable figures." if environment.quick else ""
     return (
         f"{environment.processors} processors ({environment.processor}){memory}, Python "
         f"{environment.python}, {environment.begun}, {load}{quick}"
@@ -57,15 +56,15 @@ def _described(environment: Environment) -> str:
 def _table(
     suite: str, results: Sequence[Result], ratios: dict[tuple[str, str, str], list[Ratio]]
 ) -> Table:
-    table = Table(title=suite, title_justify="left", expand=False)
+    table = Table(title=Text(f"{suite}: median [smallest-largest]"), title_justify="left")
     contenders = list(dict.fromkeys(each.contender for each in results))
     table.add_column("case", min_width=16)
-    table.add_column("median [min-max]")
+    table.add_column("metric")
     for contender in contenders:
         table.add_column(contender, justify="right")
-    targets = any(ratio.row for key, of in ratios.items() if key[0] == suite for ratio in of)
+    targets = any(ratio.target for key, of in ratios.items() if key[0] == suite for ratio in of)
     if targets:
-        for column in ("of native, or as said", "target", ""):
+        for column in (f"ratio to {POLARS}", "target", ""):
             table.add_column(column, justify="right")
     for case, of_case in groupby(results, lambda result: result.case):
         for row, (metric, of_metric) in enumerate(groupby(of_case, lambda result: result.metric)):
@@ -73,69 +72,58 @@ def _table(
             unit = next(iter(found.values())).unit
             cells = [spread_of(found[each]) if each in found else "" for each in contenders]
             beside = ratios.get((suite, case, metric), [])
-            columns = (_of_other, _target, _verdict) if targets else ()
+            columns = (_ratio, _limit, _verdict) if targets else ()
             more = ["\n".join(map(column, beside)) for column in columns]
             table.add_row("" if row else case, f"{metric}, {unit}", *cells, *more)
         table.add_section()
     return table
 
 
-def _of_other(ratio: Ratio) -> str:
-    if ratio.against is None:
-        return ""
-    return spread_of(ratio) if ratio.against == NATIVE else f"{spread_of(ratio)} of {ratio.against}"
+def _ratio(ratio: Ratio) -> str:
+    return "" if ratio.against is None else f"{spread_of(ratio)}{_to_other(ratio)}"
 
 
-def _target(ratio: Ratio) -> str:
-    return ratio.target or ""
+def _to_other(ratio: Ratio) -> str:
+    return "" if ratio.against in (None, POLARS) else f" (to {ratio.against})"
+
+
+def _limit(ratio: Ratio) -> str:
+    return ratio.limit or ""
 
 
 def _verdict(ratio: Ratio) -> str:
-    if ratio.row is None:
+    if ratio.target is None:
         return ""
-    return f"[green]{ratio.row} holds[/]" if ratio.holds else f"[red]{ratio.row} missed[/]"
+    return "[green]holds[/]" if ratio.holds else "[red]missed[/]"
 
 
 def targets(report: Report) -> str:
     """
-    Write, as a table in Markdown, what became of each target: on one Polars beside the other.
+    Return a table in Markdown with a row for each target, and a column for each version of Polars.
 
-    Ratios are to Polars' own, or to what is said. Of counts, which are to be 0, the worst case
-    stands for all.
+    A target that several cases share, as the counts do, is shown for the worst of them.
     """
     versions = list(dict.fromkeys(each.polars for each in report.environments))
-    results = {_place(each): each for each in report.results}
-    rows: dict[tuple[str, str, str], dict[str, list[Ratio]]] = {}
-    goals: dict[tuple[str, str, str], dict[str, None]] = {}
+    units = {_key(each): each.unit for each in report.results}
+    rows: dict[str, dict[str, list[Ratio]]] = {}
+    limits: dict[str, dict[str, None]] = {}
     for ratio in report.ratios:
-        if ratio.row is not None:
-            result = results[_place(ratio)]
-            what = ratio.metric if result.is_count else f"{ratio.case}: {ratio.metric}"
-            unit = f" {result.unit}" if ratio.against is None else ""
-            if ratio.against not in (None, NATIVE):
-                unit = f" of {ratio.against}"
-            key = ratio.row, what, unit
-            rows.setdefault(key, {}).setdefault(ratio.polars, []).append(ratio)
-            goals.setdefault(key, {})[f"{ratio.target}{unit}"] = None
+        if ratio.target is not None:
+            unit = f" {units[_key(ratio)]}" if ratio.against is None else _to_other(ratio)
+            rows.setdefault(ratio.target, {}).setdefault(ratio.polars, []).append(ratio)
+            limits.setdefault(ratio.target, {})[f"{ratio.limit}{unit}"] = None
     lines = [
-        f"| | what | target | {' | '.join(versions)} |",
-        f"| --- | --- | --- |{' --- |' * len(versions)}",
+        f"| ratio to {POLARS}, or figure with a unit | target | {' | '.join(versions)} |",
+        f"| --- | --- |{' --- |' * len(versions)}",
     ]
-    for key, found in sorted(rows.items(), key=lambda item: row_order(item[0][0])):
-        row, what, _ = key
+    for what, found in rows.items():
         cells = [_worst(found[each]) if each in found else "not run" for each in versions]
-        lines.append(f"| {row} | {what} | {', '.join(goals[key])} | {' | '.join(cells)} |")
+        lines.append(f"| {what} | {', '.join(limits[what])} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
-def row_order(row: str) -> tuple[str, int, str]:
-    """Tell where a row of the targets stands: P6b is between P6 and P7, and P10 after P9."""
-    number = "".join(filter(str.isdecimal, row))
-    return row[0], int(number), row[1 + len(number) :]
-
-
-def _place(figures: Result | Ratio) -> tuple[str, str, str, str]:
-    return figures.polars, figures.suite, figures.case, figures.metric
+def _key(figures: Result | Ratio) -> tuple[str, ...]:
+    return figures.polars, figures.suite, figures.case, figures.contender, figures.metric
 
 
 def _worst(ratios: Sequence[Ratio]) -> str:
@@ -144,23 +132,23 @@ def _worst(ratios: Sequence[Ratio]) -> str:
 
 
 def spread_of(figures: Result | Ratio) -> str:
-    """Write the median, and in brackets the smallest and the largest."""
+    """Return the median as text, with the smallest and the largest in brackets."""
     middle, low, high = map(number, (figures.median, figures.min, figures.max))
     return middle if low == high else f"{middle} [{low}-{high}]"
 
 
 def number(figure: float) -> str:
-    """Write a figure with three digits that count."""
+    """Return a figure as text, with three significant digits."""
     if abs(figure) >= 10_000:
         return f"{figure / 1000:.3g}k"
     return f"{figure:.0f}" if figure == 0 or abs(figure) >= 100 else f"{figure:.3g}"
 
 
 def compare(old: Report, new: Report, console: Console | None = None) -> None:
-    """Print what got better, worse, or differs by less than its spread."""
+    """Print the results that are in both reports, and which of them got better or worse."""
     console = console or _console()
-    before = {_key(each): each for each in old.results}
-    after = {_key(each): each for each in new.results}
+    before = {_series_key(each): each for each in old.results}
+    after = {_series_key(each): each for each in new.results}
     table = Table("Polars", "case", "contender", "metric", "old", "new", "new / old", "")
     for key, each in after.items():
         other = before.get(key)
@@ -176,20 +164,19 @@ def compare(old: Report, new: Report, console: Console | None = None) -> None:
     console.print(table)
     for name, missing in (("new", _missing(before, after)), ("old", _missing(after, before))):
         for each in missing:
-            console.print(f"not in the {name} one: {each.case}, {each.contender}, {each.metric}")
+            console.print(f"not in the {name} report: {each.case}, {each.contender}, {each.metric}")
 
 
 def change(old: Result, new: Result) -> str:
-    """Tell whether a result got ``better``, ``worse``, or is ``within noise``: the spreads meet."""
+    """Return ``better``, ``worse``, or, if the two spreads overlap, ``within noise``."""
     if new.min <= old.max and old.min <= new.max:
         return "within noise"
     return "better" if (new.median < old.median) is (new.better == "lower") else "worse"
 
 
-def _key(result: Result) -> tuple[str, ...]:
-    # By the line of Polars: a newer one is what may be compared.
-    line = result.polars.split(".")[0]
-    return line, result.suite, result.case, result.contender, result.metric
+def _series_key(result: Result) -> tuple[str, ...]:
+    # By the release series of Polars, so that a newer release can be compared with an older one.
+    return result.polars.split(".")[0], *_key(result)[1:]
 
 
 def _missing(

@@ -1,4 +1,4 @@
-"""How long an event loop was held up."""
+"""Measure how long an event loop is held up."""
 
 import asyncio
 import time
@@ -10,8 +10,8 @@ class StallMeter:
     """
     Measures the longest time that an asyncio loop was held up while the body ran.
 
-    A task ticks on the loop; what a tick takes beyond its interval, the loop was busy elsewhere
-    or the process got no processor.
+    A task ticks on the loop. The time that a tick takes beyond its interval is a stall: the loop
+    was busy with other work, or the process had no processor.
 
     Parameters
     ----------

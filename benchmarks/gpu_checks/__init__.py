@@ -1,1 +1,0 @@
-"""What is checked on a GPU; `benchmarks.gpu` has it done."""

@@ -1,0 +1,1 @@
+"""What is measured of one contender, in a process of its own."""

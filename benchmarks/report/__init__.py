@@ -1,0 +1,1 @@
+"""What the benchmarks measured: as JSON, as tables and as charts."""

@@ -1,0 +1,85 @@
+"""
+What the benchmarks should reach: one table, by what is measured.
+
+A target is for the ratio of polars-async to Polars' own, in the same case and pair by pair of runs,
+unless it says otherwise. Counts of faults should be 0.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final
+
+import polars as pl
+
+from benchmarks.contenders import DASK, POLARS, POLARS_ASYNC_THREADS
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+
+@dataclass(frozen=True)
+class Target:
+    """A limit: for the ratio to the contender `of`, or for the figure itself if `of` is None."""
+
+    at_most: float | None = None
+    at_least: float | None = None
+    of: str | None = POLARS
+
+    def __str__(self) -> str:
+        return f"<= {self.at_most:g}" if self.at_most is not None else f">= {self.at_least:g}"
+
+    def holds(self, figure: float) -> bool:
+        """Return whether `figure` is within the limit."""
+        if self.at_most is not None:
+            return figure <= self.at_most
+        return self.at_least is None or figure >= self.at_least
+
+
+_NONE: Final = Target(at_most=0, of=None)
+# On Polars 1.44, its own `collect_all_async` blocks the loop until all queries are done.
+_STALL_OF_ALL: Final = Target(at_most=0.1 if pl.__version__.startswith("1.44") else 1)
+TARGETS: Final[Mapping[str, Target]] = {
+    "tiny query, round trip, asyncio": Target(at_most=0.5),
+    "tiny queries gathered, asyncio": Target(at_least=2),
+    "tiny query, round trip, gevent": Target(at_most=0.6),
+    "tiny queries gathered, gevent": Target(at_least=1.5),
+    "tiny streaming query, round trip, asyncio": Target(at_most=0.85),
+    "tiny streaming queries gathered, asyncio": Target(at_least=1),
+    "longest stall, 6 collect_async, asyncio": Target(at_most=1),
+    "longest stall, 6 collect_async, gevent": Target(at_most=1),
+    "longest stall, collect_all_async, asyncio": _STALL_OF_ALL,
+    "longest stall, collect_all_async, gevent": _STALL_OF_ALL,
+    "resolve_engine": Target(at_most=5, of=None),
+    "import of polars_async": Target(at_most=20, of=None),
+    "tiny p99 beside heavy": Target(at_most=0.2),
+    "heavy finished beside tiny": Target(at_most=0.9),
+    "tiny p99 beside heavy, executor auto": Target(at_most=0.02),
+    "64 sorts at once, peak RSS": Target(at_most=0.3),
+    "64 sorts at once, finished": Target(at_most=1),
+    "PDS-H at once, peak RSS": Target(at_most=0.6),
+    "PDS-H at once, finished": Target(at_most=1),
+    "cancelled query in a process, until idle, p50": Target(at_most=20, of=None),
+    "cancelled query in a process, until idle, p99": Target(at_most=250, of=None),
+    "tiny query in a process, round trip": Target(at_most=1, of=None),
+    "tiny query in a process, round trip beside dask": Target(at_most=0.25, of=DASK),
+    "PDS-H in processes beside threads": Target(at_most=1.1, of=POLARS_ASYNC_THREADS),
+    "queries unresolved after a fault": _NONE,
+    "lines on stderr after cancellations, time-outs, closed loops": _NONE,
+    "exits: aborts": _NONE,
+    "exits: wrong statuses": _NONE,
+    "exits: lines on stderr": _NONE,
+    "exits: hangs": _NONE,
+    "workers killed: unresolved": _NONE,
+    "workers killed: others harmed": _NONE,
+    "workers killed: pool not back to size": _NONE,
+    "workers killed: processes left": _NONE,
+    "workers killed: shared memory left": _NONE,
+    "parents killed: processes left": _NONE,
+    "parents killed: shared memory left": _NONE,
+}
+
+
+def targets(*names: str) -> dict[str, Target]:
+    """Return the targets of these names; a metric has none, one or several."""
+    return {name: TARGETS[name] for name in names}
