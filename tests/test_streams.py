@@ -37,9 +37,6 @@ from polars_async.scheduling import times
 from polars_async.streams import Batches
 from polars_async.testing import simulate_gpu
 
-pytestmark = pytest.mark.everywhere
-
-
 BOUND = 100
 """More batches than Polars makes ahead of a consumer that stops; fewer than the sources have."""
 
@@ -169,6 +166,7 @@ def assert_free(collector):
 # as_completed
 
 
+@pytest.mark.everywhere
 def test_results_come_in_the_order_of_completion_with_their_positions(loop, executor):
     queries = [Blocked() for _ in range(3)]
 
@@ -224,11 +222,10 @@ def asked(collector, kind, lf):
     return collector.collect_batches_async(lf)
 
 
-FRAMES_ARE_ELSEWHERE = "what a function holds is held, and freed, in another process"
-
 KINDS = ["as_completed", "collect_batches_async"]
 
 
+@pytest.mark.everywhere(kind="collect_batches_async", error=[Failure, KeyboardInterrupt])
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("error", ERRORS)
 def test_error_arrives_unchanged_and_alone(loop, collector, kind, error, is_that):
@@ -257,6 +254,7 @@ def test_error_that_would_end_a_loop_arrives_in_another(loop, collector, kind, e
     assert is_that(raised.value.__cause__, error)
 
 
+@pytest.mark.everywhere(kind="collect_batches_async")
 @pytest.mark.parametrize("kind", KINDS)
 def test_panic_arrives(loop, collector, kind, capfd):
     with pytest.raises(PanicException):
@@ -272,6 +270,7 @@ def test_error_of_polars_arrives(loop, collector, kind):
         loop.run(listed, asked(collector, kind, broken))
 
 
+@pytest.mark.everywhere
 def test_failure_comes_at_its_turn_and_cancels_the_others(loop, collector, blocked, is_let_go):
     ran = Notes()
     frames = [numbered(5), failing(Failure()), blocked.lf, noting(ran), noting(ran)]
@@ -510,6 +509,7 @@ def test_leaving_lets_go_of_the_other_queries_at_once(loop, collector, blocked, 
     assert not ran
 
 
+@pytest.mark.everywhere(leave=by_break)
 @pytest.mark.parametrize("leave", WAYS)
 @pytest.mark.cannot("dask", because=ALL_AT_ONCE, runs=False)
 def test_leaving_lets_go_of_a_query_that_computes(loop, collector, held, leave, is_let_go):
@@ -529,6 +529,7 @@ def test_leaving_lets_go_of_a_query_that_computes(loop, collector, held, leave, 
     assert held.made < BOUND
 
 
+@pytest.mark.everywhere(leave=by_break)
 @pytest.mark.parametrize(
     "leave", [each for each in WAYS if each not in (by_cancellation, by_a_scope)]
 )
@@ -561,7 +562,6 @@ def test_dropping_a_stream_nobody_iterated_lets_go_of_all(collector, blocked, ki
     assert not ran
 
 
-@pytest.mark.cannot("dask", because=ALL_AT_ONCE, runs=False)
 def test_dropping_a_stream_nobody_iterated_frees_a_query_that_is_held_up(collector, endless):
     stream = collector.collect_batches_async(endless.lf, chunk_size=1)
     wait_until_paused(collector)
@@ -569,7 +569,6 @@ def test_dropping_a_stream_nobody_iterated_frees_a_query_that_is_held_up(collect
     assert_free(collector)
 
 
-@pytest.mark.cannot("dask", because=ALL_AT_ONCE, runs=False)
 def test_consumer_on_another_thread_is_told_of_close(loop, collector, held):
     stream = collector.collect_batches_async(held.lf, chunk_size=1)
     found = []
@@ -588,6 +587,7 @@ NUMBERS = pl.LazyFrame({"a": range(ROWS)})
 ENGINES = ["in-memory", "streaming", None]
 
 
+@pytest.mark.everywhere(engine=["in-memory", None], chunk_size=999)
 @pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("chunk_size", [None, 1000, 999, 10 * ROWS])
 def test_batches_are_those_of_polars(loop, collector, engine, chunk_size):
@@ -626,6 +626,7 @@ def test_batches_come_of_the_streaming_engine_where_none_is_asked_for(collector)
     assert collector.collect_batches_async(TINY, engine="in-memory").resolution.name == "in-memory"
 
 
+@pytest.mark.everywhere
 @pytest.mark.cannot("dask", because=ALL_AT_ONCE, runs=False)
 def test_first_batch_comes_before_the_end(loop, collector, held):
     async def main():
@@ -636,6 +637,7 @@ def test_first_batch_comes_before_the_end(loop, collector, held):
     assert held.made == 1
 
 
+@pytest.mark.everywhere(batches=None)
 @pytest.mark.parametrize("batches", [1000, None])
 @pytest.mark.cannot("dask", because=ALL_AT_ONCE, runs=False)
 def test_consumer_that_stops_holds_its_query_up(loop, collector, batches):
@@ -652,6 +654,7 @@ def test_consumer_that_stops_holds_its_query_up(loop, collector, batches):
     assert loop.run(main) < BOUND
 
 
+@pytest.mark.everywhere(engine="streaming")
 @pytest.mark.parametrize("engine", ["in-memory", "streaming"])
 def test_no_batch_is_put_while_two_lie_ready(loop, collector, monkeypatch, engine):
     lying = []
@@ -668,6 +671,7 @@ def test_no_batch_is_put_while_two_lie_ready(loop, collector, monkeypatch, engin
     assert max(lying) < BATCHES_AHEAD
 
 
+@pytest.mark.everywhere(engine="streaming", other="in-memory")
 @pytest.mark.parametrize("engine", ["in-memory", "streaming"])
 @pytest.mark.parametrize("other", ["in-memory", "streaming"])
 def test_consumer_asks_for_other_queries_on_the_one_slot(
@@ -686,6 +690,7 @@ def test_consumer_asks_for_other_queries_on_the_one_slot(
     assert collector._cpu._executor.threads <= 2
 
 
+@pytest.mark.everywhere(engine="streaming", streams=2)
 @pytest.mark.parametrize("streams", [2, 8])
 @pytest.mark.parametrize("engine", ["in-memory", "streaming"])
 def test_streams_on_one_slot_are_read_in_step(loop, collector, streams, engine):
@@ -727,7 +732,6 @@ def test_queries_go_on_beside_many_streams_that_are_held_up(loop, engine, execut
     assert collector.stats()["running"] == 0
 
 
-@pytest.mark.cannot("dask", because=ALL_AT_ONCE, runs=False)
 def test_python_sources_go_on_beside_streams_of_python_sources_that_are_held_up(loop, collector):
     sources = [Source() for _ in range(6)]
 
@@ -770,6 +774,7 @@ def test_time_that_a_stream_is_held_up_is_not_work(loop, collector, monkeypatch)
     assert expected.seconds < 3600
 
 
+@pytest.mark.everywhere
 def test_thread_that_cannot_start_costs_no_slot_when_a_stream_is_held_up(
     loop, collector, monkeypatch
 ):
@@ -795,9 +800,10 @@ def test_thread_that_cannot_start_costs_no_slot_when_a_stream_is_held_up(
 # Errors of a stream
 
 
-@pytest.mark.parametrize("error", [Failure("late"), KeyError("late")], ids=["own", "KeyError"])
+@pytest.mark.everywhere(error=Failure)
+@pytest.mark.parametrize("error", [Failure, KeyError])
 def test_batches_before_an_error_come_first(loop, collector, error):
-    source = Source(7, error=error)
+    source = Source(7, error=error("late"))
 
     async def main():
         found = []
@@ -818,6 +824,7 @@ def test_batches_before_an_error_come_first(loop, collector, error):
     assert collector.stats()["failed"] == 1
 
 
+@pytest.mark.everywhere
 def test_batches_that_lie_ready_come_before_the_error(loop, collector, monkeypatch):
     """As above, with the error raised where all was handed over."""
     error = Failure("late")
@@ -848,6 +855,7 @@ def test_batches_that_lie_ready_come_before_the_error(loop, collector, monkeypat
     assert loop.run(main) == [10]
 
 
+@pytest.mark.everywhere
 @pytest.mark.parametrize("is_held_up", [False, True])
 @pytest.mark.cannot("dask", because=ALL_AT_ONCE, runs=False)
 def test_stream_out_of_time_ends_with_the_error(loop, collector, held, endless, is_held_up):
@@ -886,6 +894,7 @@ def test_stream_out_of_time_in_the_line_never_runs(loop, collector, blocked):
 # The end of the collector
 
 
+@pytest.mark.everywhere(fetched=1)
 @pytest.mark.parametrize("fetched", [0, 1])
 @pytest.mark.cannot("dask", because=ALL_AT_ONCE, runs=False)
 def test_close_does_not_wait_for_a_consumer(loop, collector, endless, fetched):
@@ -903,7 +912,6 @@ def test_close_does_not_wait_for_a_consumer(loop, collector, endless, fetched):
     assert collector.stats()["running"] == 0
 
 
-@pytest.mark.cannot("dask", because=ALL_AT_ONCE, runs=False)
 def test_aclose_does_not_wait_for_a_consumer(loop, endless, executor):
     async def main():
         async with Collector(executor=executor) as collector:
@@ -914,7 +922,6 @@ def test_aclose_does_not_wait_for_a_consumer(loop, endless, executor):
     assert loop.run(main)[1] == 0
 
 
-@pytest.mark.cannot("dask", because=ALL_AT_ONCE, runs=False)
 def test_close_in_the_body_of_the_loop_ends_the_stream(loop, collector, endless):
     async def main():
         with pytest.raises(loop.cancelled):  # noqa: PT012  # as above
@@ -941,6 +948,7 @@ def test_close_tells_who_waits_for_completions(loop, collector, blocked):
         loop.run(main, stream)
 
 
+@pytest.mark.everywhere
 def test_batches_that_lie_ready_survive_the_collector(loop, executor):
     collector = Collector(executor=executor)
     stream = collector.collect_batches_async(TINY)
@@ -949,6 +957,7 @@ def test_batches_that_lie_ready_survive_the_collector(loop, executor):
     assert [frame.item() for frame in loop.run(listed, stream)] == [1]
 
 
+@pytest.mark.everywhere
 def test_stream_of_a_collector_nobody_holds_goes_on(loop, executor):
     stream = Collector(executor=executor, max_running=1).collect_batches_async(
         NUMBERS, chunk_size=10
@@ -960,6 +969,7 @@ def test_stream_of_a_collector_nobody_holds_goes_on(loop, executor):
 # What is told
 
 
+@pytest.mark.everywhere
 def test_stream_is_counted_and_reported_once(loop, executor):
     events = []
     with Collector(executor=executor, max_running=1, on_event=events.append) as collector:
@@ -978,7 +988,6 @@ def test_stream_is_counted_and_reported_once(loop, executor):
     assert (stats["submitted"], stats["completed"], stats["running"]) == (1, 1, 0)
 
 
-@pytest.mark.cannot("dask", because=ALL_AT_ONCE, runs=False)
 def test_stream_left_early_is_reported_cancelled(loop, endless, executor):
     async def main():
         async for _ in collector.collect_batches_async(endless.lf, chunk_size=1):
@@ -1067,7 +1076,6 @@ async def await_last(box):
 @pytest.mark.usefixtures("_without_garbage_collection")
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("run", [lambda *a: asyncio.run(a[0](*a[1:])), trio.run])
-@pytest.mark.cannot("processes", "dask", because=FRAMES_ARE_ELSEWHERE)
 def test_error_and_its_frames_are_freed_with_the_stream(collector, kind, run):
     seen = []
 
@@ -1085,7 +1093,6 @@ def test_error_and_its_frames_are_freed_with_the_stream(collector, kind, run):
 @pytest.mark.usefixtures("_without_garbage_collection")
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("is_iterated", [False, True])
-@pytest.mark.cannot("processes", "dask", because=FRAMES_ARE_ELSEWHERE)
 def test_results_are_freed_with_the_stream(collector, kind, is_iterated):
     seen = []
 
@@ -1107,6 +1114,7 @@ def test_results_are_freed_with_the_stream(collector, kind, is_iterated):
     assert query() is None
 
 
+@pytest.mark.everywhere(kind="collect_batches_async")
 @pytest.mark.usefixtures("_without_garbage_collection")
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("fails", [False, True])
@@ -1141,6 +1149,7 @@ def test_stream_that_never_ran_is_freed(collector, blocked, kind):
     assert alive() is None
 
 
+@pytest.mark.everywhere
 @pytest.mark.usefixtures("_without_garbage_collection")
 def test_batch_is_freed_once_its_consumer_lets_go(collector):
     async def main():
@@ -1189,6 +1198,7 @@ def test_program_exits_with_an_unfinished_stream(run_script, engine, how):
         assert run_script(LEAVE_AND_EXIT, engine, how) == ["the", "end"]
 
 
+@pytest.mark.everywhere(kind="collect_batches_async")
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.filterwarnings("ignore:.*use of fork:DeprecationWarning")
