@@ -10,7 +10,7 @@ from time import perf_counter
 
 import polars as pl
 import pytest
-from places import IS_STOPPED, TINY, Blocked, until
+from places import TINY, Blocked, until
 from test_nesting import ask_plan, by_result
 
 from polars_async import (
@@ -107,7 +107,6 @@ def is_full(collector):
 # max_waiting
 
 
-@pytest.mark.everywhere
 def test_call_is_refused_with_the_numbers_and_the_remedy_when_the_line_is_full(make, block):
     collector = make(max_running=1, max_waiting=2)
     run_blocked(collector, block)
@@ -138,7 +137,6 @@ WAYS = {
 }
 
 
-@pytest.mark.everywhere
 @pytest.mark.parametrize("way", WAYS)
 def test_every_way_to_ask_is_refused_when_the_line_is_full(make, block, way):
     collector = make(max_running=1, max_waiting=1)
@@ -150,7 +148,6 @@ def test_every_way_to_ask_is_refused_when_the_line_is_full(make, block, way):
     assert collector._cpu.admission.waiting == 1
 
 
-@pytest.mark.everywhere
 def test_as_completed_of_more_than_there_is_room_for_leaves_none_in_the_line(make, block):
     collector = make(max_running=1, max_waiting=3)
     run_blocked(collector, block)
@@ -169,8 +166,6 @@ def test_nobody_waits_where_max_waiting_is_zero(make, block):
         assert handle.result(30).item() == 1
 
 
-@pytest.mark.everywhere
-@pytest.mark.cannot("processes", "dask", because=IS_STOPPED, runs=False)
 def test_query_that_was_let_go_takes_its_room_until_it_ends(make, block):
     collector = make(max_running=1, max_waiting=0)
     handle, blocked = run_blocked(collector, block)
@@ -181,7 +176,6 @@ def test_query_that_was_let_go_takes_its_room_until_it_ends(make, block):
     assert collector.collect_async(TINY).result(30).item() == 1
 
 
-@pytest.mark.everywhere
 def test_bound_is_on_running_and_waiting_together(make, block):
     collector = make(max_running=2, max_waiting=2)
     run_blocked(collector, block)
@@ -208,7 +202,6 @@ def test_refusal_tells_that_nested_queries_are_beyond_the_slots(make, block):
         collector.collect_async(TINY)
 
 
-@pytest.mark.everywhere
 def test_there_is_room_again_after_a_cancellation_in_the_line(make, block):
     collector = make(max_running=1, max_waiting=1)
     run_blocked(collector, block)
@@ -218,7 +211,6 @@ def test_there_is_room_again_after_a_cancellation_in_the_line(make, block):
         waiting.cancel()
 
 
-@pytest.mark.everywhere
 def test_there_is_room_again_after_a_time_out_in_the_line(make, block):
     collector = make(max_running=1, max_waiting=1)
     run_blocked(collector, block)
@@ -229,7 +221,6 @@ def test_there_is_room_again_after_a_time_out_in_the_line(make, block):
     assert is_full(collector)
 
 
-@pytest.mark.everywhere
 def test_there_is_room_again_after_an_end(make, block):
     collector = make(max_running=1, max_waiting=1)
     handle, blocked = run_blocked(collector, block)
@@ -268,7 +259,6 @@ def test_nested_queries_leave_the_bound_as_it_was(make, block):
     assert outer.result(30).item() == waiting.result(30).item() == 1
 
 
-@pytest.mark.everywhere
 def test_slot_of_a_stream_that_waits_for_its_consumer_can_be_had_without_waiting(make, block):
     collector = make(max_running=2, max_waiting=0)
     stream = collector.collect_batches_async(pl.LazyFrame({"a": range(10)}), chunk_size=1)
@@ -375,7 +365,6 @@ def test_option_of_a_wrong_kind_is_refused_by_name_before_anything_runs(name, va
     assert collector.stats()["submitted"] == 0
 
 
-@pytest.mark.everywhere
 @pytest.mark.parametrize("timeout", [inf, 1e300, 10**9, True])
 def test_any_time_that_is_long_enough_is_a_timeout(collector, timeout):
     collector.collect_async(TINY).result(30)  # so that no worker has to start in a second
@@ -394,7 +383,6 @@ def test_decimal_timeout_is_taken_or_refused_before_anything_runs(collector):
 # Of several slots, one or two are kept for small queries
 
 
-@pytest.mark.everywhere
 @pytest.mark.parametrize(("slots", "at_most"), [(2, 1), (3, 1), (4, 2), (5, 3)])
 def test_long_queries_leave_slots_which_tiny_ones_take(make, block, slots, at_most):
     collector = make(max_running=slots)
@@ -411,7 +399,6 @@ def test_long_queries_leave_slots_which_tiny_ones_take(make, block, slots, at_mo
     assert [handle.result(30).item() for handle in long] == [1] * 3
 
 
-@pytest.mark.everywhere
 def test_single_slot_is_not_kept(make):
     assert make(max_running=1).collect_async(UNSEEN).result(30).item() == 1
 
@@ -444,7 +431,6 @@ def test_slot_is_kept_for_little_work_or_a_high_priority(make, block, ask, is_sm
         assert collector._cpu.admission.waiting == 1
 
 
-@pytest.mark.everywhere
 def test_small_query_runs_beside_a_small_one_and_a_long_one_waits_for_neither(make, block):
     collector = make(max_running=2)
     run_blocked(collector, block, priority=1)  # at once, so it may be long
@@ -506,7 +492,6 @@ def test_new_appraisal_wakes_a_slot_that_nobody_looks_after(make, block, monkeyp
 # The order of the line
 
 
-@pytest.mark.everywhere
 @pytest.mark.parametrize("lf", [TINY, UNSEEN], ids=["tiny", "unseen"])
 @pytest.mark.parametrize(
     ("priorities", "order"),
@@ -949,7 +934,7 @@ def test_what_is_not_all_of_a_plan_is_expected_to_be_quick_only_after_some_quick
     assert known.observe(known.of([UNSEEN], "in-memory"), 1.0, alone=True).seconds > 0.9
 
 
-@pytest.mark.everywhere
+@pytest.mark.everywhere(how="is cancelled")
 @pytest.mark.parametrize("how", ["fails", "is cancelled", "is left"])
 def test_nothing_quick_is_learned_of_a_query_that_did_not_complete(make, block, monkeypatch, how):
     learned = []
@@ -1069,7 +1054,6 @@ def test_queries_know_whether_they_ran_alone(make, block, monkeypatch):
     until(lambda: learned == [True, False, False, True])
 
 
-@pytest.mark.everywhere
 def test_closed_collector_is_closed_rather_than_full(make, block):
     collector = make(max_running=1, max_waiting=0)
     run_blocked(collector, block)

@@ -19,8 +19,6 @@ import polars_async
 from polars_async import Collector, CollectorClosedError
 from polars_async.executors import threads
 
-pytestmark = pytest.mark.everywhere
-
 
 @pytest.fixture
 def ended(monkeypatch):
@@ -43,6 +41,7 @@ def numbered(count):
 # collect_all_async
 
 
+@pytest.mark.everywhere
 @pytest.mark.cannot("processes", "dask", because=PLANS_SENT_ONE_BY_ONE)
 def test_collect_all_reads_a_common_source_once(collector):
     reads = Notes()
@@ -58,6 +57,7 @@ def test_collect_all_reads_a_common_source_once(collector):
     assert len(reads) == 1
 
 
+@pytest.mark.everywhere
 def test_collect_all_keeps_order_and_takes_any_iterable(collector):
     for frames in (numbered(20), tuple(numbered(20)), (each for each in numbered(20))):
         found = collector.collect_all_async(frames).result()
@@ -104,6 +104,7 @@ def test_what_is_no_lazy_frame_is_refused_before_anything_runs(collector, method
 # Slots and the line
 
 
+@pytest.mark.everywhere(slots=2)
 @pytest.mark.parametrize("slots", [1, 2, 3])
 def test_no_more_than_max_running_queries_run_at_once(slots, executor):
     came, left, both = Notes(), Notes(), Notes()
@@ -173,7 +174,6 @@ def test_thread_that_cannot_start_is_an_error_and_costs_no_slot(collector, monke
     until(lambda: collector._cpu._executor.threads == 1)  # it may still look back at the query
 
 
-@pytest.mark.cannot("processes", "dask", because="contextvars belong to the process that has them")
 def test_context_of_the_caller_reaches_udfs(collector, blocked):
     variable = contextvars.ContextVar("variable", default="unset")
     seen = Notes()
@@ -199,6 +199,7 @@ def test_context_of_the_caller_reaches_udfs(collector, blocked):
     assert variable.get() == "unset"
 
 
+@pytest.mark.everywhere
 def test_queries_from_many_threads_all_resolve(executor):
     with Collector(executor=executor, max_running=2) as collector, ThreadPoolExecutor(8) as pool:
 
@@ -231,6 +232,7 @@ def minimal():
     return type("Minimal", (Minimal,), missing)()
 
 
+@pytest.mark.everywhere
 def test_engine_that_can_only_collect_runs_async_queries(collector):
     frame = collector.collect_async(TINY, engine=minimal()).result()
     assert frame.row(0) == (1, "minimal")
@@ -299,6 +301,7 @@ def test_nothing_starts_before_the_first_query_and_all_ends_with_close(ended, ex
         assert ended.acquire(timeout=30)
 
 
+@pytest.mark.everywhere
 def test_threads_end_after_a_collector_nobody_holds_and_its_queries_with_it(
     ended, blocked, executor
 ):
@@ -319,6 +322,7 @@ def test_threads_end_after_a_collector_nobody_holds_and_its_queries_with_it(
     assert [lane() for lane in lanes] == [None, None]
 
 
+@pytest.mark.everywhere(wait=True, cancel_waiting=True)
 @pytest.mark.parametrize("wait", [True, False])
 @pytest.mark.parametrize("cancel_waiting", [True, False])
 def test_close_waits_and_cancels_as_asked(collector, blocked, ended, wait, cancel_waiting):
@@ -403,7 +407,6 @@ def test_context_manager_closes_and_lets_the_error_through(blocked, executor):
         collector.collect_async(TINY)
 
 
-@pytest.mark.cannot("processes", "dask", because=A_COLLECTOR_STAYS)
 def test_close_that_waits_inside_a_udf_is_refused(collector):
     def close(df):
         collector.close()
@@ -415,6 +418,7 @@ def test_close_that_waits_inside_a_udf_is_refused(collector):
     assert collector.collect_async(TINY).result().item() == 1
 
 
+@pytest.mark.everywhere
 @pytest.mark.cannot("processes", "dask", because=A_COLLECTOR_STAYS)
 def test_close_inside_a_udf_that_does_not_wait(collector):
     def close(df):
@@ -434,6 +438,7 @@ def nested_on_pool(udf):
     )
 
 
+@pytest.mark.everywhere(together=False)
 @pytest.mark.parametrize("together", [False, True])
 def test_loop_ticks_while_a_query_runs(collector, blocked, together):
     async def main():

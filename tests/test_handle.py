@@ -10,13 +10,11 @@ from concurrent.futures import CancelledError, ThreadPoolExecutor
 import polars as pl
 import pytest
 import trio
-from places import IS_STOPPED, TINY, Notes
+from places import TINY, Notes
 from polars.exceptions import ColumnNotFoundError
 from polars.lazyframe.in_process import InProcessQuery
 
 from polars_async.scheduling.query import Query
-
-pytestmark = pytest.mark.everywhere
 
 
 class Failure(Exception):  # noqa: N818
@@ -91,6 +89,7 @@ every_way = pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
 # The same outcome, as often as wanted
 
 
+@pytest.mark.everywhere(way=await_in_asyncio)
 @every_way
 def test_every_wait_gives_the_same_object(collector, way):
     handle = collector.collect_async(TINY, gevent=True)
@@ -99,6 +98,7 @@ def test_every_wait_gives_the_same_object(collector, way):
     assert all(each(handle) is first for each in WAYS.values())
 
 
+@pytest.mark.everywhere(way=await_in_asyncio)
 @every_way
 def test_every_wait_raises_the_same_error_with_a_traceback_that_does_not_grow(collector, way):
     handle = collector.collect_async(failing(), gevent=True)
@@ -130,11 +130,13 @@ def test_awaiting_inside_one_coroutine_again_does_not_grow_the_traceback(collect
     assert len(set(asyncio.run(main()))) == 1
 
 
+@pytest.mark.everywhere
 def test_polars_own_error_passes_through_unchanged(collector):
     handle = collector.collect_async(TINY.select("b"))
     assert type(await_in_asyncio(handle)) is ColumnNotFoundError
 
 
+@pytest.mark.everywhere(error=GeneratorExit)
 @pytest.mark.parametrize("error", [StopIteration, KeyboardInterrupt, SystemExit, GeneratorExit])
 def test_errors_that_mean_something_to_python_itself_arrive(collector, error):
     def fail(df):  # noqa: ARG001
@@ -299,6 +301,7 @@ def test_cancel_before_it_runs_takes_it_out_of_the_line(collector, blocked):
         handle.result()
 
 
+@pytest.mark.everywhere
 def test_cancel_while_it_runs_tells_at_once(collector, blocked):
     handle = collector.collect_async(blocked.lf)
     assert blocked.started.wait(30)
@@ -310,6 +313,7 @@ def test_cancel_while_it_runs_tells_at_once(collector, blocked):
     assert type(result_in_thread(handle)) is CancelledError
 
 
+@pytest.mark.everywhere
 @pytest.mark.cannot("threads", because="Polars cannot stop a query", runs=False)
 def test_cancel_while_it_runs_gives_the_slot_back(collector, blocked):
     handle = collector.collect_async(blocked.lf)
@@ -321,7 +325,6 @@ def test_cancel_while_it_runs_gives_the_slot_back(collector, blocked):
     assert not blocked.gate.is_set()
 
 
-@pytest.mark.cannot("processes", "dask", because=IS_STOPPED, runs=False)
 def test_cancel_while_it_runs_keeps_the_slot(collector, blocked):
     handle = collector.collect_async(blocked.lf)
     assert blocked.started.wait(30)

@@ -13,8 +13,6 @@ from places import TINY
 
 from polars_async import Collector
 
-pytestmark = pytest.mark.everywhere
-
 
 def fail(df):  # noqa: ARG001
     raise LookupError("no")
@@ -63,6 +61,7 @@ def test_shielded_query_goes_on_when_time_is_up(collector, blocked):
     asyncio.run(main())
 
 
+@pytest.mark.everywhere
 def test_gather_keeps_order_and_hands_over_errors(collector):
     async def main():
         frames = [pl.LazyFrame({"a": [i]}) for i in range(50)]

@@ -130,7 +130,6 @@ def returning(collector):
 # How many are open
 
 
-@pytest.mark.everywhere
 def test_stream_beyond_those_that_may_be_open_is_refused_at_the_call(make, blocked):
     events = []
     collector = make(max_running=1, max_streams=3, on_event=events.append)
@@ -210,7 +209,7 @@ ENDS = [
 ]
 
 
-@pytest.mark.everywhere
+@pytest.mark.everywhere(end=[close_while_it_is_held_up, be_late_while_it_is_held_up])
 @pytest.mark.parametrize("end", ENDS)
 def test_stream_that_has_ended_in_any_way_is_no_longer_open(make, blocked, end):
     collector = make(max_running=1, max_streams=1)
@@ -374,7 +373,6 @@ def stints(make, monkeypatch):  # noqa: ARG001  # which closes collectors when a
     stints.let_on(1000)
 
 
-@pytest.mark.everywhere
 @pytest.mark.parametrize("slots", [1, 2])
 def test_streams_whose_consumers_are_back_go_on_within_the_slots(make, stints, slots):
     collector = make(max_running=slots)
@@ -390,7 +388,6 @@ def test_streams_whose_consumers_are_back_go_on_within_the_slots(make, stints, s
         assert rest_of(stream) == list(range(1, 100))
 
 
-@pytest.mark.everywhere
 def test_stream_that_comes_back_is_before_those_in_the_queue(stints, held_up, blocked):
     collector, stream = held_up
     ran = Notes()
@@ -404,14 +401,12 @@ def test_stream_that_comes_back_is_before_those_in_the_queue(stints, held_up, bl
     assert len(ran) == 1
 
 
-@pytest.mark.everywhere
 def test_stream_goes_on_at_once_where_a_slot_is_free(make):
     collector = make(max_running=1)
     (stream,) = paused(collector)
     assert rest_of(stream) == list(range(100))
 
 
-@pytest.mark.everywhere
 def test_slot_that_is_kept_for_small_queries_is_not_for_a_large_stream(make, blocked):
     collector = make(max_running=2)
     large, small = (*paused(collector, priority=-1), *paused(collector, priority=1))
@@ -490,7 +485,7 @@ def close_collector(collector, stream):  # noqa: ARG001
     collector.close(wait=False)
 
 
-@pytest.mark.everywhere
+@pytest.mark.everywhere(leave=close_stream)
 @pytest.mark.parametrize("leave", [close_stream, expire, close_collector])
 def test_stream_that_waits_for_a_slot_needs_none_to_end(held_up, leave):
     collector, stream = held_up
@@ -565,7 +560,6 @@ def test_consumer_that_is_interrupted_at_any_line_costs_no_slot(make, block, wai
     assert lines > 20
 
 
-@pytest.mark.everywhere
 def test_stream_goes_on_after_its_collector_was_closed_to_others(held_up, blocked):
     collector, stream = held_up
     collector.close(wait=False, cancel_waiting=False)
@@ -661,7 +655,6 @@ def own_threads():
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="Linux alone lists the threads of a process")
-@pytest.mark.everywhere
 def test_threads_of_a_burst_of_streams_end(make):
     gc.collect()  # other tests' collectors
     before = own_threads()
