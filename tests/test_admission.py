@@ -8,6 +8,7 @@ from decimal import Decimal
 from math import inf, nan
 from time import perf_counter
 
+import inside
 import polars as pl
 import pytest
 from places import TINY, Blocked, until
@@ -69,7 +70,7 @@ def make(block, executor):
     block.free()
     for each in made:
         each.close()
-        assert each._cpu.admission.running == each._cpu.admission.waiting == 0
+        assert inside.running(each) == inside.waiting(each) == 0
 
 
 class Starts(list):
@@ -145,7 +146,7 @@ def test_every_way_to_ask_is_refused_when_the_line_is_full(make, block, way):
     with pytest.raises(QueueFullError):
         WAYS[way](collector)
     assert not waiting.done()
-    assert collector._cpu.admission.waiting == 1
+    assert inside.waiting(collector) == 1
 
 
 def test_as_completed_of_more_than_there_is_room_for_leaves_none_in_the_line(make, block):
@@ -153,7 +154,7 @@ def test_as_completed_of_more_than_there_is_room_for_leaves_none_in_the_line(mak
     run_blocked(collector, block)
     with pytest.raises(QueueFullError):
         collector.as_completed([TINY] * 4)
-    assert collector._cpu.admission.waiting == 0
+    assert inside.waiting(collector) == 0
 
 
 @pytest.mark.everywhere
@@ -172,7 +173,7 @@ def test_query_that_was_let_go_takes_its_room_until_it_ends(make, block):
     handle.cancel()
     assert is_full(collector)
     blocked.gate.set()
-    until(lambda: not collector._cpu.admission.running)
+    until(lambda: not inside.running(collector))
     assert collector.collect_async(TINY).result(30).item() == 1
 
 
@@ -252,7 +253,7 @@ def test_nested_queries_leave_the_bound_as_it_was(make, block):
 
     outer = collector.collect_async(TINY.map_batches(udf))
     assert inner.started.wait(30)
-    assert collector._cpu.admission.running == 2
+    assert inside.running(collector) == 2
     waiting = collector.collect_async(TINY)
     assert is_full(collector)
     inner.gate.set()
@@ -390,8 +391,8 @@ def test_long_queries_leave_slots_which_tiny_ones_take(make, block, slots, at_mo
         run_blocked(collector, block)
     long = [collector.collect_async(UNSEEN) for _ in range(3)]
     settle(collector)
-    assert collector._cpu.admission.running == at_most
-    assert collector._cpu.admission.waiting == 3
+    assert inside.running(collector) == at_most
+    assert inside.waiting(collector) == 3
     for _ in range(5):
         assert collector.collect_async(TINY).result(30).item() == 1
     assert not any(handle.done() for handle in long)
@@ -424,11 +425,11 @@ def test_slot_is_kept_for_little_work_or_a_high_priority(make, block, ask, is_sm
     handle = ask(collector)
     if is_small:
         handle.result(30)
-        assert collector._cpu.admission.running == 1
+        assert inside.running(collector) == 1
     else:
         settle(collector)
         assert not handle.done()
-        assert collector._cpu.admission.waiting == 1
+        assert inside.waiting(collector) == 1
 
 
 def test_small_query_runs_beside_a_small_one_and_a_long_one_waits_for_neither(make, block):
@@ -654,7 +655,7 @@ def test_those_taken_unseen_leave_one_slot_which_tiny_ones_take(make, block, slo
         run_blocked(collector, block)
     long = collector.collect_async(UNSEEN)
     settle(collector)
-    assert collector._cpu.admission.running == slots - 1
+    assert inside.running(collector) == slots - 1
     assert collector.collect_async(TINY).result(30).item() == 1
     assert not long.done()
 
@@ -701,7 +702,7 @@ def test_slot_that_looked_at_nobody_is_given_back_when_nobody_waits(guard):
     assert tiny.cancel()
     gate.set()
     settle(collector)
-    assert collector._cpu.admission.threads == 1
+    assert inside.threads_in_use(collector) == 1
 
 
 def test_query_that_took_long_is_appraised_after_its_end(make, looked, monkeypatch):
@@ -726,7 +727,7 @@ def test_free_slot_has_a_thread_while_another_thread_still_appraises(make, monke
     try:
         collector.collect_async(TINY).result(30)
         assert estimates.wait(30)  # of which a file on a slow disk may make long work
-        assert collector._cpu.admission.threads == 0
+        assert inside.threads_in_use(collector) == 0
         assert collector.collect_async(TINY).result(5).item() == 1
     finally:
         gate.set()

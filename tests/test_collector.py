@@ -10,6 +10,7 @@ import weakref
 from concurrent.futures import CancelledError, ThreadPoolExecutor
 from itertools import accumulate
 
+import inside
 import polars as pl
 import pytest
 from places import A_COLLECTOR_STAYS, PLANS_SENT_ONE_BY_ONE, TINY, Blocked, Notes, until
@@ -83,7 +84,7 @@ def test_collect_all_of_nothing_is_an_empty_list(collector, engine):
 def test_collect_all_of_what_is_no_lazy_frame_is_refused(collector, frames, message):
     with pytest.raises(TypeError, match=message):
         collector.collect_all_async(frames)
-    assert not collector._cpu._executor.threads
+    assert not inside.all_threads(collector)
 
 
 @pytest.mark.parametrize("method", ["collect_async", "collect_background"])
@@ -98,7 +99,7 @@ def test_collect_all_of_what_is_no_lazy_frame_is_refused(collector, frames, mess
 def test_what_is_no_lazy_frame_is_refused_before_anything_runs(collector, method, frame, message):
     with pytest.raises(TypeError, match=message):
         getattr(collector, method)(frame)
-    assert not collector._cpu._executor.threads
+    assert not inside.all_threads(collector)
 
 
 # Slots and the line
@@ -129,7 +130,7 @@ def test_no_more_than_max_running_queries_run_at_once(slots, executor):
         handles = [collector.collect_async(query, priority=1) for query in queries]
         for handle in handles:
             handle.result(30)
-        until(lambda: collector._cpu._executor.threads == slots)  # one may still look at its plan
+        until(lambda: inside.all_threads(collector) == slots)  # one may still look at its plan
     assert max(accumulate(both)) == slots
 
 
@@ -157,7 +158,7 @@ def test_failed_queries_give_their_slots_back(collector):
         with pytest.raises(ValueError, match=r"^$"):
             handle.result()
     assert collector.collect_async(TINY).result().item() == 1
-    assert not collector._cpu.admission.running
+    assert not inside.running(collector)
 
 
 def test_thread_that_cannot_start_is_an_error_and_costs_no_slot(collector, monkeypatch):
@@ -169,9 +170,9 @@ def test_thread_that_cannot_start_is_an_error_and_costs_no_slot(collector, monke
         for _ in range(3):
             with pytest.raises(RuntimeError, match="can't start new thread"):
                 collector.collect_async(TINY)
-    assert not collector._cpu.admission.running
+    assert not inside.running(collector)
     assert collector.collect_async(TINY).result().item() == 1
-    until(lambda: collector._cpu._executor.threads == 1)  # it may still look back at the query
+    until(lambda: inside.all_threads(collector) == 1)  # it may still look back at the query
 
 
 def test_context_of_the_caller_reaches_udfs(collector, blocked):
@@ -207,7 +208,7 @@ def test_queries_from_many_threads_all_resolve(executor):
             return collector.collect_async(pl.LazyFrame({"a": [i]})).result(30).item()
 
         assert list(pool.map(ask, range(400))) == list(range(400))
-        assert not collector._cpu.admission.running
+        assert not inside.running(collector)
 
 
 # Engines
@@ -279,7 +280,7 @@ def test_unknown_keyword_is_told_by_the_function_that_was_called(function):
 def test_query_on_an_engine_that_is_none_is_refused(collector):
     with pytest.raises(ValueError, match="warp"):
         collector.collect_async(TINY, engine="warp")
-    assert not collector._cpu.admission.running
+    assert not inside.running(collector)
 
 
 # close
@@ -287,15 +288,15 @@ def test_query_on_an_engine_that_is_none_is_refused(collector):
 
 def test_nothing_starts_before_the_first_query_and_all_ends_with_close(ended, executor):
     collector = Collector(executor=executor, max_running=3)
-    assert not collector._cpu._executor.threads
+    assert not inside.all_threads(collector)
     assert not collector._gpu._executor.threads
     queries = [Blocked() for _ in range(3)]
     for query in queries:
         collector.collect_async(query.lf)
         assert query.started.wait(30)
         query.gate.set()
-    assert 1 <= collector._cpu._executor.threads <= 3
-    started = collector._cpu._executor.threads
+    assert 1 <= inside.all_threads(collector) <= 3
+    started = inside.all_threads(collector)
     collector.close()
     for _ in range(started):
         assert ended.acquire(timeout=30)
@@ -340,7 +341,7 @@ def test_close_waits_and_cancels_as_asked(collector, blocked, ended, wait, cance
         for handle in waiting if cancel_waiting else []:
             with pytest.raises(CancelledError):
                 handle.result(30)
-        until(lambda: collector._cpu.admission.closed and collector._cpu.admission.waiters)
+        until(lambda: collector._cpu.admission.closed and inside.closers(collector))
         assert not closed.is_set()
     else:
         assert closed.wait(30)
@@ -365,7 +366,7 @@ def test_closed_collector_takes_no_query(method):
         collector.close()
         with pytest.raises(CollectorClosedError):
             getattr(collector, method)([TINY] if "all" in method else TINY)
-    assert not collector._cpu._executor.threads
+    assert not inside.all_threads(collector)
 
 
 def test_many_threads_close_at_once_and_all_wait(collector, blocked):
@@ -376,7 +377,7 @@ def test_many_threads_close_at_once_and_all_wait(collector, blocked):
             pool.submit(lambda: (collector.close(), handle.done(), waiting.done()))
             for _ in range(8)
         ]
-        until(lambda: len(collector._cpu.admission.waiters) == 8)
+        until(lambda: len(inside.closers(collector)) == 8)
         blocked.gate.set()
         assert [future.result(30) for future in futures] == [(None, True, True)] * 8
 

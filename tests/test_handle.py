@@ -7,6 +7,7 @@ import threading
 import traceback
 from concurrent.futures import CancelledError, ThreadPoolExecutor
 
+import inside
 import polars as pl
 import pytest
 import trio
@@ -265,7 +266,7 @@ def test_result_in_no_time_is_a_timeout_and_can_be_asked_again(collector, blocke
         with pytest.raises(TimeoutError, match=f"not done after {timeout} s; it goes on"):
             handle.result(timeout)
     assert not handle.done()
-    assert not handle._query._waiters
+    assert not inside.waiters(handle)
     blocked.gate.set()
     assert handle.result().item() == 1
     assert handle.result(timeout).item() == 1
@@ -288,10 +289,10 @@ def test_cancel_before_it_runs_takes_it_out_of_the_line(collector, blocked):
     ran = Notes()
     collector.collect_async(blocked.lf)
     handle = collector.collect_async(TINY.map_batches(ran.append))
-    assert collector._cpu.admission.waiting == 1
+    assert inside.waiting(collector) == 1
     assert not handle.done()
     assert handle.cancel()
-    assert collector._cpu.admission.waiting == 0
+    assert inside.waiting(collector) == 0
     assert handle.done()
     assert not handle.cancel()
     blocked.gate.set()
@@ -330,7 +331,7 @@ def test_cancel_while_it_runs_keeps_the_slot(collector, blocked):
     assert blocked.started.wait(30)
     assert handle.cancel()
     following = collector.collect_async(TINY)
-    assert (collector._cpu.admission.running, collector._cpu.admission.waiting) == (1, 1)
+    assert (inside.running(collector), inside.waiting(collector)) == (1, 1)
     blocked.gate.set()
     assert following.result().item() == 1
     assert type(result_in_thread(handle)) is CancelledError

@@ -15,6 +15,7 @@ from contextlib import suppress
 from itertools import count
 from pathlib import Path
 
+import inside
 import polars as pl
 import pytest
 from places import TINY, Blocked, Failure, Notes, Source, until
@@ -91,7 +92,7 @@ def make(executor):
     yield make
     for each in made:
         each.close()
-        until(lambda each=each: not each._cpu.admission.threads)
+        until(lambda each=each: not inside.threads_in_use(each))
         stats = each.stats()
         assert (stats["streams"], stats["paused"], stats["running"]) == (0, 0, 0)
         assert not each._cpu.admission._returning
@@ -181,9 +182,9 @@ def be_late_in_the_queue(collector, blocked):
 
 
 def be_late_while_it_is_held_up(collector, blocked):  # noqa: ARG001
-    stream = opened(collector, timeout=0.01)
-    until(lambda: collector.stats()["timed_out"])
-    del stream
+    (stream,) = paused(collector, timeout=3600)
+    inside.let_time_be_up(stream)
+    assert collector.stats()["timed_out"] == 1
 
 
 def fail(collector, blocked):  # noqa: ARG001
@@ -349,7 +350,7 @@ class Stints:
         self.going_on = []
 
     def put(self, buffer, batch):
-        pauses = len(buffer._arrivals.items) == BATCHES_AHEAD - 1
+        pauses = len(inside.lying_ready(buffer)) == BATCHES_AHEAD - 1
         enough = self._put(buffer, batch)
         if pauses and not enough:
             self.going_on.append(buffer)
@@ -437,7 +438,7 @@ def test_streams_that_take_turns_do_not_keep_out_the_queue(make, stints, blocked
             turns += 1
             stints.let_on()
             (stream,) = (each for each in streams if each._buffer is buffer)
-            until(lambda buffer=buffer: len(buffer._arrivals.items) == BATCHES_AHEAD)
+            until(lambda buffer=buffer: len(inside.lying_ready(buffer)) == BATCHES_AHEAD)
             take(stream)  # so that it is back while the other has the slot
     assert FAIR_EVERY - 2 <= turns <= 2 * FAIR_EVERY
     stints.let_on(1000)
@@ -464,7 +465,7 @@ def test_stream_that_is_late_while_it_is_held_up_tells_no_pause_as_run_time(make
     (stream,) = paused(collector, timeout=3600)
     ran, clock = stream._query.times.run_seconds, times.perf_counter
     monkeypatch.setattr(times, "perf_counter", lambda: clock() + 3600)
-    stream._query.expire()
+    inside.let_time_be_up(stream)
     with pytest.raises(QueryTimeoutError) as raised:
         rest_of(stream)
     assert raised.value.run_seconds == ran
@@ -478,7 +479,7 @@ def close_stream(collector, stream):  # noqa: ARG001
 
 
 def expire(collector, stream):  # noqa: ARG001
-    stream._query.expire()
+    inside.let_time_be_up(stream)
 
 
 def close_collector(collector, stream):  # noqa: ARG001
@@ -554,9 +555,9 @@ def test_consumer_that_is_interrupted_at_any_line_costs_no_slot(make, block, wai
         came = interrupted(stream, lines)
         stream.close()
         blocked.gate.set()
-        until(lambda: not collector._cpu.admission.threads)
+        until(lambda: not inside.threads_in_use(collector))
         assert collector.collect_async(TINY).result(30).item() == 1
-        until(lambda: not collector._cpu.admission.threads)
+        until(lambda: not inside.threads_in_use(collector))
     assert lines > 20
 
 
@@ -664,7 +665,7 @@ def test_threads_of_a_burst_of_streams_end(make):
     assert own_threads() >= 8
     for stream in streams:
         stream.close()
-    until(lambda: collector._cpu._executor.threads <= 2)
+    until(lambda: inside.all_threads(collector) <= 2)
     until(lambda: own_threads() <= before + 2)
     handles = [collector.collect_async(TINY) for _ in range(10)]
     assert [handle.result(30).item() for handle in handles] == [1] * 10
@@ -673,7 +674,7 @@ def test_threads_of_a_burst_of_streams_end(make):
 def test_threads_of_nested_queries_end(make):
     collector = make(max_running=1)
     assert collector.collect_async(ask_plan(collector, by_result, 5)).result(30).item() == 1
-    until(lambda: collector._cpu._executor.threads == 1)
+    until(lambda: inside.all_threads(collector) == 1)
 
 
 def test_workers_of_a_burst_of_streams_end():
@@ -768,4 +769,4 @@ def test_streams_that_end_in_any_way_at_any_moment_lose_no_slot(make, monkeypatc
     until(lambda: not admission.threads)
     assert collector.stats()["waiting"] == collector.stats()["streams"] == 0
     assert collector.collect_async(TINY).result(30).item() == 1
-    until(lambda: collector._cpu._executor.threads <= slots)
+    until(lambda: inside.all_threads(collector) <= slots)
