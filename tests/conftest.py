@@ -17,7 +17,9 @@ pytest_plugins = ["polars_async.pytest_plugin", "pytester"]
 
 def pytest_configure(config):
     config.addinivalue_line(
-        "markers", "everywhere: what has an `executor` runs in each place where queries may run"
+        "markers",
+        "everywhere(**elsewhere): what has an `executor` runs in each place where queries may run; "
+        "but on threads alone with other values of its parameters than those that are named",
     )
     config.addinivalue_line(
         "markers",
@@ -54,11 +56,17 @@ def _is_shown_on_threads(item):
     """
     Whether another place would show nothing new, and take minutes for all of them.
 
-    A loop is told of an end by this process in any case; so one loop is enough elsewhere.
+    A loop is told of an end by this process in any case; so one loop is enough elsewhere. What else
+    depends on no place is told by the mark of the test.
     """
     parameters = _parameters(item)
-    is_elsewhere = parameters.get("executor", "threads") != "threads"
-    return is_elsewhere and getattr(parameters.get("loop"), "is_enough_on_threads", False)
+    if parameters.get("executor", "threads") == "threads":
+        return False
+    elsewhere = item.get_closest_marker("everywhere").kwargs
+    return getattr(parameters.get("loop"), "is_enough_on_threads", False) or any(
+        parameters[name] not in (values if isinstance(values, list) else [values])
+        for name, values in elsewhere.items()
+    )
 
 
 def _as_xfail(place, *, because, runs=True):

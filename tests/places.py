@@ -35,9 +35,6 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 """
 """How a program of a test begins that is sent SIGINT, which is ignored in a shell's background."""
 
-IS_STOPPED = "a query that was let go is stopped, or given up, and its slot is free soon"
-"""Why a place cannot show what becomes of a query that runs on, while nobody wants it."""
-
 ALL_AT_ONCE = "batches arrive when the query has ended, as this one does not before they do"
 
 PLANS_SENT_ONE_BY_ONE = "plans are sent one by one, and no longer share a Python source"

@@ -30,9 +30,10 @@ from itertools import count
 from pathlib import Path
 
 import polars as pl
+from loops import TOLD
 from soak_book import Book
 from soak_ends import End
-from soak_loops import LOOPS, NOISE
+from soak_loops import LOOPS
 from soak_queries import Frames
 from soak_steps import Step, ask_for_nonsense, burst, held, look, one, shed
 from soak_streams import batches, completions
@@ -141,8 +142,8 @@ class Soak:
     def _listen(self):
         """Show that nothing was said but the panics."""
         rest, self.panics = PANIC.subn("", self.said.read_text(errors="replace"))
-        if rest or NOISE:
-            self.noise(f"on stderr: {rest!r}; in the loop: {NOISE}")
+        if rest or TOLD:
+            self.noise(f"on stderr: {rest!r}; in the loop: {TOLD}")
 
     # Beside the loop
 

@@ -8,9 +8,10 @@ from decimal import Decimal
 from math import inf, nan
 from time import perf_counter
 
+import inside
 import polars as pl
 import pytest
-from places import IS_STOPPED, TINY, Blocked, until
+from places import TINY, Blocked, until
 from test_nesting import ask_plan, by_result
 
 from polars_async import (
@@ -69,7 +70,7 @@ def make(block, executor):
     block.free()
     for each in made:
         each.close()
-        assert each._cpu.admission.running == each._cpu.admission.waiting == 0
+        assert inside.running(each) == inside.waiting(each) == 0
 
 
 class Starts(list):
@@ -107,7 +108,6 @@ def is_full(collector):
 # max_waiting
 
 
-@pytest.mark.everywhere
 def test_call_is_refused_with_the_numbers_and_the_remedy_when_the_line_is_full(make, block):
     collector = make(max_running=1, max_waiting=2)
     run_blocked(collector, block)
@@ -138,7 +138,6 @@ WAYS = {
 }
 
 
-@pytest.mark.everywhere
 @pytest.mark.parametrize("way", WAYS)
 def test_every_way_to_ask_is_refused_when_the_line_is_full(make, block, way):
     collector = make(max_running=1, max_waiting=1)
@@ -147,16 +146,15 @@ def test_every_way_to_ask_is_refused_when_the_line_is_full(make, block, way):
     with pytest.raises(QueueFullError):
         WAYS[way](collector)
     assert not waiting.done()
-    assert collector._cpu.admission.waiting == 1
+    assert inside.waiting(collector) == 1
 
 
-@pytest.mark.everywhere
 def test_as_completed_of_more_than_there_is_room_for_leaves_none_in_the_line(make, block):
     collector = make(max_running=1, max_waiting=3)
     run_blocked(collector, block)
     with pytest.raises(QueueFullError):
         collector.as_completed([TINY] * 4)
-    assert collector._cpu.admission.waiting == 0
+    assert inside.waiting(collector) == 0
 
 
 @pytest.mark.everywhere
@@ -169,19 +167,16 @@ def test_nobody_waits_where_max_waiting_is_zero(make, block):
         assert handle.result(30).item() == 1
 
 
-@pytest.mark.everywhere
-@pytest.mark.cannot("processes", "dask", because=IS_STOPPED, runs=False)
 def test_query_that_was_let_go_takes_its_room_until_it_ends(make, block):
     collector = make(max_running=1, max_waiting=0)
     handle, blocked = run_blocked(collector, block)
     handle.cancel()
     assert is_full(collector)
     blocked.gate.set()
-    until(lambda: not collector._cpu.admission.running)
+    until(lambda: not inside.running(collector))
     assert collector.collect_async(TINY).result(30).item() == 1
 
 
-@pytest.mark.everywhere
 def test_bound_is_on_running_and_waiting_together(make, block):
     collector = make(max_running=2, max_waiting=2)
     run_blocked(collector, block)
@@ -208,7 +203,6 @@ def test_refusal_tells_that_nested_queries_are_beyond_the_slots(make, block):
         collector.collect_async(TINY)
 
 
-@pytest.mark.everywhere
 def test_there_is_room_again_after_a_cancellation_in_the_line(make, block):
     collector = make(max_running=1, max_waiting=1)
     run_blocked(collector, block)
@@ -218,7 +212,6 @@ def test_there_is_room_again_after_a_cancellation_in_the_line(make, block):
         waiting.cancel()
 
 
-@pytest.mark.everywhere
 def test_there_is_room_again_after_a_time_out_in_the_line(make, block):
     collector = make(max_running=1, max_waiting=1)
     run_blocked(collector, block)
@@ -229,7 +222,6 @@ def test_there_is_room_again_after_a_time_out_in_the_line(make, block):
     assert is_full(collector)
 
 
-@pytest.mark.everywhere
 def test_there_is_room_again_after_an_end(make, block):
     collector = make(max_running=1, max_waiting=1)
     handle, blocked = run_blocked(collector, block)
@@ -261,14 +253,13 @@ def test_nested_queries_leave_the_bound_as_it_was(make, block):
 
     outer = collector.collect_async(TINY.map_batches(udf))
     assert inner.started.wait(30)
-    assert collector._cpu.admission.running == 2
+    assert inside.running(collector) == 2
     waiting = collector.collect_async(TINY)
     assert is_full(collector)
     inner.gate.set()
     assert outer.result(30).item() == waiting.result(30).item() == 1
 
 
-@pytest.mark.everywhere
 def test_slot_of_a_stream_that_waits_for_its_consumer_can_be_had_without_waiting(make, block):
     collector = make(max_running=2, max_waiting=0)
     stream = collector.collect_batches_async(pl.LazyFrame({"a": range(10)}), chunk_size=1)
@@ -375,7 +366,6 @@ def test_option_of_a_wrong_kind_is_refused_by_name_before_anything_runs(name, va
     assert collector.stats()["submitted"] == 0
 
 
-@pytest.mark.everywhere
 @pytest.mark.parametrize("timeout", [inf, 1e300, 10**9, True])
 def test_any_time_that_is_long_enough_is_a_timeout(collector, timeout):
     collector.collect_async(TINY).result(30)  # so that no worker has to start in a second
@@ -394,7 +384,6 @@ def test_decimal_timeout_is_taken_or_refused_before_anything_runs(collector):
 # Of several slots, one or two are kept for small queries
 
 
-@pytest.mark.everywhere
 @pytest.mark.parametrize(("slots", "at_most"), [(2, 1), (3, 1), (4, 2), (5, 3)])
 def test_long_queries_leave_slots_which_tiny_ones_take(make, block, slots, at_most):
     collector = make(max_running=slots)
@@ -402,8 +391,8 @@ def test_long_queries_leave_slots_which_tiny_ones_take(make, block, slots, at_mo
         run_blocked(collector, block)
     long = [collector.collect_async(UNSEEN) for _ in range(3)]
     settle(collector)
-    assert collector._cpu.admission.running == at_most
-    assert collector._cpu.admission.waiting == 3
+    assert inside.running(collector) == at_most
+    assert inside.waiting(collector) == 3
     for _ in range(5):
         assert collector.collect_async(TINY).result(30).item() == 1
     assert not any(handle.done() for handle in long)
@@ -411,7 +400,6 @@ def test_long_queries_leave_slots_which_tiny_ones_take(make, block, slots, at_mo
     assert [handle.result(30).item() for handle in long] == [1] * 3
 
 
-@pytest.mark.everywhere
 def test_single_slot_is_not_kept(make):
     assert make(max_running=1).collect_async(UNSEEN).result(30).item() == 1
 
@@ -437,14 +425,13 @@ def test_slot_is_kept_for_little_work_or_a_high_priority(make, block, ask, is_sm
     handle = ask(collector)
     if is_small:
         handle.result(30)
-        assert collector._cpu.admission.running == 1
+        assert inside.running(collector) == 1
     else:
         settle(collector)
         assert not handle.done()
-        assert collector._cpu.admission.waiting == 1
+        assert inside.waiting(collector) == 1
 
 
-@pytest.mark.everywhere
 def test_small_query_runs_beside_a_small_one_and_a_long_one_waits_for_neither(make, block):
     collector = make(max_running=2)
     run_blocked(collector, block, priority=1)  # at once, so it may be long
@@ -506,7 +493,6 @@ def test_new_appraisal_wakes_a_slot_that_nobody_looks_after(make, block, monkeyp
 # The order of the line
 
 
-@pytest.mark.everywhere
 @pytest.mark.parametrize("lf", [TINY, UNSEEN], ids=["tiny", "unseen"])
 @pytest.mark.parametrize(
     ("priorities", "order"),
@@ -669,7 +655,7 @@ def test_those_taken_unseen_leave_one_slot_which_tiny_ones_take(make, block, slo
         run_blocked(collector, block)
     long = collector.collect_async(UNSEEN)
     settle(collector)
-    assert collector._cpu.admission.running == slots - 1
+    assert inside.running(collector) == slots - 1
     assert collector.collect_async(TINY).result(30).item() == 1
     assert not long.done()
 
@@ -716,7 +702,7 @@ def test_slot_that_looked_at_nobody_is_given_back_when_nobody_waits(guard):
     assert tiny.cancel()
     gate.set()
     settle(collector)
-    assert collector._cpu.admission.threads == 1
+    assert inside.threads_in_use(collector) == 1
 
 
 def test_query_that_took_long_is_appraised_after_its_end(make, looked, monkeypatch):
@@ -741,7 +727,7 @@ def test_free_slot_has_a_thread_while_another_thread_still_appraises(make, monke
     try:
         collector.collect_async(TINY).result(30)
         assert estimates.wait(30)  # of which a file on a slow disk may make long work
-        assert collector._cpu.admission.threads == 0
+        assert inside.threads_in_use(collector) == 0
         assert collector.collect_async(TINY).result(5).item() == 1
     finally:
         gate.set()
@@ -949,7 +935,7 @@ def test_what_is_not_all_of_a_plan_is_expected_to_be_quick_only_after_some_quick
     assert known.observe(known.of([UNSEEN], "in-memory"), 1.0, alone=True).seconds > 0.9
 
 
-@pytest.mark.everywhere
+@pytest.mark.everywhere(how="is cancelled")
 @pytest.mark.parametrize("how", ["fails", "is cancelled", "is left"])
 def test_nothing_quick_is_learned_of_a_query_that_did_not_complete(make, block, monkeypatch, how):
     learned = []
@@ -1069,7 +1055,6 @@ def test_queries_know_whether_they_ran_alone(make, block, monkeypatch):
     until(lambda: learned == [True, False, False, True])
 
 
-@pytest.mark.everywhere
 def test_closed_collector_is_closed_rather_than_full(make, block):
     collector = make(max_running=1, max_waiting=0)
     run_blocked(collector, block)

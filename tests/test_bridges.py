@@ -9,6 +9,7 @@ from collections import deque
 from concurrent.futures import CancelledError, ThreadPoolExecutor
 
 import gevent
+import inside
 import polars as pl
 import pytest
 import trio
@@ -363,7 +364,7 @@ def test_gevent_handle_is_read_in_other_threads_and_greenlets(collector, blocked
     with ThreadPoolExecutor(3) as pool:
         futures = [pool.submit(handle.get) for _ in range(3)]
         greenlets = [gevent.spawn(handle.get) for _ in range(3)]
-        while len(handle._query._waiters) < 6:
+        while len(inside.waiters(handle)) < 6:
             gevent.sleep(0.001)
         blocked.gate.set()
         found = [each.get(timeout=30) for each in greenlets]
@@ -388,7 +389,7 @@ def test_timed_out_get_does_not_cancel(collector, blocked):
     with pytest.raises(gevent.Timeout):
         handle.get(timeout=0)
     assert not handle.done()
-    assert not handle._query._waiters
+    assert not inside.waiters(handle)
 
 
 def test_other_greenlets_run_while_a_query_runs(collector, blocked):

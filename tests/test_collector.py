@@ -10,6 +10,7 @@ import weakref
 from concurrent.futures import CancelledError, ThreadPoolExecutor
 from itertools import accumulate
 
+import inside
 import polars as pl
 import pytest
 from places import A_COLLECTOR_STAYS, PLANS_SENT_ONE_BY_ONE, TINY, Blocked, Notes, until
@@ -18,8 +19,6 @@ from polars.io.plugins import register_io_source
 import polars_async
 from polars_async import Collector, CollectorClosedError
 from polars_async.executors import threads
-
-pytestmark = pytest.mark.everywhere
 
 
 @pytest.fixture
@@ -43,6 +42,7 @@ def numbered(count):
 # collect_all_async
 
 
+@pytest.mark.everywhere
 @pytest.mark.cannot("processes", "dask", because=PLANS_SENT_ONE_BY_ONE)
 def test_collect_all_reads_a_common_source_once(collector):
     reads = Notes()
@@ -58,6 +58,7 @@ def test_collect_all_reads_a_common_source_once(collector):
     assert len(reads) == 1
 
 
+@pytest.mark.everywhere
 def test_collect_all_keeps_order_and_takes_any_iterable(collector):
     for frames in (numbered(20), tuple(numbered(20)), (each for each in numbered(20))):
         found = collector.collect_all_async(frames).result()
@@ -83,7 +84,7 @@ def test_collect_all_of_nothing_is_an_empty_list(collector, engine):
 def test_collect_all_of_what_is_no_lazy_frame_is_refused(collector, frames, message):
     with pytest.raises(TypeError, match=message):
         collector.collect_all_async(frames)
-    assert not collector._cpu._threads.threads
+    assert not inside.all_threads(collector)
 
 
 @pytest.mark.parametrize("method", ["collect_async", "collect_background"])
@@ -98,12 +99,13 @@ def test_collect_all_of_what_is_no_lazy_frame_is_refused(collector, frames, mess
 def test_what_is_no_lazy_frame_is_refused_before_anything_runs(collector, method, frame, message):
     with pytest.raises(TypeError, match=message):
         getattr(collector, method)(frame)
-    assert not collector._cpu._threads.threads
+    assert not inside.all_threads(collector)
 
 
 # Slots and the line
 
 
+@pytest.mark.everywhere(slots=2)
 @pytest.mark.parametrize("slots", [1, 2, 3])
 def test_no_more_than_max_running_queries_run_at_once(slots, executor):
     came, left, both = Notes(), Notes(), Notes()
@@ -128,7 +130,7 @@ def test_no_more_than_max_running_queries_run_at_once(slots, executor):
         handles = [collector.collect_async(query, priority=1) for query in queries]
         for handle in handles:
             handle.result(30)
-        until(lambda: collector._cpu._threads.threads == slots)  # one may still look at its plan
+        until(lambda: inside.all_threads(collector) == slots)  # one may still look at its plan
     assert max(accumulate(both)) == slots
 
 
@@ -156,7 +158,7 @@ def test_failed_queries_give_their_slots_back(collector):
         with pytest.raises(ValueError, match=r"^$"):
             handle.result()
     assert collector.collect_async(TINY).result().item() == 1
-    assert not collector._cpu.admission.running
+    assert not inside.running(collector)
 
 
 def test_thread_that_cannot_start_is_an_error_and_costs_no_slot(collector, monkeypatch):
@@ -168,12 +170,11 @@ def test_thread_that_cannot_start_is_an_error_and_costs_no_slot(collector, monke
         for _ in range(3):
             with pytest.raises(RuntimeError, match="can't start new thread"):
                 collector.collect_async(TINY)
-    assert not collector._cpu.admission.running
+    assert not inside.running(collector)
     assert collector.collect_async(TINY).result().item() == 1
-    until(lambda: collector._cpu._threads.threads == 1)  # it may still look back at the query
+    until(lambda: inside.all_threads(collector) == 1)  # it may still look back at the query
 
 
-@pytest.mark.cannot("processes", "dask", because="contextvars belong to the process that has them")
 def test_context_of_the_caller_reaches_udfs(collector, blocked):
     variable = contextvars.ContextVar("variable", default="unset")
     seen = Notes()
@@ -199,6 +200,7 @@ def test_context_of_the_caller_reaches_udfs(collector, blocked):
     assert variable.get() == "unset"
 
 
+@pytest.mark.everywhere
 def test_queries_from_many_threads_all_resolve(executor):
     with Collector(executor=executor, max_running=2) as collector, ThreadPoolExecutor(8) as pool:
 
@@ -206,7 +208,7 @@ def test_queries_from_many_threads_all_resolve(executor):
             return collector.collect_async(pl.LazyFrame({"a": [i]})).result(30).item()
 
         assert list(pool.map(ask, range(400))) == list(range(400))
-        assert not collector._cpu.admission.running
+        assert not inside.running(collector)
 
 
 # Engines
@@ -231,6 +233,7 @@ def minimal():
     return type("Minimal", (Minimal,), missing)()
 
 
+@pytest.mark.everywhere
 def test_engine_that_can_only_collect_runs_async_queries(collector):
     frame = collector.collect_async(TINY, engine=minimal()).result()
     assert frame.row(0) == (1, "minimal")
@@ -277,7 +280,7 @@ def test_unknown_keyword_is_told_by_the_function_that_was_called(function):
 def test_query_on_an_engine_that_is_none_is_refused(collector):
     with pytest.raises(ValueError, match="warp"):
         collector.collect_async(TINY, engine="warp")
-    assert not collector._cpu.admission.running
+    assert not inside.running(collector)
 
 
 # close
@@ -285,20 +288,21 @@ def test_query_on_an_engine_that_is_none_is_refused(collector):
 
 def test_nothing_starts_before_the_first_query_and_all_ends_with_close(ended, executor):
     collector = Collector(executor=executor, max_running=3)
-    assert not collector._cpu._threads.threads
+    assert not inside.all_threads(collector)
     assert not collector._gpu._threads.threads
     queries = [Blocked() for _ in range(3)]
     for query in queries:
         collector.collect_async(query.lf)
         assert query.started.wait(30)
         query.gate.set()
-    assert 1 <= collector._cpu._threads.threads <= 3
-    started = collector._cpu._threads.threads
+    assert 1 <= inside.all_threads(collector) <= 3
+    started = inside.all_threads(collector)
     collector.close()
     for _ in range(started):
         assert ended.acquire(timeout=30)
 
 
+@pytest.mark.everywhere
 def test_threads_end_after_a_collector_nobody_holds_and_its_queries_with_it(
     ended, blocked, executor
 ):
@@ -319,6 +323,7 @@ def test_threads_end_after_a_collector_nobody_holds_and_its_queries_with_it(
     assert [lane() for lane in lanes] == [None, None]
 
 
+@pytest.mark.everywhere(wait=True, cancel_waiting=True)
 @pytest.mark.parametrize("wait", [True, False])
 @pytest.mark.parametrize("cancel_waiting", [True, False])
 def test_close_waits_and_cancels_as_asked(collector, blocked, ended, wait, cancel_waiting):
@@ -336,7 +341,7 @@ def test_close_waits_and_cancels_as_asked(collector, blocked, ended, wait, cance
         for handle in waiting if cancel_waiting else []:
             with pytest.raises(CancelledError):
                 handle.result(30)
-        until(lambda: collector._cpu.admission.closed and collector._cpu.admission.waiters)
+        until(lambda: collector._cpu.admission.closed and inside.closers(collector))
         assert not closed.is_set()
     else:
         assert closed.wait(30)
@@ -361,7 +366,7 @@ def test_closed_collector_takes_no_query(method):
         collector.close()
         with pytest.raises(CollectorClosedError):
             getattr(collector, method)([TINY] if "all" in method else TINY)
-    assert not collector._cpu._threads.threads
+    assert not inside.all_threads(collector)
 
 
 def test_many_threads_close_at_once_and_all_wait(collector, blocked):
@@ -372,7 +377,7 @@ def test_many_threads_close_at_once_and_all_wait(collector, blocked):
             pool.submit(lambda: (collector.close(), handle.done(), waiting.done()))
             for _ in range(8)
         ]
-        until(lambda: len(collector._cpu.admission.waiters) == 8)
+        until(lambda: len(inside.closers(collector)) == 8)
         blocked.gate.set()
         assert [future.result(30) for future in futures] == [(None, True, True)] * 8
 
@@ -403,7 +408,6 @@ def test_context_manager_closes_and_lets_the_error_through(blocked, executor):
         collector.collect_async(TINY)
 
 
-@pytest.mark.cannot("processes", "dask", because=A_COLLECTOR_STAYS)
 def test_close_that_waits_inside_a_udf_is_refused(collector):
     def close(df):
         collector.close()
@@ -415,6 +419,7 @@ def test_close_that_waits_inside_a_udf_is_refused(collector):
     assert collector.collect_async(TINY).result().item() == 1
 
 
+@pytest.mark.everywhere
 @pytest.mark.cannot("processes", "dask", because=A_COLLECTOR_STAYS)
 def test_close_inside_a_udf_that_does_not_wait(collector):
     def close(df):
@@ -434,6 +439,7 @@ def nested_on_pool(udf):
     )
 
 
+@pytest.mark.everywhere(together=False)
 @pytest.mark.parametrize("together", [False, True])
 def test_loop_ticks_while_a_query_runs(collector, blocked, together):
     async def main():

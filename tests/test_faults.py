@@ -10,131 +10,26 @@ import sys
 from concurrent.futures import CancelledError
 
 import gevent
+import inside
 import polars as pl
 import pytest
-import trio
-import trio.testing
+from loops import Asyncio, Gevent, Trio, fixture_of
 from places import LIMIT, STDERR_OF_THE_CLUSTER, TINY, Blocked, Gate, until
 
 from polars_async import bridges, events
 from polars_async._runtime import logs, unpatched
 from polars_async.bridges import asyncio as asyncio_bridge
-from polars_async.bridges import gevent as gevent_bridge
-from polars_async.bridges import trio as trio_bridge
 from polars_async.executors import threads
 from polars_async.scheduling.query import Query
 
-pytestmark = pytest.mark.everywhere
-
-
 PANIC = pl.select(1).lazy().select(pl.int_range(0, 2**62))
-
-
-async def caught(handle):
-    try:
-        return await handle
-    except BaseException as error:  # noqa: BLE001  # every kind is what the tests are about
-        return error
 
 
 async def plainly(handle):
     return await handle
 
 
-class Asyncio:
-    gevent = False
-    bridge = asyncio_bridge
-
-    def outcome(self, handle):
-        """Give what the await of `handle` in a new loop gives or raises."""
-        return asyncio.run(caught(handle))
-
-    def reset_after_fork(self, handle, meanwhile=lambda: None):
-        """Wait for `handle` in a new loop, do `meanwhile`, cancel the wait, and end the loop."""
-
-        async def main():
-            task = asyncio.create_task(plainly(handle))
-            await asyncio.sleep(0)
-            meanwhile()
-            task.cancel()
-            with pytest.raises(asyncio.CancelledError):
-                await task
-
-        asyncio.run(main())
-
-    def within(self, call):
-        """Call `call` inside of a new loop, which then ends."""
-
-        async def main():
-            return call()
-
-        return asyncio.run(main())
-
-
-class Trio:
-    gevent = False
-    bridge = trio_bridge
-
-    def outcome(self, handle):
-        return trio.run(caught, handle)
-
-    def reset_after_fork(self, handle, meanwhile=lambda: None):
-        async def main():
-            async with trio.open_nursery() as nursery:
-                nursery.start_soon(plainly, handle)
-                await trio.testing.wait_all_tasks_blocked()
-                meanwhile()
-                nursery.cancel_scope.cancel()
-
-        trio.run(main)
-
-    def within(self, call):
-        async def main():
-            await trio.lowlevel.checkpoint()
-            return call()
-
-        return trio.run(main)
-
-
-class Gevent:
-    gevent = True
-    bridge = gevent_bridge
-
-    def outcome(self, handle):
-        def get():
-            try:
-                return handle.get()
-            except BaseException as error:  # noqa: BLE001  # as above
-                return error
-
-        return self.within(lambda: gevent.spawn(get).get())
-
-    def reset_after_fork(self, handle, meanwhile=lambda: None):
-        def main():
-            greenlet = gevent.spawn(handle.get)
-            gevent.sleep(0)
-            meanwhile()
-            greenlet.kill()
-
-        self.within(main)
-
-    def within(self, call):
-        outcome = unpatched.SimpleQueue()
-
-        def thread():
-            outcome.put(call())
-            gevent.get_hub().destroy(destroy_loop=True)
-            outcome.put(None)
-
-        unpatched.start_new_thread(thread, ())
-        value = outcome.get(timeout=40)
-        outcome.get(timeout=20)
-        return value
-
-
-@pytest.fixture(params=[Asyncio, Trio, Gevent], ids=["asyncio", "trio", "gevent"])
-def loop(request):
-    return request.param()
+loop = fixture_of(Asyncio, Trio, Gevent)
 
 
 @pytest.fixture(autouse=True)
@@ -156,9 +51,9 @@ def works_after(collector, loop):
 
     def show():
         assert collector.collect_async(TINY).result(20).item() == 1
-        assert loop.outcome(collector.collect_async(TINY, gevent=loop.gevent)).item() == 1
+        assert loop.outcome(collector.collect_async(TINY, gevent=loop.uses_gevent)).item() == 1
         collector.close()
-        assert (collector._cpu.admission.running, collector._cpu.admission.waiting) == (0, 0)
+        assert (inside.running(collector), inside.waiting(collector)) == (0, 0)
 
     return show
 
@@ -170,8 +65,9 @@ def raising(error):
     return TINY.map_batches(udf)
 
 
+@pytest.mark.everywhere
 def test_panic_arrives_as_an_exception(loop, collector, works_after, capfd):
-    handle = collector.collect_async(PANIC, gevent=loop.gevent)
+    handle = collector.collect_async(PANIC, gevent=loop.uses_gevent)
     error = loop.outcome(handle)
     assert (type(error).__module__, type(error).__name__) == ("pyo3_runtime", "PanicException")
     with pytest.raises(type(error)):
@@ -180,6 +76,7 @@ def test_panic_arrives_as_an_exception(loop, collector, works_after, capfd):
     works_after()
 
 
+@pytest.mark.everywhere
 @pytest.mark.cannot("dask", because=STDERR_OF_THE_CLUSTER, runs=False)
 def test_panic_is_told_on_stderr(collector, capfd):
     with pytest.raises(pl.exceptions.PanicException):
@@ -187,13 +84,14 @@ def test_panic_is_told_on_stderr(collector, capfd):
     assert "panicked at" in capfd.readouterr().err
 
 
+@pytest.mark.everywhere(kind=[KeyboardInterrupt, SystemExit])
 @pytest.mark.parametrize(
     "kind",
     [KeyboardInterrupt, SystemExit, GeneratorExit, asyncio.CancelledError],
 )
 def test_exception_that_is_no_error_arrives_unchanged(loop, collector, works_after, kind, is_that):
     raised = kind.__new__(kind)
-    handle = collector.collect_async(raising(raised), gevent=loop.gevent)
+    handle = collector.collect_async(raising(raised), gevent=loop.uses_gevent)
     error = loop.outcome(handle)
     assert is_that(error, raised)
     assert loop.outcome(handle) is error
@@ -202,13 +100,14 @@ def test_exception_that_is_no_error_arrives_unchanged(loop, collector, works_aft
     works_after()
 
 
+@pytest.mark.everywhere
 def test_stop_iteration_arrives_where_no_coroutine_has_its_own_use_for_it(
     loop, collector, works_after, is_that
 ):
     raised = StopIteration(7)
-    handle = collector.collect_async(raising(raised), gevent=loop.gevent)
+    handle = collector.collect_async(raising(raised), gevent=loop.uses_gevent)
     error = loop.outcome(handle)
-    if not loop.gevent:
+    if not loop.uses_gevent:
         assert type(error) is RuntimeError
         error = error.__cause__
     assert is_that(error, raised)
@@ -224,7 +123,7 @@ def test_cancelled_wait_takes_a_waiting_query_out_of_the_line(
     collector.collect_async(blocked.lf)
     handle = collector.collect_async(TINY.map_batches(lambda df: (ran.set(), df)[1]), gevent=True)
     loop.reset_after_fork(handle)
-    assert collector._cpu.admission.waiting == 0
+    assert inside.waiting(collector) == 0
     assert handle.done()
     blocked.gate.set()
     works_after()
@@ -233,6 +132,7 @@ def test_cancelled_wait_takes_a_waiting_query_out_of_the_line(
         handle.result(20)
 
 
+@pytest.mark.everywhere
 def test_cancelled_wait_lets_go_of_a_running_query(
     loop, collector, blocked, works_after, is_let_go
 ):
@@ -247,6 +147,7 @@ def test_cancelled_wait_lets_go_of_a_running_query(
         handle.result(20)
 
 
+@pytest.mark.everywhere(error=ValueError)
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
 def test_error_of_a_query_that_was_let_go_is_not_reported(loop, collector, works_after, error):
     started, gate = Gate(), Gate()
@@ -318,7 +219,7 @@ def test_gevent_hub_destroyed_under_a_greenlet_loses_nothing(collector, blocked)
         left.append(gevent.spawn(handle.get))
         gevent.sleep(0)
 
-    Gevent().within(leave)
+    Gevent().inside(leave)
     blocked.gate.set()
     assert handle.result(20).item() == 1
     assert Gevent().outcome(handle).item() == 1
@@ -336,14 +237,14 @@ def test_gevent_hub_replaced_in_one_thread_is_told_too(collector):
             gevent.get_hub().destroy(destroy_loop=True)
         return outcomes
 
-    assert Gevent().within(replaced) == [1, 1]
+    assert Gevent().inside(replaced) == [1, 1]
 
 
 @pytest.mark.parametrize("after", [Asyncio, Trio, Gevent])
 def test_handle_made_in_one_loop_is_awaited_in_another(
     loop, collector, blocked, works_after, after
 ):
-    handle = loop.within(lambda: collector.collect_async(blocked.lf, gevent=True))
+    handle = loop.inside(lambda: collector.collect_async(blocked.lf, gevent=True))
     blocked.started.wait()
     blocked.gate.set()
     assert after().outcome(handle).item() == 1
@@ -388,6 +289,7 @@ class Unstoppable(BaseException):
     """What nobody expects to come out of a place."""
 
 
+@pytest.mark.everywhere(kind=Unstoppable)
 @pytest.mark.parametrize("kind", [PermissionError, Unstoppable])
 def test_place_that_cannot_stop_a_query_costs_nobody_the_wake_up(
     collector, blocked, works_after, quiet, kind
@@ -399,7 +301,7 @@ def test_place_that_cannot_stop_a_query_costs_nobody_the_wake_up(
     assert blocked.started.wait()
     ended = unpatched.SimpleQueue()
     unpatched.start_new_thread(lambda: ended.put(outcome_of(handle)), ())
-    until(lambda: handle._query._waiters)
+    until(lambda: inside.waiters(handle))
     handle._query.on_cancel(stop)
     assert handle.cancel()
     assert isinstance(ended.get(timeout=LIMIT), CancelledError)
@@ -433,6 +335,7 @@ def test_handler_and_observer_that_raise_cost_no_query_its_end(
     assert quiet == []
 
 
+@pytest.mark.everywhere
 def test_thread_that_cannot_be_had_gives_the_slot_back(collector, works_after, monkeypatch):
     def no_more(*_):
         raise RuntimeError("can't start new thread")
@@ -460,7 +363,7 @@ if sys.argv[1] == "after":
 import gevent.monkey
 gevent.monkey.patch_all()
 import pytest
-these = "gevent and not asyncio and not trio and not patched and not dask"
+these = "gevent and not asyncio and not trio and not patched"
 options = ["-q", "-p", "no:cacheprovider", "-W", "ignore::pytest.PytestAssertRewriteWarning"]
 sys.exit(pytest.main([sys.argv[2], "-k", these, *options]))
 """

@@ -16,6 +16,7 @@ from pathlib import Path
 from uuid import uuid4
 
 import gevent
+import inside
 import loky
 import polars as pl
 import pytest
@@ -314,7 +315,7 @@ def test_running_query_that_is_cancelled_is_let_go_at_once(collector, gate, kind
 def test_timeout_says_that_the_query_may_go_on(collector, gate):
     handle = collector.collect_async(gate.query(), timeout=60)
     until(gate.pids)
-    handle._query.expire()
+    inside.let_time_be_up(handle)
     with pytest.raises(QueryTimeoutError, match=r"executor .*, which is asked to drop it and may"):
         handle.result()
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 
+import inside
 import polars as pl
 import pytest
 from conftest import TINY
@@ -60,7 +61,7 @@ def test_gpu_queries_run_one_at_a_time_on_one_thread(offloading, gpu):
     assert len(set(gpu.threads)) == 1
     assert gpu.threads[0] != threading.get_ident()
     assert offloading._gpu._threads.threads == 1
-    assert not offloading._cpu._threads.threads
+    assert not inside.all_threads(offloading)
 
 
 def test_gpu_thread_stays_the_same_after_a_failure(offloading, gpu, seen):

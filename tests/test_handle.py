@@ -8,18 +8,17 @@ import threading
 import traceback
 from concurrent.futures import CancelledError, ThreadPoolExecutor
 
+import inside
 import polars as pl
 import pytest
 import trio
-from places import IS_STOPPED, TINY, Notes
+from places import TINY, Notes
 from polars.exceptions import ColumnNotFoundError
 from polars.lazyframe.in_process import InProcessQuery
 
 import polars_async as pa
 from polars_async import Collector
 from polars_async.scheduling.query import Query
-
-pytestmark = pytest.mark.everywhere
 
 
 class Failure(Exception):  # noqa: N818
@@ -94,6 +93,7 @@ every_way = pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
 # The same outcome, as often as wanted
 
 
+@pytest.mark.everywhere(way=await_in_asyncio)
 @every_way
 def test_every_wait_gives_the_same_object(collector, way):
     handle = collector.collect_async(TINY, gevent=True)
@@ -102,6 +102,7 @@ def test_every_wait_gives_the_same_object(collector, way):
     assert all(each(handle) is first for each in WAYS.values())
 
 
+@pytest.mark.everywhere(way=await_in_asyncio)
 @every_way
 def test_every_wait_raises_the_same_error_with_a_traceback_that_does_not_grow(collector, way):
     handle = collector.collect_async(failing(), gevent=True)
@@ -133,11 +134,13 @@ def test_awaiting_inside_one_coroutine_again_does_not_grow_the_traceback(collect
     assert len(set(asyncio.run(main()))) == 1
 
 
+@pytest.mark.everywhere
 def test_polars_own_error_passes_through_unchanged(collector):
     handle = collector.collect_async(TINY.select("b"))
     assert type(await_in_asyncio(handle)) is ColumnNotFoundError
 
 
+@pytest.mark.everywhere(error=GeneratorExit)
 @pytest.mark.parametrize("error", [StopIteration, KeyboardInterrupt, SystemExit, GeneratorExit])
 def test_errors_that_mean_something_to_python_itself_arrive(collector, error):
     def fail(df):  # noqa: ARG001
@@ -266,7 +269,7 @@ def test_result_in_no_time_is_a_timeout_and_can_be_asked_again(collector, blocke
         with pytest.raises(TimeoutError, match=f"not done after {timeout} s; it goes on"):
             handle.result(timeout)
     assert not handle.done()
-    assert not handle._query._waiters
+    assert not inside.waiters(handle)
     blocked.gate.set()
     assert handle.result().item() == 1
     assert handle.result(timeout).item() == 1
@@ -289,10 +292,10 @@ def test_cancel_before_it_runs_takes_it_out_of_the_line(collector, blocked):
     ran = Notes()
     collector.collect_async(blocked.lf)
     handle = collector.collect_async(TINY.map_batches(ran.append))
-    assert collector._cpu.admission.waiting == 1
+    assert inside.waiting(collector) == 1
     assert not handle.done()
     assert handle.cancel()
-    assert collector._cpu.admission.waiting == 0
+    assert inside.waiting(collector) == 0
     assert handle.done()
     assert not handle.cancel()
     blocked.gate.set()
@@ -302,6 +305,7 @@ def test_cancel_before_it_runs_takes_it_out_of_the_line(collector, blocked):
         handle.result()
 
 
+@pytest.mark.everywhere
 def test_cancel_while_it_runs_tells_at_once(collector, blocked):
     handle = collector.collect_async(blocked.lf)
     assert blocked.started.wait(30)
@@ -313,6 +317,7 @@ def test_cancel_while_it_runs_tells_at_once(collector, blocked):
     assert type(result_in_thread(handle)) is CancelledError
 
 
+@pytest.mark.everywhere
 @pytest.mark.cannot("threads", because="Polars cannot stop a query", runs=False)
 def test_cancel_while_it_runs_gives_the_slot_back(collector, blocked):
     handle = collector.collect_async(blocked.lf)
@@ -324,13 +329,12 @@ def test_cancel_while_it_runs_gives_the_slot_back(collector, blocked):
     assert not blocked.gate.is_set()
 
 
-@pytest.mark.cannot("processes", "dask", because=IS_STOPPED, runs=False)
 def test_cancel_while_it_runs_keeps_the_slot(collector, blocked):
     handle = collector.collect_async(blocked.lf)
     assert blocked.started.wait(30)
     assert handle.cancel()
     following = collector.collect_async(TINY)
-    assert (collector._cpu.admission.running, collector._cpu.admission.waiting) == (1, 1)
+    assert (inside.running(collector), inside.waiting(collector)) == (1, 1)
     blocked.gate.set()
     assert following.result().item() == 1
     assert type(result_in_thread(handle)) is CancelledError

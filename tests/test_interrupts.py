@@ -10,6 +10,7 @@ from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
+import inside
 import pytest
 import trio
 from places import LIMIT, TINY, Blocked, until
@@ -147,7 +148,7 @@ def wait_elsewhere(scene, handle):
     """Have two threads wait for `handle`, who are told when it is done."""
     for _ in range(2):
         unpatched.start_new_thread(lambda: (ends(handle), scene.told.put(None)), ())
-    until(lambda: len(handle._query._waiters) == 2)
+    until(lambda: len(inside.waiters(handle)) == 2)
     scene.waiting, scene.waited_for = 2, handle
 
 

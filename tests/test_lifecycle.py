@@ -2,83 +2,27 @@
 
 from __future__ import annotations
 
-import asyncio
 import signal
 import subprocess
 import sys
 import threading
 from concurrent.futures import CancelledError
 
+import inside
 import pytest
-import trio
-from places import A_COLLECTOR_STAYS, HEARS_CTRL_C, TINY
+from loops import Asyncio, Trio, fixture_of
+from places import HEARS_CTRL_C, TINY
 
 import polars_async
 from polars_async import Collector, CollectorClosedError, api
 
-pytestmark = pytest.mark.everywhere
-
-
-class OnAsyncio:
-    run = staticmethod(asyncio.run)
-    sleep = staticmethod(asyncio.sleep)
-    cancelled = asyncio.CancelledError
-
-    @staticmethod
-    async def together(*functions):
-        await asyncio.gather(*(function() for function in functions))
-
-    @staticmethod
-    async def cancel_when(condition, function):
-        """Call `function`, and cancel it once there is a reason."""
-        task = asyncio.create_task(function())
-        while not condition():  # noqa: ASYNC110  # nobody tells
-            await asyncio.sleep(0.001)
-        task.cancel()
-        with pytest.raises(asyncio.CancelledError):
-            await task
-
-
-class OnTrio:
-    is_enough_on_threads = True
-    sleep = staticmethod(trio.sleep)
-    cancelled = CancelledError
-
-    @staticmethod
-    def run(coroutine):
-        async def main():
-            return await coroutine
-
-        return trio.run(main)
-
-    @staticmethod
-    async def together(*functions):
-        async with trio.open_nursery() as nursery:
-            for function in functions:
-                nursery.start_soon(function)
-
-    @staticmethod
-    async def cancel_when(condition, function):
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(function)
-            while not condition():
-                await trio.lowlevel.checkpoint()
-            nursery.cancel_scope.cancel()
-
-
-@pytest.fixture(params=[OnAsyncio, OnTrio], ids=["asyncio", "trio"])
-def loop(request):
-    return request.param
-
-
-def closers(collector):
-    """Whoever waits for the collector to be empty."""
-    return collector._cpu.admission.waiters
+loop = fixture_of(Asyncio, Trio)
 
 
 # async with, and aclose
 
 
+@pytest.mark.everywhere
 def test_async_with_waits_for_those_that_run_and_cancels_those_that_wait(loop, blocked, executor):
     collector, handles, told = Collector(executor=executor, max_running=1), [], []
 
@@ -89,7 +33,7 @@ def test_async_with_waits_for_those_that_run_and_cancels_those_that_wait(loop, b
         told.append("closed")
 
     async def go_on():
-        while not (handles and closers(collector)):
+        while not (handles and inside.closers(collector)):
             await loop.sleep(0.001)
         for _ in range(100):
             await loop.sleep(0)
@@ -97,7 +41,7 @@ def test_async_with_waits_for_those_that_run_and_cancels_those_that_wait(loop, b
         told.append("went on")
         blocked.gate.set()
 
-    loop.run(loop.together(use, go_on))
+    loop.run(loop.together, use, go_on)
     assert told == ["went on", "closed"]
     assert handles[0].result(0).item() == 1
     for handle in handles[1:]:
@@ -112,7 +56,7 @@ def test_async_with_of_nothing_ends_at_once(loop):
         assert collector.closed
         await collector.aclose()
 
-    loop.run(main())
+    loop.run(main)
 
 
 def test_async_with_lets_the_error_through(loop, blocked, executor):
@@ -125,9 +69,9 @@ def test_async_with_lets_the_error_through(loop, blocked, executor):
             raise LookupError
 
     with pytest.raises(LookupError):
-        loop.run(main())
+        loop.run(main)
     assert collector.closed
-    assert collector._cpu.admission.running == 0
+    assert inside.running(collector) == 0
 
 
 def test_aclose_may_leave_the_waiting_to_run(loop, blocked, executor):
@@ -140,7 +84,7 @@ def test_aclose_may_leave_the_waiting_to_run(loop, blocked, executor):
         assert [handle.done() for handle in handles] == [True] * 3
         return [(await handle).item() for handle in handles]
 
-    assert loop.run(main()) == [1, 1, 1]
+    assert loop.run(main) == [1, 1, 1]
 
 
 def test_aclose_that_is_cancelled_leaves_the_collector_closed_and_its_query_running(
@@ -150,15 +94,15 @@ def test_aclose_that_is_cancelled_leaves_the_collector_closed_and_its_query_runn
 
     async def main():
         handle = collector.collect_async(blocked.lf)
-        await loop.cancel_when(lambda: closers(collector), collector.aclose)
+        await loop.cancel_when(lambda: inside.closers(collector), collector.aclose)
         assert collector.closed
         assert not handle.done()
-        assert not closers(collector)
+        assert not inside.closers(collector)
         blocked.gate.set()
         await collector.aclose()
         return (await handle).item()
 
-    assert loop.run(main()) == 1
+    assert loop.run(main) == 1
 
 
 def test_aclose_in_many_tasks_at_once_waits_in_each(loop, blocked, executor):
@@ -169,7 +113,7 @@ def test_aclose_in_many_tasks_at_once_waits_in_each(loop, blocked, executor):
         ended.append(handle.done())
 
     async def let_go():
-        while len(closers(collector)) < 3:
+        while len(inside.closers(collector)) < 3:
             await loop.sleep(0.001)
         blocked.gate.set()
 
@@ -177,11 +121,10 @@ def test_aclose_in_many_tasks_at_once_waits_in_each(loop, blocked, executor):
         await loop.together(close, close, close, let_go)
 
     handle = collector.collect_async(blocked.lf)
-    loop.run(main())
+    loop.run(main)
     assert ended == [True] * 3
 
 
-@pytest.mark.cannot("processes", "dask", because=A_COLLECTOR_STAYS)
 def test_aclose_inside_a_udf_is_refused_rather_than_waiting_for_itself(loop, executor):
     outcomes = []
 
@@ -193,10 +136,10 @@ def test_aclose_inside_a_udf_is_refused_rather_than_waiting_for_itself(loop, exe
                 except RuntimeError as error:
                     outcomes.append(str(error))
 
-            await loop.cancel_when(lambda: outcomes or closers(collector), close)
+            await loop.cancel_when(lambda: outcomes or inside.closers(collector), close)
 
         try:
-            loop.run(main())
+            loop.run(main)
         except BaseException as error:  # noqa: BLE001  # it was not cancelled, but ended
             outcomes.append(type(error).__name__)
         return df
@@ -211,6 +154,7 @@ def test_aclose_inside_a_udf_is_refused_rather_than_waiting_for_itself(loop, exe
 # close
 
 
+@pytest.mark.everywhere
 def test_close_on_the_loops_thread_waits_for_a_query_that_is_awaited_there(loop, executor):
     collector = Collector(executor=executor, max_running=1)
 
@@ -220,7 +164,7 @@ def test_close_on_the_loops_thread_waits_for_a_query_that_is_awaited_there(loop,
         assert handle.done()
         return (await handle).item()
 
-    assert loop.run(main()) == 1
+    assert loop.run(main) == 1
 
 
 def test_close_from_another_thread_tells_those_who_await_in_the_loop(loop, blocked, executor):
@@ -242,11 +186,10 @@ def test_close_from_another_thread_tells_those_who_await_in_the_loop(loop, block
 
         await loop.together(wait, close)
 
-    loop.run(main())
+    loop.run(main)
     assert outcomes == ["cancelled", 1]
 
 
-@pytest.mark.cannot("processes", "dask", because=A_COLLECTOR_STAYS, runs=False)
 def test_close_in_a_udf_without_waiting_lets_its_own_query_end(blocked, executor):
     collector = Collector(executor=executor, max_running=1)
 

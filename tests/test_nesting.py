@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextvars import copy_context
 from pathlib import Path
 
+import inside
 import polars as pl
 import pytest
 import trio
@@ -82,7 +83,7 @@ def test_nested_query_does_not_wait_for_those_in_the_line(collector, blocked):
         blocked.started.set()
         blocked.gate.wait()
         for _ in range(2):  # the end of the first starts none of those in the line
-            assert collector._cpu.admission.waiting == 5
+            assert inside.waiting(collector) == 5
             df = collector.collect_async(TINY).result().with_columns(df["a"])
         return df
 
@@ -99,7 +100,7 @@ def test_slots_hold_again_after_nested_queries(collector, blocked):
     collector.collect_async(blocked.lf)
     assert blocked.started.wait(30)
     waiting = collector.collect_async(TINY)
-    assert (collector._cpu.admission.running, collector._cpu.admission.waiting) == (1, 1)
+    assert (inside.running(collector), inside.waiting(collector)) == (1, 1)
     blocked.gate.set()
     assert waiting.result(30).item() == 1
 

@@ -15,6 +15,7 @@ from itertools import chain
 from types import SimpleNamespace
 from weakref import ref
 
+import inside
 import polars as pl
 import pytest
 from conftest import TINY, Blocked
@@ -517,7 +518,7 @@ def test_batches_that_fell_back_are_held_up_by_a_slow_consumer(collector, gpu):
         await anext(stream)
         while not collector._cpu.admission._paused:  # noqa: ASYNC110  # nobody tells
             await asyncio.sleep(0.001)
-        assert len(stream._buffer._arrivals.items) <= 2
+        assert len(inside.lying_ready(stream._buffer)) <= 2
         gpu.fail = None
         assert (await collector.collect_async(TINY, engine="gpu")).item() == 1
         return 1 + len([batch async for batch in stream])
@@ -604,7 +605,7 @@ def test_limits_of_the_line_do_not_hold_for_what_was_let_in_already(gpu, blocked
         running = collector.collect_async(blocked.lf)
         assert blocked.started.wait(30)
         fallen = collector.collect_async(TINY, engine="gpu")
-        while not collector._cpu.admission.waiting:
+        while not inside.waiting(collector):
             time.sleep(0.001)
         assert not fallen.done()
         blocked.gate.set()
@@ -694,7 +695,7 @@ def test_query_that_fell_back_may_leave_the_line(gpu, blocked, events, how):
         lf, runs = counting()
         timeout = 0.05 if how == "timed_out" else None
         handle = collector.collect_async(lf, engine="gpu", timeout=timeout, label="it")
-        while not collector._cpu.admission.waiting:
+        while not inside.waiting(collector):
             time.sleep(0.001)
         if how == "cancelled":
             assert handle.cancel()
@@ -795,7 +796,7 @@ def test_query_that_fell_back_waits_for_the_threads_that_there_are(
     gpu.fail = "oom"
     no_thread()
     handle = collector.collect_async(TINY, engine="gpu")
-    while not collector._cpu.admission.waiting:
+    while not inside.waiting(collector):
         time.sleep(0.001)
     assert not handle.done()
     blocked.gate.set()

@@ -8,6 +8,7 @@ import weakref
 from concurrent.futures import CancelledError
 
 import gevent
+import inside
 import pytest
 from conftest import TINY
 
@@ -388,12 +389,12 @@ def test_cancelled_and_finished_queries_give_their_slots_back():
                 assert handle.result(30).item() == 1
             except CancelledError:
                 pass
-    assert collector._cpu.admission.running == collector._cpu.admission.waiting == 0
+    assert inside.running(collector) == inside.waiting(collector) == 0
 
 
 def test_slot_is_free_when_whoever_waits_is_woken(collector, blocked):
     told, running, woken = Told(), [], threading.Event()
-    told.wake = lambda: (running.append(collector._cpu.admission.running), woken.set())
+    told.wake = lambda: (running.append(inside.running(collector)), woken.set())
     handle = collector.collect_async(blocked.lf)
     handle._query.add_waiter(told)
     blocked.gate.set()

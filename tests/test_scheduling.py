@@ -339,7 +339,7 @@ def workload(rng, size, *, ranked=None, learns=True):
 @pytest.mark.parametrize("slots", [1, 2, 3, 4])
 def test_policy_keeps_its_promises_in_random_workloads(slots):
     rng = Random(slots)
-    for _ in range(2_500):
+    for _ in range(500):
         Simulation(slots, workload(rng, rng.randrange(20, 50))).run()
 
 
@@ -351,7 +351,7 @@ def test_policy_keeps_its_promises_in_large_workloads(slots):
 @pytest.mark.parametrize("slots", [1, 2, 3, 4])
 def test_low_priority_is_passed_a_bounded_number_of_turns(slots):
     rng = Random(10 + slots)
-    for _ in range(300):
+    for _ in range(100):
         jobs = workload(rng, 40, ranked=1, learns=False)
         simulation = Simulation(slots, jobs).run()
         assert simulation.without_lowest < FAIR_EVERY
@@ -381,15 +381,15 @@ def stream(count, work, gap, *, start=0.0, priority=0):
 @pytest.mark.parametrize("slots", [1, 2, 3])
 @pytest.mark.parametrize("tiny", [QUICK, 2 * QUICK])
 def test_heavy_one_starts_in_an_endless_stream_of_tiny_ones(tiny, slots, load):
-    many = round(20 / tiny)
+    many = round(2 / tiny)
     gap = tiny / slots / load
-    heavy = Job(1_000 * gap, 1.0)
-    jobs = [*stream(50, tiny, 0.0), *stream(many, tiny, gap), heavy]
+    heavy = Job(100 * gap, 0.1)
+    jobs = [*stream(10, tiny, 0.0), *stream(many, tiny, gap), heavy]
     Simulation(slots, jobs, check=False).run()
     waited = heavy.overtaken_at_start - heavy.overtaken_before
     # Its patience, and what came until that was over; nothing where it was taken unseen.
-    assert waited <= 5.2 * load
-    assert (waited >= 1) == (tiny > QUICK or slots > 1)
+    assert waited <= 0.52 * load
+    assert (waited >= 0.1) == (tiny > QUICK or slots > 1)
     assert sum(job.started > heavy.started for job in jobs) > many / 4
 
 
@@ -399,8 +399,8 @@ def test_heavy_one_starts_in_an_endless_stream_of_tiny_ones(tiny, slots, load):
 def test_low_priority_starts_in_an_endless_stream_of_high_priority(slots, load, low):
     work = 0.05
     gap = work / slots / load
-    job = Job(1_000 * gap, work, priority=low)
-    jobs = [*stream(50, work, 0.0, priority=10), *stream(10_000, work, gap, priority=10), job]
+    job = Job(100 * gap, work, priority=low)
+    jobs = [*stream(50, work, 0.0, priority=10), *stream(1_000, work, gap, priority=10), job]
     Simulation(slots, jobs, check=False).run()
     passed = sum(job.turn) - sum(job.sorted_in)
     lower = sum(other.mark <= job.mark and other.started >= job.arrival for other in jobs)

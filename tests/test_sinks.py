@@ -7,15 +7,12 @@ from concurrent.futures import CancelledError
 
 import polars as pl
 import pytest
-import trio
-from places import PLANS_SENT_ONE_BY_ONE, TINY, Gate, Notes
+from loops import Asyncio, Trio, fixture_of
+from places import TINY, Gate, Notes
 from polars.io.plugins import register_io_source
 
 import polars_async as pa
 from polars_async import Collector, QueryTimeoutError
-
-pytestmark = pytest.mark.everywhere
-
 
 NUMBERS = pl.LazyFrame({"a": range(1000), "b": [f"row {i}" for i in range(1000)]})
 
@@ -32,25 +29,23 @@ FORMATS = {
 }
 
 
-@pytest.fixture(params=[asyncio, trio], ids=["asyncio", "trio"])
-def run(request):
-    """Run a coroutine function in a loop."""
-    return trio.run if request.param is trio else lambda main: asyncio.run(main())
+loop = fixture_of(Asyncio, Trio)
 
 
 # sink_async
 
 
+@pytest.mark.everywhere(name="parquet", engine=None)
 @pytest.mark.parametrize("name", FORMATS)
 @pytest.mark.parametrize("engine", [None, "in-memory", "streaming"])
-def test_sink_writes_all_and_gives_none(run, collector, tmp_path, name, engine):
+def test_sink_writes_all_and_gives_none(loop, collector, tmp_path, name, engine):
     read, options = FORMATS[name]
     path = tmp_path / "file"
 
     async def main():
         return await collector.sink_async(write(name, NUMBERS, path, **options), engine=engine)
 
-    assert run(main) is None
+    assert loop.run(main) is None
     assert read(path).equals(NUMBERS.collect())
 
 
@@ -86,18 +81,9 @@ def test_sinks_run_on_the_streaming_engine_where_no_other_is_asked_for(tmp_path,
         assert collector.sink_async(sink).resolution.name == "in-memory"
 
 
-@pytest.mark.parametrize(
-    "engine",
-    [
-        None,
-        "in-memory",
-        pytest.param(
-            "streaming",
-            marks=pytest.mark.cannot("processes", "dask", because=PLANS_SENT_ONE_BY_ONE),
-        ),
-    ],
-)
-def test_sinks_of_one_source_are_written_by_one_query(run, collector, tmp_path, engine):
+@pytest.mark.everywhere(engine="in-memory")
+@pytest.mark.parametrize("engine", [None, "in-memory", "streaming"])
+def test_sinks_of_one_source_are_written_by_one_query(loop, collector, tmp_path, engine):
     reads = Notes()
     source = NUMBERS.map_batches(lambda df: (reads.append(1), df)[1])
     paths = {name: tmp_path / f"file.{name}" for name in FORMATS}
@@ -106,7 +92,7 @@ def test_sinks_of_one_source_are_written_by_one_query(run, collector, tmp_path, 
         sinks = [write(name, source, path) for name, path in paths.items()]
         return await collector.collect_all_async(sinks, engine=engine)
 
-    assert [frame.shape for frame in run(main)] == [(0, 0)] * 4
+    assert [frame.shape for frame in loop.run(main)] == [(0, 0)] * 4
     for name, path in paths.items():
         assert FORMATS[name][0](path).equals(NUMBERS.collect())
     assert collector.stats()["completed"] == 1
@@ -125,12 +111,13 @@ def test_forgotten_lazy_is_named_as_the_cause(collector, tmp_path):
     assert collector.stats()["submitted"] == 0
 
 
-def test_path_that_cannot_be_written_is_an_error(run, collector, tmp_path):
+@pytest.mark.everywhere
+def test_path_that_cannot_be_written_is_an_error(loop, collector, tmp_path):
     async def main():
         await collector.sink_async(NUMBERS.sink_csv(tmp_path / "no" / "file.csv", lazy=True))
 
     with pytest.raises(FileNotFoundError):
-        run(main)
+        loop.run(main)
     assert collector.stats()["failed"] == 1
 
 
@@ -171,6 +158,7 @@ def affinity(collector):
         yield
 
 
+@pytest.mark.everywhere(name="parquet")
 @pytest.mark.usefixtures("affinity")
 @pytest.mark.parametrize("name", FORMATS)
 def test_sinks_run_with_the_async_engine_as_affinity(collector, tmp_path, name):
@@ -181,25 +169,26 @@ def test_sinks_run_with_the_async_engine_as_affinity(collector, tmp_path, name):
     assert FORMATS[name][0](path).equals(NUMBERS.collect())
 
 
+@pytest.mark.everywhere
 @pytest.mark.usefixtures("affinity")
-def test_batches_come_with_the_async_engine_as_affinity(run, collector):
+def test_batches_come_with_the_async_engine_as_affinity(loop, collector):
     async def main():
         stream = collector.collect_batches_async(NUMBERS, chunk_size=100)
         assert stream.resolution.name == "streaming"
         return pl.concat([batch async for batch in stream])
 
-    assert run(main).equals(NUMBERS.collect())
+    assert loop.run(main).equals(NUMBERS.collect())
 
 
 @pytest.mark.usefixtures("affinity")
-def test_lazy_sinks_of_polars_own_methods_run_on_the_collector(run, collector, tmp_path):
+def test_lazy_sinks_of_polars_own_methods_run_on_the_collector(loop, collector, tmp_path):
     paths = [tmp_path / "file.parquet", tmp_path / "other.parquet"]
 
     async def main():
         sinks = [NUMBERS.sink_parquet(path, lazy=True) for path in paths]
         await pl.collect_all_async(sinks)
 
-    run(main)
+    loop.run(main)
     assert [pl.read_parquet(path).height for path in paths] == [1000] * 2
     assert collector.stats()["completed"] == 1
 
@@ -207,7 +196,8 @@ def test_lazy_sinks_of_polars_own_methods_run_on_the_collector(run, collector, t
 # collect_schema_async
 
 
-def test_schema_of_files_is_found(run, collector, tmp_path):
+@pytest.mark.everywhere
+def test_schema_of_files_is_found(loop, collector, tmp_path):
     NUMBERS.sink_parquet(tmp_path / "file.parquet")
 
     async def main():
@@ -216,12 +206,13 @@ def test_schema_of_files_is_found(run, collector, tmp_path):
         assert handle.label == "the schema"
         return await handle
 
-    schema = run(main)
+    schema = loop.run(main)
     assert isinstance(schema, pl.Schema)
     assert schema == {"a": pl.Int64, "b": pl.String, "c": pl.Float64}
 
 
-def test_schema_of_a_broken_plan_is_an_error(run, collector, tmp_path):
+@pytest.mark.everywhere
+def test_schema_of_a_broken_plan_is_an_error(loop, collector, tmp_path):
     for lf, error in (
         (TINY.select("missing"), pl.exceptions.ColumnNotFoundError),
         (pl.scan_parquet(tmp_path / "missing.parquet"), FileNotFoundError),
@@ -231,7 +222,7 @@ def test_schema_of_a_broken_plan_is_an_error(run, collector, tmp_path):
             await collector.collect_schema_async(lf)
 
         with pytest.raises(error):
-            run(main)
+            loop.run(main)
     with pytest.raises(TypeError, match="lf must be a LazyFrame"):
         collector.collect_schema_async(TINY.collect())
 
@@ -325,6 +316,7 @@ def test_cancelled_background_query_never_runs(collector, blocked, together):
     assert not ran
 
 
+@pytest.mark.everywhere
 def test_background_query_raises_what_the_query_raised(collector):
     def fail(df):  # noqa: ARG001
         raise LookupError("no")

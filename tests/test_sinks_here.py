@@ -9,6 +9,7 @@ import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
+import inside
 import polars as pl
 import pytest
 from places import LIMIT, Failure, Gate, until
@@ -166,7 +167,7 @@ def test_sink_that_waits_here_says_that_nothing_stops_it(collector):
 
     handle = collector.sink_async(NUMBERS.sink_batches(wait, lazy=True), timeout=60)
     until(begun.is_set)
-    handle._query.expire()
+    inside.let_time_be_up(handle)
     with pytest.raises(pa.QueryTimeoutError, match="Polars cannot stop it"):
         handle.result(30)
     gate.set()

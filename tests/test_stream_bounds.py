@@ -15,6 +15,7 @@ from contextlib import suppress
 from itertools import count
 from pathlib import Path
 
+import inside
 import polars as pl
 import pytest
 from places import TINY, Blocked, Failure, Notes, Source, until
@@ -91,7 +92,7 @@ def make(executor):
     yield make
     for each in made:
         each.close()
-        until(lambda each=each: not each._cpu.admission.threads)
+        until(lambda each=each: not inside.threads_in_use(each))
         stats = each.stats()
         assert (stats["streams"], stats["paused"], stats["running"]) == (0, 0, 0)
         assert not each._cpu.admission._returning
@@ -130,7 +131,6 @@ def returning(collector):
 # How many are open
 
 
-@pytest.mark.everywhere
 def test_stream_beyond_those_that_may_be_open_is_refused_at_the_call(make, blocked):
     events = []
     collector = make(max_running=1, max_streams=3, on_event=events.append)
@@ -182,9 +182,9 @@ def be_late_in_the_queue(collector, blocked):
 
 
 def be_late_while_it_is_held_up(collector, blocked):  # noqa: ARG001
-    stream = opened(collector, timeout=0.01)
-    until(lambda: collector.stats()["timed_out"])
-    del stream
+    (stream,) = paused(collector, timeout=3600)
+    inside.let_time_be_up(stream)
+    assert collector.stats()["timed_out"] == 1
 
 
 def fail(collector, blocked):  # noqa: ARG001
@@ -210,7 +210,7 @@ ENDS = [
 ]
 
 
-@pytest.mark.everywhere
+@pytest.mark.everywhere(end=[close_while_it_is_held_up, be_late_while_it_is_held_up])
 @pytest.mark.parametrize("end", ENDS)
 def test_stream_that_has_ended_in_any_way_is_no_longer_open(make, blocked, end):
     collector = make(max_running=1, max_streams=1)
@@ -350,7 +350,7 @@ class Stints:
         self.going_on = []
 
     def put(self, buffer, batch):
-        pauses = len(buffer._arrivals.items) == BATCHES_AHEAD - 1
+        pauses = len(inside.lying_ready(buffer)) == BATCHES_AHEAD - 1
         enough = self._put(buffer, batch)
         if pauses and not enough:
             self.going_on.append(buffer)
@@ -374,7 +374,6 @@ def stints(make, monkeypatch):  # noqa: ARG001  # which closes collectors when a
     stints.let_on(1000)
 
 
-@pytest.mark.everywhere
 @pytest.mark.parametrize("slots", [1, 2])
 def test_streams_whose_consumers_are_back_go_on_within_the_slots(make, stints, slots):
     collector = make(max_running=slots)
@@ -390,7 +389,6 @@ def test_streams_whose_consumers_are_back_go_on_within_the_slots(make, stints, s
         assert rest_of(stream) == list(range(1, 100))
 
 
-@pytest.mark.everywhere
 def test_stream_that_comes_back_is_before_those_in_the_queue(stints, held_up, blocked):
     collector, stream = held_up
     ran = Notes()
@@ -404,14 +402,12 @@ def test_stream_that_comes_back_is_before_those_in_the_queue(stints, held_up, bl
     assert len(ran) == 1
 
 
-@pytest.mark.everywhere
 def test_stream_goes_on_at_once_where_a_slot_is_free(make):
     collector = make(max_running=1)
     (stream,) = paused(collector)
     assert rest_of(stream) == list(range(100))
 
 
-@pytest.mark.everywhere
 def test_slot_that_is_kept_for_small_queries_is_not_for_a_large_stream(make, blocked):
     collector = make(max_running=2)
     large, small = (*paused(collector, priority=-1), *paused(collector, priority=1))
@@ -442,7 +438,7 @@ def test_streams_that_take_turns_do_not_keep_out_the_queue(make, stints, blocked
             turns += 1
             stints.let_on()
             (stream,) = (each for each in streams if each._buffer is buffer)
-            until(lambda buffer=buffer: len(buffer._arrivals.items) == BATCHES_AHEAD)
+            until(lambda buffer=buffer: len(inside.lying_ready(buffer)) == BATCHES_AHEAD)
             take(stream)  # so that it is back while the other has the slot
     assert FAIR_EVERY - 2 <= turns <= 2 * FAIR_EVERY
     stints.let_on(1000)
@@ -469,7 +465,7 @@ def test_stream_that_is_late_while_it_is_held_up_tells_no_pause_as_run_time(make
     (stream,) = paused(collector, timeout=3600)
     ran, clock = stream._query.times.run_seconds, times.perf_counter
     monkeypatch.setattr(times, "perf_counter", lambda: clock() + 3600)
-    stream._query.expire()
+    inside.let_time_be_up(stream)
     with pytest.raises(QueryTimeoutError) as raised:
         rest_of(stream)
     assert raised.value.run_seconds == ran
@@ -483,14 +479,14 @@ def close_stream(collector, stream):  # noqa: ARG001
 
 
 def expire(collector, stream):  # noqa: ARG001
-    stream._query.expire()
+    inside.let_time_be_up(stream)
 
 
 def close_collector(collector, stream):  # noqa: ARG001
     collector.close(wait=False)
 
 
-@pytest.mark.everywhere
+@pytest.mark.everywhere(leave=close_stream)
 @pytest.mark.parametrize("leave", [close_stream, expire, close_collector])
 def test_stream_that_waits_for_a_slot_needs_none_to_end(held_up, leave):
     collector, stream = held_up
@@ -559,13 +555,12 @@ def test_consumer_that_is_interrupted_at_any_line_costs_no_slot(make, block, wai
         came = interrupted(stream, lines)
         stream.close()
         blocked.gate.set()
-        until(lambda: not collector._cpu.admission.threads)
+        until(lambda: not inside.threads_in_use(collector))
         assert collector.collect_async(TINY).result(30).item() == 1
-        until(lambda: not collector._cpu.admission.threads)
+        until(lambda: not inside.threads_in_use(collector))
     assert lines > 20
 
 
-@pytest.mark.everywhere
 def test_stream_goes_on_after_its_collector_was_closed_to_others(held_up, blocked):
     collector, stream = held_up
     collector.close(wait=False, cancel_waiting=False)
@@ -661,7 +656,6 @@ def own_threads():
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="Linux alone lists the threads of a process")
-@pytest.mark.everywhere
 def test_threads_of_a_burst_of_streams_end(make):
     gc.collect()  # other tests' collectors
     before = own_threads()
@@ -671,7 +665,7 @@ def test_threads_of_a_burst_of_streams_end(make):
     assert own_threads() >= 8
     for stream in streams:
         stream.close()
-    until(lambda: collector._cpu._threads.threads <= 2)
+    until(lambda: inside.all_threads(collector) <= 2)
     until(lambda: own_threads() <= before + 2)
     handles = [collector.collect_async(TINY) for _ in range(10)]
     assert [handle.result(30).item() for handle in handles] == [1] * 10
@@ -680,7 +674,7 @@ def test_threads_of_a_burst_of_streams_end(make):
 def test_threads_of_nested_queries_end(make):
     collector = make(max_running=1)
     assert collector.collect_async(ask_plan(collector, by_result, 5)).result(30).item() == 1
-    until(lambda: collector._cpu._threads.threads == 1)
+    until(lambda: inside.all_threads(collector) == 1)
 
 
 def test_workers_of_a_burst_of_streams_end():
@@ -775,4 +769,4 @@ def test_streams_that_end_in_any_way_at_any_moment_lose_no_slot(make, monkeypatc
     until(lambda: not admission.threads)
     assert collector.stats()["waiting"] == collector.stats()["streams"] == 0
     assert collector.collect_async(TINY).result(30).item() == 1
-    until(lambda: collector._cpu._threads.threads <= slots)
+    until(lambda: inside.all_threads(collector) <= slots)

@@ -8,16 +8,17 @@ import os
 import signal
 import threading
 import weakref
-from concurrent.futures import CancelledError
 from contextlib import aclosing
+from functools import partial
 from itertools import count
 from math import inf
 from time import sleep
 
+import inside
 import polars as pl
 import pytest
 import trio
-import trio.testing
+from loops import LEFT, Asyncio, Trio, fixture_of
 from places import ALL_AT_ONCE, TINY, Blocked, Failure, Notes, Source, until
 from polars.exceptions import ComputeError, PanicException
 
@@ -37,9 +38,6 @@ from polars_async.scheduling import times
 from polars_async.streams import Batches
 from polars_async.testing import simulate_gpu
 
-pytestmark = pytest.mark.everywhere
-
-
 BOUND = 100
 """More batches than Polars makes ahead of a consumer that stops; fewer than the sources have."""
 
@@ -48,72 +46,7 @@ class Local:
     """What a UDF's frame holds."""
 
 
-# The loops
-
-
-class OfAsyncio:
-    cancelled = asyncio.CancelledError
-
-    def run(self, main, *arguments):
-        told = []
-
-        async def watched():
-            asyncio.get_running_loop().set_exception_handler(lambda _, each: told.append(each))
-            return await main(*arguments)
-
-        try:
-            return asyncio.run(watched())
-        finally:
-            gc.collect()
-            assert told == []
-
-    async def tick(self):
-        await asyncio.sleep(0)
-
-    async def together(self, *functions):
-        async with asyncio.TaskGroup() as group:
-            for function in functions:
-                group.create_task(function())
-
-    async def cancel_when(self, ready, function):
-        task = asyncio.create_task(function())
-        while not ready():  # noqa: ASYNC110  # nobody is told
-            await asyncio.sleep(0.001)
-        task.cancel()
-        await asyncio.wait([task])
-        assert task.cancelled()
-
-
-class OfTrio:
-    is_enough_on_threads = True
-    cancelled = CancelledError
-
-    def run(self, main, *arguments):
-        try:
-            return trio.run(main, *arguments)
-        finally:
-            gc.collect()
-
-    async def tick(self):
-        await trio.lowlevel.checkpoint()
-
-    async def together(self, *functions):
-        async with trio.open_nursery() as nursery:
-            for function in functions:
-                nursery.start_soon(function)
-
-    async def cancel_when(self, ready, function):
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(function)
-            while not ready():
-                await trio.lowlevel.checkpoint()
-            nursery.cancel_scope.cancel()
-        assert nursery.cancel_scope.cancelled_caught
-
-
-@pytest.fixture(params=[OfAsyncio, OfTrio], ids=["asyncio", "trio"])
-def loop(request):
-    return request.param()
+loop = fixture_of(Asyncio, Trio)
 
 
 async def listed(stream):
@@ -163,12 +96,13 @@ def assert_free(collector):
     collector.close()
     stats = collector.stats()
     assert (stats["running"], stats["waiting"]) == (0, 0)
-    until(lambda: not collector._cpu.admission.threads)
+    until(lambda: not inside.threads_in_use(collector))
 
 
 # as_completed
 
 
+@pytest.mark.everywhere
 def test_results_come_in_the_order_of_completion_with_their_positions(loop, executor):
     queries = [Blocked() for _ in range(3)]
 
@@ -224,11 +158,10 @@ def asked(collector, kind, lf):
     return collector.collect_batches_async(lf)
 
 
-FRAMES_ARE_ELSEWHERE = "what a function holds is held, and freed, in another process"
-
 KINDS = ["as_completed", "collect_batches_async"]
 
 
+@pytest.mark.everywhere(kind="collect_batches_async", error=[Failure, KeyboardInterrupt])
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("error", ERRORS)
 def test_error_arrives_unchanged_and_alone(loop, collector, kind, error, is_that):
@@ -257,6 +190,7 @@ def test_error_that_would_end_a_loop_arrives_in_another(loop, collector, kind, e
     assert is_that(raised.value.__cause__, error)
 
 
+@pytest.mark.everywhere(kind="collect_batches_async")
 @pytest.mark.parametrize("kind", KINDS)
 def test_panic_arrives(loop, collector, kind, capfd):
     with pytest.raises(PanicException):
@@ -272,6 +206,7 @@ def test_error_of_polars_arrives(loop, collector, kind):
         loop.run(listed, asked(collector, kind, broken))
 
 
+@pytest.mark.everywhere
 def test_failure_comes_at_its_turn_and_cancels_the_others(loop, collector, blocked, is_let_go):
     ran = Notes()
     frames = [numbered(5), failing(Failure()), blocked.lf, noting(ran), noting(ran)]
@@ -319,7 +254,7 @@ def test_wrong_frame_schedules_nothing(collector):
         with pytest.raises(ValueError, match=next(iter(options))):
             collector.collect_batches_async(TINY, **options)
     assert collector.stats()["submitted"] == 0
-    assert not collector._cpu._threads.threads
+    assert not inside.all_threads(collector)
 
 
 def test_full_line_in_the_midst_cancels_what_was_scheduled(blocked, executor):
@@ -375,12 +310,12 @@ def test_consumers_of_one_stream_share_the_results_and_all_end(loop, collector, 
         async def consume():
             async for item in stream:
                 found.append(item[0] if isinstance(item, tuple) else item.item())
-                await loop.tick()
+                await loop.sleep(0)
             ended.append(1)
 
         async def release():
             while len(ended) < consumers and not is_awaited(stream):
-                await loop.tick()
+                await loop.sleep(0)
             blocked.gate.set()
 
         await loop.together(*[consume] * consumers, release)
@@ -450,19 +385,13 @@ async def by_cancellation(loop, box):
 
 async def by_a_scope(loop, box):
     await anext(box[0])
-    if isinstance(loop, OfTrio):
-        with trio.move_on_after(0.001) as scope:
-            await listed(box[0])
-        assert scope.cancelled_caught
-    else:
-        with pytest.raises(TimeoutError):
-            await asyncio.wait_for(anext(box[0]), 0.001)
+    assert await loop.within(0.001, partial(listed, box[0])) is LEFT
 
 
 async def by_a_failing_sibling(loop, box):
     async def fail():
         while not is_awaited(box[0]):
-            await loop.tick()
+            await loop.sleep(0)
         raise Failure
 
     async def consume():
@@ -510,6 +439,7 @@ def test_leaving_lets_go_of_the_other_queries_at_once(loop, collector, blocked, 
     assert not ran
 
 
+@pytest.mark.everywhere(leave=by_break)
 @pytest.mark.parametrize("leave", WAYS)
 @pytest.mark.cannot("dask", because=ALL_AT_ONCE, runs=False)
 def test_leaving_lets_go_of_a_query_that_computes(loop, collector, held, leave, is_let_go):
@@ -529,6 +459,7 @@ def test_leaving_lets_go_of_a_query_that_computes(loop, collector, held, leave, 
     assert held.made < BOUND
 
 
+@pytest.mark.everywhere(leave=by_break)
 @pytest.mark.parametrize(
     "leave", [each for each in WAYS if each not in (by_cancellation, by_a_scope)]
 )
@@ -561,7 +492,6 @@ def test_dropping_a_stream_nobody_iterated_lets_go_of_all(collector, blocked, ki
     assert not ran
 
 
-@pytest.mark.cannot("dask", because=ALL_AT_ONCE, runs=False)
 def test_dropping_a_stream_nobody_iterated_frees_a_query_that_is_held_up(collector, endless):
     stream = collector.collect_batches_async(endless.lf, chunk_size=1)
     wait_until_paused(collector)
@@ -569,7 +499,6 @@ def test_dropping_a_stream_nobody_iterated_frees_a_query_that_is_held_up(collect
     assert_free(collector)
 
 
-@pytest.mark.cannot("dask", because=ALL_AT_ONCE, runs=False)
 def test_consumer_on_another_thread_is_told_of_close(loop, collector, held):
     stream = collector.collect_batches_async(held.lf, chunk_size=1)
     found = []
@@ -588,6 +517,7 @@ NUMBERS = pl.LazyFrame({"a": range(ROWS)})
 ENGINES = ["in-memory", "streaming", None]
 
 
+@pytest.mark.everywhere(engine=["in-memory", None], chunk_size=999)
 @pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("chunk_size", [None, 1000, 999, 10 * ROWS])
 def test_batches_are_those_of_polars(loop, collector, engine, chunk_size):
@@ -626,6 +556,7 @@ def test_batches_come_of_the_streaming_engine_where_none_is_asked_for(collector)
     assert collector.collect_batches_async(TINY, engine="in-memory").resolution.name == "in-memory"
 
 
+@pytest.mark.everywhere
 @pytest.mark.cannot("dask", because=ALL_AT_ONCE, runs=False)
 def test_first_batch_comes_before_the_end(loop, collector, held):
     async def main():
@@ -636,6 +567,7 @@ def test_first_batch_comes_before_the_end(loop, collector, held):
     assert held.made == 1
 
 
+@pytest.mark.everywhere(batches=None)
 @pytest.mark.parametrize("batches", [1000, None])
 @pytest.mark.cannot("dask", because=ALL_AT_ONCE, runs=False)
 def test_consumer_that_stops_holds_its_query_up(loop, collector, batches):
@@ -645,20 +577,21 @@ def test_consumer_that_stops_holds_its_query_up(loop, collector, batches):
         wait_until_paused(collector)
         for _ in range(50):  # which is time enough to go on, if it did
             await collector.collect_async(TINY, engine="streaming")
-        assert len(stream._buffer._arrivals.items) == BATCHES_AHEAD
+        assert len(inside.lying_ready(stream._buffer)) == BATCHES_AHEAD
         return source.made
 
     source = Source(batches)
     assert loop.run(main) < BOUND
 
 
+@pytest.mark.everywhere(engine="streaming")
 @pytest.mark.parametrize("engine", ["in-memory", "streaming"])
 def test_no_batch_is_put_while_two_lie_ready(loop, collector, monkeypatch, engine):
     lying = []
     put = Buffer.put
 
     def note_and_put(buffer, batch):
-        lying.append(len(buffer._arrivals.items))
+        lying.append(len(inside.lying_ready(buffer)))
         return put(buffer, batch)
 
     monkeypatch.setattr(Buffer, "put", note_and_put)
@@ -668,6 +601,7 @@ def test_no_batch_is_put_while_two_lie_ready(loop, collector, monkeypatch, engin
     assert max(lying) < BATCHES_AHEAD
 
 
+@pytest.mark.everywhere(engine="streaming", other="in-memory")
 @pytest.mark.parametrize("engine", ["in-memory", "streaming"])
 @pytest.mark.parametrize("other", ["in-memory", "streaming"])
 def test_consumer_asks_for_other_queries_on_the_one_slot(
@@ -683,9 +617,10 @@ def test_consumer_asks_for_other_queries_on_the_one_slot(
         return total
 
     assert loop.run(main) == sum(range(ROWS))
-    assert collector._cpu._threads.threads <= 2
+    assert inside.all_threads(collector) <= 2
 
 
+@pytest.mark.everywhere(engine="streaming", streams=2)
 @pytest.mark.parametrize("streams", [2, 8])
 @pytest.mark.parametrize("engine", ["in-memory", "streaming"])
 def test_streams_on_one_slot_are_read_in_step(loop, collector, streams, engine):
@@ -727,7 +662,6 @@ def test_queries_go_on_beside_many_streams_that_are_held_up(loop, engine, execut
     assert collector.stats()["running"] == 0
 
 
-@pytest.mark.cannot("dask", because=ALL_AT_ONCE, runs=False)
 def test_python_sources_go_on_beside_streams_of_python_sources_that_are_held_up(loop, collector):
     sources = [Source() for _ in range(6)]
 
@@ -770,6 +704,7 @@ def test_time_that_a_stream_is_held_up_is_not_work(loop, collector, monkeypatch)
     assert expected.seconds < 3600
 
 
+@pytest.mark.everywhere
 def test_thread_that_cannot_start_costs_no_slot_when_a_stream_is_held_up(
     loop, collector, monkeypatch
 ):
@@ -789,15 +724,16 @@ def test_thread_that_cannot_start_costs_no_slot_when_a_stream_is_held_up(
             assert "can't start new thread" in str(error)  # noqa: PT017  # it may, or may not
     assert waiting.result(5).item() == 1
     assert collector.collect_async(TINY).result(5).item() == 1
-    until(lambda: not collector._cpu.admission.threads)
+    until(lambda: not inside.threads_in_use(collector))
 
 
 # Errors of a stream
 
 
-@pytest.mark.parametrize("error", [Failure("late"), KeyError("late")], ids=["own", "KeyError"])
+@pytest.mark.everywhere(error=Failure)
+@pytest.mark.parametrize("error", [Failure, KeyError])
 def test_batches_before_an_error_come_first(loop, collector, error):
-    source = Source(7, error=error)
+    source = Source(7, error=error("late"))
 
     async def main():
         found = []
@@ -818,6 +754,7 @@ def test_batches_before_an_error_come_first(loop, collector, error):
     assert collector.stats()["failed"] == 1
 
 
+@pytest.mark.everywhere
 def test_batches_that_lie_ready_come_before_the_error(loop, collector, monkeypatch):
     """As above, with the error raised where all was handed over."""
     error = Failure("late")
@@ -837,7 +774,7 @@ def test_batches_that_lie_ready_come_before_the_error(loop, collector, monkeypat
         stream = collector.collect_batches_async(NUMBERS, engine="in-memory", chunk_size=10)
         await anext(stream)
         while not stream._query.done:
-            await loop.tick()
+            await loop.sleep(0)
         try:
             async for batch in stream:
                 found.append(batch["a"][0])  # noqa: PERF401  # as above
@@ -848,16 +785,20 @@ def test_batches_that_lie_ready_come_before_the_error(loop, collector, monkeypat
     assert loop.run(main) == [10]
 
 
+@pytest.mark.everywhere
 @pytest.mark.parametrize("is_held_up", [False, True])
 @pytest.mark.cannot("dask", because=ALL_AT_ONCE, runs=False)
 def test_stream_out_of_time_ends_with_the_error(loop, collector, held, endless, is_held_up):
     source = endless if is_held_up else held
 
     async def main():
-        stream = collector.collect_batches_async(source.lf, chunk_size=1, timeout=0.05)
-        while is_held_up and not stream._query.done:
-            await loop.tick()
-        with pytest.raises(QueryTimeoutError, match=r"was not done after 0.05 s"):
+        stream = collector.collect_batches_async(source.lf, chunk_size=1, timeout=3600)
+        if is_held_up:
+            wait_until_paused(collector)
+        else:
+            await anext(stream)
+        inside.let_time_be_up(stream)
+        with pytest.raises(QueryTimeoutError, match=r"was not done after 3600 s"):
             await listed(stream)
         assert await listed(stream) == []
         source.gate.set()
@@ -886,6 +827,7 @@ def test_stream_out_of_time_in_the_line_never_runs(loop, collector, blocked):
 # The end of the collector
 
 
+@pytest.mark.everywhere(fetched=1)
 @pytest.mark.parametrize("fetched", [0, 1])
 @pytest.mark.cannot("dask", because=ALL_AT_ONCE, runs=False)
 def test_close_does_not_wait_for_a_consumer(loop, collector, endless, fetched):
@@ -903,7 +845,6 @@ def test_close_does_not_wait_for_a_consumer(loop, collector, endless, fetched):
     assert collector.stats()["running"] == 0
 
 
-@pytest.mark.cannot("dask", because=ALL_AT_ONCE, runs=False)
 def test_aclose_does_not_wait_for_a_consumer(loop, endless, executor):
     async def main():
         async with Collector(executor=executor) as collector:
@@ -914,7 +855,6 @@ def test_aclose_does_not_wait_for_a_consumer(loop, endless, executor):
     assert loop.run(main)[1] == 0
 
 
-@pytest.mark.cannot("dask", because=ALL_AT_ONCE, runs=False)
 def test_close_in_the_body_of_the_loop_ends_the_stream(loop, collector, endless):
     async def main():
         with pytest.raises(loop.cancelled):  # noqa: PT012  # as above
@@ -941,6 +881,7 @@ def test_close_tells_who_waits_for_completions(loop, collector, blocked):
         loop.run(main, stream)
 
 
+@pytest.mark.everywhere
 def test_batches_that_lie_ready_survive_the_collector(loop, executor):
     collector = Collector(executor=executor)
     stream = collector.collect_batches_async(TINY)
@@ -949,6 +890,7 @@ def test_batches_that_lie_ready_survive_the_collector(loop, executor):
     assert [frame.item() for frame in loop.run(listed, stream)] == [1]
 
 
+@pytest.mark.everywhere
 def test_stream_of_a_collector_nobody_holds_goes_on(loop, executor):
     stream = Collector(executor=executor, max_running=1).collect_batches_async(
         NUMBERS, chunk_size=10
@@ -960,6 +902,7 @@ def test_stream_of_a_collector_nobody_holds_goes_on(loop, executor):
 # What is told
 
 
+@pytest.mark.everywhere
 def test_stream_is_counted_and_reported_once(loop, executor):
     events = []
     with Collector(executor=executor, max_running=1, on_event=events.append) as collector:
@@ -978,7 +921,6 @@ def test_stream_is_counted_and_reported_once(loop, executor):
     assert (stats["submitted"], stats["completed"], stats["running"]) == (1, 1, 0)
 
 
-@pytest.mark.cannot("dask", because=ALL_AT_ONCE, runs=False)
 def test_stream_left_early_is_reported_cancelled(loop, endless, executor):
     async def main():
         async for _ in collector.collect_batches_async(endless.lf, chunk_size=1):
@@ -1052,7 +994,7 @@ def _without_garbage_collection():
 
 def arrived(stream, query):
     if isinstance(stream, Batches):
-        return list(stream._buffer._arrivals.items)
+        return list(inside.lying_ready(stream._buffer))
     return [query._outcome.value]
 
 
@@ -1067,7 +1009,6 @@ async def await_last(box):
 @pytest.mark.usefixtures("_without_garbage_collection")
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("run", [lambda *a: asyncio.run(a[0](*a[1:])), trio.run])
-@pytest.mark.cannot("processes", "dask", because=FRAMES_ARE_ELSEWHERE)
 def test_error_and_its_frames_are_freed_with_the_stream(collector, kind, run):
     seen = []
 
@@ -1085,7 +1026,6 @@ def test_error_and_its_frames_are_freed_with_the_stream(collector, kind, run):
 @pytest.mark.usefixtures("_without_garbage_collection")
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("is_iterated", [False, True])
-@pytest.mark.cannot("processes", "dask", because=FRAMES_ARE_ELSEWHERE)
 def test_results_are_freed_with_the_stream(collector, kind, is_iterated):
     seen = []
 
@@ -1107,6 +1047,7 @@ def test_results_are_freed_with_the_stream(collector, kind, is_iterated):
     assert query() is None
 
 
+@pytest.mark.everywhere(kind="collect_batches_async")
 @pytest.mark.usefixtures("_without_garbage_collection")
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("fails", [False, True])
@@ -1141,6 +1082,7 @@ def test_stream_that_never_ran_is_freed(collector, blocked, kind):
     assert alive() is None
 
 
+@pytest.mark.everywhere
 @pytest.mark.usefixtures("_without_garbage_collection")
 def test_batch_is_freed_once_its_consumer_lets_go(collector):
     async def main():
@@ -1163,12 +1105,16 @@ from polars_async import Collector
 
 engine, how = sys.argv[1:]
 collector = Collector(max_running=2)
+others = [Collector(max_running=2) for _ in range(3)]
 lf = pl.LazyFrame({"a": range(100_000)})
 stream = None
 
-async def main():
+async def leave(collector):
     async for _ in collector.collect_batches_async(lf, engine=engine, chunk_size=1000):
         break
+
+async def leave_all():
+    await asyncio.gather(*map(leave, [collector, *others]))
 
 async def keep():
     global stream
@@ -1177,7 +1123,7 @@ async def keep():
     while not collector._cpu.admission._paused:
         pass
 
-asyncio.run(keep() if how == "kept" else main())
+asyncio.run(keep() if how == "kept" else leave_all())
 print("the end")
 """
 
@@ -1185,10 +1131,10 @@ print("the end")
 @pytest.mark.parametrize("engine", ["in-memory", "streaming"])
 @pytest.mark.parametrize("how", ["kept", "left"])
 def test_program_exits_with_an_unfinished_stream(run_script, engine, how):
-    for _ in range(1 if how == "kept" else 4):
-        assert run_script(LEAVE_AND_EXIT, engine, how) == ["the", "end"]
+    assert run_script(LEAVE_AND_EXIT, engine, how) == ["the", "end"]
 
 
+@pytest.mark.everywhere(kind="collect_batches_async")
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.filterwarnings("ignore:.*use of fork:DeprecationWarning")

@@ -9,18 +9,17 @@ import threading
 from concurrent.futures import CancelledError, ThreadPoolExecutor
 from fractions import Fraction
 
+import inside
 import pytest
 import trio
-from places import IS_STOPPED, TINY, Notes, until
-from test_faults import Asyncio, Gevent, Trio
+from loops import Asyncio, Gevent, Trio, fixture_of
+from places import TINY, Notes, until
 from test_races import Together, Told, end, query_of
 
 from polars_async import PolarsAsyncError, QueryTimeoutError
 from polars_async._runtime import timers
 from polars_async.scheduling.admission import Admission
 from polars_async.scheduling.query import Query
-
-pytestmark = pytest.mark.everywhere
 
 
 class Time:
@@ -52,9 +51,7 @@ def time(monkeypatch):
     time.end()
 
 
-@pytest.fixture(params=[Asyncio, Trio, Gevent], ids=["asyncio", "trio", "gevent"])
-def loop(request):
-    return request.param()
+loop = fixture_of(Asyncio, Trio, Gevent)
 
 
 @pytest.fixture
@@ -105,7 +102,6 @@ def test_query_that_is_late_in_the_line_never_runs(collector, blocked, time):
     assert not ran
 
 
-@pytest.mark.cannot("processes", "dask", because=IS_STOPPED, runs=False)
 def test_query_that_is_late_while_it_runs_is_let_go_and_keeps_its_slot_until_it_ends(
     collector, blocked, time
 ):
@@ -131,6 +127,7 @@ def test_query_that_is_late_while_it_runs_is_let_go_and_keeps_its_slot_until_it_
     assert (stats["running"], stats["abandoned"]) == (0, 0)
 
 
+@pytest.mark.everywhere
 @pytest.mark.cannot("threads", because="Polars cannot stop a query", runs=False)
 def test_query_that_is_late_while_it_runs_is_stopped(collector, blocked, time, executor):
     handle = collector.collect_async(blocked.lf, timeout=0.5, label="slow one")
@@ -168,6 +165,7 @@ def test_error_is_one_of_ours_and_a_timeout_error_and_can_be_pickled():
     assert (again.timeout, again.queue_seconds, again.run_seconds) == (1.5, 0.25, None)
 
 
+@pytest.mark.everywhere(late=[None, KeyboardInterrupt])
 @pytest.mark.parametrize("late", [None, ValueError, KeyboardInterrupt, SystemExit])
 def test_what_comes_too_late_is_dropped_in_silence(
     collector, blocked, time, capfd, caplog, monkeypatch, late
@@ -468,7 +466,7 @@ def test_query_that_cannot_be_timed_is_not_left_behind(collector, blocked, time,
         patch.setattr(timers, "start_new_thread", start_new_thread)
         with pytest.raises(RuntimeError, match="can't start new thread"):
             collector.collect_async(TINY, timeout=5)
-    assert collector._cpu.admission.waiting == 0
+    assert inside.waiting(collector) == 0
     handle = collector.collect_async(TINY, timeout=5)
     time.passes(5)
     timed_out(handle)

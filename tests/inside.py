@@ -1,0 +1,46 @@
+"""Looks inside: what tests know of collectors, handles and streams beyond what these tell."""
+
+from __future__ import annotations
+
+# Of queries on the CPU
+
+
+def running(collector):
+    """Return how many queries run, those included that were let go."""
+    return collector._cpu.admission.running
+
+
+def waiting(collector):
+    return collector._cpu.admission.waiting
+
+
+def threads_in_use(collector):
+    """Return how many threads its queries take, those included that are held up."""
+    return collector._cpu.admission.threads
+
+
+def all_threads(collector):
+    """Return how many threads there are, with those that only look at a plan."""
+    return collector._cpu._threads.threads
+
+
+def closers(collector):
+    """Return who waits for the collector to be empty."""
+    return collector._cpu.admission.waiters
+
+
+# Of one query
+
+
+def waiters(handle):
+    return handle._query._waiters
+
+
+def let_time_be_up(handle):
+    """Have a query that has a time-out be late now, whatever the clock says."""
+    handle._query.expire()
+
+
+def lying_ready(buffer):
+    """Return the batches of a stream that its consumer has not taken yet."""
+    return buffer._arrivals.items
