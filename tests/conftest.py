@@ -1,12 +1,14 @@
 from __future__ import annotations
 
 import logging
+import re
 import subprocess
 import sys
 import warnings
 
 import pytest
 from places import PLACES, TINY, Blocked, until
+from spares import Spares
 
 from polars_async import Collector
 
@@ -31,6 +33,7 @@ def pytest_generate_tests(metafunc):
         metafunc.parametrize("executor", PLACES, indirect=True)
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist looks for groups
 def pytest_collection_modifyitems(config, items):
     left_out = [item for item in items if _is_shown_on_threads(item)]
     items[:] = [item for item in items if not _is_shown_on_threads(item)]
@@ -38,6 +41,8 @@ def pytest_collection_modifyitems(config, items):
     for item in items:
         assert " at 0x" not in item.nodeid, f"another id in each run: {item.nodeid}"
         place = _parameters(item).get("executor")
+        if re.search(r"\bdask\b", item.name):
+            item.add_marker(pytest.mark.xdist_group("dask"))  # one cluster for all
         for mark in item.iter_markers("cannot"):
             unknown = set(mark.args).difference(PLACES)
             assert mark.args, "cannot() needs a place"
@@ -81,11 +86,29 @@ def _dask():
         yield client.get_executor(pure=False)
 
 
+@pytest.fixture(scope="session")
+def _spares():
+    spares = Spares()
+    yield spares
+    spares.end()
+
+
 @pytest.fixture
-def executor(request):
+def no_spares(_spares):
+    """Leave no worker processes but those that the test starts."""
+    _spares.end()
+
+
+@pytest.fixture
+def executor(request, monkeypatch):
     """Where a collector of the test runs its queries."""
     place = getattr(request, "param", "threads")
-    return request.getfixturevalue("_dask") if place == "dask" else place
+    if place == "dask":
+        return request.getfixturevalue("_dask")
+    # What is caught of a worker's output and logs is settled when it starts.
+    if place == "processes" and not {"capfd", "caplog"} & set(request.fixturenames):
+        request.getfixturevalue("_spares").lend_to_pools(monkeypatch)
+    return place
 
 
 @pytest.fixture

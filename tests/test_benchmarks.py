@@ -17,6 +17,10 @@ from benchmarks.results import Environment, Ratio, Report, Result, spread
 from benchmarks.runner import NATIVE, OWN, Case, Metric, Options, measure
 from benchmarks.suites import SUITES, load, suite
 
+pytestmark = pytest.mark.xdist_group(
+    "benchmarks"
+)  # each has the machine as much to itself as may be
+
 CACHE = ROOT / ".cache" / "data"
 
 

@@ -33,7 +33,11 @@ HEAVY = (
     .sort("k")
 )
 
-pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="worker processes need Linux")
+pytestmark = [
+    pytest.mark.skipif(sys.platform != "linux", reason="worker processes need Linux"),
+    pytest.mark.usefixtures("no_spares"),  # it counts the children of this process
+    pytest.mark.xdist_group("processes"),
+]
 
 
 @pytest.fixture
