@@ -100,14 +100,20 @@ def no_spares(_spares):
 
 
 @pytest.fixture
-def executor(request, monkeypatch):
+def warm_workers(_spares, monkeypatch):
+    """Have pools take and give back idle workers, instead of starting and ending them."""
+    _spares.lend_to_pools(monkeypatch)
+
+
+@pytest.fixture
+def executor(request):
     """Where a collector of the test runs its queries."""
     place = getattr(request, "param", "threads")
     if place == "dask":
         return request.getfixturevalue("_dask")
     # What is caught of a worker's output and logs is settled when it starts.
     if place == "processes" and not {"capfd", "caplog"} & set(request.fixturenames):
-        request.getfixturevalue("_spares").lend_to_pools(monkeypatch)
+        request.getfixturevalue("warm_workers")
     return place
 
 
