@@ -17,10 +17,7 @@ from benchmarks.results import Environment, Ratio, Report, Result, spread
 from benchmarks.runner import NATIVE, OWN, Case, Metric, Options, measure
 from benchmarks.suites import SUITES, load, suite
 
-pytestmark = pytest.mark.xdist_group(
-    "benchmarks"
-)  # each has the machine as much to itself as may be
-
+pytestmark = pytest.mark.xdist_group("benchmarks")  # none measures what another one does
 CACHE = ROOT / ".cache" / "data"
 
 
