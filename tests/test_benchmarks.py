@@ -17,7 +17,11 @@ from benchmarks.results import Environment, Ratio, Report, Result, spread
 from benchmarks.runner import NATIVE, OWN, Case, Metric, Options, measure
 from benchmarks.suites import SUITES, load, suite
 
-pytestmark = pytest.mark.xdist_group("benchmarks")  # none measures what another one does
+pytestmark = [
+    pytest.mark.xdist_group("benchmarks"),  # none measures what another one does
+    pytest.mark.timeout(300),  # some of Polars' own never end, and are waited for
+]
+
 CACHE = ROOT / ".cache" / "data"
 
 
@@ -49,7 +53,6 @@ def shrunk(size):
     return {name: least[name] for name in size if name in least}
 
 
-@pytest.mark.timeout(180)  # some of Polars' own never end, and are waited for
 @pytest.mark.parametrize("name", SUITES)
 @pytest.mark.usefixtures("tiny")
 def test_suite_measures_every_contender(name, capsys, tmp_path):
