@@ -182,7 +182,7 @@ def run_script():
 
     def run(script, *arguments):
         command = [sys.executable, "-c", script, *arguments]
-        run = subprocess.run(command, capture_output=True, text=True, timeout=50, check=False)
+        run = subprocess.run(command, capture_output=True, text=True, timeout=150, check=False)
         assert (run.returncode, run.stderr) == (0, "")
         return run.stdout.split()
 

@@ -378,7 +378,7 @@ def test_option_of_a_wrong_kind_is_refused_by_name_before_anything_runs(name, va
     collector = Collector(max_running=1)  # never closed, since that would not end if this failed
     refusals = (TypeError, ValueError, OverflowError)
     with pytest.raises(refusals, match=f"^{name} must be "):
-        collector.collect_async(TINY, **{name: value}).result(5)
+        collector.collect_async(TINY, **{name: value}).result(30)
     assert collector.stats()["submitted"] == 0
 
 
@@ -749,7 +749,7 @@ def test_free_slot_has_a_thread_while_another_thread_still_appraises(make, monke
         collector.collect_async(TINY).result(30)
         assert estimates.wait(30)  # of which a file on a slow disk may make long work
         assert collector._cpu.admission.threads == 0
-        assert collector.collect_async(TINY).result(5).item() == 1
+        assert collector.collect_async(TINY).result(30).item() == 1
     finally:
         gate.set()
 

@@ -350,7 +350,7 @@ def test_tables_of_delta_and_iceberg_freeze_nothing(tmp_path, place):
     command = [sys.executable, "-W", "ignore", str(program), str(tmp_path), place]
     environment = os.environ | {"POLARS_ICEBERG_PLANNER": "pyiceberg"}
     done = subprocess.run(
-        command, env=environment, stdout=subprocess.PIPE, text=True, timeout=50, check=True
+        command, env=environment, stdout=subprocess.PIPE, text=True, timeout=150, check=True
     )
     assert done.stdout.split() == ["6"] * 8
 

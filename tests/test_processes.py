@@ -324,7 +324,7 @@ def test_functions_and_classes_of_the_main_program_are_found(tmp_path):
     script = tmp_path / "program.py"
     script.write_text(MAIN)
     done = subprocess.run(
-        [sys.executable, script], capture_output=True, text=True, timeout=50, check=False
+        [sys.executable, script], capture_output=True, text=True, timeout=150, check=False
     )
     assert (done.stderr, done.returncode) == ("", 0)
     assert done.stdout.splitlines() == ["True", "('no', 3)", "5"]

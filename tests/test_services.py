@@ -19,10 +19,7 @@ from test_readme import FILES
 
 import polars_async
 
-pytestmark = [
-    pytest.mark.timeout(30),
-    pytest.mark.xdist_group("services"),  # one of each for all
-]
+pytestmark = pytest.mark.xdist_group("services")  # one of each for all
 
 SHOPS = ["a", "b", "c", "d", "e"]
 ROWS = 1_000_000

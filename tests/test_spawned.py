@@ -372,7 +372,7 @@ os._exit(0)
 @pytest.mark.parametrize("closed", [each for n in (1, 2, 3) for each in combinations("012", n)])
 def test_standard_files_that_are_closed_are_not_those_of_the_library(closed):
     command = [sys.executable, "-c", CLOSED, *closed]
-    done = subprocess.run(command, stdin=-3, capture_output=True, timeout=50, check=True)
+    done = subprocess.run(command, stdin=-3, capture_output=True, timeout=150, check=True)
     here, there = map(literal_eval, done.stdout.decode().splitlines()[-2:])
     for file in map(int, closed):
         # Polars may have opened something of its own there.

@@ -37,7 +37,7 @@ def run(script, *arguments, **environment):
     command = [sys.executable, "-W", "error", "-c", script, *map(str, arguments)]
     environment = {**os.environ, **environment}
     done = subprocess.run(
-        command, env=environment, capture_output=True, text=True, check=True, timeout=50
+        command, env=environment, capture_output=True, text=True, check=True, timeout=150
     )
     return json.loads(done.stdout)
 
