@@ -33,7 +33,31 @@ def pytest_generate_tests(metafunc):
         metafunc.parametrize("executor", PLACES, indirect=True)
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist looks for groups
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    from xdist.scheduler import LoadScopeScheduling  # noqa: PLC0415  # tests may run without
+
+    class Scheduling(LoadScopeScheduling):
+        def _split_scope(self, nodeid):
+            return _group_of(nodeid)
+
+    return Scheduling(config, log) if config.getoption("dist") == "load" else None
+
+
+def _group_of(test):
+    """
+    Return what is the same for tests that have to run in one process, one after the other.
+
+    They share what takes seconds to start, or measure what others would disturb. xdist's own marks
+    do nothing with pytest 9.2.
+    """
+    file = test.partition("::")[0]
+    if re.search(r"\bdask\b", test) or file.endswith("test_futures.py"):
+        return "dask"
+    is_whole = file.endswith(("test_benchmarks.py", "test_processes.py", "test_services.py"))
+    return file if is_whole else test
+
+
 def pytest_collection_modifyitems(config, items):
     left_out = [item for item in items if _is_shown_on_threads(item)]
     items[:] = [item for item in items if not _is_shown_on_threads(item)]
@@ -41,8 +65,6 @@ def pytest_collection_modifyitems(config, items):
     for item in items:
         assert " at 0x" not in item.nodeid, f"another id in each run: {item.nodeid}"
         place = _parameters(item).get("executor")
-        if re.search(r"\bdask\b", item.name):
-            item.add_marker(pytest.mark.xdist_group("dask"))  # one cluster for all
         for mark in item.iter_markers("cannot"):
             unknown = set(mark.args).difference(PLACES)
             assert mark.args, "cannot() needs a place"

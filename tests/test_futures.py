@@ -35,8 +35,6 @@ from polars_async.executors.futures import run_task
 from polars_async.executors.outcomes import RemoteTraceback, unpacked_error
 from polars_async.executors.serialization import Message, pack, unpack
 
-pytestmark = pytest.mark.xdist_group("dask")  # all of them wait for the cluster of this file
-
 FRAME = pl.LazyFrame({"a": [1, 2, 3]})
 PANIC = pl.select(1).lazy().select(pl.int_range(0, 2**62))
 KINDS = ["pool", "loky", "dask"]

@@ -19,8 +19,6 @@ from test_readme import FILES
 
 import polars_async
 
-pytestmark = pytest.mark.xdist_group("services")  # one of each for all
-
 SHOPS = ["a", "b", "c", "d", "e"]
 ROWS = 1_000_000
 """Far more than fits into the sockets' buffers, so that a client that stops reading is felt."""
