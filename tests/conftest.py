@@ -26,6 +26,8 @@ def pytest_configure(config):
         "cannot(*places, because, runs=True): what a place cannot do, which has to fail there; "
         "with runs=False it is not tried, since it would wait for ever",
     )
+    config.addinivalue_line("markers", "slow: it takes seconds; ci/test --quick leaves it out")
+    config.addinivalue_line("markers", "smoke: ci/test --quick runs it on both series of Polars")
 
 
 def pytest_generate_tests(metafunc):
@@ -65,6 +67,8 @@ def pytest_collection_modifyitems(config, items):
     for item in items:
         assert " at 0x" not in item.nodeid, f"another id in each run: {item.nodeid}"
         place = _parameters(item).get("executor")
+        if place == "dask" or {"run_script", "pytester"} & set(item.fixturenames):
+            item.add_marker("slow")
         for mark in item.iter_markers("cannot"):
             unknown = set(mark.args).difference(PLACES)
             assert mark.args, "cannot() needs a place"

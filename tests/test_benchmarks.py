@@ -17,7 +17,10 @@ from benchmarks.results import Environment, Ratio, Report, Result, spread
 from benchmarks.runner import NATIVE, OWN, Case, Metric, Options, measure
 from benchmarks.suites import SUITES, load, suite
 
-pytestmark = pytest.mark.timeout(300)  # some of Polars' own never end, and are waited for
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.timeout(300),  # some of Polars' own never end, and are waited for
+]
 
 CACHE = ROOT / ".cache" / "data"
 

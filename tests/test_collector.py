@@ -19,7 +19,7 @@ import polars_async
 from polars_async import Collector, CollectorClosedError
 from polars_async.executors import threads
 
-pytestmark = pytest.mark.everywhere
+pytestmark = [pytest.mark.everywhere, pytest.mark.smoke]
 
 
 @pytest.fixture

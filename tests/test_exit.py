@@ -20,6 +20,8 @@ import polars_async as pa
 from polars_async._runtime import unpatched
 from polars_async.scheduling import shutdown
 
+pytestmark = pytest.mark.slow
+
 after = []  # atexit calls them once the collectors are closed
 atexit.register(lambda: [function() for function in after])
 TINY = pl.LazyFrame({"a": [1]})

@@ -466,6 +466,7 @@ sys.exit(pytest.main([sys.argv[2], "-k", these, *options]))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("patched", ["before", "after"])
 def test_all_of_this_holds_where_gevent_has_patched_the_interpreter(patched):
     command = [sys.executable, "-c", PATCHED, patched, __file__]

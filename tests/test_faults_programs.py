@@ -21,6 +21,9 @@ if loop.endswith("before"):
 import polars as pl
 import polars_async as pa
 from polars_async._runtime import unpatched
+
+pytestmark = pytest.mark.slow
+
 if loop.endswith("after"):
     import polars_async.bridges.gevent
     import gevent.monkey; gevent.monkey.patch_all()

@@ -35,6 +35,8 @@ from polars_async.executors.futures import run_task
 from polars_async.executors.outcomes import RemoteTraceback, unpacked_error
 from polars_async.executors.serialization import Message, pack, unpack
 
+pytestmark = pytest.mark.slow
+
 FRAME = pl.LazyFrame({"a": [1, 2, 3]})
 PANIC = pl.select(1).lazy().select(pl.int_range(0, 2**62))
 KINDS = ["pool", "loky", "dask"]

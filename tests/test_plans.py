@@ -343,6 +343,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("place", ["threads", "processes", "auto", "dask"])
 def test_tables_of_delta_and_iceberg_freeze_nothing(tmp_path, place):
     program = tmp_path / "program.py"  # a frozen process could not even fail

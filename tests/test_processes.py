@@ -34,6 +34,7 @@ HEAVY = (
 )
 
 pytestmark = [
+    pytest.mark.slow,
     pytest.mark.skipif(sys.platform != "linux", reason="worker processes need Linux"),
     pytest.mark.usefixtures("no_spares"),  # it counts the children of this process
 ]

@@ -11,6 +11,8 @@ import pytest
 
 from polars_async.gpu.cudf import find_cudf_polars
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 BLOCK = re.compile(r"```(\w+)\n(.*?)```\n", re.DOTALL)

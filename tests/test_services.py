@@ -34,6 +34,8 @@ import fcntl
 import polars as pl
 from polars_async import QueueFullError
 
+pytestmark = pytest.mark.slow
+
 TINY = pl.LazyFrame({"a": [1]})
 
 

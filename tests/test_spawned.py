@@ -21,7 +21,10 @@ from places import until as eventually
 import polars_async as pa
 from polars_async.executors.processes.children import Child
 
-pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="worker processes need Linux")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(sys.platform != "linux", reason="worker processes need Linux"),
+]
 
 ONE = pl.LazyFrame({"a": [1]})
 LAST_PID = Path("/proc/sys/kernel/ns_last_pid")

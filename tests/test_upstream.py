@@ -26,6 +26,8 @@ import polars_async as pa
 from polars_async._runtime import upstream
 from polars_async.executors.main_module import ADDED_TO
 
+pytestmark = pytest.mark.smoke
+
 QUERY = pl.LazyFrame({"a": [1, 2]}).sum()
 
 linux = pytest.mark.skipif(
