@@ -1,4 +1,5 @@
 # Sourced by the scripts beside it: finds a Python, brings uv, and makes environments in .cache/.
+unset PYTHONDONTWRITEBYTECODE # the interpreters that tests start would take twice as long
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 cache=$root/.cache
 uv=$cache/uv/bin/uv

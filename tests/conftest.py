@@ -1,12 +1,14 @@
 from __future__ import annotations
 
 import logging
+import re
 import subprocess
 import sys
 import warnings
 
 import pytest
 from places import PLACES, TINY, Blocked, until
+from spares import Spares
 
 from polars_async import Collector
 
@@ -26,11 +28,38 @@ def pytest_configure(config):
         "cannot(*places, because, runs=True): what a place cannot do, which has to fail there; "
         "with runs=False it is not tried, since it would wait for ever",
     )
+    config.addinivalue_line("markers", "slow: it takes seconds; ci/test --quick leaves it out")
+    config.addinivalue_line("markers", "smoke: ci/test --quick runs it on both series of Polars")
 
 
 def pytest_generate_tests(metafunc):
     if "executor" in metafunc.fixturenames and metafunc.definition.get_closest_marker("everywhere"):
         metafunc.parametrize("executor", PLACES, indirect=True)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    from xdist.scheduler import LoadScopeScheduling  # noqa: PLC0415  # tests may run without
+
+    class Scheduling(LoadScopeScheduling):
+        def _split_scope(self, nodeid):
+            return _group_of(nodeid)
+
+    return Scheduling(config, log) if config.getoption("dist") == "load" else None
+
+
+def _group_of(test):
+    """
+    Return what is the same for tests that have to run in one process, one after the other.
+
+    They share what takes seconds to start, or measure what others would disturb. xdist's own marks
+    do nothing with pytest 9.2.
+    """
+    file = test.partition("::")[0]
+    if re.search(r"\bdask\b", test) or file.endswith("test_futures.py"):
+        return "dask"
+    is_whole = file.endswith(("test_benchmarks.py", "test_processes.py", "test_services.py"))
+    return file if is_whole else test
 
 
 def pytest_collection_modifyitems(config, items):
@@ -40,6 +69,8 @@ def pytest_collection_modifyitems(config, items):
     for item in items:
         assert " at 0x" not in item.nodeid, f"another id in each run: {item.nodeid}"
         place = _parameters(item).get("executor")
+        if place == "dask" or {"run_script", "pytester"} & set(item.fixturenames):
+            item.add_marker("slow")
         for mark in item.iter_markers("cannot"):
             unknown = set(mark.args).difference(PLACES)
             assert mark.args, "cannot() needs a place"
@@ -89,11 +120,35 @@ def _dask():
         yield client.get_executor(pure=False)
 
 
+@pytest.fixture(scope="session")
+def _spares():
+    spares = Spares()
+    yield spares
+    spares.end()
+
+
+@pytest.fixture
+def no_spares(_spares):
+    """Leave no worker processes but those that the test starts."""
+    _spares.end()
+
+
+@pytest.fixture
+def warm_workers(_spares, monkeypatch):
+    """Have pools take and give back idle workers, instead of starting and ending them."""
+    _spares.lend_to_pools(monkeypatch)
+
+
 @pytest.fixture
 def executor(request):
     """Where a collector of the test runs its queries."""
     place = getattr(request, "param", "threads")
-    return request.getfixturevalue("_dask") if place == "dask" else place
+    if place == "dask":
+        return request.getfixturevalue("_dask")
+    # What is caught of a worker's output and logs is settled when it starts.
+    if place == "processes" and not {"capfd", "caplog"} & set(request.fixturenames):
+        request.getfixturevalue("warm_workers")
+    return place
 
 
 @pytest.fixture
@@ -161,7 +216,7 @@ def run_script():
 
     def run(script, *arguments):
         command = [sys.executable, "-c", script, *arguments]
-        run = subprocess.run(command, capture_output=True, text=True, timeout=50, check=False)
+        run = subprocess.run(command, capture_output=True, text=True, timeout=150, check=False)
         assert (run.returncode, run.stderr) == (0, "")
         return run.stdout.split()
 

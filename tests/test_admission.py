@@ -50,6 +50,13 @@ class Blocks(list):
             each.gate.set()
 
 
+@pytest.fixture(autouse=True)
+def _looks_are_quick(monkeypatch):
+    """Look at every plan, however busy the machine is and whatever other tests have left."""
+    monkeypatch.setattr(estimates, "_SLOW_LOOK", inf)
+    monkeypatch.setattr(estimates, "_MOST_COPIED", inf)
+
+
 @pytest.fixture
 def block():
     blocks = Blocks()
@@ -362,7 +369,7 @@ def test_option_of_a_wrong_kind_is_refused_by_name_before_anything_runs(name, va
     collector = Collector(max_running=1)  # never closed, since that would not end if this failed
     refusals = (TypeError, ValueError, OverflowError)
     with pytest.raises(refusals, match=f"^{name} must be "):
-        collector.collect_async(TINY, **{name: value}).result(5)
+        collector.collect_async(TINY, **{name: value}).result(30)
     assert collector.stats()["submitted"] == 0
 
 
@@ -728,7 +735,7 @@ def test_free_slot_has_a_thread_while_another_thread_still_appraises(make, monke
         collector.collect_async(TINY).result(30)
         assert estimates.wait(30)  # of which a file on a slow disk may make long work
         assert inside.threads_in_use(collector) == 0
-        assert collector.collect_async(TINY).result(5).item() == 1
+        assert collector.collect_async(TINY).result(30).item() == 1
     finally:
         gate.set()
 

@@ -16,7 +16,10 @@ import polars_async as pa
 from polars_async.executors import staying
 from polars_async.testing import simulate_gpu
 
-pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="worker processes need Linux")
+pytestmark = [
+    pytest.mark.skipif(sys.platform != "linux", reason="worker processes need Linux"),
+    pytest.mark.usefixtures("warm_workers"),
+]
 
 TINY = pl.LazyFrame({"a": [1, 2, 3]}).sum()
 PID = pl.LazyFrame({"a": [1]}).map_batches(lambda frame: frame * 0 + os.getpid())

@@ -20,6 +20,11 @@ from benchmarks.runner import Case, Metric, Options, measure
 from benchmarks.suites import SUITES, latency, load, suite
 from benchmarks.targets import TARGETS
 
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.timeout(300),  # some of Polars' own never end, and are waited for
+]
+
 CACHE = ROOT / ".cache" / "data"
 
 
@@ -51,7 +56,6 @@ def shrunk(size):
     return {name: least[name] for name in size if name in least}
 
 
-@pytest.mark.timeout(180)  # some of Polars' own never end, and are waited for
 @pytest.mark.parametrize("name", SUITES)
 @pytest.mark.usefixtures("tiny")
 def test_suite_measures_every_contender(name, capsys, tmp_path):

@@ -529,7 +529,7 @@ def process(tmp_path, stub_library):
             stderr=subprocess.PIPE,
             encoding="utf-8",
             check=False,
-            timeout=50,
+            timeout=150,
         )
 
     return run

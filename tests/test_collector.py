@@ -20,6 +20,8 @@ import polars_async
 from polars_async import Collector, CollectorClosedError
 from polars_async.executors import threads
 
+pytestmark = pytest.mark.smoke
+
 
 @pytest.fixture
 def ended(monkeypatch):

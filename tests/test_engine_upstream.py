@@ -18,6 +18,8 @@ from polars.testing import assert_frame_equal
 
 from polars_async import AsyncEngine
 
+pytestmark = pytest.mark.smoke
+
 NATIVE = pl.InMemoryEngine()
 FRAME = pl.DataFrame({"a": [3, 1, 2], "t": ["x", "y", None]})
 

@@ -25,6 +25,8 @@ from polars.testing import assert_frame_equal
 
 from polars_async import AsyncEngine
 
+pytestmark = pytest.mark.smoke
+
 if TYPE_CHECKING:
     from collections.abc import Iterator
 

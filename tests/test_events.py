@@ -605,7 +605,7 @@ def test_error_that_takes_no_note_arrives_all_the_same(executor):
 
     handle = collector.collect_async(TINY.map_batches(udf), label="it")
     with pytest.raises(FrozenError):
-        handle.result(5)
+        handle.result(30)
 
 
 def test_error_that_takes_nothing_arrives_from_the_gpu():
@@ -615,7 +615,7 @@ def test_error_that_takes_nothing_arrives_from_the_gpu():
     with simulate_gpu(), Collector(gpu="offload") as collector:
         handle = collector.collect_async(TINY.map_batches(udf), engine="gpu")
         with pytest.raises(FrozenError):
-            handle.result(5)
+            handle.result(30)
 
 
 def test_cancellation_and_time_out_name_the_query(collector, blocked):
@@ -704,7 +704,7 @@ handle = collector.collect_async(pl.LazyFrame({"a": [1]}).map_batches(udf), labe
 started.wait()
 child = os.fork()
 if not child:
-    signal.alarm(10)
+    signal.alarm(60)
     try:
         pa.Collector().collect_async(pl.LazyFrame({"a": [1]})).result()
     except pa.ForkedProcessError:

@@ -20,6 +20,8 @@ import polars_async as pa
 from polars_async._runtime import unpatched
 from polars_async.scheduling import shutdown
 
+pytestmark = pytest.mark.slow
+
 after = []  # atexit calls them once the collectors are closed
 atexit.register(lambda: [function() for function in after])
 TINY = pl.LazyFrame({"a": [1]})
@@ -36,7 +38,7 @@ def nap(seconds=0.001):  # gevent patches time.sleep
     lock.acquire(timeout=seconds)
 
 def wait_until_begun():
-    assert begun.acquire(timeout=10)
+    assert begun.acquire(timeout=60)
 
 def begin():
     if begun.locked():
@@ -63,7 +65,7 @@ def leave(patience=60):  # so that whoever needs all of it is not back in time f
 def end(program, *arguments):
     """Run a program; gives its status, what it said, and what it complained of."""
     command = [sys.executable, "-c", HEARS_CTRL_C + PRELUDE + program, *arguments]
-    run = subprocess.run(command, capture_output=True, text=True, timeout=20, check=False)
+    run = subprocess.run(command, capture_output=True, text=True, timeout=150, check=False)
     return run.returncode, run.stdout.split(), run.stderr
 
 

@@ -21,6 +21,9 @@ if loop.endswith("before"):
 import polars as pl
 import polars_async as pa
 from polars_async._runtime import unpatched
+
+pytestmark = pytest.mark.slow
+
 if loop.endswith("after"):
     import polars_async.bridges.gevent
     import gevent.monkey; gevent.monkey.patch_all()
@@ -100,7 +103,7 @@ def press_ctrl_c(*arguments, program=CTRL_C):
             assert process.stdout.readline() == "waits\n"
             wait_until_asleep(process.pid)
             process.send_signal(signal.SIGINT)
-            said, complaints = process.communicate(timeout=20)
+            said, complaints = process.communicate(timeout=60)
         finally:
             process.kill()
     return process.returncode, said.split(), complaints
@@ -153,7 +156,7 @@ finally:
 @pytest.mark.parametrize("loop", [*LOOPS, "thread"])
 def test_system_exit_in_a_udf_ends_the_program_with_its_status(loop):
     command = [sys.executable, "-c", PRELUDE + SYSTEM_EXIT, loop]
-    run = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
+    run = subprocess.run(command, capture_output=True, text=True, timeout=150, check=False)
     assert (run.returncode, run.stdout, run.stderr) == (5, "works\n", "")
 
 
@@ -253,7 +256,7 @@ def in_child(call, *arguments):
     child = fork()
     if not child:
         try:
-            signal.alarm(20)
+            signal.alarm(60)
             call(*arguments)
         finally:
             os._exit(0)
@@ -305,7 +308,7 @@ named = threading.Event()
 threading.Thread(target=of_another_library, daemon=True).start()
 named.wait()
 if not (child := os.fork()):
-    signal.alarm(20)
+    signal.alarm(60)
     print(len(outcome()), len(outcome()), flush=True)
     os._exit(0)
 print(os.waitpid(child, 0)[1])

@@ -27,7 +27,7 @@ def exit_code_of(child):
         code = 1
         try:
             signal.signal(signal.SIGALRM, signal.SIG_DFL)  # else a handler may wait for Python
-            signal.alarm(10)
+            signal.alarm(60)
             code = child()
         finally:
             os._exit(code)

@@ -1023,7 +1023,7 @@ def run(script, **environment):
         capture_output=True,
         text=True,
         check=True,
-        timeout=50,
+        timeout=150,
     )
     return done.stdout.split()
 

@@ -11,7 +11,10 @@ import pytest
 import polars_async as pa
 from polars_async.testing import simulate_gpu
 
-pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="worker processes need Linux")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(sys.platform != "linux", reason="worker processes need Linux"),
+]
 
 ON = {"gpu": pl.String, "pid": pl.Int64}
 

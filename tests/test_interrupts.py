@@ -191,6 +191,7 @@ ACTS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ACTS)
 def test_interrupt_at_any_line_costs_no_slot_waiter_or_query(name):
     make, options = ACTS[name]

@@ -16,7 +16,10 @@ from polars.exceptions import PerformanceWarning
 import polars_async as pa
 from polars_async.executors import large_plans
 
-pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="worker processes need Linux")
+pytestmark = [
+    pytest.mark.skipif(sys.platform != "linux", reason="worker processes need Linux"),
+    pytest.mark.usefixtures("warm_workers"),
+]
 
 LARGE = pl.select(a=pl.int_range(20_000)).lazy()
 LARGER = pl.select(a=pl.int_range(40_000)).lazy()

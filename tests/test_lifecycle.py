@@ -366,7 +366,7 @@ elif case == "locked":
     held.wait()
 child = os.fork()
 if not child:
-    signal.alarm(10)
+    signal.alarm(60)
     if case == "configured":
         try:
             pa.configure(max_running=2)
@@ -431,7 +431,7 @@ def test_ctrl_c_ends_a_program_whose_query_runs_on(loop):
         try:
             assert process.stdout.readline() == "waits\n"
             process.send_signal(signal.SIGINT)
-            said, complaints = process.communicate(timeout=30)
+            said, complaints = process.communicate(timeout=60)
         finally:
             process.kill()
     assert (process.returncode, said) == (-signal.SIGINT, "")

@@ -482,7 +482,7 @@ def test_functions_of_tests_run_in_workers_where_they_cannot_be_imported(tmp_pat
     command = [sys.executable, "-P", "-m", "pytest", "-q", "-p", "no:cacheprovider"]
     command += ["--import-mode=importlib", "tests"]
     done = subprocess.run(
-        command, cwd=tmp_path, capture_output=True, text=True, timeout=50, check=False
+        command, cwd=tmp_path, capture_output=True, text=True, timeout=150, check=False
     )
     assert "1 passed" in done.stdout, done.stdout
 
@@ -538,5 +538,5 @@ STARTS = {
 def test_program_is_found_however_it_was_started(tmp_path, how):
     command = [sys.executable, *STARTS[how](tmp_path)]
     pipes = {"input": PROGRAM, "capture_output": True, "text": True}
-    done = subprocess.run(command, **pipes, cwd=tmp_path, timeout=50, check=False)
+    done = subprocess.run(command, **pipes, cwd=tmp_path, timeout=150, check=False)
     assert (done.stdout.split(), done.stderr) == (["5", "5"], "")

@@ -20,6 +20,7 @@ def nobody_can_run_python():
 
 
 pytestmark = [
+    pytest.mark.slow,
     pytest.mark.skipif(sys.platform != "linux", reason="files in memory need Linux"),
     pytest.mark.skipif(
         sys.platform == "linux" and os.geteuid() != 0,

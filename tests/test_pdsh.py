@@ -19,6 +19,8 @@ from benchmarks.pdsh import data, oracle
 from benchmarks.pdsh.queries import QUERIES, q6
 from benchmarks.pdsh.sql import QUESTIONS
 
+pytestmark = pytest.mark.slow
+
 SCALE = 0.03  # at 0.01 the answer to q17 is null, and q20 and q21 have a single row
 CACHE = Path(__file__).parents[1] / ".cache" / "data"
 

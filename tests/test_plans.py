@@ -343,6 +343,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("place", ["threads", "processes", "auto", "dask"])
 def test_tables_of_delta_and_iceberg_freeze_nothing(tmp_path, place):
     program = tmp_path / "program.py"  # a frozen process could not even fail
@@ -350,7 +351,7 @@ def test_tables_of_delta_and_iceberg_freeze_nothing(tmp_path, place):
     command = [sys.executable, "-W", "ignore", str(program), str(tmp_path), place]
     environment = os.environ | {"POLARS_ICEBERG_PLANNER": "pyiceberg"}
     done = subprocess.run(
-        command, env=environment, stdout=subprocess.PIPE, text=True, timeout=50, check=True
+        command, env=environment, stdout=subprocess.PIPE, text=True, timeout=150, check=True
     )
     assert done.stdout.split() == ["6"] * 8
 

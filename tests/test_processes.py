@@ -33,7 +33,11 @@ HEAVY = (
     .sort("k")
 )
 
-pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="worker processes need Linux")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(sys.platform != "linux", reason="worker processes need Linux"),
+    pytest.mark.usefixtures("no_spares"),  # it counts the children of this process
+]
 
 
 @pytest.fixture
@@ -173,7 +177,8 @@ def test_shared_frame_is_read_as_far_as_a_query_needs_it(collector):
 
 
 def in_shm():
-    return set(Path("/dev/shm").iterdir())
+    """Give the shared memory that there is, apart from the semaphores that pools of others have."""
+    return {file for file in Path("/dev/shm").iterdir() if not file.name.startswith("sem.")}
 
 
 def shared_files():
@@ -193,7 +198,7 @@ def test_shared_memory_is_private_nameless_and_freed_with_the_last_query():
     query = pa.share(pl.DataFrame({"a": [1]})).select("a")
     (file,) = shared_files()
     assert os.fstat(file).st_mode & 0o777 == 0o600
-    assert in_shm() == before
+    assert in_shm() <= before
     assert query.collect().item() == 1
     del query
     gc.collect()
@@ -320,7 +325,7 @@ def test_functions_and_classes_of_the_main_program_are_found(tmp_path):
     script = tmp_path / "program.py"
     script.write_text(MAIN)
     done = subprocess.run(
-        [sys.executable, script], capture_output=True, text=True, timeout=50, check=False
+        [sys.executable, script], capture_output=True, text=True, timeout=150, check=False
     )
     assert (done.stderr, done.returncode) == ("", 0)
     assert done.stdout.splitlines() == ["True", "('no', 3)", "5"]
@@ -751,8 +756,10 @@ def test_function_may_ask_for_queries_in_its_worker(collector):
 
 KILLED = """
 import os, sys, time, polars as pl, polars_async as pa
+folder = sys.argv[1]
 def wait(frame):
     print(os.getpid(), flush=True)
+    os.mkdir(f"{folder}/{os.getpid()}")
     while True:
         time.sleep(1)
 collector = pa.Collector(executor="processes", max_running=3)
@@ -760,7 +767,8 @@ big = pl.LazyFrame({"n": [0]}).select(k=pl.int_range(0, 1_000_000))
 kept = collector.collect_async(big).result(30)
 for _ in range(2):
     collector.collect_async(pl.LazyFrame({"a": [1]}).map_batches(wait), priority=1)
-time.sleep(60)
+while len(os.listdir(folder)) < 2:
+    time.sleep(0.01)
 """
 
 
@@ -771,19 +779,19 @@ def alive(pid):
         return False
 
 
-def test_nothing_is_left_of_a_parent_that_is_killed():
+def test_nothing_is_left_of_a_parent_that_is_killed(tmp_path):
     before = in_shm()
-    with subprocess.Popen([sys.executable, "-c", KILLED], stdout=subprocess.PIPE, text=True) as run:
+    command = [sys.executable, "-c", f"{KILLED}time.sleep(60)", str(tmp_path)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as run:
         workers = [int(run.stdout.readline()) for _ in range(2)]
         assert all(map(alive, workers))
         run.kill()
         eventually(lambda: not any(map(alive, workers)))
-    assert in_shm() == before
+    assert in_shm() <= before
 
 
-def test_program_ends_at_once_and_quietly_while_workers_run(run_script):
-    script = f"{KILLED.rsplit('time.sleep(60)', 1)[0]}time.sleep(1)"
-    workers = run_script(script)
+def test_program_ends_at_once_and_quietly_while_workers_run(run_script, tmp_path):
+    workers = run_script(KILLED, str(tmp_path))
     assert len(workers) == 2
     eventually(lambda: not any(alive(int(each)) for each in workers))
 

@@ -1,6 +1,7 @@
 """Every snippet of the README runs, and prints what stands below it; test_services serves those
 that begin with the name of a file, below which stands the command that serves it."""
 
+import os
 import re
 import subprocess
 import sys
@@ -9,6 +10,8 @@ from pathlib import Path
 import pytest
 
 from polars_async.gpu.cudf import find_cudf_polars
+
+pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -38,6 +41,8 @@ def test_snippet_prints_what_the_readme_says(code, output, tmp_path):
     done = subprocess.run(
         [sys.executable, "-W", "error", program],
         cwd=tmp_path,  # some write files
+        # A nanny of dask warns where the machine is busy.
+        env={**os.environ, "DASK_DISTRIBUTED__LOGGING__DISTRIBUTED": "error"},
         capture_output=True,
         text=True,
         check=False,

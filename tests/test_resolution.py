@@ -698,7 +698,7 @@ def run(script, *options, **environment):
     command = [sys.executable, *options, "-c", script]
     environment = {**os.environ, **environment}
     done = subprocess.run(
-        command, env=environment, capture_output=True, text=True, check=True, timeout=50
+        command, env=environment, capture_output=True, text=True, check=True, timeout=150
     )
     return done.stdout.split(), done.stderr
 
@@ -858,7 +858,7 @@ def test_warning_is_printed_once_with_the_callers_line_by_default(tmp_path):
         capture_output=True,
         text=True,
         check=True,
-        timeout=50,
+        timeout=150,
     )
 
     assert done.stderr.count("EngineDowngradeWarning") == 1

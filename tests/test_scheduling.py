@@ -377,6 +377,7 @@ def stream(count, work, gap, *, start=0.0, priority=0):
     return [Job(start + gap * number, work, priority=priority) for number in range(count)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("load", [1, 2])
 @pytest.mark.parametrize("slots", [1, 2, 3])
 @pytest.mark.parametrize("tiny", [QUICK, 2 * QUICK])

@@ -22,7 +22,10 @@ from polars_async.gpu import probe
 from polars_async.gpu.breaker import COOLDOWN, FAILURES, Cooldown, Health, breaker, breaker_of
 from polars_async.testing import simulate_gpu
 
-pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="worker processes need Linux")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(sys.platform != "linux", reason="worker processes need Linux"),
+]
 
 STRICT = pl.GPUEngine(raise_on_fail=True)
 TINY = pl.LazyFrame({"a": [1]})

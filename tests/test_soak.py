@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.slow
+
 SOAK = "import sys; sys.path.insert(0, sys.argv.pop(1)); import soak; soak.main()"
 FOLDER = str(Path(__file__).parent)
 

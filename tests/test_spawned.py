@@ -21,7 +21,10 @@ from places import until as eventually
 import polars_async as pa
 from polars_async.executors.processes.child_handle import ChildHandle
 
-pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="worker processes need Linux")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(sys.platform != "linux", reason="worker processes need Linux"),
+]
 
 ONE = pl.LazyFrame({"a": [1]})
 LAST_PID = Path("/proc/sys/kernel/ns_last_pid")
@@ -374,7 +377,7 @@ os._exit(0)
 @pytest.mark.parametrize("closed", [each for n in (1, 2, 3) for each in combinations("012", n)])
 def test_standard_files_that_are_closed_are_not_those_of_the_library(closed):
     command = [sys.executable, "-c", CLOSED, *closed]
-    done = subprocess.run(command, stdin=-3, capture_output=True, timeout=50, check=True)
+    done = subprocess.run(command, stdin=-3, capture_output=True, timeout=150, check=True)
     here, there = map(literal_eval, done.stdout.decode().splitlines()[-2:])
     for file in map(int, closed):
         # Polars may have opened something of its own there.

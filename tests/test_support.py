@@ -481,7 +481,7 @@ def real():
         capture_output=True,
         text=True,
         check=False,
-        timeout=50,
+        timeout=150,
     )
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)

@@ -26,6 +26,8 @@ import polars_async as pa
 from polars_async._runtime import upstream
 from polars_async.executors.main_module import NAMESPACE_CLASSES
 
+pytestmark = pytest.mark.smoke
+
 QUERY = pl.LazyFrame({"a": [1, 2]}).sum()
 
 linux = pytest.mark.skipif(
@@ -37,7 +39,7 @@ def run(script, *arguments, **environment):
     command = [sys.executable, "-W", "error", "-c", script, *map(str, arguments)]
     environment = {**os.environ, **environment}
     done = subprocess.run(
-        command, env=environment, capture_output=True, text=True, check=True, timeout=50
+        command, env=environment, capture_output=True, text=True, check=True, timeout=150
     )
     return json.loads(done.stdout)
 
