@@ -637,7 +637,7 @@ def test_worker_that_cannot_start_is_a_clear_error(make, monkeypatch):
 
 def test_query_is_let_go_also_where_its_worker_never_starts(make, monkeypatch):
     never = "import time; time.sleep(60)  # {path}{socket}{lifeline}"
-    monkeypatch.setattr(call, "_START_WITHIN", 0.1)
+    monkeypatch.setattr(call, "_START_TIMEOUT", 0.1)
     monkeypatch.setattr(process, "_BOOTSTRAP", never)
     collector = make()
     with pytest.raises(pa.QueryTimeoutError):
@@ -668,7 +668,7 @@ def test_query_that_outgrows_its_memory_is_stopped_and_the_service_lives(make):
 
 
 def test_query_that_outgrows_its_memory_while_it_talks_is_stopped_too(make, monkeypatch):
-    monkeypatch.setattr(call, "_SAMPLED", 1.0)
+    monkeypatch.setattr(call, "_SAMPLE_INTERVAL", 1.0)
     collector = make(max_memory=400 * 2**20)
     logger = logging.getLogger("of.a.chatterbox")
     logger.propagate = False
