@@ -1,4 +1,4 @@
-"""Worker processes that go from one test to the next: each takes a fifth of a second to start."""
+"""WorkerProcess processes that go from one test to the next: each takes a fifth of a second to start."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections import defaultdict
 
 from polars_async.executors.processes import pool
 from polars_async.executors.processes.initializer import current
-from polars_async.executors.processes.process import Worker, shut_down
+from polars_async.executors.processes.process import WorkerProcess, shut_down
 
 MOST = 4
 """Idle ones of a kind, as many as hardly a test has at once."""
@@ -23,13 +23,13 @@ class Spares:
         self._idle = defaultdict(list)
 
     def lend_to_pools(self, monkeypatch):
-        monkeypatch.setattr(pool, "Worker", self._start)
-        monkeypatch.setattr(pool, "dismiss", self._keep)
+        monkeypatch.setattr(pool, "WorkerProcess", self._start)
+        monkeypatch.setattr(pool, "shut_down", self._keep)
 
     def end(self):
         while self._idle:
             for worker in self._idle.popitem()[1]:
-                worker.end()
+                worker.kill()
 
     def _start(self, env):
         idle = self._idle[frozenset(env.items())]
@@ -37,14 +37,14 @@ class Spares:
             worker = idle.pop()
             if worker.is_alive():
                 return worker
-            worker.end()
-        worker = Worker(env)
+            worker.kill()
+        worker = WorkerProcess(env)
         worker.idle = idle
         return worker
 
     def _keep(self, workers):
         for worker in workers:
-            is_as_new = worker.is_ready and not worker.is_leaving and worker.initializer is None
+            is_as_new = worker.is_ready and not worker.is_exiting and worker.initializer is None
             if is_as_new and len(worker.idle) < MOST:
                 worker.idle.append(worker)
             else:
