@@ -93,7 +93,8 @@ def _is_shown_on_threads(item):
     parameters = _parameters(item)
     if parameters.get("executor", "threads") == "threads":
         return False
-    elsewhere = item.get_closest_marker("everywhere").kwargs
+    everywhere = item.get_closest_marker("everywhere")
+    elsewhere = everywhere.kwargs if everywhere is not None else {}
     return getattr(parameters.get("loop"), "is_enough_on_threads", False) or any(
         parameters[name] not in (values if isinstance(values, list) else [values])
         for name, values in elsewhere.items()
