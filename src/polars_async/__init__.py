@@ -1,5 +1,5 @@
 """
-Await Polars queries from asyncio, trio and gevent; the engine that ran is never a secret.
+Await Polars queries from asyncio, trio and gevent, and see which engine ran them, and why.
 
 The path of a query, from the call to the task that awaits it::
 
@@ -10,7 +10,7 @@ The path of a query, from the call to the task that awaits it::
                    │  a worker thread of the lane takes it from the queue
                    v
       executors: threads | gpu_thread | processes | futures   where it runs
-                   │  Query.end sets the outcome
+                   │  Query.set_finished makes the outcome final
                    v
       bridges: mailbox ──> asyncio | trio | gevent | threads  how its waiters are woken
 
