@@ -1,4 +1,4 @@
-"""WorkerProcess processes that go from one test to the next: each takes a fifth of a second to start."""
+"""Worker processes that go from one test to the next: each takes a fifth of a second to start."""
 
 from __future__ import annotations
 
