@@ -183,7 +183,7 @@ class Book:
         pairs += [(stats[name], 0, name) for name in ("running", "waiting", "abandoned")]
         for lane in self.lanes:
             admission = lane.admission
-            line = admission._line
+            line = admission._queue
             pairs += [
                 (len(admission._slots), 0, "slots in use"),
                 (len(admission._paused), 0, "slots paused"),

@@ -351,8 +351,8 @@ async def shed(step):
         if handle is not None:
             handle.cancel()
     for lane in book.lanes:
-        if len(lane.admission._line._unestimated) > 2 * most + 100:
-            step.violated(f"{len(lane.admission._line._unestimated)} places are kept")
+        if len(lane.admission._queue._unestimated) > 2 * most + 100:
+            step.violated(f"{len(lane.admission._queue._unestimated)} places are kept")
 
 
 async def look(step):

@@ -589,7 +589,7 @@ def be_quick(collector, length=QUICK_STREAK):
     admission = collector._cpu.admission
     with admission.lock:
         for _ in range(length):
-            admission._line.note_ended(QUICK, overtook=False)
+            admission._queue.note_ended(QUICK, overtook=False)
         admission._started_unestimated = perf_counter()
 
 
@@ -858,7 +858,7 @@ def test_row_of_queries_that_fail_at_once_is_no_row_of_quick_ones(make):
     for _ in range(2 * QUICK_STREAK):
         with pytest.raises(pl.exceptions.ColumnNotFoundError):
             collector.collect_async(TINY.select("nope")).result(30)
-    assert not collector._cpu.admission._line.is_quick
+    assert not collector._cpu.admission._queue.is_quick
 
 
 def test_fingerprint_is_that_of_the_shape_whatever_the_numbers():

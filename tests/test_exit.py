@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 from places import HEARS_CTRL_C
 
+pytestmark = pytest.mark.slow
+
 PRELUDE = """
 import sys
 loop, mode, *_ = [*sys.argv[1:], "", ""]
@@ -19,8 +21,6 @@ import polars as pl
 import polars_async as pa
 from polars_async._runtime import unpatched
 from polars_async.scheduling import shutdown
-
-pytestmark = pytest.mark.slow
 
 after = []  # atexit calls them once the collectors are closed
 atexit.register(lambda: [function() for function in after])

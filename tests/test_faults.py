@@ -307,7 +307,7 @@ def test_place_that_cannot_stop_a_query_costs_nobody_the_wake_up(
     assert isinstance(ended.get(timeout=LIMIT), CancelledError)
     blocked.gate.set()
     works_after()
-    assert quiet == ["a query that was let go could not be stopped"]
+    assert quiet == ["a query that was cancelled or timed out could not be stopped"]
     quiet.clear()
 
 

@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 from places import HEARS_CTRL_C
 
+pytestmark = pytest.mark.slow
+
 GEVENT = ["gevent", "gevent patched before", "gevent patched after"]
 LOOPS = ["asyncio", "trio", *GEVENT]
 PRELUDE = """
@@ -21,8 +23,6 @@ if loop.endswith("before"):
 import polars as pl
 import polars_async as pa
 from polars_async._runtime import unpatched
-
-pytestmark = pytest.mark.slow
 
 if loop.endswith("after"):
     import polars_async.bridges.gevent

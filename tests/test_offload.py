@@ -725,7 +725,7 @@ def test_query_that_is_let_go_while_its_fallback_is_told_does_not_run(gpu):
 
     with Collector(gpu="offload", on_event=on_event) as collector:
         lf, runs = counting()
-        query = collector._collect(lf, "async", engine="in-memory")  # for its thread to be there
+        query = collector.collect_async(lf, engine="in-memory")._query  # for its thread to be there
         while not query.done:
             time.sleep(0.001)
         del told[:], runs[:]

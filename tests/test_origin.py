@@ -142,7 +142,7 @@ def test_pool_that_began_inside_a_query_asks_as_any_other(collector, blocked):
 
 
 def test_without_glibc_the_name_has_to_do(monkeypatch):
-    monkeypatch.setattr(origin, "_place", lambda: None)
+    monkeypatch.setattr(origin, "_offset", lambda: None)
     assert seen_by(origin.is_this_of_polars) == {True}
     assert not origin.is_this_of_polars()
     assert not on_bare_thread(origin.is_this_of_polars)

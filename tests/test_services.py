@@ -19,6 +19,8 @@ from test_readme import FILES
 
 import polars_async
 
+pytestmark = pytest.mark.slow
+
 SHOPS = ["a", "b", "c", "d", "e"]
 ROWS = 1_000_000
 """Far more than fits into the sockets' buffers, so that a client that stops reading is felt."""
@@ -33,8 +35,6 @@ CONTROL = """
 import fcntl
 import polars as pl
 from polars_async import QueueFullError
-
-pytestmark = pytest.mark.slow
 
 TINY = pl.LazyFrame({"a": [1]})
 

@@ -571,7 +571,7 @@ def test_ipc_file_is_had_without_pyarrow(ipc_file, monkeypatch):
     file, _, frame = ipc_file
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     with pytest.raises(ImportError):
-        upstream._map_with_pyarrow(file)
+        upstream.ipc._map_with_pyarrow(file)
     assert upstream.map_ipc(file, dict(frame.schema)).equals(frame)
 
 

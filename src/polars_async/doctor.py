@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Final, TypeAlias, TypeVar, get_args
 import polars as pl
 
 from polars_async import resolution
+from polars_async.errors import describe
 from polars_async.gpu import gpu_status
 from polars_async.gpu.breaker import COOLDOWN, FAILURES, breaker, breaker_of
 from polars_async.gpu.cudf import find_cudf_polars
@@ -82,7 +83,7 @@ def _try(ask: Callable[[], _T]) -> _T | str:
     try:
         return ask()
     except Exception as error:  # noqa: BLE001  # doctor is there to report it
-        return f"{type(error).__name__}: {error}"
+        return describe(error)
 
 
 def installed_version() -> str | None:
