@@ -275,7 +275,7 @@ class Soak:
             found.append(f"{len(clock.heap)} deadlines")
         own = self._own_threads()
         # Asked for now, since a thread that still learns from its last query is not counted.
-        threads += clock.runs + sum(book.lanes[0]._executor.threads for book in self.books)
+        threads += clock.runs + sum(book.lanes[0]._threads.threads for book in self.books)
         if len(own) > threads:
             found.append(f"{len(own)} threads, not {threads}: {own}")
         gc.collect()

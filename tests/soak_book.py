@@ -188,7 +188,7 @@ class Book:
                 (len(admission._slots), 0, "slots in use"),
                 (len(admission._paused), 0, "slots paused"),
                 (len(admission.waiters), 0, "waiters for the end of all"),
-                (len(line._places), 0, "places in the line"),
+                (len(line._entries), 0, "places in the line"),
             ]
             if len(line._unestimated) + sum(map(len, line._heaps.values())) > 200:
                 found.append("the empty line holds more than 200 places")

@@ -678,9 +678,9 @@ def test_where_the_last_were_quick_the_next_is_taken_unseen_in_all_slots_but_one
     slot, others = line.enter(ending), Slot()
     line._slots.add(others)
     line._start(other, others, small=False, overtook=False)
-    line._line.add(waiting)
+    line._queue.add(waiting)
     for _ in range(QUICK_STREAK):
-        line._line.note_ended(QUICK, overtook=False)
+        line._queue.note_ended(QUICK, overtook=False)
     ending.times.started = ending.times.ended = 1.0  # this machine may be busy
     with line.lock:
         assert line.release(slot)
@@ -694,9 +694,9 @@ def test_only_those_taken_unseen_keep_the_slot_for_small_ones_standing_by(estima
     slot = line.enter(first)
     line.enter(second)
     for _ in range(QUICK_STREAK):
-        line._line.note_ended(QUICK, overtook=False)
+        line._queue.note_ended(QUICK, overtook=False)
     if estimated:
-        line._line.rank(line.next_unestimated(from_behind=False), QUICK)
+        line._queue.rank(line.next_unestimated(from_behind=False), QUICK)
     first.times.started = first.times.ended = 1.0  # this machine may be busy
     with line.lock:
         assert line.release(slot)
