@@ -15,9 +15,10 @@ from polars_async._runtime.unpatched import RLock
 from polars_async.scheduling.stats import stats_of
 
 STATES = {
-    "ENDED": {"finished", "failed"},
-    "CANCELLED": {"cancelled"},
-    "TIMED_OUT": {"timed_out"},
+    "COMPLETED": "finished",
+    "FAILED": "failed",
+    "CANCELLED": "cancelled",
+    "TIMED_OUT": "timed_out",
 }
 
 
@@ -193,11 +194,11 @@ class Book:
             if len(line._unestimated) + sum(map(len, line._heaps.values())) > 200:
                 found.append("the empty line holds more than 200 places")
         for query in list(self.expected.values()):
-            outcomes, event = STATES[query.state.name], ended.get(query.id)
-            if event not in outcomes:
-                found.append(f"query {query.id} ended as {outcomes}, its event: {event}")
+            expected, event = STATES[query.state.name], ended.get(query.id)
+            if event != expected:
+                found.append(f"query {query.id} is {expected}, its event: {event}")
             kept = query._outcome.value is not None or query._outcome.error is not None
-            if kept and "finished" not in outcomes:
+            if kept and query.is_cancelled:
                 found.append(f"query {query.id}, which was let go, keeps what it gave")
         found += [f"{one} is not {other}: {what}" for one, other, what in pairs if one != other]
         return [f"{self.name}: {each}; {stats}" for each in found]
