@@ -268,7 +268,7 @@ class Soak:
         found = []
         clock = timers._timers
         with clock.lock:
-            kept = [query.id for *_, deadline in clock.heap if (query := deadline.query)]
+            kept = [query.id for *_, deadline in clock.heap if (query := deadline.target)]
         if kept:
             found.append(f"deadlines of queries {kept} were not lifted")
         if len(clock.heap) > clock.swept_at + 1 or clock.swept_at > 4000:

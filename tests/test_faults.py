@@ -302,7 +302,7 @@ def test_place_that_cannot_stop_a_query_costs_nobody_the_wake_up(
     ended = unpatched.SimpleQueue()
     unpatched.start_new_thread(lambda: ended.put(outcome_of(handle)), ())
     until(lambda: inside.waiters(handle))
-    handle._query.on_cancel(stop)
+    handle._query.stop_with(stop)
     assert handle.cancel()
     assert isinstance(ended.get(timeout=LIMIT), CancelledError)
     blocked.gate.set()

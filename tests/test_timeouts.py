@@ -200,7 +200,7 @@ def test_result_in_time_lifts_the_deadline(collector, time):
     handle = collector.collect_async(TINY, timeout=5)
     assert handle.result(30).item() == 1
     ((_, _, deadline),) = time.clock.heap
-    until(lambda: deadline.query is None)
+    until(lambda: deadline.target is None)
     time.passes(10)
     until(lambda: not time.clock.runs)
     assert handle.result().item() == 1
@@ -218,7 +218,7 @@ def test_other_ends_lift_the_deadline_too(collector, blocked, time, how):
         with pytest.raises(Exception, match="nope"):
             handle.result(30)
     ((_, _, deadline),) = time.clock.heap
-    until(lambda: deadline.query is None)
+    until(lambda: deadline.target is None)
     time.passes(10)
     until(lambda: not time.clock.runs)
     assert collector.stats()[how] == 1
@@ -583,4 +583,4 @@ def test_deadline_of_a_query_that_ends_meanwhile_is_lifted():
         for i in range(500):
             query = query_of(admission, i)
             together.turn()
-            assert query._timer.query is None
+            assert query._timer.target is None

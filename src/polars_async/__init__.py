@@ -7,12 +7,16 @@ The path of a query, from the call to the task that awaits it::
                         │
                         v
       scheduling: lane ──> admission ──> fair_queue           which query runs, and when
-                   │  a worker thread of the lane takes it from the queue
+                   │  a worker thread has it, at once or from the queue
                    v
       executors: threads | gpu_thread | processes | futures   where it runs
-                   │  Query.set_finished makes the outcome final
+                   │  the outcome goes back to the lane: Query.set_finished
                    v
       bridges: mailbox ──> asyncio | trio | gevent | threads  how its waiters are woken
+
+A cancellation takes another path, on the thread of the caller: Query.cancel makes the state final,
+and then, in Query._after_cancel, calls what the executor has set by Query.stop_with (for a worker
+process WorkerCall.stop, which sends SIGINT) and wakes the waiters.
 
 Rooms, from the lowest to the highest; each imports only from those before it:
 
@@ -23,18 +27,22 @@ Rooms, from the lowest to the highest; each imports only from those before it:
 - ``resolution``, ``events``: the decision about the engine, and the events of a query.
 - ``executors``: the operations of queries, and the executors that run them.
 - ``scheduling``: a query's state, the queue, the slots, estimates, and the fallback to the CPU.
-- ``handle``, ``streams``, ``sharing``, ``collector``, ``api``, ``engine``: the API for users.
+- ``handle``, ``streams``, ``sharing``, ``options``, ``collector``, ``api``, ``engine``: the API for
+  users.
 - ``testing``, ``pytest_plugin``, ``doctor``, ``cli``: a simulated GPU, and the console script.
 
-Threads: a lane has at most one worker thread for each slot. Such a thread takes queries from the
-queue and runs them, or waits for the worker process that runs them. One thread serves all
-time-outs. The threads of loops only submit queries, and are woken.
+Threads: each slot of a lane has at most one worker thread. It takes queries from the queue and runs
+them, or waits for the worker process that runs them; that of a paused stream waits beyond the
+slots. One thread serves all timers: it times queries out, and interrupts and kills workers that do
+not stop. The threads of loops submit and cancel queries, and are woken.
 
 Locks: the lock of an admission (a collector's CPU and GPU lanes share one) guards the queue, the
 slots and the state of every query in them. Each buffer of a stream, each pool of workers, each
-worker and each call of a worker has a lock of its own. None of these is held while a query runs, a
-hook is called or a waiter is woken, and a thread that holds one acquires no lock of an admission.
-Locks are free in forked children (``_runtime.fork``).
+worker, each call of a worker, each transport and the timers have a lock of their own. None of these
+is held while a query runs, a hook is called or a waiter is woken, and a thread that holds one
+acquires no lock of an admission; a call's lock is acquired before that of its worker or the timers.
+The lock of the GPU (``gpu.offload``) is another matter: the thread of a query on the GPU holds it.
+In a forked child every lock is free, or its owner is made anew (``_runtime.fork``).
 """
 
 from typing import TYPE_CHECKING

@@ -730,7 +730,7 @@ class Collector:
                     raise
         finally:
             if here is not None:
-                lane.run_here(query, here)
+                lane.run_inline(query, here)
         return query
 
 

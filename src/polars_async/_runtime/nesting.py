@@ -35,7 +35,7 @@ inherit the name of its starter, so one of this name was given it; that cudf-pol
 
 
 class EnclosingQuery:
-    """A running query, to what is submitted in its context."""
+    """A running query in whose Python function other queries are submitted."""
 
     __slots__ = ("ended", "on_gpu", "parent")
 
@@ -103,7 +103,7 @@ def in_gpu_query() -> bool:
 
 
 def on_thread_of_polars() -> bool:
-    """Return whether this thread is one of Polars' own, which Polars lacks while it waits."""
+    """Return whether this is one of Polars' own threads, which Polars lacks while it is blocked."""
     return not _this_thread.is_worker and not _is_main_thread() and is_this_of_polars()
 
 

@@ -19,27 +19,27 @@ _SWEPT_FROM: Final = 1000
 
 
 class Timed(Protocol):
-    """What has to be done in time, such as a query."""
+    """What has a time limit, such as a query or a call of a worker."""
 
     def expire(self) -> None:
         """
-        Be called on the timer thread once the time is up; return quickly.
+        React to the time being up, on the timer thread; return quickly.
 
-        It may be called just after `Timer.cancel`, and does nothing then.
+        A call may still come just after `Timer.cancel`, and must do no harm then.
         """
 
 
 class Timer:
     """A call of `expire` to come; made by `start_timer`."""
 
-    __slots__ = ("query",)
+    __slots__ = ("target",)
 
     def __init__(self, query: Timed) -> None:
-        self.query: Timed | None = query
+        self.target: Timed | None = query
 
     def cancel(self) -> None:
-        """Forget the query, which is done. It takes no lock, so that a finaliser may call it."""
-        self.query = None
+        """Never call the target. It takes no lock, so that a finaliser may call it."""
+        self.target = None
 
 
 class _Timers:
@@ -81,7 +81,7 @@ class _Timers:
         entry = (time, self.number, timer)
         if len(self.heap) > self.swept_at:
             # Most queries are done long before their time: cancelled timers would pile up.
-            kept = [each for each in self.heap if each[2].query is not None]
+            kept = [each for each in self.heap if each[2].target is not None]
             heapify(kept)
             self.heap = kept
             self.swept_at = max(_SWEPT_FROM, 2 * len(kept))
@@ -121,7 +121,7 @@ class _Timers:
                 if wait > 0:
                     self.wakes_at = self.heap[0][0]
                     return wait
-                query = heappop(self.heap)[2].query
+                query = heappop(self.heap)[2].target
             # Without the lock: to expire a query takes locks under which others start timers.
             if query is not None:
                 try:

@@ -28,7 +28,7 @@ BATCHES_AHEAD: Final = 2
 class Producer(Protocol):
     """The query whose thread puts batches into a buffer, which pauses and resumes it."""
 
-    def paused(self) -> AbstractContextManager[None]:
+    def clock_stopped(self) -> AbstractContextManager[None]:
         """Return a context whose time does not count as run time of the query."""
         ...
 
@@ -74,7 +74,7 @@ class Buffer:
         if not self._arrivals.put(batch):
             return True
         if producer is not None and not self._has_room():
-            with producer.paused():
+            with producer.clock_stopped():
                 # The consumer may take a batch, or close the stream, after this thread has found no
                 # room and before it is paused. Its own call to resume the query does nothing then.
                 # So this thread looks once more after `pause`: any change from then on finds a

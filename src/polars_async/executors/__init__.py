@@ -40,11 +40,11 @@ class Job(Protocol):
         """Whether the query was cancelled, or has timed out, while it runs."""
         ...
 
-    def paused(self) -> AbstractContextManager[None]:
+    def clock_stopped(self) -> AbstractContextManager[None]:
         """Return a context manager; the time spent in it does not count as run time."""
         ...
 
-    def on_cancel(self, stop: Callable[[], object] | None, *, for_sure: bool = True) -> bool:
+    def stop_with(self, stop: Callable[[], object] | None, *, for_sure: bool = True) -> bool:
         """
         Have `stop` called when the query is cancelled or times out; return False if it was already.
 
@@ -83,7 +83,7 @@ class QueryExecutor:
         """
         Run `operation`, which is that of `query`; return its result or raise its error.
 
-        An executor that can stop the query does so when `query.on_cancel` calls. What cannot leave
+        An executor that can stop the query does so when `query.stop_with` calls. What cannot leave
         this process runs on the calling thread.
 
         The traceback of an error keeps the frames of all functions that the error has passed, with

@@ -97,7 +97,7 @@ class FuturesExecutor(QueryExecutor):
         except Exception as error:
             raise _executor_error(error, query) from error
         finally:
-            query.on_cancel(None)
+            query.stop_with(None)
             if future is not None:
                 future.cancel()  # it is done, unless the wait was interrupted, as at exit
             del self, task, exports, query, future  # see QueryExecutor.run
@@ -174,10 +174,10 @@ def _follow(future: Future[Any], query: Job) -> None:
     """Wait until `future` is done; cancel it when the query is cancelled or times out."""
     wakeup: SimpleQueue[None] = SimpleQueue()
     # Both the future and the query wake this thread, whichever comes first. A future that is done
-    # by now wakes it at once. A query that is cancelled by now does not call `put`: `on_cancel`
+    # by now wakes it at once. A query that is cancelled by now does not call `put`: `stop_with`
     # returns False instead, and there is nothing to wait for.
     future.add_done_callback(lambda _: wakeup.put(None))
-    if query.on_cancel(partial(wakeup.put, None), for_sure=False):
+    if query.stop_with(partial(wakeup.put, None), for_sure=False):
         wakeup.get()
     if not future.done():
         # So the query was cancelled. On this thread, and not in its callback, which may be called

@@ -61,8 +61,8 @@ class Admission:
 
     A stream that waits for its consumer is paused, and has no slot. When its consumer is back it
     waits for a slot ahead of the queue, since it holds a thread and more; one free slot in
-    `FAIR_EVERY` goes to the queue all the same. While such a query waits, no slot is free that it
-    may have: whatever frees one passes it on.
+    `FAIR_EVERY` goes to the queue all the same. Whatever frees a slot offers it to these queries
+    first, so that none of them waits beside a slot that it could use.
 
     `lock` guards all of it, and the state of every query admitted here. It is held for a few
     instructions at a time, never while a query runs or is estimated, or a waiter is woken. It is
@@ -114,7 +114,7 @@ class Admission:
         self._contended = 0  # free slots that both they and the queue waited for, so far
         self._inline: set[Slot] = set()
         self._queue: FairQueue[Query[Any]] = FairQueue()
-        self._started_unestimated = -inf  # when a slot last did so, in seconds of perf_counter
+        self._started_unestimated = -inf  # when a slot last started such a query, by perf_counter
         self.waiters: dict[Waiter, None] = {}
         self.reserved: Slot | None = None
         """The last slot that `enter` made: its caller may be interrupted before it gets it."""

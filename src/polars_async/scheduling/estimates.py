@@ -57,7 +57,7 @@ class _Known(NamedTuple):
     frame: ref[pl.LazyFrame]
     plan: Plan
     seconds: float
-    """The estimate by its sources alone."""
+    """The estimate by the size of what the frame reads."""
 
 
 class CostModel:

@@ -17,7 +17,7 @@ UNKNOWN: Final = 0.1
 SMALL: Final = 0.01
 """Seconds of estimated work up to which a query counts as small."""
 OVERTAKING_LIMIT: Final = 4.0
-"""How many times its own estimated work may overtake a query."""
+"""A query may be overtaken by at most this many times its own estimated work."""
 FAIR_EVERY: Final = 8
 """One pick in so many disregards priorities."""
 PRIORITIES: Final = range(-10, 11)

@@ -58,8 +58,8 @@ class Lane:
     `fallback` is the lane of the CPU, where queries go on that the GPU engine could not run.
 
     A thread that ends a query takes the next one from the queue itself, so queries in a row need no
-    hand-over between threads; threads in excess end. Only its threads hold a running lane, so the
-    threads of a collector that was dropped end with its last query.
+    hand-over between threads; threads in excess end. Nothing but its
+    threads keeps a lane alive, so those of a collector that was dropped end with its last query.
     """
 
     __slots__ = (
@@ -101,7 +101,7 @@ class Lane:
         shutdown.watch(self)
 
     def use(self, gpu: GpuStatus) -> None:
-        """Have as many slots as there are GPUs that run queries at once."""
+        """Set the number of slots to how many queries the executor can run on the GPUs at once."""
         if (slots := self.executor.prepare(gpu)) is not None:
             self.admission.max_running = slots
 
@@ -109,7 +109,7 @@ class Lane:
         """
         Admit `query`: it runs at once if a slot is free, or else waits in the queue.
 
-        Return None, or a slot in which the calling thread has to run it, by `run_here`.
+        Return None, or a slot in which the calling thread has to run it, by `run_inline`.
 
         Raises
         ------
@@ -144,7 +144,7 @@ class Lane:
         finally:
             admitted = None  # an error's traceback holds this frame
 
-    def run_here(self, query: Query[Any], slot: Slot) -> None:
+    def run_inline(self, query: Query[Any], slot: Slot) -> None:
         """Run `query` on the thread that submitted it, one of Polars' own, in `slot`."""
         self._run(query, slot)
         if self.admission.closed:

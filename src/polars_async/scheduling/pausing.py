@@ -21,9 +21,9 @@ class PausableQuery:
         self._lane = lane
         self._query = query
 
-    def paused(self) -> AbstractContextManager[None]:
+    def clock_stopped(self) -> AbstractContextManager[None]:
         """Return a context whose time does not count as run time."""
-        return self._query.paused()
+        return self._query.clock_stopped()
 
     def pause(self) -> LockType:
         """Let others use the slot of the query; return the gate where its thread has to wait."""

@@ -62,8 +62,8 @@ class Query(Generic[T]):
     alone, never changes again, and may be read without the lock.
 
     A signal handler may raise at any step of a thread that submits, waits or cancels. So a final
-    state is set together with its count in one statement, and all that follows from a cancellation
-    may be done twice, and is done again if it was interrupted.
+    state is set together with its count in one statement. What follows from a cancellation can be
+    done twice, so a thread that was interrupted does all of it again.
     """
 
     __slots__ = (
@@ -138,7 +138,7 @@ class Query(Generic[T]):
         self._canceller = 0
         """The thread that has cancelled the query, until it has done all that follows from that."""
         self._owes_event = False
-        """Whether that thread still has to emit the event of the cancellation or time-out."""
+        """Whether `_canceller` still has to emit the event of the cancellation or time-out."""
         self._timeout_error: QueryTimeoutError | None = None
         self._timeout = 0.0
         self._timer: Timer | None = None
@@ -186,9 +186,9 @@ class Query(Generic[T]):
         self.state = State.RUNNING
         return self.times.start()
 
-    def paused(self) -> AbstractContextManager[None]:
+    def clock_stopped(self) -> AbstractContextManager[None]:
         """Return a context whose time does not count as run time."""
-        return self.times.paused()
+        return self.times.clock_stopped()
 
     def set_rejected(self) -> None:
         """Make the query REJECTED, unless it is done: it was not admitted, and never waited."""
@@ -227,7 +227,7 @@ class Query(Generic[T]):
         finally:
             del self, operation  # the frames of the traceback lead back here all the same
 
-    def on_cancel(self, stop: Callable[[], object] | None, *, for_sure: bool = True) -> bool:
+    def stop_with(self, stop: Callable[[], object] | None, *, for_sure: bool = True) -> bool:
         """
         Have `stop` called when the query is cancelled or times out while it runs.
 

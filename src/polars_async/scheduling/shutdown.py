@@ -66,10 +66,10 @@ def watch(lane: _Lane) -> None:
     """
     Close `lane` when the program ends, and cancel its queries.
 
-    That happens after the functions that the program registers with `atexit` from now on, for which
-    all is as ever, and before those that it registered earlier: they find each query cancelled and
-    each collector closed. If the first collector is made in such a function, it happens after all
-    of them. Threads that already wait are not woken: they end with the program, and would only
+    `atexit` calls functions in reverse order. Those that are registered after this one run first,
+    and find collectors open; those registered before run later, and find them closed and all
+    queries cancelled. If the first collector is made in such a function, this happens after all of
+    them. Threads that already wait are not woken: they end with the program, and would only
     complain that their query was cancelled.
     """
     _Process.lanes.add(lane)

@@ -71,7 +71,7 @@ class Times:
         self.paused_seconds = 0.0
 
     @contextmanager
-    def paused(self) -> Generator[None]:
+    def clock_stopped(self) -> Generator[None]:
         """Return a context whose time does not count as run time."""
         begun = self._paused_since = perf_counter()
         try:

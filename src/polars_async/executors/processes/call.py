@@ -94,22 +94,22 @@ class WorkerCall:
         """
         query = self._query
         try:
-            if not query.on_cancel(self.stop):
+            if not query.stop_with(self.stop):
                 return "value", None
-            with query.paused():  # else it would count as a slow query
+            with query.clock_stopped():  # else it would count as a slow query
                 self._worker.await_start()
             if not self._enter_running():
                 return "value", None
             self._worker.sync_surroundings()
             kind, content = self._follow(message, buffer)
-            query.on_cancel(None)
+            query.stop_with(None)
             if self._enter_draining():
-                # A signal that was sent before is pending in the worker when this arrives there. So
-                # it interrupts a probe with which the worker drains signals, not the next query.
+                # Any signal sent so far has reached the worker when this message does. So it
+                # interrupts the probe by which the worker drains signals, and not the next query.
                 self._follow(Message(b"", []), None)
         finally:
             message.close()
-            query.on_cancel(None)
+            query.stop_with(None)
             # Only now may another thread have the worker. A `stop` or `expire` that is called, but
             # has no lock yet, finds the phase OVER and sends nothing.
             with self._lock:
@@ -148,9 +148,9 @@ class WorkerCall:
 
     def expire(self) -> None:
         """Interrupt the query again, or kill the worker if that did not help or cannot help."""
-        # The timer of one phase may already wait for the lock here when `_expire_in` cancels it for
-        # the next phase. It then kills a worker that drains too early: that costs a fresh worker,
-        # and no query.
+        # A timer that has fired may wait here for the lock while it is replaced by the one for
+        # DRAINING. It then kills the worker before its time is over: that costs a worker, and no
+        # query.
         with self._lock:
             if self._phase is not _Phase.OVER:
                 self._interrupt()

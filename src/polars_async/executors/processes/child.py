@@ -39,15 +39,16 @@ _SYSTEM_NAME = Path("/proc/self/comm")
 _OOM_SCORE = Path("/proc/self/oom_score_adj")
 _KILLED_FIRST = 500
 _NICENESS = 10
-"""Gives a tenth of the parent's share of a processor for which both compete."""
+"""Where a worker and its parent compete for a processor, the worker gets a tenth as much."""
 
 
 def main(socket_file: int, lifeline: int, path: list[str]) -> None:
     """
     Serve the parent, at the other end of a socket, until that is closed.
 
-    The caller has to block SIGINT, and to set a no-op as its handler before the import of Polars,
-    which installs its own handler in front of that.
+    Before it imports Polars, the caller has to block SIGINT, and to set a handler that does
+    nothing: Polars puts its own handler before that one, and with it ends a running query by
+    KeyboardInterrupt.
     """
     os.closerange(3, min(socket_file, lifeline))
     os.closerange(min(socket_file, lifeline) + 1, max(socket_file, lifeline))

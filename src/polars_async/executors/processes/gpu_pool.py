@@ -121,15 +121,15 @@ class GpuProcessExecutor(QueryExecutor):
             self._requests.append(request)
             self._assign()
         # A query that was cancelled before this has no wakeup, but is `done` at the first look.
-        query.on_cancel(request.wake)
-        with query.paused():
+        query.stop_with(request.wake)
+        with query.clock_stopped():
             while not request.is_answered and not query.done:
                 # A wakeup that comes before this wait stays in the queue. An answer may come
                 # together with a cancellation: `_withdraw` gives its GPU back.
                 when_put(request.wakeup, request.seconds_to_wait())
                 with self._lock:
                     self._assign()
-        query.on_cancel(None)
+        query.stop_with(None)
 
     def _withdraw(self, request: _GpuRequest) -> None:
         """Give back the GPU of `request`, whether the query has run on it or not."""

@@ -111,8 +111,8 @@ class ProcessExecutor(QueryExecutor):
         try:
             for _ in range(_MAX_TRIES):
                 abort = SerializationAbort()
-                # A query that was cancelled before this does not call `abort`: so it is done here.
-                if not query.on_cancel(abort):
+                # If the query was cancelled before this, no thread will call `abort`: call it now.
+                if not query.stop_with(abort):
                     abort()
                 message = pack(operation, in_files=True, abort=abort)
                 try:
@@ -121,8 +121,8 @@ class ProcessExecutor(QueryExecutor):
                 except BaseException:
                     message.close()
                     raise
-                # Until `call.run` replaces it, `abort` is what a cancellation calls, to no effect:
-                # `call.run` then finds that the query is done, and leaves the worker alone.
+                # A cancellation from now on still calls `abort`, in vain, until `call.run` replaces
+                # it. `call.run` finds that the query is done then, and leaves the worker alone.
                 call = WorkerCall(worker, query, self._max_memory, on_gpu_health)
                 try:
                     kind, content = call.run(message, buffer_of(operation))
@@ -145,7 +145,7 @@ class ProcessExecutor(QueryExecutor):
                 log_once(query, str(reason), logging.WARNING)
             return str(reason)
         finally:
-            query.on_cancel(None)
+            query.stop_with(None)
             del self, operation, query, call  # see QueryExecutor.run
 
     def close(self) -> None:
