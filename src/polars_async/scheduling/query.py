@@ -539,9 +539,11 @@ class Query(Generic[T]):
                 " and was with its executor for {ran}, which is asked to drop it and may go on "
                 "with it all the same"
             )
-        times = self.times
-        message = f"{self.named} was not done after {self._timeout:g} s: {times.described(ends)}"
-        return QueryTimeoutError(message, self._timeout, times.queue_seconds, times.run_seconds)
+        # Read once: the query may still run, and its text and attributes have to agree.
+        waited, ran = self.times.queue_seconds, self.times.run_seconds
+        where = self.times.described(waited, ran, ends)
+        message = f"{self.named} was not done after {self._timeout:g} s: {where}"
+        return QueryTimeoutError(message, self._timeout, waited, ran)
 
 
 def _name_in(error: BaseException, label: str) -> None:

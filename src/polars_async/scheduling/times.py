@@ -80,9 +80,9 @@ class Times:
             self._paused_since = None
             self.paused_seconds += perf_counter() - begun
 
-    def described(self, ends: str) -> str:
+    def described(self, waited: float, ran: float | None, ends: str) -> str:
         """Return where the time went, in words; `ends` is what to say of a running query."""
-        waited, ran, tried = self.queue_seconds, self.run_seconds, self.gpu_seconds
+        tried = self.gpu_seconds
         words = f"it waited {waited:.3f} s for a slot"
         if tried is not None:
             words += f", {tried:.3f} s of which the GPU tried it in vain,"
