@@ -138,6 +138,25 @@ def test_cancellation_is_the_last_event_though_the_thread_had_not_begun(
     assert heard.kinds("it")[-1] == "cancelled"
 
 
+def test_cancellation_while_the_start_is_told_is_told_after_it():
+    heard, is_told, goes_on = [], threading.Event(), threading.Event()
+
+    def on_event(event):
+        if event.kind == "started" and event.label == "it":
+            is_told.set()
+            assert goes_on.wait(30)
+        heard.append(event)
+
+    with Collector(on_event=on_event) as collector:
+        handle = collector.collect_async(TINY, label="it")
+        assert is_told.wait(30)
+        handle.cancel()
+        goes_on.set()
+        with pytest.raises(CancelledError):
+            handle.result(30)
+    assert [event.kind for event in heard] == ["queued", "started", "cancelled"]
+
+
 @pytest.mark.everywhere(runs=True)
 @pytest.mark.parametrize("runs", [True, False])
 def test_query_that_is_late_timed_out(telling, heard, blocked, runs):
