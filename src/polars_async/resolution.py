@@ -300,7 +300,8 @@ def _gpu_rule(
 
 def is_on_gpu(resolution: Resolution) -> bool:
     """Return whether the GPU engine runs the query."""
-    return isinstance(resolution.engine, pl.GPUEngine)
+    engine = resolution.engine
+    return engine is not IN_MEMORY and isinstance(engine, pl.GPUEngine)  # the first is cheap
 
 
 def gpu_policy(policy: GpuPolicy | None) -> GpuPolicy:
@@ -358,7 +359,7 @@ def warn_of_unstable(mode: str) -> None:
 def _affinity_name(configured: pl.Engine | None) -> str | None:
     """Return the variable as it is now, or as it was when `configured` became the affinity."""
     name = os.environ.get(AFFINITY_VARIABLE)
-    if name is None and isinstance(configured, DeferringEngine):
+    if name is None and configured is not None and isinstance(configured, DeferringEngine):
         return configured.variable
     return name
 
