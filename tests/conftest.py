@@ -153,7 +153,7 @@ def executor(request):
 
 
 @pytest.fixture
-def is_let_go(executor):
+def is_given_up(executor):
     """Show what becomes of the one query that was let go while it ran, before it may go on."""
 
     def show(collector):

@@ -115,7 +115,7 @@ def is_full(collector):
 # max_waiting
 
 
-def test_call_is_refused_with_the_numbers_and_the_remedy_when_the_line_is_full(make, block):
+def test_call_is_refused_with_the_numbers_and_the_remedy_when_the_queue_is_full(make, block):
     collector = make(max_running=1, max_waiting=2)
     run_blocked(collector, block)
     waiting = [collector.collect_async(TINY) for _ in range(2)]
@@ -146,7 +146,7 @@ WAYS = {
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_every_way_to_ask_is_refused_when_the_line_is_full(make, block, way):
+def test_every_way_to_ask_is_refused_when_the_queue_is_full(make, block, way):
     collector = make(max_running=1, max_waiting=1)
     run_blocked(collector, block)
     waiting = collector.collect_async(TINY)
@@ -156,7 +156,7 @@ def test_every_way_to_ask_is_refused_when_the_line_is_full(make, block, way):
     assert inside.waiting(collector) == 1
 
 
-def test_as_completed_of_more_than_there_is_room_for_leaves_none_in_the_line(make, block):
+def test_as_completed_of_more_than_there_is_room_for_leaves_none_in_the_queue(make, block):
     collector = make(max_running=1, max_waiting=3)
     run_blocked(collector, block)
     with pytest.raises(QueueFullError):
@@ -174,7 +174,7 @@ def test_nobody_waits_where_max_waiting_is_zero(make, block):
         assert handle.result(30).item() == 1
 
 
-def test_query_that_was_let_go_takes_its_room_until_it_ends(make, block):
+def test_query_that_was_cancelled_takes_its_room_until_it_ends(make, block):
     collector = make(max_running=1, max_waiting=0)
     handle, blocked = run_blocked(collector, block)
     handle.cancel()
@@ -210,7 +210,7 @@ def test_refusal_tells_that_nested_queries_are_beyond_the_slots(make, block):
         collector.collect_async(TINY)
 
 
-def test_there_is_room_again_after_a_cancellation_in_the_line(make, block):
+def test_there_is_room_again_after_a_cancellation_in_the_queue(make, block):
     collector = make(max_running=1, max_waiting=1)
     run_blocked(collector, block)
     for _ in range(3):
@@ -219,7 +219,7 @@ def test_there_is_room_again_after_a_cancellation_in_the_line(make, block):
         waiting.cancel()
 
 
-def test_there_is_room_again_after_a_time_out_in_the_line(make, block):
+def test_there_is_room_again_after_a_time_out_in_the_queue(make, block):
     collector = make(max_running=1, max_waiting=1)
     run_blocked(collector, block)
     for _ in range(2):
@@ -540,7 +540,7 @@ def test_less_expected_work_starts_first(make, block, tmp_path):
     assert starts == ["blocked", "tiny", "heavy frame", "unknown"]  # the last two as they came
 
 
-def test_equals_start_in_the_order_they_came_and_nobody_is_appraised_by_the_caller(
+def test_equals_start_in_the_order_they_came_and_nobody_is_estimated_by_the_caller(
     make, block, looked
 ):
     starts = Starts()
@@ -570,7 +570,7 @@ def looked(monkeypatch):
     return threads
 
 
-def test_nobody_is_appraised_while_more_slots_are_free_than_are_kept(
+def test_nobody_is_estimated_while_more_slots_are_free_than_are_kept(
     make, block, looked, monkeypatch
 ):
     monkeypatch.setattr(query, "_WORTH_ESTIMATING", inf)  # this machine may be busy
@@ -655,7 +655,7 @@ def test_nobody_waits_for_the_hook_of_a_quick_query(make):
 
 
 @pytest.mark.parametrize("slots", [2, 3, 4])
-def test_those_taken_unseen_leave_one_slot_which_tiny_ones_take(make, block, slots):
+def test_those_taken_unestimated_leave_one_slot_which_tiny_ones_take(make, block, slots):
     collector = make(max_running=slots)
     be_quick(collector)
     for _ in range(slots - 1):
@@ -672,7 +672,9 @@ def query_in(admission):
 
 
 @pytest.mark.parametrize(("slots", "is_taken"), [(2, False), (3, True), (4, True)])
-def test_where_the_last_were_quick_the_next_is_taken_unseen_in_all_slots_but_one(slots, is_taken):
+def test_where_the_last_were_quick_the_next_is_taken_unestimated_in_all_slots_but_one(
+    slots, is_taken
+):
     line = Admission(slots)
     ending, other, waiting = (query_in(line) for _ in range(3))
     slot, others = line.enter(ending), Slot()
@@ -688,7 +690,7 @@ def test_where_the_last_were_quick_the_next_is_taken_unseen_in_all_slots_but_one
 
 
 @pytest.mark.parametrize("estimated", [False, True])
-def test_only_those_taken_unseen_keep_the_slot_for_small_ones_standing_by(estimated):
+def test_only_those_taken_unestimated_keep_the_slot_for_small_ones_standing_by(estimated):
     line = Admission(1)
     first, second = (query_in(line) for _ in range(2))
     slot = line.enter(first)
@@ -712,7 +714,7 @@ def test_slot_that_looked_at_nobody_is_given_back_when_nobody_waits(guard):
     assert inside.threads_in_use(collector) == 1
 
 
-def test_query_that_took_long_is_appraised_after_its_end(make, looked, monkeypatch):
+def test_query_that_took_long_is_estimated_after_its_end(make, looked, monkeypatch):
     monkeypatch.setattr(query, "_WORTH_ESTIMATING", 0.0)
     collector = make(max_running=1)
     collector.collect_async(UNSEEN).result(30)
@@ -753,7 +755,7 @@ class HeldWaiter:
         assert self.gate.wait(30)
 
 
-def test_thread_that_goes_to_look_back_is_not_let_go_by_another(make, block, monkeypatch):
+def test_thread_that_goes_to_look_back_is_not_ended_by_another(make, block, monkeypatch):
     monkeypatch.setattr(query, "_WORTH_ESTIMATING", 0.0)
     collector = make(max_running=1)
     executor, nested = collector._cpu._threads, [block() for _ in range(2)]

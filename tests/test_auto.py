@@ -250,7 +250,9 @@ def test_frames_are_sent_where_their_query_takes_longer_than_that(collector):
 
 
 @pytest.mark.parametrize("priority", [-1, 1])
-def test_priority_is_a_hint_for_the_order_and_none_for_the_place(collector, large, sent, priority):
+def test_priority_is_a_hint_for_the_order_and_none_for_the_executor(
+    collector, large, sent, priority
+):
     collector.collect_async(TINY, priority=priority, label="tiny").result(30)
     collector.collect_async(large.sum(), priority=priority, label="large").result(30)
     assert sent == ["large"]

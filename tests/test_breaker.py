@@ -62,14 +62,14 @@ def test_gpu_is_tried_again_after_its_rest(breaker, clock):
     assert (breaker.cooldown(), breaker.seconds_left()) == (None, 0.0)
 
 
-def test_one_failure_after_the_rest_begins_one_twice_as_long(breaker, clock):
+def test_one_failure_after_the_cooldown_begins_one_twice_as_long(breaker, clock):
     trip(breaker)
     for turn in range(1, 4):
         clock.now += breaker.seconds_left()
         assert breaker.failed(*OOM, breaker.generation).seconds == COOLDOWN * 2**turn
 
 
-def test_one_success_after_the_rest_ends_it_all(breaker, clock):
+def test_one_success_after_the_cooldown_ends_it_all(breaker, clock):
     trip(breaker)
     clock.now = COOLDOWN
     breaker.succeeded(breaker.generation)
@@ -77,7 +77,7 @@ def test_one_success_after_the_rest_ends_it_all(breaker, clock):
     assert breaker.failed(*OOM, breaker.generation) is None
 
 
-def test_rests_grow_to_a_limit(breaker):
+def test_cooldowns_grow_to_a_limit(breaker):
     for _ in range(10_000):
         breaker.failed(*OOM, breaker.generation)
     assert breaker.seconds_left() == LONGEST_COOLDOWN

@@ -375,7 +375,7 @@ def test_gevent_handle_is_read_in_other_threads_and_greenlets(collector, blocked
     assert len(set(map(id, found))) == 1
 
 
-def test_killed_greenlet_lets_go_and_the_last_one_cancels(collector, blocked):
+def test_killed_greenlet_leaves_and_the_last_one_cancels(collector, blocked):
     handle = collector.collect_async(blocked.lf, gevent=True)
     first, last = (gevent.spawn(handle.get) for _ in range(2))
     gevent.sleep(0)

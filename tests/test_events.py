@@ -101,7 +101,7 @@ def test_query_that_raises_is_queued_started_and_failed(telling, heard, is_that)
     assert is_that(heard.of("it")[-1].error, raised)
 
 
-def test_query_cancelled_in_the_line_never_started(telling, heard, blocked):
+def test_query_cancelled_in_the_queue_never_started(telling, heard, blocked):
     telling.collect_async(blocked.lf)
     telling.collect_async(TINY, label="it").cancel()
     assert heard.kinds("it") == ["queued", "cancelled"]
@@ -539,7 +539,7 @@ def test_counts_add_up_at_every_moment(executor):
 
 
 @pytest.mark.everywhere
-def test_stats_count_what_was_done_and_is_done(telling, blocked, is_let_go, executor):
+def test_stats_count_what_was_done_and_is_done(telling, blocked, is_given_up, executor):
     assert set(telling.stats().values()) == {0, 1, 2, MAX_STREAMS}  # the limits
     telling.collect_async(TINY).result(30)
     with pytest.raises(ValueError, match="no"):
@@ -557,7 +557,7 @@ def test_stats_count_what_was_done_and_is_done(telling, blocked, is_let_go, exec
     assert stats == expected | {"completed": 1, "failed": 1, "cancelled": 1}
     handle.cancel()
     assert telling.stats()["cancelled"] == 2
-    is_let_go(telling)
+    is_given_up(telling)
     blocked.gate.set()
     telling.close(cancel_waiting=False)
     stats = telling.stats()
@@ -566,7 +566,7 @@ def test_stats_count_what_was_done_and_is_done(telling, blocked, is_let_go, exec
     assert stats["queue_seconds"] > times[0]
 
 
-def test_stats_are_json_where_the_line_is_bounded(telling):
+def test_stats_are_json_where_the_queue_is_bounded(telling):
     stats = telling.stats()
     assert json.loads(json.dumps(stats, allow_nan=False)) == stats
     assert Collector().stats()["max_waiting"] == float("inf")

@@ -116,7 +116,7 @@ def test_stop_iteration_arrives_where_no_coroutine_has_its_own_use_for_it(
     works_after()
 
 
-def test_cancelled_wait_takes_a_waiting_query_out_of_the_line(
+def test_cancelled_wait_takes_a_waiting_query_out_of_the_queue(
     loop, collector, blocked, works_after
 ):
     ran = Gate()
@@ -133,14 +133,12 @@ def test_cancelled_wait_takes_a_waiting_query_out_of_the_line(
 
 
 @pytest.mark.everywhere
-def test_cancelled_wait_lets_go_of_a_running_query(
-    loop, collector, blocked, works_after, is_let_go
-):
+def test_cancelled_wait_cancels_a_running_query(loop, collector, blocked, works_after, is_given_up):
     handle = collector.collect_async(blocked.lf, gevent=True)
     blocked.started.wait()
     loop.reset_after_fork(handle)
     assert handle.done()
-    is_let_go(collector)
+    is_given_up(collector)
     blocked.gate.set()
     works_after()
     with pytest.raises(CancelledError):
@@ -149,7 +147,7 @@ def test_cancelled_wait_lets_go_of_a_running_query(
 
 @pytest.mark.everywhere(error=ValueError)
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
-def test_error_of_a_query_that_was_let_go_is_not_reported(loop, collector, works_after, error):
+def test_error_of_a_query_that_was_cancelled_is_not_reported(loop, collector, works_after, error):
     started, gate = Gate(), Gate()
 
     def udf(_):
@@ -252,7 +250,7 @@ def test_handle_made_in_one_loop_is_awaited_in_another(
     works_after()
 
 
-def test_query_runs_on_when_one_of_two_loops_lets_go(
+def test_query_runs_on_when_one_of_two_loops_leaves(
     loop, collector, blocked, works_after, monkeypatch
 ):
     handle = collector.collect_async(blocked.lf, gevent=True)
@@ -291,7 +289,7 @@ class Unstoppable(BaseException):
 
 @pytest.mark.everywhere(kind=Unstoppable)
 @pytest.mark.parametrize("kind", [PermissionError, Unstoppable])
-def test_place_that_cannot_stop_a_query_costs_nobody_the_wake_up(
+def test_executor_that_cannot_stop_a_query_costs_nobody_the_wake_up(
     collector, blocked, works_after, quiet, kind
 ):
     def stop():

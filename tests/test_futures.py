@@ -301,7 +301,7 @@ def test_waiting_query_that_is_cancelled_never_runs(collector, gate, kind, clust
     assert not gate.pids("cancelled")
 
 
-def test_running_query_that_is_cancelled_is_let_go_at_once(collector, gate, kind):
+def test_running_query_that_is_cancelled_is_given_up_at_once(collector, gate, kind):
     handle = collector.collect_async(gate.query())
     until(gate.pids)
     assert handle.cancel()

@@ -56,7 +56,7 @@ def test_halt_that_comes_late_leaves_what_is_packed():
 
 
 @pytest.mark.filterwarnings("ignore:the query takes:polars.exceptions.PerformanceWarning")
-def test_query_let_go_while_it_is_packed_is_silent(caplog):
+def test_query_cancelled_while_it_is_packed_is_silent(caplog):
     plan = pl.select(pl.int_range(3_000_000, dtype=pl.Int64).alias("a")).lazy().sum()
     with pa.Collector(executor="processes", max_running=1) as collector:
         handle = collector.collect_async(plan)

@@ -184,7 +184,7 @@ def test_threads_and_loops_wait_for_one_handle(collector, blocked, waited):
         assert len({id(future.result(30)) for future in futures}) == 1
 
 
-def test_query_lives_until_its_last_awaiter_lets_go(collector, blocked):
+def test_query_lives_until_its_last_awaiter_leaves(collector, blocked):
     async def main():
         handle = collector.collect_async(blocked.lf)
 
@@ -208,7 +208,7 @@ def test_query_lives_until_its_last_awaiter_lets_go(collector, blocked):
         handle.result()
 
 
-def test_thread_that_waits_keeps_a_query_that_its_task_let_go(collector, blocked, waited):
+def test_thread_that_waits_keeps_a_query_that_its_task_has_left(collector, blocked, waited):
     handle = collector.collect_async(blocked.lf)
 
     async def wait():
@@ -288,7 +288,7 @@ def test_result_waits_as_long_as_it_takes(collector, blocked, waited, timeout):
 # cancel and done
 
 
-def test_cancel_before_it_runs_takes_it_out_of_the_line(collector, blocked):
+def test_cancel_before_it_runs_takes_it_out_of_the_queue(collector, blocked):
     ran = Notes()
     collector.collect_async(blocked.lf)
     handle = collector.collect_async(TINY.map_batches(ran.append))

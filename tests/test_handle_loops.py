@@ -39,7 +39,7 @@ def test_wait_for_gives_the_result_in_time(collector):
     assert asyncio.run(main()).item() == 1
 
 
-def test_wait_for_lets_go_of_the_query_when_time_is_up(collector, blocked):
+def test_wait_for_cancels_the_query_when_time_is_up(collector, blocked):
     async def main():
         with pytest.raises(TimeoutError):
             await asyncio.wait_for(handle, 0.01)
@@ -75,7 +75,7 @@ def test_gather_keeps_order_and_hands_over_errors(collector):
     assert asyncio.run(main()) == [i for i in range(50) if i != 10]
 
 
-def test_cancelled_gather_lets_go_of_all_its_queries(collector, blocked):
+def test_cancelled_gather_cancels_all_its_queries(collector, blocked):
     async def main():
         gathered = asyncio.gather(*handles)
         await asyncio.sleep(0)
@@ -108,7 +108,7 @@ def test_task_group_cancels_the_siblings_of_a_query_that_failed(collector, block
     assert not inside.waiting(collector)
 
 
-def test_timeout_around_a_task_group_lets_go_of_its_queries(collector, blocked):
+def test_timeout_around_a_task_group_cancels_its_queries(collector, blocked):
     async def main():
         async with asyncio.timeout(0.01), asyncio.TaskGroup() as group:
             for handle in handles:
@@ -181,7 +181,7 @@ def test_other_tasks_run_while_a_query_runs(collector, blocked):
 # trio
 
 
-def test_move_on_after_lets_go_of_the_query(collector, blocked):
+def test_move_on_after_cancels_the_query(collector, blocked):
     async def main():
         with trio.move_on_after(0.01) as scope:
             await handle
@@ -192,7 +192,7 @@ def test_move_on_after_lets_go_of_the_query(collector, blocked):
     assert_cancelled(handle)
 
 
-def test_cancelled_nursery_lets_go_of_its_queries(collector, blocked):
+def test_cancelled_nursery_cancels_its_queries(collector, blocked):
     async def main():
         async with trio.open_nursery() as nursery:
             for handle in handles:
@@ -221,7 +221,7 @@ def test_nursery_cancels_the_siblings_of_a_query_that_failed(collector, blocked,
     assert_cancelled(handle)
 
 
-def test_query_lives_until_its_last_trio_task_lets_go(collector, blocked):
+def test_query_lives_until_its_last_trio_task_leaves(collector, blocked):
     async def main():
         async with trio.open_nursery() as nursery:
             scopes = []

@@ -76,7 +76,7 @@ def test_error_and_its_frames_are_freed_with_handle_and_error(collector, way):
     assert seen[0]() is None
 
 
-def test_result_of_a_query_that_was_let_go_is_freed_at_its_end(collector, blocked):
+def test_result_of_a_query_that_was_cancelled_is_freed_at_its_end(collector, blocked):
     seen = []
     handle = collector.collect_async(noting(seen, blocked.lf))
     assert blocked.started.wait(30)
@@ -87,7 +87,7 @@ def test_result_of_a_query_that_was_let_go_is_freed_at_its_end(collector, blocke
     assert seen[0]() is None
 
 
-def test_cancelled_query_in_the_line_frees_its_plan(collector, blocked):
+def test_cancelled_query_in_the_queue_frees_its_plan(collector, blocked):
     collector.collect_async(blocked.lf)
     local = Local()
     alive = weakref.ref(local)

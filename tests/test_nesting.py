@@ -78,7 +78,7 @@ def test_query_asked_for_on_polars_own_threads_needs_no_slot(collector, way):
     assert collector.collect_async(lf).result(30).row(0) == (1, 1)
 
 
-def test_nested_query_does_not_wait_for_those_in_the_line(collector, blocked):
+def test_nested_query_does_not_wait_for_those_in_the_queue(collector, blocked):
     def udf(df):
         blocked.started.set()
         blocked.gate.wait()
@@ -402,7 +402,7 @@ def test_closed_collector_runs_nothing_on_the_thread_that_asks():
 
 
 @pytest.mark.everywhere
-def test_query_on_the_thread_of_polars_that_asks_runs_in_any_place(collector):
+def test_query_on_the_thread_of_polars_that_asks_runs_in_any_executor(collector):
     assert on_pool(lambda: collector.collect_async(TINY)).result(0).item() == 1
     assert collector.stats()["completed"] == 2
 

@@ -612,7 +612,7 @@ def test_limits_of_the_line_do_not_hold_for_what_was_let_in_already(gpu, blocked
         assert fallen.result(30).item() == running.result(30).item() == 1
 
 
-def test_query_that_fell_back_is_appraised_as_what_it_is_then(collector, tried):
+def test_query_that_fell_back_is_estimated_as_what_it_is_then(collector, tried):
     first = collector.collect_async(tried.lf, engine="gpu")
     assert tried.started.wait(30)
     waiting = collector.collect_async(TINY, engine="gpu")
@@ -687,7 +687,7 @@ def test_query_that_was_cancelled_while_the_gpu_tried_it_does_not_fall_back(
 
 
 @pytest.mark.parametrize("how", ["cancelled", "timed_out"])
-def test_query_that_fell_back_may_leave_the_line(gpu, blocked, events, how):
+def test_query_that_fell_back_may_leave_the_queue(gpu, blocked, events, how):
     gpu.fail = "oom"
     with Collector(gpu="offload", max_running=1, on_event=events.append) as collector:
         collector.collect_async(blocked.lf)
@@ -713,7 +713,7 @@ def test_query_that_fell_back_may_leave_the_line(gpu, blocked, events, how):
     ]
 
 
-def test_query_that_is_let_go_while_its_fallback_is_told_does_not_run(gpu):
+def test_query_that_is_cancelled_while_its_fallback_is_told_does_not_run(gpu):
     gpu.fail = "oom"
     told = []
 
@@ -897,7 +897,9 @@ def test_what_some_frames_took_is_not_learned_for_all(collector, gpu, monkeypatc
 # The turn on the GPU
 
 
-def test_query_that_is_let_go_while_another_collector_has_the_gpu_does_not_run(collector, blocked):
+def test_query_that_is_cancelled_while_another_collector_has_the_gpu_does_not_run(
+    collector, blocked
+):
     with Collector(gpu="offload") as other:
         running = other.collect_async(blocked.lf, engine="gpu")
         assert blocked.started.wait(30)
@@ -932,7 +934,7 @@ def test_wait_for_another_collector_is_no_part_of_the_run(collector, gpu, blocke
     assert events[-1].run_seconds >= 0
 
 
-def test_frames_after_the_one_during_which_all_were_let_go_do_not_run(collector, blocked):
+def test_frames_after_the_one_during_which_all_were_cancelled_do_not_run(collector, blocked):
     lf, runs = counting()
     handle = collector.collect_all_async([blocked.lf, lf, lf], engine="gpu")
     assert blocked.started.wait(30)
@@ -1181,7 +1183,7 @@ def test_gpu_that_keeps_failing_rests_and_is_tried_again(collector, gpu, clock, 
     assert (stats["gpu_failures"], stats["gpu_cooldown_seconds"]) == (0, 0)
 
 
-def test_queries_that_wait_when_the_rest_begins_do_not_try_the_gpu(collector, tried, clock):  # noqa: ARG001
+def test_queries_that_wait_when_the_cooldown_begins_do_not_try_the_gpu(collector, tried, clock):  # noqa: ARG001
     breaker.health = Health(FAILURES - 1)
     first = collector.collect_async(tried.lf, engine="gpu")
     assert tried.started.wait(30)
@@ -1205,7 +1207,7 @@ def test_query_that_the_gpu_engine_does_not_know_says_nothing_of_the_gpu(collect
     assert breaker.health.failures == 0
 
 
-def test_resting_gpu_is_an_error_where_it_is_required_and_is_tried_where_the_cpu_is_forbidden(
+def test_gpu_in_its_cooldown_is_an_error_where_required_and_tried_where_the_cpu_is_forbidden(
     gpu, clock
 ):
     gpu.fail = "oom"
@@ -1338,7 +1340,7 @@ with simulate_gpu(), pa.Collector(engine="gpu", gpu="offload") as collector:
 """
 
 
-def test_memory_of_the_gpu_is_let_go_of_before_the_cpu_runs_it(collector, monkeypatch):
+def test_memory_of_the_gpu_is_dropped_before_the_cpu_runs_it(collector, monkeypatch):
     held, seen = [], []
 
     class Column:

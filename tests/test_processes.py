@@ -612,7 +612,7 @@ def test_death_is_seen_though_a_function_has_left_a_process_behind(collector, tm
     assert collector.collect_async(TINY).result(30).item() == 6
 
 
-def test_worker_that_dies_idle_is_replaced_unseen(collector):
+def test_worker_that_dies_idle_is_replaced_in_silence(collector):
     for _ in range(3):
         pid = worker_of(collector)
         os.kill(pid, signal.SIGKILL)
@@ -635,7 +635,7 @@ def test_worker_that_cannot_start_is_a_clear_error(make, monkeypatch):
     assert collector.collect_async(TINY).result(30).item() == 6
 
 
-def test_query_is_let_go_also_where_its_worker_never_starts(make, monkeypatch):
+def test_query_is_cancelled_also_where_its_worker_never_starts(make, monkeypatch):
     never = "import time; time.sleep(60)  # {path}{socket}{lifeline}"
     monkeypatch.setattr(call, "_START_TIMEOUT", 0.1)
     monkeypatch.setattr(process, "_BOOTSTRAP", never)
@@ -649,7 +649,7 @@ def test_query_is_let_go_also_where_its_worker_never_starts(make, monkeypatch):
     assert collector.stats()["workers"] == 0
 
 
-def test_query_that_is_let_go_while_its_worker_starts_leaves_it_to_the_next(collector):
+def test_query_that_is_cancelled_while_its_worker_starts_leaves_it_to_the_next(collector):
     handle = collector.collect_async(TINY)
     eventually(lambda: collector.stats()["workers"])
     handle.cancel()
@@ -878,7 +878,7 @@ with pa.Collector(executor="processes") as collector:
     assert run_script(script) == ["{12499997500000}", "True"]
 
 
-def test_queries_left_in_line_find_their_worker_warm_after_close(make, gate):
+def test_queries_left_in_the_queue_find_their_worker_warm_after_close(make, gate):
     collector = make(max_running=1)
     first = collector.collect_async(gate.lf)
     own = gate.pid()
@@ -913,7 +913,7 @@ def test_what_a_function_forks_ends_by_sigterm(collector):
     assert collector.collect_async(udf(fork)).result(30).item() == signal.SIGTERM
 
 
-def test_worker_that_is_killed_while_it_starts_is_replaced_unseen(make, monkeypatch, tmp_path):
+def test_worker_that_is_killed_while_it_starts_is_replaced_in_silence(make, monkeypatch, tmp_path):
     killed = tmp_path / "killed"
     once = f"""
 import os, pathlib

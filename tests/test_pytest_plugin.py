@@ -279,7 +279,7 @@ def test_queries_are_logged_in_the_order_of_their_end(engine_log, blocked):
     assert repr(engine_log) == "<EngineLog: streaming, in-memory>"
 
 
-def test_query_that_failed_or_was_let_go_while_it_ran_is_logged(engine_log, collector, blocked):
+def test_query_that_failed_or_was_cancelled_while_it_ran_is_logged(engine_log, collector, blocked):
     with pytest.raises(pl.exceptions.ColumnNotFoundError):
         collector.collect_async(TINY.select("b"), engine="streaming").result()
     running = collector.collect_async(blocked.lf)

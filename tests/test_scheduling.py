@@ -38,7 +38,7 @@ class Job:
     __slots__ = (
         "arrival",
         "cancel_at",
-        "dies_unappraised",
+        "dies_unestimated",
         "duration",
         "kind",
         "mark",
@@ -61,7 +61,7 @@ class Job:
         self.duration = work
         self.priority = priority
         self.kind = self.cancel_at = None
-        self.dies_unappraised = False
+        self.dies_unestimated = False
         self.state = "to come"
         self.expect(work)
         self.started = self.overtaken_at_start = self.turn = None
@@ -222,7 +222,7 @@ class Simulation:
             found = unestimated(queue)
             for place in found:
                 job = place.item
-                if job.dies_unappraised:
+                if job.dies_unestimated:
                     self.cancel(job)
                 else:
                     self.estimated[job] = None
@@ -328,7 +328,7 @@ def workload(rng, size, *, ranked=None, learns=True):
             job.kind = kind
             if cancelled and random() < cancelled:
                 job.cancel_at = now + uniform(0, 5 * typical)
-                job.dies_unappraised = random() < 0.2
+                job.dies_unestimated = random() < 0.2
             jobs.append(job)
             now += gap
         if random() < 0.3:
@@ -464,7 +464,7 @@ def test_less_work_overtakes_more():
     assert drain(queue) == ["tiny", "medium", "heavy"]
 
 
-def test_nobody_overtakes_once_patience_is_over():
+def test_nobody_overtakes_beyond_the_limit():
     queue = FairQueue()
     put(queue, "heavy", 1.0)
     queue.note_ended(OVERTAKING_LIMIT - 0.5, overtook=True)
@@ -490,7 +490,7 @@ def test_higher_priority_goes_first():
     assert drain(queue) == [10, 1, 0, -1, -10]
 
 
-def test_one_turn_in_so_many_goes_by_the_mark_alone():
+def test_one_turn_in_so_many_goes_by_the_key_alone():
     queue = FairQueue()
     put(queue, "low", 0.01, -10)
     for number in range(20):
@@ -579,7 +579,7 @@ def test_some_of_several_slots_are_kept_for_small_ones(kept, expected):
     assert is_reserved(kept, 3, 5)  # some run beyond the slots
 
 
-def test_nobody_goes_unappraised():
+def test_nobody_goes_unestimated():
     queue = FairQueue()
     queue.add("a")
     assert take(queue, only_small=False) is None
@@ -591,7 +591,7 @@ def test_nobody_goes_unappraised():
     assert drain(queue) == ["a"]
 
 
-def test_newcomers_come_in_order_or_from_behind():
+def test_unestimated_ones_come_in_order_or_from_behind():
     queue = FairQueue()
     for item in "abcdefg":
         queue.add(item)
@@ -604,7 +604,7 @@ def test_newcomers_come_in_order_or_from_behind():
 
 
 @pytest.mark.parametrize("priority", [1, -1])
-def test_priority_takes_part_unappraised_among_its_equals_in_the_order_of_their_coming(priority):
+def test_priority_takes_part_unestimated_among_its_equals_in_the_order_of_their_coming(priority):
     queue = FairQueue()
     for item in "abc":
         queue.add(item, priority=priority)
@@ -614,7 +614,7 @@ def test_priority_takes_part_unappraised_among_its_equals_in_the_order_of_their_
     ]
 
 
-def test_high_priority_is_found_at_once_behind_many_newcomers():
+def test_high_priority_is_found_at_once_behind_many_unestimated_ones():
     queue = FairQueue()
     for item in range(20_000):
         queue.add(item)
@@ -623,7 +623,7 @@ def test_high_priority_is_found_at_once_behind_many_newcomers():
     assert take(queue, only_small=True) == ("urgent", True)
 
 
-def test_known_work_takes_part_unappraised():
+def test_known_work_takes_part_unestimated():
     queue = FairQueue()
     queue.add("large", work=1.0)
     queue.add("small", work=0.0)
@@ -784,7 +784,7 @@ def test_those_who_left_are_not_kept_for_ever():
     assert drain(queue) == list(range(10))
 
 
-def test_those_who_left_unseen_are_not_kept_for_ever():
+def test_those_who_left_unestimated_are_not_kept_for_ever():
     queue = FairQueue()
     for item in range(10_000):  # while all slots are taken, and nobody is appraised
         queue.add(item)
@@ -950,7 +950,7 @@ def row_of_quick(queue, length=QUICK_STREAK):
         queue.note_ended(QUICK, overtook=False)
 
 
-def test_newcomers_are_taken_unseen_after_a_row_of_quick_ones():
+def test_items_are_taken_unestimated_after_a_row_of_quick_ones():
     queue = FairQueue()
     queue.add("a")
     queue.add("b")
@@ -968,7 +968,7 @@ def test_newcomers_are_taken_unseen_after_a_row_of_quick_ones():
 
 
 @pytest.mark.parametrize("only_small", [False, True])
-def test_where_nobody_may_go_unseen_those_that_were_appraised_do(only_small):
+def test_where_nobody_may_go_unestimated_those_that_were_estimated_do(only_small):
     queue = FairQueue()
     row_of_quick(queue)
     queue.add("a")
@@ -979,7 +979,7 @@ def test_where_nobody_may_go_unseen_those_that_were_appraised_do(only_small):
     assert take_quickly(queue, only_small=only_small, unestimated=False) == "estimated"
 
 
-def test_small_ones_that_were_appraised_go_before_newcomers_are_taken_unseen():
+def test_small_ones_that_were_estimated_go_before_those_that_were_not():
     queue = FairQueue()
     row_of_quick(queue)
     put(queue, "estimated", SMALL)
@@ -987,7 +987,7 @@ def test_small_ones_that_were_appraised_go_before_newcomers_are_taken_unseen():
     assert [take_quickly(queue) for _ in range(3)] == ["estimated", "newcomer", None]
 
 
-def test_nobody_is_taken_unseen_past_a_priority_or_one_that_was_appraised():
+def test_nobody_is_taken_unestimated_past_a_priority_or_one_that_was_estimated():
     queue = FairQueue()
     row_of_quick(queue)
     queue.add("a")

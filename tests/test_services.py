@@ -50,7 +50,7 @@ def take_slots(collector):
         collector.collect_async(TINY.map_batches(wait_for_gate), priority=1)
 
 
-def fill_line(collector):
+def fill_queue(collector):
     try:
         while True:
             collector.collect_async(TINY)
@@ -60,7 +60,7 @@ def fill_line(collector):
 
 FASTAPI = """
 import asyncio
-from control import fill_line, take_slots
+from control import fill_queue, take_slots
 from service import app
 
 
@@ -71,7 +71,7 @@ async def hold():
 
 @app.get("/fill")
 async def fill():
-    fill_line(app.state.collector)
+    fill_queue(app.state.collector)
 
 
 @app.get("/tasks")
@@ -96,7 +96,7 @@ def app(environ, start_response):
     if environ["PATH_INFO"] == "/hold":
         control.take_slots(shop.collector)
     if environ["PATH_INFO"] == "/fill":
-        control.fill_line(shop.collector)
+        control.fill_queue(shop.collector)
     start("200 OK", [])
     return [json.dumps(shop.collector.stats()).encode()]
 """
@@ -296,7 +296,7 @@ def test_fastapi_answers_several_requests_at_once(service):
 
 
 @pytest.mark.parametrize("path", ["/sales?shop=a", "/sales.ndjson"])
-def test_fastapi_tells_clients_to_come_back_when_the_line_is_full(service, gate, path):
+def test_fastapi_tells_clients_to_come_back_when_the_queue_is_full(service, gate, path):
     service.hold()
     service.ask("/fill")
     response, _ = service.ask(path)
@@ -316,7 +316,7 @@ def test_fastapi_tells_a_client_that_its_time_is_over(service, gate):
 
 
 @pytest.mark.parametrize("path", ["/sales?shop=a", "/sales.ndjson"])
-def test_fastapi_takes_the_query_of_a_client_that_goes_away_out_of_the_line(service, gate, path):
+def test_fastapi_takes_the_query_of_a_client_that_goes_away_out_of_the_queue(service, gate, path):
     before = service.hold()
     tasks = service.ask("/tasks")[1]
     leaving = service.send(path)
@@ -339,7 +339,7 @@ def test_fastapi_streams_all_rows_and_the_first_before_the_end(service):
         assert pl.read_ndjson(first + response.read()).equals(SALES)
 
 
-def test_fastapi_lets_go_of_a_stream_whose_client_goes_away(service):
+def test_fastapi_cancels_a_stream_whose_client_goes_away(service):
     before = service.stats()
     with (
         contextlib.closing(service.send("/sales.ndjson")) as connection,
@@ -374,7 +374,7 @@ def test_gunicorn_answers_several_requests_at_once(workers):
     assert_all_are_answered(workers, "/?shop=")
 
 
-def test_gunicorn_tells_clients_to_come_back_when_the_line_is_full(worker, gate):
+def test_gunicorn_tells_clients_to_come_back_when_the_queue_is_full(worker, gate):
     worker.hold()
     worker.ask("/fill")
     response, _ = worker.ask("/?shop=a")

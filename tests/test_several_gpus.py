@@ -39,7 +39,7 @@ def of_gpu(index):
     return breaker_of(pa.gpu_status().devices[index])
 
 
-def almost_rests(*indices):
+def almost_cools_down(*indices):
     """Have these GPUs rest after one more failure."""
     for index in indices:
         of_gpu(index).health = Health(FAILURES - 1)
@@ -96,7 +96,7 @@ def test_broken_gpu_fails_three_queries_and_the_other_runs_all_that_come_after(
 
 def test_all_that_rest_are_a_downgrade_and_an_error_where_one_is_required(offloading):
     with simulate_gpu(2, fail="oom") as gpu:
-        almost_rests(0, 1)
+        almost_cools_down(0, 1)
         collector = offloading()
         for _ in range(2):
             collector.collect_async(WHERE).result(30)
@@ -130,16 +130,16 @@ def test_gpu_is_tried_again_after_its_rest_by_a_worker_that_does_not_rest_either
 
 def test_collectors_of_a_process_share_what_they_know_of_a_gpu(offloading):
     with simulate_gpu(2, fail_on={1: "oom"}):
-        almost_rests(1)
+        almost_cools_down(1)
         offloading().collect_async(WHERE, engine=on_device(1)).result(30)
         other = offloading("auto")
         assert {ran_on(other.collect_async(WHERE)) for _ in range(3)} == {uuid(0)}
         assert failures(other, 1) == FAILURES
 
 
-def test_queries_that_wait_when_the_last_gpu_begins_to_rest_do_not_try_it(offloading):
+def test_queries_that_wait_when_the_last_gpu_begins_its_cooldown_do_not_try_it(offloading):
     with simulate_gpu(1, fail="oom") as gpu:
-        almost_rests(0)
+        almost_cools_down(0)
         collector = offloading()
         handles = [collector.collect_async(WHERE) for _ in range(3)]
         assert [ran_on(handle) for handle in handles] == ["none"] * 3
@@ -151,7 +151,7 @@ def test_queries_that_wait_when_the_last_gpu_begins_to_rest_do_not_try_it(offloa
 
 def test_failure_counts_where_the_cpu_is_forbidden_and_a_rest_keeps_no_such_query_off(offloading):
     with simulate_gpu(1, fail="oom") as gpu:
-        almost_rests(0)
+        almost_cools_down(0)
         collector = offloading()
         with pytest.raises(MemoryError, match="simulated"):
             collector.collect_async(WHERE, engine=STRICT).result(30)
@@ -374,7 +374,7 @@ def test_gpu_that_runs_any_query_is_waited_for_by_one_that_names_it(offloading, 
         assert workers.ran.index(uuid(0), 1) == len(workers.ran) - 1
 
 
-def test_query_that_is_let_go_while_it_waits_for_its_gpu_gives_up_its_slot(offloading, workers):
+def test_query_that_is_cancelled_while_it_waits_for_its_gpu_gives_up_its_slot(offloading, workers):
     with simulate_gpu(1):
         workers.hold(0)
         collector = offloading()
@@ -390,7 +390,7 @@ def test_query_that_is_let_go_while_it_waits_for_its_gpu_gives_up_its_slot(offlo
         assert workers.ran == [uuid(0)] * 2
 
 
-def test_query_waits_for_a_gpu_that_works_rather_than_try_one_that_rests(offloading, workers):
+def test_query_waits_for_a_gpu_that_works_rather_than_try_one_in_its_cooldown(offloading, workers):
     with simulate_gpu(2):
         opened(1)
         workers.hold(0)
@@ -401,7 +401,7 @@ def test_query_waits_for_a_gpu_that_works_rather_than_try_one_that_rests(offload
         assert [ran_on(handle) for handle in handles] == [uuid(0)] * 3
 
 
-def test_query_that_waits_tries_a_gpu_whose_rest_is_over(offloading, workers):
+def test_query_that_waits_tries_a_gpu_whose_cooldown_is_over(offloading, workers):
     with simulate_gpu(2):
         opened(1, seconds=0.2)
         workers.hold(0)

@@ -186,7 +186,7 @@ def test_sink_by_a_path_alone_runs_where_queries_do(collector, executor, tmp_pat
         assert (pl.read_parquet(path)["pid"].item() == os.getpid()) is (executor == "threads")
 
 
-def test_sink_that_is_let_go_while_it_is_packed_is_not_run_here(monkeypatch):
+def test_sink_that_is_cancelled_while_it_is_packed_is_not_run_here(monkeypatch):
     called, handles, ready = [], [], threading.Event()
 
     def pack_and_let_go(work, **options):

@@ -221,7 +221,7 @@ def test_stream_that_has_ended_in_any_way_is_no_longer_open(make, blocked, end):
     stream.close()
 
 
-def test_stream_that_was_let_go_is_open_until_it_really_ends(make):
+def test_stream_that_was_cancelled_is_open_until_it_really_ends(make):
     source = Source(held_after=1)
     collector = make(max_running=1, max_streams=1)
     stream = collector.collect_batches_async(source.lf, chunk_size=1)

@@ -207,7 +207,7 @@ def test_error_of_polars_arrives(loop, collector, kind):
 
 
 @pytest.mark.everywhere
-def test_failure_comes_at_its_turn_and_cancels_the_others(loop, collector, blocked, is_let_go):
+def test_failure_comes_at_its_turn_and_cancels_the_others(loop, collector, blocked, is_given_up):
     ran = Notes()
     frames = [numbered(5), failing(Failure()), blocked.lf, noting(ran), noting(ran)]
 
@@ -225,7 +225,7 @@ def test_failure_comes_at_its_turn_and_cancels_the_others(loop, collector, block
     stats = collector.stats()
     assert (stats["completed"], stats["failed"], stats["cancelled"]) == (1, 1, 3)
     assert stats["waiting"] == 0
-    is_let_go(collector)
+    is_given_up(collector)
     blocked.gate.set()
     assert_free(collector)
     assert not ran
@@ -257,7 +257,7 @@ def test_wrong_frame_schedules_nothing(collector):
     assert not inside.all_threads(collector)
 
 
-def test_full_line_in_the_midst_cancels_what_was_scheduled(blocked, executor):
+def test_full_queue_in_the_midst_cancels_what_was_scheduled(blocked, executor):
     ran = Notes()
     with Collector(executor=executor, max_running=1, max_waiting=2) as collector:
         with pytest.raises(QueueFullError):
@@ -422,7 +422,7 @@ WAYS = [
 
 
 @pytest.mark.parametrize("leave", WAYS)
-def test_leaving_lets_go_of_the_other_queries_at_once(loop, collector, blocked, leave):
+def test_leaving_cancels_the_other_queries_at_once(loop, collector, blocked, leave):
     ran = Notes()
 
     async def main():
@@ -442,11 +442,11 @@ def test_leaving_lets_go_of_the_other_queries_at_once(loop, collector, blocked, 
 @pytest.mark.everywhere(leave=by_break)
 @pytest.mark.parametrize("leave", WAYS)
 @pytest.mark.cannot("dask", because=ALL_AT_ONCE, runs=False)
-def test_leaving_lets_go_of_a_query_that_computes(loop, collector, held, leave, is_let_go):
+def test_leaving_cancels_a_query_that_computes(loop, collector, held, leave, is_given_up):
     async def main():
         await leave(loop, box)
         assert collector.stats()["cancelled"] == 1
-        is_let_go(collector)
+        is_given_up(collector)
         held.gate.set()
         # The slot is back without another batch having been asked for.
         assert (await collector.collect_async(TINY)).item() == 1
@@ -479,7 +479,7 @@ def test_leaving_frees_a_query_that_is_held_up(loop, collector, endless, leave):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_dropping_a_stream_nobody_iterated_lets_go_of_all(collector, blocked, kind):
+def test_dropping_a_stream_nobody_iterated_cancels_all(collector, blocked, kind):
     ran = Notes()
     collector.collect_async(blocked.lf)
     stream = asked(collector, kind, noting(ran))
@@ -675,7 +675,7 @@ def test_python_sources_go_on_beside_streams_of_python_sources_that_are_held_up(
     assert_free(collector)
 
 
-def test_stream_that_is_held_up_takes_no_place_from_others(blocked, executor):
+def test_stream_that_is_held_up_takes_no_slot_from_others(blocked, executor):
     with Collector(executor=executor, max_running=2, max_waiting=0) as collector:
         stream = collector.collect_batches_async(NUMBERS, chunk_size=10)
         wait_until_paused(collector)
@@ -809,7 +809,7 @@ def test_stream_out_of_time_ends_with_the_error(loop, collector, held, endless, 
     assert_free(collector)
 
 
-def test_stream_out_of_time_in_the_line_never_runs(loop, collector, blocked):
+def test_stream_out_of_time_in_the_queue_never_runs(loop, collector, blocked):
     ran = Notes()
 
     async def main():
@@ -1084,7 +1084,7 @@ def test_stream_that_never_ran_is_freed(collector, blocked, kind):
 
 @pytest.mark.everywhere
 @pytest.mark.usefixtures("_without_garbage_collection")
-def test_batch_is_freed_once_its_consumer_lets_go(collector):
+def test_batch_is_freed_once_its_consumer_leaves(collector):
     async def main():
         stream = collector.collect_batches_async(NUMBERS, chunk_size=1000)
         batch = await anext(stream)

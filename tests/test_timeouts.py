@@ -79,7 +79,7 @@ def timed_out(handle):
 # What becomes of the query
 
 
-def test_query_that_is_late_in_the_line_never_runs(collector, blocked, time):
+def test_query_that_is_late_in_the_queue_never_runs(collector, blocked, time):
     ran = Notes()
     collector.collect_async(blocked.lf)
     handle = collector.collect_async(TINY.map_batches(lambda df: (ran.append(1), df)[1]), timeout=5)
@@ -102,7 +102,7 @@ def test_query_that_is_late_in_the_line_never_runs(collector, blocked, time):
     assert not ran
 
 
-def test_query_that_is_late_while_it_runs_is_let_go_and_keeps_its_slot_until_it_ends(
+def test_query_that_is_late_while_it_runs_is_given_up_and_keeps_its_slot_until_it_ends(
     collector, blocked, time
 ):
     handle = collector.collect_async(blocked.lf, timeout=0.5, label="slow one")
@@ -196,7 +196,7 @@ def test_what_comes_too_late_is_dropped_in_silence(
     assert (noise, caplog.records, capfd.readouterr().err) == ([], [], "")
 
 
-def test_result_in_time_lifts_the_deadline(collector, time):
+def test_result_in_time_cancels_the_timer(collector, time):
     handle = collector.collect_async(TINY, timeout=5)
     assert handle.result(30).item() == 1
     ((_, _, deadline),) = time.clock.heap
@@ -208,7 +208,7 @@ def test_result_in_time_lifts_the_deadline(collector, time):
 
 
 @pytest.mark.parametrize("how", ["cancelled", "failed"])
-def test_other_ends_lift_the_deadline_too(collector, blocked, time, how):
+def test_other_ends_cancel_the_timer_too(collector, blocked, time, how):
     collector.collect_async(blocked.lf)
     handle = collector.collect_async(TINY.select("nope"), timeout=5)
     if how == "cancelled":
@@ -576,7 +576,7 @@ def test_of_a_cancellation_and_a_time_out_one_is_first():
 
 
 @pytest.mark.usefixtures("_switch_often", "time")
-def test_deadline_of_a_query_that_ends_meanwhile_is_lifted():
+def test_deadline_of_a_query_that_ends_meanwhile_is_cancelled():
     admission = Admission(1)
     query = None
     with Together(lambda: end(admission, query), lambda: query.expire_in(3600)) as together:
