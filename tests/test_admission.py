@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import re
 import threading
 from decimal import Decimal
@@ -120,11 +121,10 @@ def test_call_is_refused_with_the_numbers_and_the_remedy_when_the_queue_is_full(
     run_blocked(collector, block)
     waiting = [collector.collect_async(TINY) for _ in range(2)]
     message = (
-        "the collector is full: 1 running and 2 waiting make 3 queries, and it has room for 3 in "
-        "all (max_running=1 and max_waiting=2). Try again later, or make a Collector with a larger "
-        "max_waiting"
+        r"the collector is full: 2 waiting, of at most max_waiting=2, and 1 running, of at most "
+        r"max_running=1\. Try again in about 0\.\d s, or make a Collector with a larger max_waiting"
     )
-    with pytest.raises(QueueFullError, match=f"^{re.escape(message)}$") as refusal:
+    with pytest.raises(QueueFullError, match=f"^{message}$") as refusal:
         collector.collect_async(TINY)
     assert isinstance(refusal.value, PolarsAsyncError)
     assert not any(handle.done() for handle in waiting)
@@ -184,15 +184,54 @@ def test_query_that_was_cancelled_takes_its_room_until_it_ends(make, block):
     assert collector.collect_async(TINY).result(30).item() == 1
 
 
-def test_bound_is_on_running_and_waiting_together(make, block):
+def test_no_more_wait_than_may_though_a_slot_is_reserved_for_small_ones(make, block):
     collector = make(max_running=2, max_waiting=2)
     run_blocked(collector, block)
-    # The other slot is kept for small ones, so that three may wait where two would else.
-    for _ in range(3):
+    for _ in range(2):
         collector.collect_async(UNSEEN)
         settle(collector)
-    with pytest.raises(QueueFullError, match=r"1 running and 3 waiting make 4 .* room for 4"):
+    message = r"2 waiting, .* 1 running, of at most max_running=2 \(the free slots are reserved"
+    with pytest.raises(QueueFullError, match=message):
         collector.collect_async(UNSEEN)
+
+
+def test_small_query_is_not_refused_while_a_slot_is_reserved_for_it(make, block):
+    collector = make(max_running=3, max_waiting=2)
+    run_blocked(collector, block)
+    for _ in range(2):
+        collector.collect_async(UNSEEN)
+        settle(collector)
+    for _ in range(20):
+        assert collector.collect_async(TINY).result(30).item() == 1
+    assert collector.collect_async(UNSEEN, priority=1).result(30).item() == 1
+    with pytest.raises(QueueFullError):
+        collector.collect_async(UNSEEN)
+    with pytest.raises(QueueFullError):
+        collector.collect_async(TINY, priority=-1)
+
+
+def test_burst_of_small_queries_finds_all_slots_and_all_of_the_queue(make, block):
+    collector = make(max_running=4, max_waiting=3)
+    queries = [block() for _ in range(8)]
+    small = [query.lf for query in queries]
+    for lf in small[:7]:
+        collector.collect_async(lf, priority=1)
+    with pytest.raises(QueueFullError):
+        collector.collect_async(small[7], priority=1)
+    until(lambda: inside.running(collector) == 4)
+    assert inside.waiting(collector) == 3
+
+
+def test_refusal_says_in_how_many_seconds_the_queries_before_may_be_done():
+    admission = Admission(2, 2)
+    for seconds in (5.0, 2.0, 1.0):
+        query = query_in(admission)
+        query.estimate = Estimate(seconds, None)
+        admission.enter(query)
+    with pytest.raises(QueueFullError) as refusal:
+        admission.enter(query_in(admission))
+    assert refusal.value.retry_after == pytest.approx(8, abs=4)  # this machine may be busy
+    assert pickle.loads(pickle.dumps(refusal.value)).retry_after == refusal.value.retry_after
 
 
 def test_refusal_tells_that_nested_queries_are_beyond_the_slots(make, block):
@@ -206,7 +245,9 @@ def test_refusal_tells_that_nested_queries_are_beyond_the_slots(make, block):
     collector.collect_async(TINY.map_batches(udf))
     assert inner.started.wait(30)
     collector.collect_async(TINY)
-    with pytest.raises(QueueFullError, match=r"2 running and 1 waiting make 3 .* room for 2"):
+    with pytest.raises(
+        QueueFullError, match=r"1 waiting, .* and 1 running, of at most max_running=1\."
+    ):
         collector.collect_async(TINY)
 
 
@@ -287,8 +328,8 @@ def test_gpu_has_a_line_of_its_own(gpu, make, block):  # noqa: ARG001  # there u
     run_blocked(collector, block, engine="gpu")
     on_gpu = collector.collect_async(TINY, engine="gpu")
     message = (
-        "the collector is full for the GPU: 1 running and 1 waiting make 2 queries, and it has "
-        "room for 2 in all (1 at once and max_waiting=1)"
+        "the collector is full for the GPU: 1 waiting, of at most max_waiting=1, and 1 running, of "
+        "at most 1 at once."
     )
     with pytest.raises(QueueFullError, match=f"^{re.escape(message)}"):
         collector.collect_async(TINY, engine="gpu")

@@ -19,7 +19,22 @@ class CollectorClosedError(PolarsAsyncError):
 
 
 class QueueFullError(PolarsAsyncError):
-    """The collector holds as many queries or streams as it may: retry later, or shed load."""
+    """
+    The collector holds as many queries or streams as it may: retry later, or shed load.
+
+    Attributes
+    ----------
+    retry_after
+        The seconds in which the queries before are expected to be done, by their estimates; None if
+        that is not known, as for streams that wait for their consumers.
+    """
+
+    def __init__(self, message: str, retry_after: float | None = None) -> None:
+        super().__init__(message)
+        self.retry_after = retry_after
+
+    def __reduce__(self) -> tuple[type[QueueFullError], tuple[object, ...]]:
+        return type(self), (self.args[0], self.retry_after)
 
 
 class QueryTimeoutError(PolarsAsyncError, TimeoutError):

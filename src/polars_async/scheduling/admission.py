@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from math import inf
 from time import perf_counter
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from polars_async._runtime.fork import new_lock
 from polars_async._runtime.nesting import in_query, on_thread_of_polars
@@ -20,6 +20,7 @@ from polars_async.scheduling.fair_queue import (
     UNKNOWN,
     FairQueue,
     is_reserved,
+    large_at_once,
 )
 from polars_async.scheduling.open_streams import OpenStreams
 from polars_async.scheduling.query import Owner
@@ -31,6 +32,10 @@ if TYPE_CHECKING:
     from polars_async.scheduling.estimates import Estimate
     from polars_async.scheduling.fair_queue import Entry
     from polars_async.scheduling.query import Query
+
+
+_WORK_LASTS: Final = 0.05
+"""Seconds that a sum of the work lasts: a full queue may reject thousands of queries a second."""
 
 
 class Slot:
@@ -78,6 +83,8 @@ class Admission:
         "_returning",
         "_slots",
         "_started_unestimated",
+        "_work",
+        "_work_summed_at",
         "closed",
         "counts",
         "exclusive",
@@ -115,6 +122,8 @@ class Admission:
         self._inline: set[Slot] = set()
         self._queue: FairQueue[Query[Any]] = FairQueue()
         self._started_unestimated = -inf  # when a slot last started such a query, by perf_counter
+        self._work = 0.0  # of all queries here, in seconds, as it was at this time:
+        self._work_summed_at = -inf
         self.waiters: dict[Waiter, None] = {}
         self.reserved: Slot | None = None
         """The last slot that `enter` made: its caller may be interrupted before it gets it."""
@@ -151,6 +160,16 @@ class Admission:
     def in_queue(self) -> list[Query[Any]]:
         """Return the queries in the queue."""
         return holding(self.lock, list, self._queue)
+
+    def needs_estimate(self, query: Query[Any]) -> bool:
+        """
+        Return whether it depends on the estimate of `query`, which has none, if it is admitted.
+
+        That is so where the queue is full, and slots reserved for small queries are open. Called
+        with the lock held.
+        """
+        knows = query.estimate is not None or query.priority != 0
+        return not knows and self._open_slots > 0 and not self._has_room(query)
 
     def enter(self, query: Query[Any]) -> Slot | None:
         """
@@ -194,8 +213,8 @@ class Admission:
             self._slots.add(slot)
             self._start(query, slot, small=False, overtook=False)
             return slot
-        if self.max_waiting is not None:
-            self._check_room(self.max_waiting)
+        if not self._has_room(query):
+            raise self._full_error()
         self._add(query)
         if free < 1:
             return None
@@ -515,21 +534,61 @@ class Admission:
     def _is_empty(self) -> bool:
         return not self._queue and not self._in_slots()
 
-    def _check_room(self, max_waiting: int) -> None:
+    def _has_room(self, query: Query[Any]) -> bool:
+        """Return whether no more than `max_waiting` queries wait once the open slots are filled."""
+        if self.max_waiting is None:
+            return True
+        total = len(self._queue) + 1
+        small = self._queue.small + query.goes_as_small
+        starting = min(self._open_slots, small + min(self._open_for_any, total - small))
+        return total - starting <= self.max_waiting
+
+    @property
+    def _open_slots(self) -> int:
+        """How many slots have no query: the free ones, and those that are about to be filled."""
+        taken = sum(slot.query is not None for slot in self._slots)
+        return max(0, self.max_running - taken)
+
+    @property
+    def _open_for_any(self) -> int:
+        """How many open slots are not reserved for small queries."""
+        if self.exclusive:
+            return self._open_slots
+        free = large_at_once(self.max_running) - self._large_running()
+        return max(0, min(self._open_slots, free))
+
+    def _full_error(self) -> QueueFullError:
         # Without paused queries, which have no slots.
-        running = sum(slot.query is not None for slot in self._slots)
-        waiting = self.waiting
-        room = self.max_running + max_waiting
-        if min(running, self.max_running) + waiting >= room:
-            for_gpu, slots = "", f"max_running={self.max_running}"
-            if self.exclusive:
-                for_gpu, slots = " for the GPU", f"{self.max_running} at once"
-            raise QueueFullError(
-                f"the collector is full{for_gpu}: {running} running and {waiting} waiting make "
-                f"{running + waiting} queries, and it has room for {room} in all ({slots} and "
-                f"max_waiting={max_waiting}). Try again later, or make a Collector with a larger "
-                "max_waiting"
-            )
+        running = self.max_running - self._open_slots
+        for_gpu, slots = "", f"max_running={self.max_running}"
+        if self.exclusive:
+            for_gpu, slots = " for the GPU", f"{self.max_running} at once"
+        if self._open_slots:
+            slots += " (the free slots are reserved for small queries)"
+        seconds = self._seconds_of_work()
+        return QueueFullError(
+            f"the collector is full{for_gpu}: {self.waiting} waiting, of at most "
+            f"max_waiting={self.max_waiting}, and {running} running, of at most {slots}. Try again "
+            f"in about {max(seconds, 0.1):.1f} s, or make a Collector with a larger max_waiting",
+            seconds,
+        )
+
+    def _seconds_of_work(self) -> float:
+        """Return in how many seconds all queries here are expected to be done."""
+        now = perf_counter()
+        if now - self._work_summed_at > _WORK_LASTS:
+            self._work_summed_at = now
+            self._work = self._queue.work + sum(map(_work_left, self._slots))
+        return self._work / (
+            self.max_running if self.exclusive else large_at_once(self.max_running)
+        )
+
+
+def _work_left(slot: Slot) -> float:
+    if slot.query is None:
+        return 0.0
+    estimate, ran = slot.query.estimate, slot.query.times.run_seconds or 0.0
+    return max(0.0, (UNKNOWN if estimate is None else estimate.seconds) - ran)
 
 
 def _open(slot: Slot) -> None:

@@ -63,7 +63,17 @@ class Picked(NamedTuple, Generic[T]):
 class Entry(Generic[T]):
     """The entry of one item in the queue."""
 
-    __slots__ = ("item", "kind", "left", "number", "overtaken", "priority", "small", "version")
+    __slots__ = (
+        "item",
+        "kind",
+        "left",
+        "number",
+        "overtaken",
+        "priority",
+        "small",
+        "version",
+        "work",
+    )
 
     def __init__(self, item: T, priority: int, overtaken: float, number: int) -> None:
         self.item: T | None = item
@@ -72,6 +82,7 @@ class Entry(Generic[T]):
         self.number = number
         self.kind: Hashable = None
         self.small = False
+        self.work = 0.0
         self.left = False
         self.version = 0  # how often it was ranked: heap items of earlier versions are stale
 
@@ -128,6 +139,7 @@ class FairQueue(Generic[T]):
         "_overtaken",
         "_picks",
         "_quick_streak",
+        "_small",
         "_unestimated",
     )
 
@@ -138,6 +150,7 @@ class FairQueue(Generic[T]):
         self._oldest: list[tuple[int, Entry[T]]] = []  # a heap by number
         self._heaps: dict[tuple[int, bool], list[_HeapItem[T]]] = {}
         self._heap_items = 0
+        self._small: dict[Entry[T], None] = {}
         self._overtaken = 0.0
         self._number = 0
         self._picks = [0, 0]  # so far: of any item, and of small ones only
@@ -154,6 +167,17 @@ class FairQueue(Generic[T]):
     def is_quick(self) -> bool:
         """Whether all of the last items that ran were quick."""
         return self._quick_streak >= QUICK_STREAK
+
+    @property
+    def small(self) -> int:
+        """How many items are known to be small."""
+        return len(self._small)
+
+    @property
+    def work(self) -> float:
+        """The work of all items, in seconds, by their estimates; takes time for each."""
+        known = sum(entry.work for entry in list(self._entries.values()))
+        return known + UNKNOWN * len(self._unestimated)
 
     @property
     def has_unestimated(self) -> bool:
@@ -239,10 +263,9 @@ class FairQueue(Generic[T]):
             self._heap_items -= 1
             entry = heappop(best)[3]
             item = entry.item
-            if (
-                item is not None and self._entries.pop(item, None) is not None
-            ):  # else a signal handler has discarded it
-                entry.leave()
+            # Else a signal handler has discarded it.
+            if item is not None and self._entries.pop(item, None) is not None:
+                self._drop(entry)
                 self._picks[only_small] += 1
                 return Picked(item, entry.small, self._is_overtaking(entry))
 
@@ -271,7 +294,7 @@ class FairQueue(Generic[T]):
         if self._unestimated.pop(item, None) is None:
             entry = self._entries.pop(item, None)
             if entry is not None:
-                entry.leave()
+                self._drop(entry)
 
     def note_ended(self, seconds: float, *, overtook: bool, completed: bool = True) -> None:
         """
@@ -287,7 +310,7 @@ class FairQueue(Generic[T]):
     def clear(self) -> None:
         """Remove all items."""
         for entry in list(self._entries.values()):
-            entry.leave()
+            self._drop(entry)
         self._entries.clear()
         self._unestimated.clear()
         self._oldest.clear()
@@ -296,6 +319,7 @@ class FairQueue(Generic[T]):
 
     def _set_key(self, entry: Entry[T], work: float) -> None:
         entry.small = entry.priority > 0 or (entry.priority == 0 and work <= SMALL)
+        entry.work = work
         entry.version += 1
         key = entry.overtaken + OVERTAKING_LIMIT * min(max(_LEAST_WORK, work), _MOST_WORK)
         if self._heap_items > 2 * len(self._entries) + 64:  # most of them have left
@@ -303,6 +327,14 @@ class FairQueue(Generic[T]):
         heap = self._heaps.setdefault((entry.priority, entry.small), [])
         heappush(heap, (key, entry.number, entry.version, entry))
         self._heap_items += 1
+        if entry.small:
+            self._small[entry] = None
+        if entry.left or not entry.small:  # last: a signal handler may have discarded it meanwhile
+            self._small.pop(entry, None)
+
+    def _drop(self, entry: Entry[T]) -> None:
+        entry.leave()
+        self._small.pop(entry, None)
 
     def _is_overtaking(self, entry: Entry[T]) -> bool:
         next_unestimated = _first(self._unestimated)

@@ -42,6 +42,9 @@ large one."""
 _MOMENT: Final = 0.002
 """Seconds that a pass takes at most: it estimates fewer queries if their plans are slow to read."""
 
+_UNDECIDED: Final = Exception()
+"""Stands for the error of a query that is admitted or rejected by its estimate, which it lacks."""
+
 _lanes: Final[WeakSet[Lane]] = WeakSet()
 
 
@@ -128,7 +131,7 @@ class Lane:
                 query.report(EventKind.QUEUED)
                 if query.resolution.downgraded:
                     query.report(EventKind.DOWNGRADED)
-            admitted = holding(admission.lock, self._admit, query)
+            admitted = self._admitted(query)
             if isinstance(admitted, BaseException):
                 raise admitted  # noqa: TRY301  # as one that comes from elsewhere
         except BaseException as error:
@@ -190,14 +193,26 @@ class Lane:
         for query in self.admission.reset():
             query.fail_in_fork(error)
 
+    def _admitted(self, query: Query[Any]) -> Slot | BaseException | None:
+        admitted = holding(self.admission.lock, self._admit, query)
+        if admitted is _UNDECIDED:
+            # By this thread, though the plan may take it some 100 us: the error of a full queue is
+            # raised at once, and no query gets it that could start in a reserved slot.
+            query.set_estimate(self._costs)
+            admitted = holding(self.admission.lock, self._admit, query)
+        return admitted
+
     def _admit(self, query: Query[Any]) -> Slot | BaseException | None:
         """
         Admit `query`, with the lock held, or leave everything but the counts as it was.
 
-        Return an inline slot for the calling thread, or None. Return the error of a query that is
-        rejected, rather than raise it: a signal handler might raise while it is handled.
+        Return an inline slot for the calling thread, or None; `_UNDECIDED` if the query has to be
+        estimated first. Return the error of a query that is rejected, rather than raise it: a
+        signal handler might raise while it is handled.
         """
         admission = self.admission
+        if admission.needs_estimate(query):
+            return _UNDECIDED
         # A signal handler may come in and submit a query of its own, which reserves another slot.
         before, admission.reserved = admission.reserved, None
         try:
