@@ -300,7 +300,8 @@ def test_fastapi_tells_clients_to_come_back_when_the_queue_is_full(service, gate
     service.hold()
     service.ask("/fill")
     response, _ = service.ask(path)
-    assert (response.status, response.getheader("Retry-After")) == (503, "1")
+    assert response.status == 503
+    assert int(response.getheader("Retry-After")) > 1
     gate.close()
     service.until(waiting=0)
     response, _ = service.ask(path)
@@ -378,7 +379,8 @@ def test_gunicorn_tells_clients_to_come_back_when_the_queue_is_full(worker, gate
     worker.hold()
     worker.ask("/fill")
     response, _ = worker.ask("/?shop=a")
-    assert (response.status, response.getheader("Retry-After")) == (503, "1")
+    assert response.status == 503
+    assert int(response.getheader("Retry-After")) > 1
     gate.close()
     worker.until(waiting=0)
     response, _ = worker.ask("/?shop=a")
