@@ -538,10 +538,12 @@ class Admission:
         """Return whether no more than `max_waiting` queries wait once the open slots are filled."""
         if self.max_waiting is None:
             return True
-        total = len(self._queue) + 1
-        small = self._queue.small + query.goes_as_small
-        starting = min(self._open_slots, small + min(self._open_for_any, total - small))
-        return total - starting <= self.max_waiting
+        total, small = len(self._queue) + 1, self._queue.small + query.goes_as_small
+        return total - self._starting(total, small) <= self.max_waiting
+
+    def _starting(self, total: int, small: int) -> int:
+        """Return how many of so many queries, of which some are small, the open slots can take."""
+        return min(self._open_slots, small + min(self._open_for_any, total - small))
 
     @property
     def _open_slots(self) -> int:
@@ -558,16 +560,18 @@ class Admission:
         return max(0, min(self._open_slots, free))
 
     def _full_error(self) -> QueueFullError:
-        # Without paused queries, which have no slots.
-        running = self.max_running - self._open_slots
+        # Paused queries have no slots, and those that are about to start wait no more.
+        starting = self._starting(len(self._queue), self._queue.small)
+        waiting = len(self._queue) - starting
+        running = self.max_running - self._open_slots + starting
         for_gpu, slots = "", f"max_running={self.max_running}"
         if self.exclusive:
             for_gpu, slots = " for the GPU", f"{self.max_running} at once"
-        if self._open_slots:
+        if running < self.max_running:
             slots += " (the free slots are reserved for small queries)"
         seconds = self._seconds_of_work()
         return QueueFullError(
-            f"the collector is full{for_gpu}: {self.waiting} waiting, of at most "
+            f"the collector is full{for_gpu}: {waiting} waiting, of at most "
             f"max_waiting={self.max_waiting}, and {running} running, of at most {slots}. Try again "
             f"in about {max(seconds, 0.1):.1f} s, or make a Collector with a larger max_waiting",
             seconds,
