@@ -100,7 +100,8 @@ def test_suite_is_a_file_as_in_the_readme(tmp_path):
     runs = {each.contender: len(each.runs) for each in report.results}
     aborts = [each for each in report.errors if each.contender == POLARS]  # at its exit, at times
     assert report.errors == aborts
-    assert (runs[POLARS_ASYNC], runs.get(POLARS, 0) + len(aborts)) == (2, 2)
+    assert runs[POLARS_ASYNC] == 2
+    assert runs.get(POLARS, 0) <= 2 <= runs.get(POLARS, 0) + len(aborts)  # some have figures, too
 
 
 @pytest.mark.timeout(180)  # each run of a contender is a process

@@ -320,7 +320,7 @@ def test_worker_is_known_by_its_number_where_there_is_no_better(collector, monke
         "polars_async.executors.processes.process.WorkerProcess.is_alive", lambda _: False
     )
     assert worker_of(collector) != pid
-    assert not is_there(pid)
+    eventually(lambda: not is_there(pid))
 
 
 def test_number_that_is_not_that_of_a_child_is_sent_no_signal(monkeypatch):
