@@ -41,6 +41,7 @@ def test_nothing_in_time_is_no_end(ends):
     ours, theirs = ends
     with pytest.raises(TimeoutError):
         ours.receive(0.001)
+    assert ours.is_open()
     theirs.send(Message(b"late", []))
     assert ours.receive(0.001).data == b"late"
     assert ours.is_open()

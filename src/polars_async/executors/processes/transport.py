@@ -105,7 +105,7 @@ class Transport:
         """Return whether the other end is open; with unread messages, it counts as open."""
         try:
             return bool(self._socket.recv(1, MSG_PEEK | MSG_DONTWAIT))
-        except BlockingIOError:
+        except (BlockingIOError, TimeoutError):  # the latter where `receive` has left its time-out
             return True
         except OSError:  # closed here, or reset by the other end
             return False
