@@ -59,6 +59,8 @@ TARGETS: Final[Mapping[str, Target]] = {
     "64 sorts at once, finished": Target(at_most=1),
     "PDS-H at once, peak RSS": Target(at_most=0.6),
     "PDS-H at once, finished": Target(at_most=1),
+    "32 sources that sleep": Target(at_most=1.2),
+    "32 scans over HTTP": Target(at_most=1.2),
     "cancelled query in a process, until idle, p50": Target(at_most=20, of=None),
     "cancelled query in a process, until idle, p99": Target(at_most=250, of=None),
     "tiny query in a process, round trip": Target(at_most=1, of=None),
