@@ -71,7 +71,7 @@ class _Timers:
         timer = Timer(query)
         try:
             holding(self.lock, self._add, self._now() + seconds, timer)
-        except BaseException:  # no thread to be had, or Ctrl-C: the timer may be in the heap
+        except BaseException:  # no thread can start, or Ctrl-C: the timer may be in the heap
             timer.cancel()
             raise
         return timer

@@ -220,7 +220,7 @@ class Lane:
             slot = admission.enter(query)
             if slot is not None and not slot.inline:
                 self._start_thread(slot)
-        except BaseException as error:  # noqa: BLE001  # full, closed, no thread to be had, or Ctrl-C
+        except BaseException as error:  # noqa: BLE001  # full, closed, no thread can start, or Ctrl-C
             admission.forget(query, admission.reserved)
             query.set_rejected()
             return error
@@ -235,7 +235,7 @@ class Lane:
         for slot in self.admission.idle_slots():
             try:
                 self._start_thread(slot)
-            except RuntimeError:  # no thread to be had: the running ones go on with the queue
+            except RuntimeError:  # no thread can start: the running ones go on with the queue
                 self.admission.give_back(slot)
 
     def _serve(self, slot: Slot) -> None:
@@ -406,7 +406,7 @@ class Lane:
             return None
         try:
             self._start_thread(slot)
-        except RuntimeError as error:  # no thread to be had
+        except RuntimeError as error:  # no thread can start
             if slot.query is None and admission.threads > 1:  # a running thread takes it later
                 admission.give_back(slot)
                 return None
