@@ -168,8 +168,9 @@ class Admission:
         That is so where the queue is full, and slots reserved for small queries are open. Called
         with the lock held.
         """
-        knows = query.estimate is not None or query.priority != 0
-        return not knows and self._open_slots > 0 and not self._has_room(query)
+        if query.estimate is not None or query.priority != 0 or self._has_room(query):
+            return False
+        return self._open_slots > 0
 
     def enter(self, query: Query[Any]) -> Slot | None:
         """
@@ -536,7 +537,7 @@ class Admission:
 
     def _has_room(self, query: Query[Any]) -> bool:
         """Return whether no more than `max_waiting` queries wait once the open slots are filled."""
-        if self.max_waiting is None:
+        if self.max_waiting is None or len(self._queue) < self.max_waiting:
             return True
         total, small = len(self._queue) + 1, self._queue.small + query.goes_as_small
         return total - self._starting(total, small) <= self.max_waiting
