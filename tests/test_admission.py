@@ -30,6 +30,7 @@ from polars_async.scheduling import admission, estimates, lane, query
 from polars_async.scheduling.admission import Admission, Slot
 from polars_async.scheduling.estimates import UNKNOWN, CostModel, Estimate
 from polars_async.scheduling.fair_queue import QUICK, QUICK_STREAK
+from polars_async.scheduling.sizes import Limits
 from polars_async.testing import simulate_gpu
 
 HEAVY = pl.LazyFrame({"a": pl.zeros(5_000_000, dtype=pl.Int64, eager=True)}).select(
@@ -223,7 +224,7 @@ def test_burst_of_small_queries_finds_all_slots_and_all_of_the_queue(make, block
 
 
 def test_refusal_says_in_how_many_seconds_the_queries_before_may_be_done():
-    admission = Admission(2, 2)
+    admission = Admission(Limits(2), 2)
     for seconds in (5.0, 2.0, 1.0):
         query = query_in(admission)
         query.estimate = Estimate(seconds, None)
@@ -716,11 +717,11 @@ def query_in(admission):
 def test_where_the_last_were_quick_the_next_is_taken_unestimated_in_all_slots_but_one(
     slots, is_taken
 ):
-    line = Admission(slots)
+    line = Admission(Limits(slots))
     ending, other, waiting = (query_in(line) for _ in range(3))
     slot, others = line.enter(ending), Slot()
     line._slots.add(others)
-    line._start(other, others, small=False, overtook=False)
+    line._start(other, others)
     line._queue.add(waiting)
     for _ in range(QUICK_STREAK):
         line._queue.note_ended(QUICK, overtook=False)
@@ -732,7 +733,7 @@ def test_where_the_last_were_quick_the_next_is_taken_unestimated_in_all_slots_bu
 
 @pytest.mark.parametrize("estimated", [False, True])
 def test_only_those_taken_unestimated_keep_the_slot_for_small_ones_standing_by(estimated):
-    line = Admission(1)
+    line = Admission(Limits(1))
     first, second = (query_in(line) for _ in range(2))
     slot = line.enter(first)
     line.enter(second)
@@ -990,7 +991,7 @@ def test_what_is_not_all_of_a_plan_is_expected_to_be_quick_only_after_some_quick
 def test_nothing_quick_is_learned_of_a_query_that_did_not_complete(make, block, monkeypatch, how):
     learned = []
 
-    def observe(costs, _, __, *, alone, completed):  # noqa: ARG001
+    def observe(costs, _, __, *, alone, completed, share):  # noqa: ARG001
         if costs is collector._cpu._costs:  # queries of tests before may still come to their end
             learned.append(completed)
 
@@ -1089,7 +1090,7 @@ def test_frame_is_looked_at_once_and_forgotten_with_it(looked):
 def test_queries_know_whether_they_ran_alone(make, block, monkeypatch):
     learned = []
 
-    def observe(costs, _, __, *, alone, completed):  # noqa: ARG001
+    def observe(costs, _, __, *, alone, completed, share):  # noqa: ARG001
         if costs is collector._cpu._costs:  # as above
             learned.append(alone)
 

@@ -12,7 +12,7 @@ from weakref import ref
 from polars_async._runtime.fork import new_lock
 from polars_async._runtime.plans import FAR, NEAR, NOTHING, SENT_RATE, look_at
 from polars_async._runtime.upstream import memory_held
-from polars_async.scheduling.fair_queue import UNKNOWN
+from polars_async.scheduling.sizes import UNKNOWN, Load, size_with
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -51,6 +51,12 @@ class Estimate(NamedTuple):
     """The same for all queries of this shape and size; None if it is not known."""
     is_exact: bool = True
     """Whether the shape is all of the plan: a function hidden in it may make its like slower."""
+    share: float | None = None
+    """The share of the processors that it keeps busy; None if that is not known: maybe all."""
+
+    def load(self, priority: int) -> Load:
+        """Return what the query takes while it runs."""
+        return Load(size_with(priority, self.seconds), self.share)
 
 
 class _Known(NamedTuple):
@@ -73,6 +79,7 @@ class CostModel:
         self._limit = FAR if far else NEAR
         self._lock = new_lock()
         self._taken: dict[int, float] = {}
+        self._shares: dict[int, float] = {}
         self._plans: dict[int, _Known] = {}
         self._resident = 0  # bytes that Polars held when no query ran
         self._looks_again = 0.0  # in seconds of perf_counter
@@ -87,7 +94,8 @@ class CostModel:
             shapes = [(each.plan.shape, frexp(each.seconds)[1]) for each in known]
             fingerprint = hash((engine, *shapes))
             is_exact = all(each.plan.is_whole for each in known)
-            return Estimate(self._taken.get(fingerprint, seconds), fingerprint, is_exact)
+            seconds, share = self._taken.get(fingerprint, seconds), self._shares.get(fingerprint)
+            return Estimate(seconds, fingerprint, is_exact, share)
         except BaseException:  # noqa: BLE001  # what is wrong with a plan, the query will tell
             return Estimate(UNKNOWN, None)
 
@@ -121,14 +129,21 @@ class CostModel:
         return known
 
     def observe(
-        self, expected: Estimate, seconds: float, *, alone: bool, completed: bool = True
+        self,
+        expected: Estimate,
+        seconds: float,
+        *,
+        alone: bool,
+        completed: bool = True,
+        share: float | None = None,
     ) -> Estimate | None:
         """
         Correct the estimate `expected` of a query by the `seconds` that it took.
 
         `alone` says that no other query ran meanwhile, so that this is the time that it takes, but
         for waits for the GIL. Beside others the time is an upper bound, and at most some orders of
-        magnitude too high. A query that was not `completed` takes at least so long. Return the new
+        magnitude too high. A query that was not `completed` takes at least so long. `share` is that
+        of the processors which this process kept busy meanwhile, if it was measured. Return the new
         estimate, or None if the old one was not off by half.
         """
         if alone:
@@ -146,8 +161,25 @@ class CostModel:
                 now = max(now, before / 2)
             self._taken[expected.fingerprint] = now
             if len(self._taken) > _MOST_KNOWN:
-                del self._taken[next(iter(self._taken))]
-        return None if fits else expected._replace(seconds=now)
+                oldest = next(iter(self._taken))
+                del self._taken[oldest]
+                self._shares.pop(oldest, None)
+            if share is not None:
+                self._learn_share(expected, share, alone=alone)
+            share = self._shares.get(expected.fingerprint)
+        new = expected._replace(seconds=now, share=share)
+        fits = fits and new.load(0).is_light == expected.load(0).is_light
+        return None if fits else new
+
+    def _learn_share(self, expected: Estimate, share: float, *, alone: bool) -> None:
+        fingerprint = expected.fingerprint
+        assert fingerprint is not None
+        before = self._shares.get(fingerprint)
+        if not alone:  # an upper bound: the others kept processors busy, too
+            share = min(share, 1.0 if before is None else before)
+        elif before is not None and not expected.is_exact:  # as with the seconds
+            share = max(share, before / 2)
+        self._shares[fingerprint] = min(share, 1.0)
 
 
 def _source_seconds(plan: Plan) -> float:

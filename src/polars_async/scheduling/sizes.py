@@ -1,0 +1,187 @@
+"""
+How many queries of each size run at once: a policy without clock or threads.
+
+Queries are sorted by the decade of their expected work. Of each decade a bounded number runs at
+once, so that smaller work runs beside larger at every magnitude, and equal heavy queries do not
+pile up: each keeps all processors busy, and two of them take twice the memory and no less time.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from typing import TYPE_CHECKING, Final, NamedTuple
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+SMALL: Final = 0.01
+"""Seconds of estimated work up to which a query counts as small."""
+UNKNOWN: Final = 0.1
+"""Seconds of work that a query without an estimate counts for."""
+_BOUNDS: Final = (0.001, SMALL, 0.999 * UNKNOWN, 1.0, 10.0)
+SIZES: Final = len(_BOUNDS) + 1
+"""The number of sizes: from 0, up to 1 ms, to 5, over 10 s."""
+LIGHT: Final = SIZES
+"""The kind of all light queries, whatever their size."""
+KINDS: Final = SIZES + 1
+_RESERVED: Final = 2
+"""Slots that large queries of one size may not take, where the number of slots is fixed."""
+_LIGHT: Final = 0.25
+"""The share of the processors up to which a large query counts as light."""
+_BUSY: Final = 0.95
+"""The share of the processors from which on they count as busy."""
+
+
+def size_of(seconds: float) -> int:
+    """Return the size of a query with so much expected work: the decade of that."""
+    return bisect_left(_BOUNDS, seconds)
+
+
+SMALL_SIZE: Final = size_of(SMALL)
+"""The largest of the small sizes: such a query uses no more than one processor, mostly."""
+UNKNOWN_SIZE: Final = size_of(UNKNOWN)
+
+
+def size_with(priority: int, seconds: float) -> int:
+    """Return the size of a query with a priority: above 0 it counts as small, below 0 never."""
+    size = size_of(seconds)
+    if priority == 0:
+        return size
+    return min(size, SMALL_SIZE) if priority > 0 else max(size, SMALL_SIZE + 1)
+
+
+def large_at_once(slots: int) -> int:
+    """Return how many queries of one size that is not small may run at once in so many slots."""
+    return max(1, slots - (_RESERVED if slots > _RESERVED else 1))
+
+
+class Load(NamedTuple):
+    """What one query takes while it runs."""
+
+    size: int
+    share: float | None = None
+    """The share of the processors that it keeps busy; None if that is not known: maybe all."""
+
+    @property
+    def is_small(self) -> bool:
+        """Whether the query counts as small."""
+        return self.size <= SMALL_SIZE
+
+    @property
+    def is_light(self) -> bool:
+        """Whether it takes long, and is known to leave most processors to others meanwhile."""
+        return self.size > SMALL_SIZE and self.share is not None and self.share <= _LIGHT
+
+    @property
+    def kind(self) -> int:
+        """Its size, or `LIGHT`: only queries of the same kind have to wait for each other."""
+        return LIGHT if self.is_light else self.size
+
+
+UNKNOWN_LOAD: Final = Load(UNKNOWN_SIZE)
+
+
+class Limits:
+    """
+    The limits of one collector.
+
+    With a fixed number of slots (`most` is None), no more queries run than there are slots. Else
+    there are `slots` for queries of which little is known, and up to `most` run while they leave
+    processors idle: by what was learned of the queries, or by what is measured (`spare`).
+    """
+
+    __slots__ = ("at_once", "exclusive", "fixed", "most", "processors", "slots")
+
+    def __init__(
+        self,
+        slots: int,
+        most: int | None = None,
+        processors: float = 1,
+        *,
+        exclusive: bool = False,
+    ) -> None:
+        self.slots = slots
+        self.fixed = most is None
+        self.most = slots if most is None else max(slots, most)
+        self.processors = processors
+        self.exclusive = exclusive
+        """Whether slots are GPUs: a query there takes nothing from the others."""
+        self.at_once = [self._at_once(size) for size in range(SIZES)]
+        """How many queries of each size may run at once, whatever else runs."""
+        self.at_once.append(slots)  # of the light ones
+
+    def _at_once(self, size: int) -> int:
+        if self.exclusive:
+            return self.slots
+        if size > SMALL_SIZE:
+            return large_at_once(self.slots) + (size < UNKNOWN_SIZE and not self.fixed)
+        return self.slots if self.fixed else max(self.slots, int(self.processors))
+
+    def may_start_unestimated(self, large_running: int) -> bool:
+        """Return whether one more may start without an estimate while all others are quick."""
+        return self.slots == 1 or self.exclusive or large_running < max(1, self.slots - 1)
+
+    def room(self, running: Iterable[Load], spare: int = 0) -> Room:
+        """Return what may start beside the `running` queries; `spare` ones whatever their size."""
+        return Room(self, running, spare)
+
+    def spare(self, used: float, running: float) -> int:
+        """
+        Return how many more queries may start, whatever is known of them.
+
+        `used` processors were busy in the last moment, while on average so many queries were
+        `running`. The more that are added would keep the idle processors busy if they were like
+        these; yet no more than ran, since they may be of another kind.
+        """
+        if self.fixed or used >= _BUSY * self.processors or running <= 0:
+            return 0
+        each = max(used / running, 1e-3)
+        return int(min((self.processors - used) / each, max(1.0, running)))
+
+
+class Room:
+    """What may start beside the queries that run."""
+
+    __slots__ = ("_left", "_left_for_large", "_limits", "_share", "spare", "total")
+
+    def __init__(self, limits: Limits, running: Iterable[Load], spare: int) -> None:
+        self._limits = limits
+        self._left = left = limits.at_once.copy()  # by kind
+        self._share = share = [0.0] * len(left)  # of the processors, by kind
+        self.total = limits.most
+        # One of several slots is left for small queries, however the large ones differ in size.
+        self._left_for_large = limits.most - (limits.most > 1 and not limits.exclusive)
+        self.spare = spare
+        for load in running:
+            self.total -= 1
+            self._left_for_large -= not load.is_small
+            kind = load.kind
+            left[kind] -= 1
+            share[kind] += 1 if load.share is None else load.share
+
+    def fits(self, load: Load) -> bool:
+        """Return whether a query with this load may start."""
+        return self.fits_by_kind(load) or (self.spare > 0 and self._is_open(load))
+
+    def fits_by_kind(self, load: Load) -> bool:
+        """Return whether it may start by what is known of it, without the `spare` ones."""
+        if not self._is_open(load):
+            return False
+        if self._left[load.kind] > 0:
+            return True
+        if load.share is None or load.is_small:
+            return False
+        return self._share[load.kind] + load.share <= 1
+
+    @property
+    def total_large(self) -> int:
+        """How many queries that are not small may start, whatever their sizes."""
+        return max(0, min(self.total, self._left_for_large))
+
+    def of_size(self, size: int) -> int:
+        """Return how many queries of this size, of which no more is known, may start."""
+        most = min(self.total, self._left[size])
+        return max(0, most if size <= SMALL_SIZE else min(most, self._left_for_large))
+
+    def _is_open(self, load: Load) -> bool:
+        return self.total > 0 and (load.is_small or self._left_for_large > 0)
