@@ -14,6 +14,9 @@ if TYPE_CHECKING:
 _CGROUPS: Final = Path("/sys/fs/cgroup")
 _OWN_CGROUPS: Final = Path("/proc/self/cgroup")
 _MEMORY: Final = Path("/proc/meminfo")
+_TIMES: Final = Path("/proc/stat")
+_TICKS: Final = os.sysconf("SC_CLK_TCK") if hasattr(os, "sysconf") else 100
+"""Of the times there, in a second."""
 
 
 def processors() -> float:
@@ -21,6 +24,14 @@ def processors() -> float:
     wanted = os.environ.get("POLARS_MAX_THREADS", "")
     count: float = _processors()
     return min(count, int(wanted)) if wanted.isdecimal() and int(wanted) else count
+
+
+def idle_seconds() -> float | None:
+    """Return how long the processors of this machine have been idle, all together, if known."""
+    with suppress(OSError, ValueError, IndexError), _TIMES.open("rb") as file:
+        _, _, _, _, idle, waiting = file.readline().split()[:6]
+        return (int(idle) + int(waiting)) / _TICKS
+    return None
 
 
 def available_memory() -> float:

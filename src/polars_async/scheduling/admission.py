@@ -676,11 +676,11 @@ class Admission:
 def _load_so_far(slot: Slot) -> Load:
     """Return the load of the slot's query, of which its time so far may tell more."""
     load, query = slot.load, slot.query
-    # A small one may have waited for the processors all the time.
-    if query is None or load.is_small or load.is_light:
+    # One with an estimate keeps its size: where it takes longer, so will its equals in the queue,
+    # and these should not start beside it for that.
+    if query is None or query.estimate is not None:
         return load
-    size = size_of(query.times.run_seconds or 0.0)
-    return load if size <= load.size else Load(size, load.share)
+    return Load(max(load.size, size_of(query.times.run_seconds or 0.0)))
 
 
 def _starting(sizes: list[int], room: Room) -> int:

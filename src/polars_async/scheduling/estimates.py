@@ -33,6 +33,8 @@ _HELD_UP: Final = 0.02
 loop was busy: a tiny one must not count as large for that."""
 _NO_TIME: Final = 0.001
 """Seconds of work below which estimates make no difference."""
+_SHARE_OF_REMOTE: Final = 0.25
+"""The share of the processors that a query over remote files is expected to take: mostly it waits."""
 _MOST_KNOWN: Final = 4096
 _MOST_COPIED: Final = 1 << 30
 """Bytes of frames in memory: where there are more, no plan is looked at, since a look may copy one
@@ -95,6 +97,10 @@ class CostModel:
             fingerprint = hash((engine, *shapes))
             is_exact = all(each.plan.is_whole for each in known)
             seconds, share = self._taken.get(fingerprint, seconds), self._shares.get(fingerprint)
+            if share is None and any(
+                _is_remote(path) for each in known for path in each.plan.paths
+            ):
+                share = _SHARE_OF_REMOTE
             return Estimate(seconds, fingerprint, is_exact, share)
         except BaseException:  # noqa: BLE001  # what is wrong with a plan, the query will tell
             return Estimate(UNKNOWN, None)
@@ -176,7 +182,7 @@ class CostModel:
         assert fingerprint is not None
         before = self._shares.get(fingerprint)
         if not alone:  # an upper bound: the others kept processors busy, too
-            share = min(share, 1.0 if before is None else before)
+            share = min(share, 1.0 if expected.share is None else expected.share)
         elif before is not None and not expected.is_exact:  # as with the seconds
             share = max(share, before / 2)
         self._shares[fingerprint] = min(share, 1.0)
@@ -185,6 +191,11 @@ class CostModel:
 def _source_seconds(plan: Plan) -> float:
     seconds = plan.frame_bytes / _FRAME_RATE + sum(map(_file_seconds, plan.paths))
     return seconds if plan.is_whole else max(seconds, UNKNOWN)
+
+
+def _is_remote(path: str) -> bool:
+    scheme, found, _ = path.partition("://")
+    return bool(found) and scheme != "file"
 
 
 def _file_seconds(path: str) -> float:

@@ -1,11 +1,11 @@
-"""Whether this process leaves processors idle while queries wait: measured now and then."""
+"""Whether processors are idle while queries wait: measured now and then."""
 
 from __future__ import annotations
 
 from time import perf_counter
 from typing import TYPE_CHECKING, Final
 
-from polars_async._runtime.machine import available_memory
+from polars_async._runtime.machine import available_memory, idle_seconds
 from polars_async._runtime.timers import start_timer
 
 if TYPE_CHECKING:
@@ -36,6 +36,7 @@ class LoadMeter:
         "__weakref__",
         "_admission",
         "_cpu_seconds",
+        "_idle_seconds",
         "_interval",
         "_look",
         "_measured_at",
@@ -50,6 +51,7 @@ class LoadMeter:
         self._runs = False
         self._interval = _INTERVAL
         self._measured_at = self._cpu_seconds = 0.0
+        self._idle_seconds: float | None = None
         self._running = 0
         self._memory_at = 0.0
 
@@ -67,7 +69,7 @@ class LoadMeter:
 
     def expire(self) -> None:
         """Measure, and let more queries start if processors are idle."""
-        used, running = self._measure()
+        used, idle, running = self._measure()
         self.look_at_memory()
         admission = self._admission
         with admission.lock:
@@ -77,7 +79,7 @@ class LoadMeter:
                 admission.spare = 0
                 self._runs = False
                 return
-            admission.spare = spare = admission.limits.spare(used, running)
+            admission.spare = spare = admission.limits.spare(used, idle, running)
         self._interval = _INTERVAL if spare else min(2 * self._interval, _LONGEST)
         # Without spare ones, too: one that has run for long makes room for those of its old size.
         self._look()
@@ -101,12 +103,17 @@ class LoadMeter:
             self._runs = False
             raise
 
-    def _measure(self) -> tuple[float, float]:
-        """Return how many processors were busy, and how many queries ran, since the last time."""
-        admission = self._admission
+    def _measure(self) -> tuple[float, float, float]:
+        """Return the processors used and idle, and the running queries, since the last time."""
+        admission, idle_seconds_before = self._admission, self._idle_seconds
         now, cpu_seconds, running = perf_counter(), admission.cpu_seconds(), admission.running
         seconds = max(now - self._measured_at, 1e-6)
-        used = (cpu_seconds - self._cpu_seconds) / seconds
+        used = max(0.0, cpu_seconds - self._cpu_seconds) / seconds
+        idle = admission.limits.processors - used
+        # What this process does not use, another one may: then there is nothing to be had.
+        self._idle_seconds = idle_seconds()
+        if self._idle_seconds is not None and idle_seconds_before is not None:
+            idle = min(idle, (self._idle_seconds - idle_seconds_before) / seconds)
         mean = (running + self._running) / 2
         self._measured_at, self._cpu_seconds, self._running = now, cpu_seconds, running
-        return used, mean
+        return used, idle, mean

@@ -28,8 +28,10 @@ _RESERVED: Final = 2
 """Slots that large queries of one size may not take, where the number of slots is fixed."""
 _LIGHT: Final = 0.25
 """The share of the processors up to which a large query counts as light."""
-_BUSY: Final = 0.95
-"""The share of the processors from which on they count as busy."""
+_IDLE: Final = 0.25
+"""Processors that have to be idle for queries beyond the usual ones."""
+_LEAST_USED: Final = 1e-3
+"""Processors that a query takes at least, for the quotient."""
 
 
 def size_of(seconds: float) -> int:
@@ -125,18 +127,21 @@ class Limits:
         """Return what may start beside the `running` queries; `spare` ones whatever their size."""
         return Room(self, running, spare)
 
-    def spare(self, used: float, running: float) -> int:
+    def spare(self, used: float, idle: float, running: float) -> int:
         """
         Return how many more queries may start, whatever is known of them.
 
-        `used` processors were busy in the last moment, while on average so many queries were
-        `running`. The more that are added would keep the idle processors busy if they were like
-        these; yet no more than ran, since they may be of another kind.
+        `used` processors were kept busy in the last moment by so many `running` queries, and `idle`
+        ones were idle. If each of the queries takes little, those that are added may keep the idle
+        processors busy if they are like these; yet no more than run, since they may be different.
+        Where each takes more, one more would mostly take from the others, and from memory.
         """
-        if self.fixed or used >= _BUSY * self.processors or running <= 0:
+        if self.fixed or running <= 0 or idle < _IDLE:
             return 0
-        each = max(used / running, 1e-3)
-        return int(min((self.processors - used) / each, max(1.0, running)))
+        each = max(used / running, _LEAST_USED)
+        if each > _LIGHT * self.processors:
+            return 0
+        return int(min(idle / each, max(1.0, running)))
 
 
 class Room:
