@@ -1,8 +1,15 @@
-"""The names of the contenders, as tables and charts show them."""
+"""
+The names of the contenders, as tables and charts show them.
+
+The engine that runs is the last part of a case's name; where the contenders of a case run different
+engines, it is the last part of each contender's name (`on`).
+"""
 
 from __future__ import annotations
 
 from typing import Final
+
+import polars as pl
 
 POLARS_ASYNC: Final = "polars-async"
 POLARS_ASYNC_THREADS: Final = "polars-async, threads"
@@ -13,5 +20,15 @@ POLARS_SEMAPHORE: Final = "Polars' own, semaphore"
 """The same with a semaphore around it, as a user would put there."""
 THREADS: Final = "loop's threads"
 """``asyncio.to_thread``, ``trio.to_thread`` or gevent's threadpool, for a synchronous collect."""
+THREADS_SEMAPHORE: Final = "loop's threads, semaphore"
 DASK: Final = "dask"
 ENGINES: Final = ("in-memory", "streaming", "gpu")
+CPU_ENGINES: Final = ENGINES[:2]
+DEFAULT_ENGINE: Final = "in-memory" if pl.__version__.startswith("1.") else "streaming"
+"""What the async functions of the installed Polars run where no engine is asked for."""
+
+
+def on(contender: str, engine: str) -> str:
+    """Return the name of `contender` on `engine`, with a mark if that is Polars' own default."""
+    default = contender == POLARS and engine == DEFAULT_ENGINE
+    return f"{contender}, {engine}{' (default)' if default else ''}"

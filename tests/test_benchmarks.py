@@ -1,19 +1,23 @@
 """The benchmarks run, in a size that says nothing, and no contender goes without figures."""
 
+import asyncio
 import json
 import re
 import shutil
 import subprocess
 import sys
+from collections import Counter
 from dataclasses import replace
+from types import SimpleNamespace
 
 import polars as pl
 import pytest
 from test_readme import BLOCKS, ROOT
 
 from benchmarks.__main__ import main
-from benchmarks.contenders import POLARS, POLARS_ASYNC
+from benchmarks.contenders import CPU_ENGINES, POLARS, POLARS_ASYNC, on
 from benchmarks.gpu import __main__ as gpu
+from benchmarks.measure import mix, open_loop
 from benchmarks.report import table
 from benchmarks.report.results import Environment, Ratio, Report, Result, spread
 from benchmarks.runner import Case, Metric, Options, measure
@@ -35,6 +39,7 @@ SIZES = ["--quick", "--runs=1", "--scale=0.03", f"--data={CACHE}"]
 def tiny(monkeypatch):
     """Sizes that say nothing, and hardly any time."""
     monkeypatch.setattr(load, "_LOAD_FACTORS", (0.5,))
+    monkeypatch.setattr(load, "_MIX_FACTORS", (0.5,))
 
     def cases(module):
         found = module.cases
@@ -53,7 +58,13 @@ def tiny(monkeypatch):
 
 def shrunk(size):
     least = {"trips": 10, "fan": 10, "rows": 10_000, "seconds": 0.2, "number": 1, "queries": [0, 6]}
+    least |= {"scale": 0.01, "requests": mix.HUNDRED}
     return {name: least[name] for name in size if name in least}
+
+
+def native(contenders):
+    """Those of Polars' own."""
+    return {who for who in contenders if who.startswith(POLARS)}
 
 
 @pytest.mark.parametrize("name", SUITES)
@@ -72,14 +83,15 @@ def test_suite_measures_every_contender(name, capsys, tmp_path):
                 if (each.case, each.metric) == (case.name, metric.name)
             ]
             # Polars' own may abort before its figures.
-            assert set(case.contenders) - set(found) <= {POLARS}
+            assert set(case.contenders) - set(found) <= native(case.contenders)
             ratios = {
-                (each.target, each.against)
+                (each.target, each.contender, each.against)
                 for each in report.ratios
                 if (each.case, each.metric) == (case.name, metric.name)
             }
             for what, target in metric.targets.items():
-                assert (what, target.of) in ratios or (target.of == POLARS and POLARS not in found)
+                aborted = target.of in native(case.contenders) - set(found)
+                assert (what, target.who, target.of) in ratios or aborted
     # Polars' own may abort at the exit, after its figures.
     own = [each for each in report.errors if POLARS not in each.contender and each.run]
     assert own == []
@@ -169,14 +181,92 @@ def test_targets_stand_in_one_table_for_both_polars():
     ]
 
 
-def test_each_target_is_that_of_one_suite():
-    cases = [
-        case
-        for name in SUITES
-        for case in suite(name).cases(Options(CACHE, quick=True, scale=0.03))
-    ]
-    found = {name for case in cases for metric in case.metrics for name in metric.targets}
+@pytest.fixture(scope="module")
+def every_case():
+    options = Options(CACHE, quick=True, scale=0.03)
+    return [case for name in SUITES for case in suite(name).cases(options)]
+
+
+def test_each_target_is_that_of_one_suite(every_case):
+    found = {name for case in every_case for metric in case.metrics for name in metric.targets}
     assert found == set(TARGETS)
+
+
+def test_engine_of_polars_own_is_said(every_case):
+    said = (*CPU_ENGINES, "(default)")
+    for case in every_case:
+        for who in native(case.contenders):
+            assert case.name.endswith(said) or who.endswith(said), case
+    for name, target in TARGETS.items():
+        assert target.of is None or not target.of.startswith(POLARS) or name.endswith(said)
+
+
+@pytest.mark.parametrize("engine", CPU_ENGINES)
+def test_default_engine_of_polars_own_is_the_one_marked(engine, monkeypatch):
+    asked, alone = [], []
+    monkeypatch.setattr(
+        pl.LazyFrame, "collect_async", lambda lf, **options: asked.append(options) or answer(lf)
+    )
+    monkeypatch.setattr(mix._Shape, "alone", lambda _, engine: alone.append(engine) or 1.0)
+    contender = on(POLARS, engine)
+    load.run("mix of five sizes", contender, rate=1e6, requests=mix.HUNDRED, scale=0.001)
+    is_default = engine == ("in-memory" if pl.__version__.startswith("1.") else "streaming")
+    assert contender.endswith("(default)") is is_default
+    assert {*map(str, asked)} == {str({} if is_default else {"engine": engine})}
+    assert {*alone} == {engine}
+
+
+async def answer(lf):
+    return lf
+
+
+def test_every_hundred_requests_of_the_mix_have_the_shares():
+    shapes = mix._shapes(0.001)
+    order = list(mix._order(shapes, 2 * mix.HUNDRED))
+    shares = {"tiny": 60, "small": 20, "medium": 12, "large": 6, "huge": 2}
+    for hundred in order[:100], order[100:]:
+        assert Counter(shape.size for shape in hundred) == shares
+        assert set(hundred) == set(shapes)
+    assert order[:100] != order[100:]
+
+
+def test_slowdown_of_the_mix_is_by_the_time_alone_of_each_shape():
+    shapes = mix._shapes(0.001)
+    found = mix._figures(shapes, range(1, 11), dict.fromkeys(shapes, 0.5))
+    assert found["mean slowdown"] == 11.0
+    assert [found[f"p50 of {name}"] for name in mix.SIZES] == [1000, 3000, 5000, 7000, 9000]
+    assert [found[f"p95 of {name}"] for name in mix.SIZES] == [2000, 4000, 6000, 8000, 10_000]
+    found = mix._figures(shapes, [1] * 10, {shape: 0.5 * n for n, shape in enumerate(shapes, 1)})
+    assert found["mean slowdown"] == pytest.approx(sum(2 / n for n in range(1, 11)) / 10)
+
+
+def test_latency_counts_from_when_the_request_was_due(monkeypatch):
+    now = 0.0
+    monkeypatch.setattr(open_loop, "time", SimpleNamespace(perf_counter=lambda: now))
+
+    async def submit(seconds):
+        nonlocal now
+        now += seconds  # and holds up the loop
+
+    requests = [(0.0, 10), (0.01, 10), (0.02, 5)]
+    assert asyncio.run(open_loop.latencies(submit, requests)) == [10, 19.99, 24.98]
+
+
+def test_request_without_an_answer_counts_with_its_time_so_far(monkeypatch):
+    monkeypatch.setattr(open_loop, "_PATIENCE", 0.01)
+    cancelled = []
+
+    async def submit(answered):
+        try:
+            await asyncio.sleep(0 if answered else 600)
+        except asyncio.CancelledError:
+            cancelled.append(answered)
+            raise
+
+    requests = [(0.0, False), (0.0, True), (0.0, False)]
+    found = asyncio.run(open_loop.latencies(submit, requests))
+    assert found[0] > found[1] < found[2]
+    assert cancelled == [False, False]
 
 
 def environment(**changed):
