@@ -9,6 +9,8 @@ import os
 import re
 import sys
 from contextlib import suppress
+from struct import error, unpack, unpack_from
+from time import thread_time
 from types import FunctionType
 from typing import IO, TYPE_CHECKING, Any, Final, NamedTuple
 
@@ -98,12 +100,21 @@ class PlanEnd(enum.Enum):
     """It is longer than the limit."""
     PYTHON = enum.auto()
     """A Python object comes next: a function, mostly."""
+    FRAME = enum.auto()
+    """A frame in memory comes next that is larger than is worth reading."""
     UNSENDABLE = enum.auto()
     """Something comes next that cannot be sent to another process, such as an open file."""
 
 
 _PICKLERS: Final = frozenset({"pickle", "cloudpickle"})
 _OF_NUMBERS: Final = b"0123456789,"
+_FRAME: Final = b'"df":['
+_LARGEST_CHUNK: Final = 1 << 21
+"""Bytes of a first chunk above which more may follow: Polars splits frames of 2^18 rows or more."""
+_COPY_RATE: Final = 5e9
+"""Bytes per second at which Polars copies a frame: the order of magnitude."""
+_MOST_HEAD: Final = 1 << 18
+"""Characters of a frame in which its size has to be found: more columns take more of them."""
 _NUMBERS: Final = re.compile(rb"\[[\d,]{48,}")
 PICKLED: Final = b'"function":[80,76,80,89,70,78,'
 """The beginning of the text of a function that Polars has pickled before: it is in an expression
@@ -116,15 +127,18 @@ class PlanText(NamedTuple):
     text: bytes
     """Without most of the numbers that stand for frames in memory."""
     frame_bytes: int
-    """How many of these numbers there were: the size of the frames in bytes."""
+    """The size of the frames in bytes, as far as they were seen."""
     end: PlanEnd
 
 
 class _Text(io.RawIOBase):
     """The file to which Polars writes the text of one plan, up to a limit."""
 
-    def __init__(self, limit: int) -> None:
+    def __init__(self, limit: int, largest_frame: int | None) -> None:
         self._left = limit
+        self._largest_frame = largest_frame
+        self._begun = thread_time()
+        self._head: bytes | None = None  # of a frame whose size is not known yet
         self.text = bytearray()
         self.frame_bytes = 0
         self.end = PlanEnd.UNSENDABLE
@@ -134,16 +148,39 @@ class _Text(io.RawIOBase):
 
     def write(self, piece: Any) -> int:
         # Polars writes some kB at a time, and other threads may have the GIL in between.
+        if self.end is not PlanEnd.UNSENDABLE:
+            raise OSError("what was written before is enough")  # it tries again once
         data = bytes(piece)
         if data.translate(None, _OF_NUMBERS):
             self.text += data
+            # The last one alone goes on after this piece.
+            _, found, head = self.text[-len(data) - len(_FRAME) :].rpartition(_FRAME)
+            is_open = found and not head.translate(None, _OF_NUMBERS)
+            self._head = bytes(head) if is_open else None
         else:
             self.frame_bytes += data.count(b",")
+            if self._head is not None:
+                self._head += data
+        if self._largest_frame is not None and self._head is not None:
+            self._check_frame(self._head, self._largest_frame)
         self._left -= len(data)
         if self._left < 0:
             self.end = PlanEnd.LIMIT
             raise OSError("the plan is longer than the limit")
         return len(data)
+
+    def _check_frame(self, head: bytes, largest: int) -> None:
+        size = _frame_size(head)
+        if size is not None and size > largest:
+            if size > _LARGEST_CHUNK:
+                # The chunks that follow are copied by now, too, and nothing but time tells of them.
+                copied = int((thread_time() - self._begun) * _COPY_RATE)
+                size = max(size, 1 << 2 * (copied.bit_length() // 2))
+            self.frame_bytes += size
+            self.end = PlanEnd.FRAME
+            raise OSError("the plan has a large frame")
+        if size is not None or len(head) > _MOST_HEAD:
+            self._head = None
 
     def import_module(self, name: str, *rest: Any) -> Any:
         if name in _PICKLERS:
@@ -156,14 +193,72 @@ class _Text(io.RawIOBase):
         return PlanText(bytes(self.text), self.frame_bytes + commas, self.end)
 
 
-def plan_text(lf: pl.LazyFrame, limit: int) -> PlanText | None:
+def _frame_size(numbers: bytes) -> int | None:
+    """
+    Return the size in bytes of the first chunk of a frame, by the beginning of its text.
+
+    A frame is written as a stream of Arrow's IPC format: the message of the schema, and one for
+    each chunk, which begins with the length of what follows. Return None if that is not there yet,
+    and 0 if it is something else.
+    """
+    schema = _message(numbers, 0)
+    if schema is None or schema[0] != _SCHEMA:
+        return schema and 0
+    chunk = _message(numbers, schema[2])
+    if chunk is None or chunk[0] != _CHUNK:
+        return chunk and 0
+    return chunk[1]
+
+
+_TYPE_FIELD: Final = 6
+_SIZE_FIELD: Final = 10
+_SCHEMA: Final = 1
+_CHUNK: Final = 3
+_BEGINS: Final = 0xFFFFFFFF
+_NO_MESSAGE: Final = (0, 0, 0)
+
+
+def _message(numbers: bytes, at: int) -> tuple[int, int, int] | None:
+    """Return the type of the message at a position, the bytes after it, and where these begin."""
+    begins, length = unpack("<Ii", _bytes(numbers, at, 8) or bytes(8))
+    if begins != _BEGINS or length < 0:
+        return None if _bytes(numbers, at, 8) is None else _NO_MESSAGE
+    message = _bytes(numbers, at + 8, length)
+    if message is None:
+        return None
+    try:
+        (table,) = unpack_from("<I", message)
+        (distance,) = unpack_from("<i", message, table)
+        fields = table - distance  # what is where in the table; there are none of the last fields
+        (length_of_fields,) = unpack_from("<H", message, fields)
+        (kind,) = unpack_from("<H", message, fields + _TYPE_FIELD)
+        size = 0
+        if length_of_fields > _SIZE_FIELD:
+            (body,) = unpack_from("<H", message, fields + _SIZE_FIELD)
+            size = unpack_from("<q", message, table + body)[0] if body else 0
+        return message[table + kind], size, at + 8 + length
+    except (error, IndexError):
+        return _NO_MESSAGE
+
+
+def _bytes(numbers: bytes, at: int, count: int) -> bytes | None:
+    """Return `count` bytes of those that `numbers` lists; None if there are not so many."""
+    parts = numbers.split(b",", at + count)
+    if len(parts) <= at + count:
+        return None
+    return bytes(map(int, parts[at:-1]))
+
+
+def plan_text(lf: pl.LazyFrame, limit: int, *, largest_frame: int | None = None) -> PlanText | None:
     """
     Return the plan of `lf` as JSON, and why it ends; None if Polars cannot write it.
 
     It is the plan as the user wrote it: nothing is opened or called, and Polars writes it without
-    the GIL. Polars copies all of a frame in memory before it writes the first byte of the frame.
+    the GIL. Polars copies all of a frame in memory before it writes the first byte of the frame,
+    and then takes some ms for each MB. So with `largest_frame`, in bytes, the text ends at the
+    first frame that is larger, of which only the size is read.
     """
-    target = _Text(limit)
+    target = _Text(limit, largest_frame)
     try:
         serialize: Callable[[_Text], object] = lf._ldf.serialize_json  # noqa: SLF001  # pyright: ignore[reportPrivateUsage]
     except AttributeError:
