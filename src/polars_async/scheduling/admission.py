@@ -20,6 +20,7 @@ from polars_async.scheduling.sizes import (
     SMALL_SIZE,
     UNKNOWN,
     UNKNOWN_LOAD,
+    UNKNOWN_SIZE,
     Limits,
     Load,
     large_at_once,
@@ -37,7 +38,7 @@ if TYPE_CHECKING:
     from polars_async.scheduling.sizes import Room
 
 
-_LOOKING: Final = 2
+_LOOKING: Final = 3
 """The threads that look for a query at the same time, where slots are many."""
 _LEAST_MEASURED: Final = 0.02
 """Seconds of a query below which its processor time tells nothing: the kernel counts in ticks."""
@@ -370,11 +371,13 @@ class Admission:
         # slot were free in between, a query submitted just then would take it, past the queue.
         is_free = slot in slots and len(slots) <= self.max_running
         if queue and is_free and not (self._returning and self._returning_is_next()):
-            room = self._room() if queue.has_ranked else None
+            room = self._room() if queue.has_ranked or not queue.is_quick else None
+            fits = None if room is None else room.fits
             picked = queue.take_quickly(
-                None if room is None else room.fits,
-                unestimated=self.limits.may_start_unestimated(self._large_running()),
+                fits, unestimated=self.limits.may_start_unestimated(self._large_running())
             )
+            if picked is None and fits is not None:
+                picked = queue.take_single(fits)
             if picked is not None:
                 self._start_picked(picked, slot, room)
                 if not picked.load.is_small:
@@ -459,22 +462,23 @@ class Admission:
         return lost
 
     def _add(self, query: Query[Any]) -> None:
-        known = query.estimate
-        if known is None:
-            self._queue.add(query, priority=query.priority)
-        else:
-            self._queue.add(query, priority=query.priority, work=known.seconds, share=known.share)
+        known, pooled = query.estimate, query.is_pooled
+        work, share = (None, None) if known is None else (known.seconds, known.share)
+        self._queue.add(query, priority=query.priority, work=work, share=share, pooled=pooled)
 
     def _starts_at_once(self) -> bool:
-        """Return whether one more starts without an estimate: it finds more slots free than one."""
+        """Return whether one more starts without an estimate."""
         if self._queue:
             return False
         limits, taken = self.limits, len(self._slots)
         if limits.exclusive:
             return taken < limits.slots
-        # One that is reserved for small queries is not given to one without an estimate.
-        at_once = limits.slots - 1 if self._queue.is_quick else large_at_once(limits.slots)
-        return taken < max(1, at_once)
+        # A slot that is reserved for small queries is not given to one without an estimate.
+        if self._queue.is_quick:
+            return taken < max(1, limits.slots - 1)
+        if limits.fixed:
+            return taken < large_at_once(limits.slots)
+        return taken < limits.slots and self._large_running() < large_at_once(limits.slots)
 
     def _may_look(self) -> bool:
         """Return whether one more thread may look for a query in the queue."""
@@ -588,7 +592,7 @@ class Admission:
         self,
         query: Query[Any],
         slot: Slot,
-        load: Load = UNKNOWN_LOAD,
+        load: Load | None = None,
         *,
         overtook: bool = False,
     ) -> bool:
@@ -601,7 +605,7 @@ class Admission:
                 if other.query is not None:
                     slot.alone = other.alone = False
         slot.query = query
-        slot.load = load
+        slot.load = load or Load(UNKNOWN_SIZE, None, query.is_pooled)
         slot.overtook = overtook
         # While queries are quick, there is nothing to learn that would be worth a reading.
         measured = not self.limits.fixed and not self._queue.is_quick
@@ -680,7 +684,7 @@ def _load_so_far(slot: Slot) -> Load:
     # and these should not start beside it for that.
     if query is None or query.estimate is not None:
         return load
-    return Load(max(load.size, size_of(query.times.run_seconds or 0.0)))
+    return Load(max(load.size, size_of(query.times.run_seconds or 0.0)), None, load.pooled)
 
 
 def _starting(sizes: list[int], room: Room) -> int:

@@ -12,7 +12,7 @@ from weakref import ref
 from polars_async._runtime.fork import new_lock
 from polars_async._runtime.plans import FAR, NEAR, NOTHING, SENT_RATE, look_at
 from polars_async._runtime.upstream import memory_held
-from polars_async.scheduling.sizes import UNKNOWN, Load, size_with
+from polars_async.scheduling.sizes import UNKNOWN, Load, size_of
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -56,9 +56,10 @@ class Estimate(NamedTuple):
     share: float | None = None
     """The share of the processors that it keeps busy; None if that is not known: maybe all."""
 
-    def load(self, priority: int) -> Load:
-        """Return what the query takes while it runs."""
-        return Load(size_with(priority, self.seconds), self.share)
+    @property
+    def is_light(self) -> bool:
+        """Whether the query counts as light."""
+        return Load(size_of(self.seconds), self.share).is_light
 
 
 class _Known(NamedTuple):
@@ -175,7 +176,7 @@ class CostModel:
                 self._learn_share(expected, share, alone=alone)
             share = self._shares.get(expected.fingerprint)
         new = expected._replace(seconds=now, share=share)
-        fits = fits and new.load(0).is_light == expected.load(0).is_light
+        fits = fits and new.is_light == expected.is_light
         return None if fits else new
 
     def _learn_share(self, expected: Estimate, share: float, *, alone: bool) -> None:

@@ -57,13 +57,17 @@ class Entry(Generic[T]):
         "load",
         "number",
         "overtaken",
+        "pooled",
         "priority",
         "version",
         "work",
     )
 
-    def __init__(self, item: T, priority: int, overtaken: float, number: int) -> None:
+    def __init__(
+        self, item: T, priority: int, overtaken: float, number: int, *, pooled: bool
+    ) -> None:
         self.item: T | None = item
+        self.pooled = pooled
         self.priority = priority
         self.overtaken = overtaken
         self.number = number
@@ -132,8 +136,9 @@ class FairQueue(Generic[T]):
     )
 
     def __init__(self) -> None:
-        # The overtaking work before each, and its number; it gets an entry to be ranked.
-        self._unestimated: OrderedDict[T, tuple[float, int]] = OrderedDict()
+        # The overtaking work before each, its number, and whether it is pooled; it gets an entry to
+        # be ranked.
+        self._unestimated: OrderedDict[T, tuple[float, int, bool]] = OrderedDict()
         self._entries: OrderedDict[T, Entry[T]] = OrderedDict()
         self._oldest: list[tuple[int, Entry[T]]] = []  # a heap by number
         self._heaps: dict[tuple[int, int], list[_HeapItem[T]]] = {}
@@ -187,11 +192,17 @@ class FairQueue(Generic[T]):
         return not any(heap and kind <= SMALL_SIZE for (_, kind), heap in self._heaps.items())
 
     def add(
-        self, item: T, *, priority: int = 0, work: float | None = None, share: float | None = None
+        self,
+        item: T,
+        *,
+        priority: int = 0,
+        work: float | None = None,
+        share: float | None = None,
+        pooled: bool = False,
     ) -> None:
         """Add `item`, without an estimate unless it has a priority or known `work`."""
         self._number += 1
-        came = self._overtaken, self._number
+        came = self._overtaken, self._number, pooled
         if priority or work is not None:
             # A priority says enough without an estimate: among equal ones the first is next.
             entry = self._enter(item, priority, *came)
@@ -214,8 +225,15 @@ class FairQueue(Generic[T]):
             self.discard(item)  # again: a signal handler did so before the item had its entry
         return None
 
-    def _enter(self, item: T, priority: int, overtaken: float, number: int) -> Entry[T]:
-        entry = self._entries[item] = Entry(item, priority, overtaken, number)
+    def _enter(
+        self,
+        item: T,
+        priority: int,
+        overtaken: float,
+        number: int,
+        pooled: bool,  # noqa: FBT001
+    ) -> Entry[T]:
+        entry = self._entries[item] = Entry(item, priority, overtaken, number, pooled=pooled)
         if len(self._oldest) > 2 * len(self._entries) + 64:  # most of them have left
             self._oldest = [heap_item for heap_item in self._oldest if not heap_item[1].left]
             heapify(self._oldest)
@@ -301,13 +319,25 @@ class FairQueue(Generic[T]):
         if fits is not None and self._heap_items:
             large = any(heap for (_, kind), heap in self._heaps.items() if kind > SMALL_SIZE)
             return None if large or self.is_undecided else self.take(fits)
-        if not unestimated:
+        return self._take_unestimated() if unestimated else None
+
+    def take_single(self, fits: Callable[[Load], bool]) -> Picked[T] | None:
+        """
+        Remove and return the only item without an estimate; None if there are others.
+
+        Nothing depends on its estimate then, if there is room for it whatever it takes.
+        """
+        first = _first(self._unestimated)
+        if first is None or len(self) > 1 or not fits(Load(UNKNOWN_SIZE, None, first[1][2])):
             return None
+        return self._take_unestimated()
+
+    def _take_unestimated(self) -> Picked[T] | None:
         try:
-            item, _ = self._unestimated.popitem(last=False)
+            item, (_, _, pooled) = self._unestimated.popitem(last=False)
         except KeyError:  # there is none
             return None
-        return Picked(item, UNKNOWN_LOAD, overtook=False)
+        return Picked(item, Load(UNKNOWN_SIZE, None, pooled), overtook=False)
 
     def discard(self, item: T) -> None:
         """Remove `item`, if it is here."""
@@ -340,7 +370,7 @@ class FairQueue(Generic[T]):
     def _set_key(self, entry: Entry[T], work: float, share: float | None) -> None:
         self._ranked[entry.load.size].pop(entry, None)
         size = size_with(entry.priority, work)
-        entry.load = Load(size, share)
+        entry.load = Load(size, share, entry.pooled)
         entry.work = work
         entry.version += 1
         key = entry.overtaken + OVERTAKING_LIMIT * min(max(_LEAST_WORK, work), _MOST_WORK)

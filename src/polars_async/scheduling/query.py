@@ -166,9 +166,15 @@ class Query(Generic[T]):
     @property
     def load(self) -> Load:
         """What the query takes, as far as it is known. A priority overrides the estimate."""
-        if self.estimate is None:
-            return Load(size_with(self.priority, UNKNOWN))
-        return self.estimate.load(self.priority)
+        seconds, share = UNKNOWN, None
+        if self.estimate is not None:
+            seconds, share = self.estimate.seconds, self.estimate.share
+        return Load(size_with(self.priority, seconds), share, self.is_pooled)
+
+    @property
+    def is_pooled(self) -> bool:
+        """Whether the query runs in Polars' pool of threads: see `Load.pooled`."""
+        return self.resolution.name != "streaming"
 
     def expire_in(self, seconds: float) -> None:
         """Have the query time out, unless it is done before."""

@@ -23,7 +23,9 @@ SIZES: Final = len(_BOUNDS) + 1
 """The number of sizes: from 0, up to 1 ms, to 5, over 10 s."""
 LIGHT: Final = SIZES
 """The kind of all light queries, whatever their size."""
-KINDS: Final = SIZES + 1
+_POOLED: Final = (0, 1, SIZES + 1, SIZES + 1, SIZES + 1, SIZES + 2)
+"""The kind of a pooled query, by its size: large ones run beside others only if they take long."""
+KINDS: Final = LIGHT + 3
 _RESERVED: Final = 2
 """Slots that large queries of one size may not take, where the number of slots is fixed."""
 _LIGHT: Final = 0.25
@@ -63,6 +65,10 @@ class Load(NamedTuple):
     size: int
     share: float | None = None
     """The share of the processors that it keeps busy; None if that is not known: maybe all."""
+    pooled: bool = False
+    """Whether it runs in Polars' pool of threads, as on the in-memory engine: there the tasks of
+    one large query hold up those of another until they are done, while threads of the streaming
+    engine share the processors."""
 
     @property
     def is_small(self) -> bool:
@@ -77,7 +83,9 @@ class Load(NamedTuple):
     @property
     def kind(self) -> int:
         """Its size, or `LIGHT`: only queries of the same kind have to wait for each other."""
-        return LIGHT if self.is_light else self.size
+        if self.is_light:
+            return LIGHT
+        return _POOLED[self.size] if self.pooled else self.size
 
 
 UNKNOWN_LOAD: Final = Load(UNKNOWN_SIZE)
@@ -109,8 +117,9 @@ class Limits:
         self.exclusive = exclusive
         """Whether slots are GPUs: a query there takes nothing from the others."""
         self.at_once = [self._at_once(size) for size in range(SIZES)]
-        """How many queries of each size may run at once, whatever else runs."""
+        """How many queries of each kind may run at once, whatever else runs."""
         self.at_once.append(slots)  # of the light ones
+        self.at_once += [slots if exclusive else large_at_once(slots)] * (KINDS - LIGHT - 1)
 
     def _at_once(self, size: int) -> int:
         if self.exclusive:
@@ -174,7 +183,8 @@ class Room:
             return False
         if self._left[load.kind] > 0:
             return True
-        if load.share is None or load.is_small:
+        # Two pooled ones would hold each other up, even if each leaves processors idle.
+        if load.share is None or load.is_small or (load.pooled and not load.is_light):
             return False
         return self._share[load.kind] + load.share <= 1
 
