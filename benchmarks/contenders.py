@@ -27,8 +27,15 @@ CPU_ENGINES: Final = ENGINES[:2]
 DEFAULT_ENGINE: Final = "in-memory" if pl.__version__.startswith("1.") else "streaming"
 """What the async functions of the installed Polars run where no engine is asked for."""
 
+_DEFAULT: Final = " (default)"
+
 
 def on(contender: str, engine: str) -> str:
     """Return the name of `contender` on `engine`, with a mark if that is Polars' own default."""
     default = contender == POLARS and engine == DEFAULT_ENGINE
-    return f"{contender}, {engine}{' (default)' if default else ''}"
+    return f"{contender}, {engine}{_DEFAULT if default else ''}"
+
+
+def names_engine(contender: str) -> bool:
+    """Return whether `contender` is a name that `on` returned."""
+    return contender.removesuffix(_DEFAULT).endswith(tuple(f", {each}" for each in CPU_ENGINES))

@@ -15,10 +15,10 @@ import pytest
 from test_readme import BLOCKS, ROOT
 
 from benchmarks.__main__ import main
-from benchmarks.contenders import CPU_ENGINES, POLARS, POLARS_ASYNC, on
+from benchmarks.contenders import CPU_ENGINES, POLARS, POLARS_ASYNC, POLARS_ASYNC_THREADS, on
 from benchmarks.gpu import __main__ as gpu
 from benchmarks.measure import mix, open_loop
-from benchmarks.report import table
+from benchmarks.report import charts, table
 from benchmarks.report.results import Environment, Ratio, Report, Result, spread
 from benchmarks.runner import Case, Metric, Options, measure
 from benchmarks.suites import SUITES, latency, load, suite
@@ -187,6 +187,50 @@ def every_case():
     return [case for name in SUITES for case in suite(name).cases(options)]
 
 
+def test_ratios_between_other_contenders_have_a_table_of_their_own(capsys):
+    report = Report(environments=[environment(polars="2.1.0")])
+    pairs = [
+        ("mix", on(POLARS_ASYNC, "streaming"), on(POLARS, "streaming"), "of the mix, streaming"),
+        ("tiny", POLARS_ASYNC, POLARS, "of tiny, in-memory"),
+    ]
+    for case, *pair, target in pairs:
+        for who in pair:
+            report.results.append(replace(result(1, 2), case=case, contender=who))
+        report.ratios.append(ratio(1, case=case, pair=pair, target=target))
+    table.show(report)
+    mixed, tiny, others = capsys.readouterr().out.split("┏")[1:]
+    assert "ratio" not in mixed
+    assert "ratio to Polars' own" in tiny
+    assert "polars-async, streaming" not in tiny
+    assert "of the mix, streaming" in others
+    assert "of tiny" not in others
+    (row,) = [line for line in table.targets(report).splitlines() if "of the mix" in line]
+    assert row == "| of the mix, streaming | <= 2 | 1 ✓ |"
+
+
+@pytest.mark.parametrize(
+    ("limit", "figures", "worst"),
+    [
+        ("<= 2", [(1, True), (3, False), (2.5, False)], 3),
+        ("<= 2", [(1, True), (2, True)], 2),
+        (">= 2", [(3, True), (1, False), (1.5, False)], 1),
+        (">= 2", [(3, True), (2, True)], 2),
+    ],
+)
+def test_target_of_several_cases_is_shown_where_it_is_worst(limit, figures, worst):
+    found = [ratio(figure, limit=limit, holds=holds) for figure, holds in figures]
+    assert table.worst(found).median == worst
+
+
+def test_every_contender_has_a_colour_in_charts():
+    names = ["mine", on(POLARS, "in-memory"), on(POLARS_ASYNC, "streaming"), POLARS_ASYNC_THREADS]
+    found = charts._coloured(names)
+    assert list(found) == [names[2], names[1], POLARS_ASYNC_THREADS, "mine"]
+    assert found[names[2]] == charts._COLOURS[POLARS_ASYNC]
+    assert found[POLARS_ASYNC_THREADS] == charts._COLOURS[POLARS_ASYNC_THREADS]
+    assert len({*found.values()}) == 4
+
+
 def test_each_target_is_that_of_one_suite(every_case):
     found = {name for case in every_case for metric in case.metrics for name in metric.targets}
     assert found == set(TARGETS)
@@ -277,6 +321,12 @@ def result(*runs, better="lower", metric="time"):
     return Result(
         "2.1.0", "latency", "a case", POLARS_ASYNC, metric, "ms", better, runs=runs, **spread(runs)
     )
+
+
+def ratio(figure, *, case="a case", pair=(POLARS_ASYNC, POLARS), limit="<= 2", **changed):
+    holds = {"target": "a target", "holds": True, **changed}
+    place = ("2.1.0", "latency", case, "time")
+    return Ratio(*place, *pair, figure, figure, figure, limit=limit, **holds)
 
 
 @pytest.mark.parametrize(
