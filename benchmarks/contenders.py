@@ -7,13 +7,20 @@ engines, it is the last part of each contender's name (`on`).
 
 from __future__ import annotations
 
+from inspect import signature
 from typing import Final
 
 import polars as pl
 
+import polars_async as pa
+
 POLARS_ASYNC: Final = "polars-async"
 POLARS_ASYNC_THREADS: Final = "polars-async, threads"
 """The same with queries in threads, where the contest is about worker processes."""
+POLARS_ASYNC_NOT_INLINE: Final = "polars-async, inline=0"
+"""The same with every query in a thread."""
+HAS_INLINE: Final = "inline" in signature(pa.configure).parameters
+"""Whether there is inline to turn off; without, that contender takes no part."""
 POLARS: Final = "Polars' own"
 """The async functions of Polars itself."""
 POLARS_SEMAPHORE: Final = "Polars' own, semaphore"

@@ -6,12 +6,14 @@ import re
 import shutil
 import subprocess
 import sys
+import threading
 from collections import Counter
 from dataclasses import replace
 from types import SimpleNamespace
 
 import polars as pl
 import pytest
+import uvloop
 from test_readme import BLOCKS, ROOT
 
 from benchmarks.__main__ import main
@@ -23,6 +25,10 @@ from benchmarks.report.results import Environment, Ratio, Report, Result, spread
 from benchmarks.runner import Case, Metric, Options, measure
 from benchmarks.suites import SUITES, latency, load, suite
 from benchmarks.targets import TARGETS
+
+# Before there are threads: two that import at once may fail in pytest's rewriting on Python 3.11.
+from polars_async.bridges import gevent as _gevent  # noqa: F401
+from polars_async.bridges import trio as _trio  # noqa: F401
 
 pytestmark = [
     pytest.mark.slow,
@@ -262,6 +268,66 @@ def test_default_engine_of_polars_own_is_the_one_marked(engine, monkeypatch):
 
 async def answer(lf):
     return lf
+
+
+def test_uvloop_is_a_loop_of_its_own(monkeypatch):
+    loops = []
+
+    async def submit(_):
+        loops.append(type(asyncio.get_running_loop()))
+
+    for loop in ("asyncio", "asyncio (uvloop)"):
+        monkeypatch.setitem(latency._SUBMITS, (loop, POLARS), lambda _: submit)
+        latency.run(f"tiny, {loop}, in-memory", POLARS, trips=10, fan=1)
+    assert [*dict.fromkeys(loops)] == [type(asyncio.new_event_loop()), uvloop.Loop]
+
+
+@pytest.mark.parametrize("what", ["heavy", "eager"])
+@pytest.mark.parametrize("loop", ["asyncio", "gevent"])
+def test_tiny_queries_are_submitted_beside_heavy_work(what, loop, monkeypatch):
+    submits, collect_each = latency._submits, latency._collect_each
+    order = []
+
+    def recording(contender, **options):
+        submit, _ = submits(contender, **options)
+        return lambda lf: order.append("a" in lf.collect_schema()) or submit(lf), None
+
+    def heavy(queries):
+        order.extend([False] * len(queries))
+        assert threading.current_thread() is not threading.main_thread()
+        collect_each(queries)
+
+    monkeypatch.setattr(latency, "_submits", recording)
+    monkeypatch.setattr(latency, "_collect_each", heavy)
+    case = f"tiny beside {'6 heavy' if what == 'heavy' else 'eager work'}, {loop}, in-memory"
+    latency.run(case, POLARS_ASYNC, rows=100_000)
+    assert order.count(False) == 2 * 6
+    assert order[: latency._KNOWN] == [True] * latency._KNOWN  # so that it is known
+    assert order[-1]
+
+
+def test_inline_takes_part_once_there_is_such_an_option():
+    code = (
+        "import polars_async as pa\n"
+        "from benchmarks import contenders\n"
+        "contenders.HAS_INLINE = True\n"
+        "from benchmarks.suites import latency\n"
+        "from benchmarks.runner import Options\n"
+        "from benchmarks.targets import TARGETS\n"
+        "who = contenders.POLARS_ASYNC_NOT_INLINE\n"
+        "cases = latency.cases(Options(None, quick=True))\n"
+        "named = {name for case in cases for each in case.metrics for name in each.targets}\n"
+        "mine = {name for name, each in TARGETS.items() if who in (each.who, each.of)}\n"
+        "assert len(mine) == 6 and mine <= named, mine - named\n"
+        "assert all(who in case.contenders for case in cases if case.name.startswith('tiny'))\n"
+        "pa.configure = lambda **options: print(options)\n"
+        "latency.run('tiny, asyncio, in-memory', who, trips=10, fan=1)\n"
+        "latency.run('tiny, asyncio, in-memory', contenders.POLARS_ASYNC, trips=10, fan=1)\n"
+    )
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
+    assert not done.returncode, done.stderr
+    assert done.stdout == "{'inline': 0}\n"
 
 
 def test_every_hundred_requests_of_the_mix_have_the_shares():

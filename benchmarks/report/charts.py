@@ -11,6 +11,7 @@ from benchmarks.contenders import (
     DASK,
     POLARS,
     POLARS_ASYNC,
+    POLARS_ASYNC_NOT_INLINE,
     POLARS_ASYNC_THREADS,
     POLARS_SEMAPHORE,
     THREADS,
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 
 _COLOURS: Final = {
     POLARS_ASYNC: "#1b7f5c",
+    POLARS_ASYNC_NOT_INLINE: "#7fb8a4",
     POLARS: "#c0504d",
     POLARS_SEMAPHORE: "#e39c94",
     THREADS: "#7f7f7f",

@@ -69,7 +69,7 @@ def _is_between_others(ratio: Ratio) -> bool:
 
 
 def _other_ratios(ratios: Sequence[Ratio]) -> Table:
-    title = Text("ratios of contenders on several engines")
+    title = Text("ratios of other pairs")
     table = Table("case", "metric", "target", "ratio", "", "", title=title, title_justify="left")
     for case, of_case in groupby(ratios, lambda ratio: ratio.case):
         for row, each in enumerate(of_case):
