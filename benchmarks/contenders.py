@@ -7,13 +7,20 @@ engines, it is the last part of each contender's name (`on`).
 
 from __future__ import annotations
 
+from inspect import signature
 from typing import Final
 
 import polars as pl
 
+import polars_async as pa
+
 POLARS_ASYNC: Final = "polars-async"
 POLARS_ASYNC_THREADS: Final = "polars-async, threads"
 """The same with queries in threads, where the contest is about worker processes."""
+POLARS_ASYNC_NOT_INLINE: Final = "polars-async, inline=0"
+"""The same with every query in a thread."""
+HAS_INLINE: Final = "inline" in signature(pa.configure).parameters
+"""Whether there is inline to turn off; without, that contender takes no part."""
 POLARS: Final = "Polars' own"
 """The async functions of Polars itself."""
 POLARS_SEMAPHORE: Final = "Polars' own, semaphore"
@@ -27,8 +34,15 @@ CPU_ENGINES: Final = ENGINES[:2]
 DEFAULT_ENGINE: Final = "in-memory" if pl.__version__.startswith("1.") else "streaming"
 """What the async functions of the installed Polars run where no engine is asked for."""
 
+_DEFAULT: Final = " (default)"
+
 
 def on(contender: str, engine: str) -> str:
     """Return the name of `contender` on `engine`, with a mark if that is Polars' own default."""
     default = contender == POLARS and engine == DEFAULT_ENGINE
-    return f"{contender}, {engine}{' (default)' if default else ''}"
+    return f"{contender}, {engine}{_DEFAULT if default else ''}"
+
+
+def names_engine(contender: str) -> bool:
+    """Return whether `contender` is a name that `on` returned."""
+    return contender.removesuffix(_DEFAULT).endswith(tuple(f", {each}" for each in CPU_ENGINES))

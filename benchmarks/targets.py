@@ -16,8 +16,10 @@ import polars as pl
 from benchmarks.contenders import (
     CPU_ENGINES,
     DASK,
+    HAS_INLINE,
     POLARS,
     POLARS_ASYNC,
+    POLARS_ASYNC_NOT_INLINE,
     POLARS_ASYNC_THREADS,
     THREADS_SEMAPHORE,
     on,
@@ -61,15 +63,29 @@ def _of_mix() -> dict[str, Target]:
     return found
 
 
+def _of_inline() -> dict[str, Target]:
+    who = POLARS_ASYNC_NOT_INLINE
+    found = {
+        "tiny query, round trip, asyncio, inline=0, in-memory": Target(at_most=1, who=who),
+        "tiny queries gathered, asyncio, inline=0, in-memory": Target(at_least=1.8, who=who),
+    }
+    for beside in ("6 heavy", "eager work"):
+        for loop in ("asyncio", "gevent"):
+            name = f"longest stall, tiny beside {beside}, {loop}, in-memory"
+            found[name] = Target(at_most=1, of=who)
+    return found
+
+
 # On Polars 1.44, its own `collect_all_async` blocks the loop until all queries are done.
 _STALL_OF_ALL: Final = Target(at_most=0.1 if pl.__version__.startswith("1.44") else 1)
 TARGETS: Final[Mapping[str, Target]] = {
-    "tiny query, round trip, asyncio, in-memory": Target(at_most=0.5),
-    "tiny queries gathered, asyncio, in-memory": Target(at_least=2),
-    "tiny query, round trip, gevent, in-memory": Target(at_most=0.6),
-    "tiny queries gathered, gevent, in-memory": Target(at_least=1.5),
-    "tiny query, round trip, asyncio, streaming": Target(at_most=0.85),
-    "tiny queries gathered, asyncio, streaming": Target(at_least=1),
+    "tiny query, round trip, asyncio, in-memory": Target(at_most=0.3),
+    "tiny queries gathered, asyncio, in-memory": Target(at_least=3.5),
+    "tiny query, round trip, gevent, in-memory": Target(at_most=0.35),
+    "tiny queries gathered, gevent, in-memory": Target(at_least=3),
+    "tiny query, round trip, asyncio, streaming": Target(at_most=0.65),
+    "tiny queries gathered, asyncio, streaming": Target(at_least=1.5),
+    **(_of_inline() if HAS_INLINE else {}),
     "longest stall, 6 collect_async, asyncio, in-memory": Target(at_most=1),
     "longest stall, 6 collect_async, gevent, in-memory": Target(at_most=1),
     "longest stall, collect_all_async, asyncio, in-memory": _STALL_OF_ALL,
@@ -77,7 +93,7 @@ TARGETS: Final[Mapping[str, Target]] = {
     "resolve_engine": Target(at_most=5, of=None),
     "import of polars_async": Target(at_most=20, of=None),
     "tiny p99 beside heavy, in-memory": Target(at_most=0.2),
-    "heavy finished beside tiny, in-memory": Target(at_most=0.9),
+    "heavy finished beside tiny, in-memory": Target(at_most=1),
     "tiny p99 beside heavy, executor auto, in-memory": Target(at_most=0.02),
     "64 sorts at once, peak RSS, in-memory": Target(at_most=0.3),
     "64 sorts at once, finished, in-memory": Target(at_most=1),

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 PARTS: Final = (("p50", 0.5), ("p95", 0.95))
 """The quantiles of each size that are measured."""
-_ALONE: Final = 0.2
+_ALONE: Final = 0.05
 """Seconds for which a shape runs alone again and again, at least."""
 _TIMES: Final = 3
 """How often it does so at least."""
