@@ -17,7 +17,6 @@ from polars_async.scheduling.open_streams import OpenStreams
 from polars_async.scheduling.query import Owner
 from polars_async.scheduling.sizes import (
     SMALL,
-    SMALL_SIZE,
     UNKNOWN,
     UNKNOWN_LOAD,
     UNKNOWN_SIZE,
@@ -634,11 +633,15 @@ class Admission:
         """Return whether no more than `max_waiting` queries wait once the open slots are filled."""
         if self.max_waiting is None or len(self._queue) < self.max_waiting:
             return True
-        sizes, load, room = self._queue.sizes, query.load, self._room()
-        if load.is_light and room.fits(load):
-            return len(self._queue) - _starting(sizes, room) <= self.max_waiting
-        sizes[load.size] += 1
-        return sum(sizes) - _starting(sizes, room) <= self.max_waiting
+        return len(self._queue) + 1 - self._starting(query.load) <= self.max_waiting
+
+    def _starting(self, newcomer: Load | None = None) -> int:
+        """Return how many queries of the queue, and of a newcomer, find room to start now."""
+        kinds, room = self._queue.kinds, self._room()
+        unknown = len(self._queue) - sum(kinds)
+        if newcomer is not None:
+            kinds[newcomer.kind] += 1
+        return room.of_kinds(kinds, unknown)
 
     @property
     def _open_slots(self) -> int:
@@ -648,7 +651,7 @@ class Admission:
 
     def _full_error(self) -> QueueFullError:
         # Paused queries have no slots, and those that are about to start wait no more.
-        starting = _starting(self._queue.sizes, self._room())
+        starting = self._starting()
         waiting = len(self._queue) - starting
         running = self.max_running - self._open_slots + starting
         for_gpu, slots = "", f", of at most max_running={self.max_running}"
@@ -685,13 +688,6 @@ def _load_so_far(slot: Slot) -> Load:
     if query is None or query.estimate is not None:
         return load
     return Load(max(load.size, size_of(query.times.run_seconds or 0.0)), None, load.pooled)
-
-
-def _starting(sizes: list[int], room: Room) -> int:
-    """Return how many of the queries in the queue, so many of each size, can start now."""
-    small = sum(min(sizes[size], room.of_size(size)) for size in range(SMALL_SIZE + 1))
-    large = sum(min(sizes[size], room.of_size(size)) for size in range(SMALL_SIZE + 1, len(sizes)))
-    return max(0, min(room.total, small + min(large, room.total_large)))
 
 
 def _work_left(slot: Slot) -> float:

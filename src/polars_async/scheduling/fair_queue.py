@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Final, Generic, NamedTuple, TypeVar
 
 from polars_async.scheduling.sizes import (
     KINDS,
-    SIZES,
     SMALL_SIZE,
     UNKNOWN,
     UNKNOWN_LOAD,
@@ -143,7 +142,7 @@ class FairQueue(Generic[T]):
         self._oldest: list[tuple[int, Entry[T]]] = []  # a heap by number
         self._heaps: dict[tuple[int, int], list[_HeapItem[T]]] = {}
         self._heap_items = 0
-        self._ranked: list[dict[Entry[T], None]] = [{} for _ in range(SIZES)]  # by size
+        self._ranked: list[dict[Entry[T], None]] = [{} for _ in range(KINDS)]  # by kind
         self._overtaken = 0.0
         self._number = 0
         self._passed_over = [0] * KINDS
@@ -162,11 +161,9 @@ class FairQueue(Generic[T]):
         return self._quick_streak >= QUICK_STREAK
 
     @property
-    def sizes(self) -> list[int]:
-        """How many items there are of each size; one without an estimate counts as unknown."""
-        sizes = [len(ranked) for ranked in self._ranked]
-        sizes[UNKNOWN_SIZE] += len(self) - sum(sizes)
-        return sizes
+    def kinds(self) -> list[int]:
+        """How many items with an estimate there are of each kind."""
+        return [len(ranked) for ranked in self._ranked]
 
     @property
     def has_ranked(self) -> bool:
@@ -368,7 +365,7 @@ class FairQueue(Generic[T]):
         self._heap_items = 0
 
     def _set_key(self, entry: Entry[T], work: float, share: float | None) -> None:
-        self._ranked[entry.load.size].pop(entry, None)
+        self._ranked[entry.load.kind].pop(entry, None)
         size = size_with(entry.priority, work)
         entry.load = Load(size, share, entry.pooled)
         entry.work = work
@@ -379,13 +376,14 @@ class FairQueue(Generic[T]):
         heap = self._heaps.setdefault((entry.priority, entry.load.kind), [])
         heappush(heap, (key, entry.number, entry.version, entry))
         self._heap_items += 1
-        self._ranked[size][entry] = None
+        ranked = self._ranked[entry.load.kind]
+        ranked[entry] = None
         if entry.left:  # last: a signal handler may have discarded it meanwhile
-            self._ranked[size].pop(entry, None)
+            ranked.pop(entry, None)
 
     def _drop(self, entry: Entry[T]) -> None:
         entry.leave()
-        self._ranked[entry.load.size].pop(entry, None)
+        self._ranked[entry.load.kind].pop(entry, None)
 
     def _is_overtaking(self, entry: Entry[T]) -> bool:
         next_unestimated = _first(self._unestimated)

@@ -12,7 +12,7 @@ from bisect import bisect_left
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Sequence
 
 SMALL: Final = 0.01
 """Seconds of estimated work up to which a query counts as small."""
@@ -188,15 +188,15 @@ class Room:
             return False
         return self._share[load.kind] + load.share <= 1
 
-    @property
-    def total_large(self) -> int:
-        """How many queries that are not small may start, whatever their sizes."""
-        return max(0, min(self.total, self._left_for_large))
-
-    def of_size(self, size: int) -> int:
-        """Return how many queries of this size, of which no more is known, may start."""
-        most = min(self.total, self._left[size])
-        return max(0, most if size <= SMALL_SIZE else min(most, self._left_for_large))
+    def of_kinds(self, kinds: Sequence[int], unknown: int) -> int:
+        """Return how many may start of so many queries of each kind, and of unknown ones."""
+        found = [min(count, max(0, left)) for count, left in zip(kinds, self._left, strict=True)]
+        small = sum(found[: SMALL_SIZE + 1])
+        # An unknown one may be pooled or not.
+        left = min(self._left[kind] - found[kind] for kind in (UNKNOWN_SIZE, _POOLED[UNKNOWN_SIZE]))
+        large = sum(found) - small + min(unknown, max(0, left))
+        large = max(large, min(unknown + sum(kinds[SMALL_SIZE + 1 :]), self.spare))
+        return max(0, min(self.total, small + min(large, max(0, self._left_for_large))))
 
     def _is_open(self, load: Load) -> bool:
         return self.total > 0 and (load.is_small or self._left_for_large > 0)

@@ -109,8 +109,8 @@ class PlanEnd(enum.Enum):
 _PICKLERS: Final = frozenset({"pickle", "cloudpickle"})
 _OF_NUMBERS: Final = b"0123456789,"
 _FRAME: Final = b'"df":['
-_LARGEST_CHUNK: Final = 1 << 21
-"""Bytes of a first chunk above which more may follow: Polars splits frames of 2^18 rows or more."""
+_LARGEST_CHUNK: Final = 1 << 18
+"""Rows of a first chunk from which on others may follow: Polars splits what has more of them."""
 _COPY_RATE: Final = 5e9
 """Bytes per second at which Polars copies a frame: the order of magnitude."""
 _MOST_HEAD: Final = 1 << 18
@@ -170,16 +170,17 @@ class _Text(io.RawIOBase):
         return len(data)
 
     def _check_frame(self, head: bytes, largest: int) -> None:
-        size = _frame_size(head)
-        if size is not None and size > largest:
-            if size > _LARGEST_CHUNK:
+        chunk = _first_chunk(head)
+        if chunk is not None and chunk.kind == _CHUNK and chunk.size > largest:
+            size = chunk.size
+            if chunk.rows >= _LARGEST_CHUNK:
                 # The chunks that follow are copied by now, too, and nothing but time tells of them.
                 copied = int((thread_time() - self._begun) * _COPY_RATE)
                 size = max(size, 1 << 2 * (copied.bit_length() // 2))
             self.frame_bytes += size
             self.end = PlanEnd.FRAME
             raise OSError("the plan has a large frame")
-        if size is not None or len(head) > _MOST_HEAD:
+        if chunk is not None or len(head) > _MOST_HEAD:
             self._head = None
 
     def import_module(self, name: str, *rest: Any) -> Any:
@@ -193,52 +194,71 @@ class _Text(io.RawIOBase):
         return PlanText(bytes(self.text), self.frame_bytes + commas, self.end)
 
 
-def _frame_size(numbers: bytes) -> int | None:
-    """
-    Return the size in bytes of the first chunk of a frame, by the beginning of its text.
+class _Message(NamedTuple):
+    """The head of a message of Arrow's IPC format."""
 
-    A frame is written as a stream of Arrow's IPC format: the message of the schema, and one for
-    each chunk, which begins with the length of what follows. Return None if that is not there yet,
-    and 0 if it is something else.
-    """
-    schema = _message(numbers, 0)
-    if schema is None or schema[0] != _SCHEMA:
-        return schema and 0
-    chunk = _message(numbers, schema[2])
-    if chunk is None or chunk[0] != _CHUNK:
-        return chunk and 0
-    return chunk[1]
+    kind: int
+    rows: int
+    """Of a chunk."""
+    size: int
+    """How many bytes follow the head."""
+    end: int
+    """Where the head ends."""
 
 
-_TYPE_FIELD: Final = 6
-_SIZE_FIELD: Final = 10
+_NO_MESSAGE: Final = _Message(0, 0, 0, 0)
 _SCHEMA: Final = 1
 _CHUNK: Final = 3
 _BEGINS: Final = 0xFFFFFFFF
-_NO_MESSAGE: Final = (0, 0, 0)
 
 
-def _message(numbers: bytes, at: int) -> tuple[int, int, int] | None:
-    """Return the type of the message at a position, the bytes after it, and where these begin."""
-    begins, length = unpack("<Ii", _bytes(numbers, at, 8) or bytes(8))
+def _first_chunk(numbers: bytes) -> _Message | None:
+    """
+    Return the head of the first chunk of a frame, by the beginning of the frame's text.
+
+    A frame is written as a stream of Arrow's IPC format: the message of the schema, and one for
+    each chunk. Return None if that is not there yet, and a message of another kind if it is not
+    what was expected.
+    """
+    schema = _message(numbers, 0)
+    if schema is None or schema.kind != _SCHEMA:
+        return schema
+    return _message(numbers, schema.end)
+
+
+def _message(numbers: bytes, at: int) -> _Message | None:
+    begin = _bytes(numbers, at, 8)
+    if begin is None:
+        return None
+    begins, length = unpack("<Ii", begin)
     if begins != _BEGINS or length < 0:
-        return None if _bytes(numbers, at, 8) is None else _NO_MESSAGE
-    message = _bytes(numbers, at + 8, length)
-    if message is None:
+        return _NO_MESSAGE
+    head = _bytes(numbers, at + 8, length)
+    if head is None:
         return None
     try:
-        (table,) = unpack_from("<I", message)
-        (distance,) = unpack_from("<i", message, table)
-        fields = table - distance  # what is where in the table; there are none of the last fields
-        (length_of_fields,) = unpack_from("<H", message, fields)
-        (kind,) = unpack_from("<H", message, fields + _TYPE_FIELD)
-        size = 0
-        if length_of_fields > _SIZE_FIELD:
-            (body,) = unpack_from("<H", message, fields + _SIZE_FIELD)
-            size = unpack_from("<q", message, table + body)[0] if body else 0
-        return message[table + kind], size, at + 8 + length
+        table = unpack_from("<I", head)[0]
+        kind = _field(head, table, 1, "<B")
+        rows = 0
+        if kind == _CHUNK:
+            chunk = table + _offset(head, table, 2)
+            rows = _field(head, chunk + unpack_from("<I", head, chunk)[0], 0, "<q")
+        return _Message(kind, rows, _field(head, table, 3, "<q"), at + 8 + length)
     except (error, IndexError):
         return _NO_MESSAGE
+
+
+def _field(head: bytes, table: int, number: int, kind: str) -> int:
+    """Return a field of a table of FlatBuffers; 0 if it is not there."""
+    offset = _offset(head, table, number)
+    return int(unpack_from(kind, head, table + offset)[0]) if offset else 0
+
+
+def _offset(head: bytes, table: int, number: int) -> int:
+    """Return where in a table a field is; 0 if it is not there."""
+    offsets = table - unpack_from("<i", head, table)[0]
+    at = 4 + 2 * number
+    return int(unpack_from("<H", head, offsets + at)[0]) if at < head[offsets] else 0
 
 
 def _bytes(numbers: bytes, at: int, count: int) -> bytes | None:
