@@ -120,6 +120,14 @@ def test_compiled_plugin_is_seen_and_not_loaded(tmp_path):
         assert look_at(frame.select(plugin)).runs_python
 
 
+def test_text_before_a_python_function_tells_shapes_apart():
+    def shape(*columns):
+        return look_at(ONE.select(*columns).map_batches(lambda frame: frame)).shape
+
+    assert shape("a") == shape("a") != shape("a", "b")
+    assert look_at(pl.scan_parquet("s3://none/a.parquet")).paths == ["s3://none/a.parquet"]
+
+
 SOURCES = {
     "source": lambda f: register_io_source(f, schema={"a": INT}),
     "schema of a source": lambda f: register_io_source(f, schema=f),

@@ -148,8 +148,8 @@ class _Text(io.RawIOBase):
 
     def write(self, piece: Any) -> int:
         # Polars writes some kB at a time, and other threads may have the GIL in between.
-        if self.end is not PlanEnd.UNSENDABLE:
-            raise OSError("what was written before is enough")  # it tries again once
+        if self.end in {PlanEnd.LIMIT, PlanEnd.FRAME}:
+            raise OSError("what was written before is enough")  # it tries to write that once more
         data = bytes(piece)
         if data.translate(None, _OF_NUMBERS):
             self.text += data
