@@ -742,7 +742,7 @@ def test_only_those_taken_unestimated_keep_the_slot_for_small_ones_standing_by(e
     for _ in range(QUICK_STREAK):
         line._queue.note_ended(QUICK, overtook=False)
     if estimated:
-        line._queue.rank(line.next_unestimated(from_behind=False), QUICK)
+        line._queue.rank(line.next_unestimated(slot, from_behind=False), QUICK)
     first.times.started = first.times.ended = 1.0  # this machine may be busy
     with line.lock:
         assert line.release(slot)

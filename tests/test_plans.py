@@ -22,7 +22,7 @@ from polars_async._runtime.plans import NOTHING, look_at
 from polars_async.scheduling import query
 
 ONE = pl.LazyFrame({"a": [1], "b": ["x"]})
-LARGER = pl.LazyFrame({"a": range(1000), "b": ["x"] * 1000})
+LARGER = pl.LazyFrame({"a": range(150), "b": ["x"] * 150})
 """In whose text there is more than one piece."""
 LARGE = pl.select(a=pl.int_range(0, 1_000_000) * 7919).lazy()
 """More than anybody looks at."""

@@ -18,8 +18,8 @@ NEAR: Final = 1 << 20
 """Characters of a plan's text that are read, in up to 3 ms: some 300 kB of frames."""
 FAR: Final = 1 << 23
 """The same where it is worth up to 30 ms: some 2.3 MB of frames."""
-_LARGEST_FRAME: Final = 1 << 15
-"""Bytes of a frame in memory that are read for what comes after it, in some 100 us, unless all of
+_LARGEST_FRAME: Final = 1 << 12
+"""Bytes of a frame in memory that are read for what comes after it, in some 10 us, unless all of
 the plan is asked for."""
 SENT_RATE: Final = 50e6
 """Bytes per second of frames in memory that Polars packs, and unpacks elsewhere."""
@@ -97,7 +97,7 @@ def look_at(lf: pl.LazyFrame, limit: int = NEAR) -> Plan:
 
     Nothing in it is called, resolved or opened, and no other thread is held up. So what comes after
     a Python function, or after frames in memory that exceed the limit, stays unseen. With `NEAR`,
-    so does what comes after a frame of more than 32 kB.
+    so does what comes after a frame of more than 4 kB.
     """
     # The thread is listed before it looks at the flag, and `end_looks` sets the flag before it
     # looks at the list: so one of the two sees the other. The other way round, a thread could begin

@@ -37,8 +37,8 @@ if TYPE_CHECKING:
     from polars_async.scheduling.sizes import Room
 
 
-_LOOKING: Final = 3
-"""The threads that look for a query at the same time, where slots are many."""
+_SLOW: Final = 0.002
+"""Seconds after which a look at a plan counts as slow: it may be over a large frame."""
 _LEAST_MEASURED: Final = 0.02
 """Seconds of a query below which its processor time tells nothing: the kernel counts in ticks."""
 _WORK_LASTS: Final = 0.05
@@ -53,13 +53,27 @@ class Slot:
     submitting thread to run just one query itself; it does not count against `max_running`.
     """
 
-    __slots__ = ("alone", "cpu_seconds", "gate", "inline", "load", "overtook", "query")
+    __slots__ = (
+        "alone",
+        "cpu_seconds",
+        "gate",
+        "inline",
+        "load",
+        "looks_after",
+        "looks_since",
+        "overtook",
+        "query",
+    )
 
     def __init__(self, *, inline: bool = False) -> None:
         self.gate: LockType | None = None  # at which the thread of a paused query waits
         self.query: Query[Any] | None = None
         self.inline = inline
         self.load = UNKNOWN_LOAD
+        self.looks_since: float | None = None
+        """When its thread began to look at the plan that it looks at."""
+        self.looks_after = 0
+        """How many queries had come to the queue by then."""
         self.cpu_seconds: float | None = None
         """Of the executor when the query started, if its share of the processors is measured."""
         self.overtook = False
@@ -295,10 +309,31 @@ class Admission:
         with self.lock:
             return slot in self._slots
 
-    def next_unestimated(self, *, from_behind: bool) -> Entry[Query[Any]] | None:
-        """Return the entry of a query to be estimated without the lock; None if all have been."""
+    def next_unestimated(self, slot: Slot, *, from_behind: bool) -> Entry[Query[Any]] | None:
+        """
+        Return the entry of a query to be estimated without the lock; None if all have been.
+
+        The thread of `slot` estimates it. With `from_behind`, it is the last one that came: it may
+        be small, and need not wait until all before it have been looked at. While another thread is
+        at a slow look, it is the last one too, and one that came after that look began: those that
+        came with a large query may be as large, and would take the processors with their looks.
+        """
         with self.lock:
-            return self._queue.next_unestimated(from_behind=from_behind)
+            since = self._slow_look(slot)
+            entry = self._queue.next_unestimated(from_behind=from_behind or since > 0, since=since)
+            slot.looks_since = None if entry is None else perf_counter()
+            slot.looks_after = self._queue.came
+            return entry
+
+    def _slow_look(self, slot: Slot) -> int:
+        """Return how many queries had come when the last slow look of others began; else 0."""
+        late = perf_counter() - _SLOW
+        slow = [
+            other.looks_after
+            for other in self._slots
+            if other is not slot and other.looks_since is not None and other.looks_since < late
+        ]
+        return max(slow, default=0)
 
     def fill(
         self, slot: Slot, estimated: list[Entry[Query[Any]]], *, only_if_certain: bool
@@ -311,6 +346,7 @@ class Admission:
         """
         with self.lock:
             queue = self._queue
+            slot.looks_since = None
             for entry in estimated:
                 expected = None if entry.item is None else entry.item.estimate
                 if expected is None:
@@ -320,13 +356,16 @@ class Admission:
             if slot not in self._slots or len(self._slots) > self.max_running:
                 self._free(slot)
                 return False
+            can_look = queue.has_unestimated_since(self._slow_look(slot))
             if only_if_certain and queue.is_undecided:
-                return True
+                if not can_look:  # the thread at a slow look goes on
+                    self._free(slot)
+                return can_look
             room = self._room()
             while (picked := queue.take(room.fits)) is not None:
                 if self._start_picked(picked, slot, room):
                     return True
-            if queue.has_unestimated:
+            if can_look:
                 return True
             self._free(slot)
             return False
@@ -483,12 +522,17 @@ class Admission:
         """Return whether one more thread may look for a query in the queue."""
         if len(self._slots) >= self.max_running:
             return False
-        # Where slots are many, a few threads that look are enough: the one that starts a query has
-        # another one look further. While queries are quick, one of them stands by.
-        return self.limits.fixed or self._looking() < (1 if self._queue.is_quick else _LOOKING)
+        # Where slots are many, one thread that looks is enough: when it starts a query, it has
+        # another one look further. One at a slow look does not hold up the others.
+        return self.limits.fixed or self._looking() < 1
 
     def _looking(self) -> int:
-        return sum(slot.query is None for slot in self._slots)
+        """Return how many threads look for a query, without those at a slow look."""
+        late = perf_counter() - _SLOW
+        return sum(
+            slot.query is None and (slot.looks_since is None or slot.looks_since > late)
+            for slot in self._slots
+        )
 
     def _room(self) -> Room:
         """Return what may start now beside the queries that run."""

@@ -177,6 +177,11 @@ class FairQueue(Generic[T]):
         return known + UNKNOWN * len(self._unestimated)
 
     @property
+    def came(self) -> int:
+        """How many items have come so far."""
+        return self._number
+
+    @property
     def has_unestimated(self) -> bool:
         """Whether an item has no estimate yet."""
         return bool(self._unestimated)
@@ -207,15 +212,22 @@ class FairQueue(Generic[T]):
         else:
             self._unestimated[item] = came
 
-    def next_unestimated(self, *, from_behind: bool = False) -> Entry[T] | None:
+    def has_unestimated_since(self, number: int) -> bool:
+        """Return whether an item without an estimate came after so many others."""
+        last = _first(self._unestimated, from_behind=True)
+        return last is not None and last[1][1] > number
+
+    def next_unestimated(self, *, from_behind: bool = False, since: int = 0) -> Entry[T] | None:
         """
         Return an entry for the first item without an estimate, or the last; None if all have one.
 
-        The caller estimates its work, for which it needs no lock and takes its time, and calls
-        `rank`.
+        Only an item that came `since` so many others is looked for. The caller estimates its work,
+        for which it needs no lock and takes its time, and calls `rank`.
         """
         while (found := _first(self._unestimated, from_behind=from_behind)) is not None:
             item, came = found
+            if came[1] <= since:
+                return None
             entry = self._enter(item, 0, *came)
             if self._unestimated.pop(item, None) is not None:
                 return entry

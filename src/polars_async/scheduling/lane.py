@@ -272,7 +272,7 @@ class Lane:
             if (seconds := admission.reserve_delay()) > 0:
                 sleep(seconds)
                 continue
-            estimated, was_slow = self._estimate(together, was_slow=was_slow)
+            estimated, was_slow = self._estimate(slot, together, was_slow=was_slow)
             if not admission.fill(slot, estimated, only_if_certain=together < _MOST_TOGETHER):
                 self._meter.start()
                 return False
@@ -284,18 +284,17 @@ class Lane:
         return True
 
     def _estimate(
-        self, at_most: int, *, was_slow: bool
+        self, slot: Slot, at_most: int, *, was_slow: bool
     ) -> tuple[list[fair_queue.Entry[Query[Any]]], bool]:
         """
         Estimate queries of the queue, for no longer than a moment; return whether that was slow.
 
-        If the last one `was_slow`, begin with the last query of the queue: it may be small, and
-        need not wait until all slow ones before it have been estimated.
+        If the last one `was_slow`, begin with the last query of the queue.
         """
         estimated: list[fair_queue.Entry[Query[Any]]] = []
         begun = perf_counter()
         while len(estimated) < at_most:
-            entry = self.admission.next_unestimated(from_behind=was_slow)
+            entry = self.admission.next_unestimated(slot, from_behind=was_slow)
             if entry is None:
                 break
             estimated.append(entry)

@@ -126,7 +126,9 @@ class Limits:
             return self.slots
         if size > SMALL_SIZE:
             return large_at_once(self.slots) + (size < UNKNOWN_SIZE and not self.fixed)
-        return self.slots if self.fixed else max(self.slots, int(self.processors))
+        # Small ones in Polars' pool wait there for a large one's task to end, and then take turns of
+        # a moment: the more of them are there by then, the fewer wait for the end of the next task.
+        return self.slots if self.fixed else self.most // (2 + 2 * size)
 
     def may_start_unestimated(self, large_running: int) -> bool:
         """Return whether one more may start without an estimate while all others are quick."""
