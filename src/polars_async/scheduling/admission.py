@@ -76,6 +76,7 @@ class Admission:
     """
 
     __slots__ = (
+        "__weakref__",
         "_contended",
         "_inline",
         "_paused",
@@ -200,8 +201,7 @@ class Admission:
             self.streams.add(query)
         elif not self.exclusive and on_thread_of_polars():
             slot = self.reserved = Slot(inline=True)
-            self._inline.add(slot)
-            self._start(query, slot, small=False, overtook=False)
+            self.start_inline(query, slot)
             return slot
         free = self.max_running - len(self._slots)
         # A slot reserved for small queries is not given to one without an estimate.
@@ -222,6 +222,25 @@ class Admission:
         slot = self.reserved = Slot()
         self._slots.add(slot)
         return slot
+
+    def start_inline(self, query: Query[Any], slot: Slot) -> bool:
+        """Start `query` in `slot`, with the lock held, whatever waits; return False if closed."""
+        if self.closed:
+            return False
+        self._inline.add(slot)
+        self._start(query, slot, small=False, overtook=False)
+        return True
+
+    @property
+    def has_only_small(self) -> bool:
+        """Whether no query waits, and none but small ones run; read without the lock."""
+        if self._queue:
+            return False
+        for slot in (*self._slots, *self._inline):
+            query = slot.query
+            if query is not None and not query.is_small:
+                return False
+        return True
 
     def take_over(self, query: Query[Any]) -> Slot | None:
         """

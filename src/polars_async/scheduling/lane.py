@@ -21,6 +21,7 @@ from polars_async.scheduling import shutdown
 from polars_async.scheduling.admission import Admission
 from polars_async.scheduling.counts import State
 from polars_async.scheduling.fallback import fall_back
+from polars_async.scheduling.inline import register
 from polars_async.scheduling.open_streams import MAX_STREAMS, OpenStreams
 
 if TYPE_CHECKING:
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     from polars_async.scheduling import fair_queue
     from polars_async.scheduling.admission import Slot
     from polars_async.scheduling.estimates import CostModel
+    from polars_async.scheduling.inline import Inline
     from polars_async.scheduling.query import Query
 
 
@@ -74,6 +76,7 @@ class Lane:
         "admission",
         "executor",
         "fallback",
+        "inline",
     )
 
     def __init__(
@@ -87,6 +90,7 @@ class Lane:
         exclusive: bool = False,
         fallback: Lane | None = None,
         max_streams: int = MAX_STREAMS,
+        inline: Inline | None = None,
     ) -> None:
         # One lock for both, so that a query is in exactly one of them while it falls back.
         lock = fallback.admission.lock if fallback is not None else None
@@ -100,6 +104,8 @@ class Lane:
         self._here: QueryExecutor = GPU_IN_PROCESS if exclusive else IN_PROCESS
         self._tiny_here = tiny_here
         self._costs = costs
+        self.inline = inline
+        register(self.admission)
         _lanes.add(self)
         shutdown.watch(self)
 
@@ -131,6 +137,8 @@ class Lane:
                 query.report(EventKind.QUEUED)
                 if query.resolution.downgraded:
                     query.report(EventKind.DOWNGRADED)
+            if self.inline is not None and self.inline.run(admission, query):
+                return None
             admitted = self._admitted(query)
             if isinstance(admitted, BaseException):
                 raise admitted  # noqa: TRY301  # as one that comes from elsewhere
@@ -305,11 +313,16 @@ class Lane:
         """Run `query` in `slot`; return False if no query is next and the slot was released."""
         executor = self._executor_of(query)
         operation = None if self.fallback is None else query.operation
+        watch = None
+        if self.inline is not None and executor is IN_PROCESS and not slot.inline:
+            watch = self.inline.watch(query)
         if query.label is None or slot.inline:  # Polars' own threads keep their names
             query.run(executor.run)
         else:
             with named_thread(query.label):
                 query.run(executor.run)
+        if watch is not None:
+            watch.stop()
         if self.fallback is not None and fall_back(query, operation, self.fallback.admission):
             return self._hand_over(query, slot, self.fallback)
         if query.reports:
@@ -333,6 +346,9 @@ class Lane:
             with admission.lock:
                 kept = self._release(slot, away=away)
         wake(waiters)
+        if watch is not None and self.inline is not None:
+            self.inline.learn(watch, query)
+            watch = None
         if not query.drop_inputs():
             self._observe_cost(query, alone=alone, away=away)
         if admission.waiters:

@@ -88,6 +88,7 @@ class Query(Generic[T]):
         "estimate",
         "frames",
         "id",
+        "is_inline",
         "is_nested",
         "is_stream",
         "label",
@@ -120,6 +121,8 @@ class Query(Generic[T]):
         self.is_stream = isinstance(operation, Batches)
         self.runs_engine = operation.runs_engine
         self.is_nested = False
+        self.is_inline = False
+        """Whether it runs, or has run, on the thread that submitted it, for the sake of speed."""
         self.call_site: CallSite | None = None
         """The user's line that submitted the query, if it may go to another process."""
         self.times = Times()
@@ -284,6 +287,7 @@ class Query(Generic[T]):
             rows=count_rows(result),
             error=error,
             resolution=self.resolution,
+            inline=self.is_inline,
         )
         if self.delivery is None:
             self._reporter(event)
