@@ -47,7 +47,9 @@ def find_pools() -> bool:
     if sys.platform != "linux":
         return False
     pl.thread_pool_size()  # starts the pool of the in-memory engine, unless it runs
-    clocks = tuple(sorted(_clock_of(int(each.name)) for each in _THREADS.iterdir() if _is_of_a_pool(each)))
+    clocks = tuple(
+        sorted(_clock_of(int(each.name)) for each in _THREADS.iterdir() if _is_of_a_pool(each))
+    )
     if clocks == _pools.clocks:
         return bool(clocks)
     _pools.version += 1

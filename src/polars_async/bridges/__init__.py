@@ -28,6 +28,10 @@ class Bridge(Protocol):
         """Suspend the running task until `awaited` is done."""
         ...
 
+    def pass_by(self, *, turn: bool) -> Generator[Any, Any, None]:
+        """Go on, for what was awaited is done; with `turn`, once other tasks have run."""
+        ...
+
     def checkpoint(self) -> Generator[Any, Any, None]:
         """Let other tasks run once; a task that never has to wait calls this now and then."""
         ...

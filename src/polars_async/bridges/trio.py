@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 import trio
 
+from polars_async.bridges import turns
 from polars_async.bridges.mailbox import Mailbox
 
 if TYPE_CHECKING:
@@ -76,6 +77,12 @@ def wait(awaited: Awaited) -> Generator[Any, Any, None]:
             abort(None)
         raise
     yield from checkpoint()
+
+
+def pass_by(*, turn: bool) -> Generator[Any, Any, None]:  # noqa: ARG001  # each await does
+    """Go on, for what was awaited is done, once other tasks have run."""
+    yield from checkpoint()
+    turns.turned()
 
 
 def checkpoint() -> Generator[Any, Any, None]:

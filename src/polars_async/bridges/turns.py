@@ -27,8 +27,9 @@ if TYPE_CHECKING:
 
 MOST: Final = 0.001
 """Seconds by which a turn may become longer."""
-HAND_OVER: Final = 20e-6
-"""Seconds that handing a query to another thread costs the loop at least."""
+HAND_OVER: Final = 30e-6
+"""Seconds that handing a query to another thread costs the loop in all, at least: some of them once
+its result comes."""
 
 
 class _Turn(local):
@@ -65,7 +66,8 @@ def note(began: float, ended: float) -> None:
         turn.since = began
     over = ended - began - HAND_OVER
     if over > 0:
-        turn.excess += over
+        # No more for one: the kernel interrupts any thread for some ms, whatever it does.
+        turn.excess += min(over, MOST / 4)
         # Not for each: a loop that is asked to call has one more turn for that.
         if turn.excess >= MOST / 2:
             _ask_to_call(turn)

@@ -231,15 +231,22 @@ class Admission:
         self._start(query, slot, small=False, overtook=False)
         return True
 
+    def end_inline(self, query: Query[Any], slot: Slot) -> None:
+        """Free `slot` of `query`, which has ended, with the lock held; may be called again."""
+        if slot in self._inline:
+            self.counts.run_seconds += query.times.run_seconds or 0.0
+            self._inline.discard(slot)
+
     @property
     def has_only_small(self) -> bool:
         """Whether no query waits, and none but small ones run; read without the lock."""
         if self._queue:
             return False
-        for slot in (*self._slots, *self._inline):
-            query = slot.query
-            if query is not None and not query.is_small:
-                return False
+        if self._slots or self._inline:
+            for slot in (*self._slots, *self._inline):
+                query = slot.query
+                if query is not None and not query.is_small:
+                    return False
         return True
 
     def take_over(self, query: Query[Any]) -> Slot | None:

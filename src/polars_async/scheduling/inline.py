@@ -19,7 +19,8 @@ They are looked at without a lock, and may have changed once the query runs. All
 that the query has to share the processors and the GIL.
 
 One that took long all the same makes its shape unknown, and twice as many runs are needed to know
-it again; and for a while no query of the process runs inline, longer each time.
+it again; and for a while no query of the process runs inline, longer each time. Since the kernel
+interrupts any thread for some ms now and then, a single one of no more than that does not count.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from __future__ import annotations
 from functools import partial
 from math import inf
 from time import perf_counter, process_time, thread_time
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 from weakref import ref
 
 import polars as pl
@@ -41,7 +42,6 @@ from polars_async._runtime.upstream import memory_held
 from polars_async.bridges import turns
 from polars_async.bridges.waiting import wake
 from polars_async.executors.operations import DEFAULT_OPTIMIZATIONS, Collect, CollectAll
-from polars_async.executors.threads import IN_PROCESS
 from polars_async.scheduling.admission import Slot
 from polars_async.scheduling.counts import State
 from polars_async.scheduling.estimates import Estimate
@@ -50,8 +50,12 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from polars_async.bridges.waiting import Waiter
+    from polars_async.executors import Job
+    from polars_async.executors.operations import Operation
     from polars_async.scheduling.admission import Admission
     from polars_async.scheduling.query import Query
+
+T = TypeVar("T")
 
 _GOOD_RUNS: Final = 8
 """How many good runs make a shape known."""
@@ -59,6 +63,10 @@ _MOST_RUNS: Final = 1024
 """The most that are needed after queries of the shape took long."""
 _LONG: Final = 2.0
 """A query took long if it was this many times the bound."""
+_OFTEN: Final = 64
+"""That counts if another one of its shape did among so many before it."""
+_VERY_LONG: Final = 0.02
+"""Seconds after which it counts in any case."""
 _PAUSE: Final = 0.1
 _LONGEST_PAUSE: Final = 60.0
 """Seconds for which no query runs inline after one that took long: the first time, and at most."""
@@ -107,7 +115,7 @@ class _Pauses:
         self._seconds = 0.0
 
     def begin(self, now: float) -> None:
-        """Begin a pause after a query that took long, longer than the last unless that is long ago."""
+        """Begin a pause, longer than the last one unless that was long ago."""
         in_a_row = now < self.until + _PEACE * self._seconds
         self._seconds = min(2 * self._seconds, _LONGEST_PAUSE) if in_a_row else _PAUSE
         self.until = now + self._seconds
@@ -154,7 +162,7 @@ class _Pace:
 class _Shape:
     """What is known of the queries of one shape."""
 
-    __slots__ = ("_good", "_needed", "_pools", "estimate", "is_known")
+    __slots__ = ("_good", "_needed", "_pools", "_since_long", "estimate", "is_known")
 
     def __init__(self) -> None:
         self.is_known = False
@@ -163,6 +171,7 @@ class _Shape:
         self._good = 0
         self._needed = _GOOD_RUNS
         self._pools = 0  # the list of the pools' threads by which these runs were watched
+        self._since_long = _OFTEN  # runs inline since one that took long
 
     def count(self, seconds: float) -> None:
         """Count a good run; enough of them, by one list of the pools' threads, make it known."""
@@ -178,10 +187,17 @@ class _Shape:
         """Make the shape unknown after a run that took long."""
         self.is_known, self._good = False, 0
 
-    def distrust(self) -> None:
-        """Make it unknown after such a run inline, and have more good ones be needed."""
+    def is_to_blame(self, seconds: float, bound: float) -> bool:
+        """Note a run inline; if it took long, make the shape unknown, and return True."""
+        self._since_long += 1
+        if seconds <= _LONG * bound:
+            return False
+        before, self._since_long = self._since_long, 0
+        if seconds < _VERY_LONG and before > _OFTEN:
+            return False
         self.forget()
         self._needed = min(2 * self._needed, _MOST_RUNS)
+        return True
 
 
 _NEW: Final = _Shape()
@@ -290,26 +306,26 @@ class Inline:
         try:
             if not holding(admission.lock, admission.start_inline, query, slot):
                 return False
-            query.run(IN_PROCESS.run)
+            query.run(_run_operation)
             if query.reports:
                 query.report_engine()
             holding(admission.lock, self._finish, admission, query, slot, waiters)
             if query.reports:
                 query.report_end()
-                holding(admission.lock, admission.release, slot)
-            wake(waiters)
+                holding(admission.lock, admission.end_inline, query, slot)
+            if waiters:
+                wake(waiters)
             if admission.waiters:
                 admission.wake_if_empty()
         except BaseException:  # out of a signal handler, or Ctrl-C in a hook
             # No other thread frees this slot. The query, unless it is done, is cancelled by the
             # caller.
-            holding(admission.lock, admission.release, slot)
+            holding(admission.lock, admission.end_inline, query, slot)
             wake(waiters)
             raise
         query.frames = ()
         turns.note(began, ended := perf_counter())
-        if (query.times.run_seconds or 0.0) > _LONG * self._bound:
-            shape.distrust()
+        if shape.is_to_blame(query.times.run_seconds or 0.0, self._bound):
             _pauses.begin(ended)
         _raise_interrupt(query)
         return True
@@ -321,7 +337,7 @@ class Inline:
         self.ran += 1
         waiters.extend(query.set_finished())
         if not query.reports:
-            admission.release(slot)
+            admission.end_inline(query, slot)
 
     def _key(self, operation: object, frames: Sequence[pl.LazyFrame]) -> int | None:
         """Return the key of the shape of a query; None if a frame was not looked at."""
@@ -398,6 +414,14 @@ class Inline:
             self._knows_any = self._knows_any or shape.is_known
 
 
+def _run_operation(operation: Operation[T], query: Job) -> T:
+    """Run `operation` as `IN_PROCESS` does, but without care for Python functions: it has none."""
+    try:
+        return query.context.run(operation)
+    finally:
+        del operation, query  # see QueryExecutor.run
+
+
 def _is_candidate(query: Query[Any]) -> bool:
     operation = query.operation
     return (
@@ -421,7 +445,7 @@ def _may_run_now() -> bool:
 
 
 def _only_small_run() -> bool:
-    for known in list(_admissions.values()):
+    for known in tuple(_admissions.values()):
         admission = known()
         if admission is not None and not admission.has_only_small:
             return False

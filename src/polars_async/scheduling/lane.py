@@ -118,7 +118,8 @@ class Lane:
         """
         Admit `query`: it runs at once if a slot is free, or else waits in the queue.
 
-        Return None, or a slot in which the calling thread has to run it, by `run_inline`.
+        Return None, or a slot in which the calling thread has to run it, by `run_inline`. If it is
+        known to be quick, it may have run there already: see `inline`.
 
         Raises
         ------
@@ -133,10 +134,7 @@ class Lane:
         admission = self.admission
         admitted: Slot | BaseException | None = None
         try:
-            if query.reports:
-                query.report(EventKind.QUEUED)
-                if query.resolution.downgraded:
-                    query.report(EventKind.DOWNGRADED)
+            query.report_queued()
             if self.inline is not None and self.inline.run(admission, query):
                 return None
             admitted = self._admitted(query)

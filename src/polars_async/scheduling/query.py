@@ -294,6 +294,13 @@ class Query(Generic[T]):
         else:
             self.delivery.post(partial(self._reporter, event))
 
+    def report_queued(self) -> None:
+        """Emit the events of a query that is submitted."""
+        if self.reports:
+            self.report(EventKind.QUEUED)
+            if self.resolution.downgraded:
+                self.report(EventKind.DOWNGRADED)
+
     def report_fall_back(self) -> None:
         """Emit FELL_BACK: the GPU engine failed, and another engine runs the query."""
         self._announce(EventKind.FELL_BACK, self.resolution.cause)
