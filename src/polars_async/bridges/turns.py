@@ -74,7 +74,7 @@ def note(began: float, ended: float) -> None:
 
 
 def is_due() -> bool:
-    """Return whether the loop of this thread has to turn before a task goes on, which it then does."""
+    """Return whether the loop of this thread has to turn before a task goes on; it then does."""
     turn = _turn
     if turn.since is None or perf_counter() - turn.since < MOST:
         return False

@@ -201,7 +201,7 @@ class Admission:
             self.streams.add(query)
         elif not self.exclusive and on_thread_of_polars():
             slot = self.reserved = Slot(inline=True)
-            self.start_inline(query, slot)
+            self.start_inline(query, slot)  # it was not closed just above
             return slot
         free = self.max_running - len(self._slots)
         # A slot reserved for small queries is not given to one without an estimate.
@@ -224,7 +224,7 @@ class Admission:
         return slot
 
     def start_inline(self, query: Query[Any], slot: Slot) -> bool:
-        """Start `query` in `slot`, with the lock held, whatever waits; return False if closed."""
+        """Start `query` in `slot`, with the lock held; return False if no queries are taken."""
         if self.closed:
             return False
         self._inline.add(slot)

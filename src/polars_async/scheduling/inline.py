@@ -306,6 +306,7 @@ class Inline:
         try:
             if not holding(admission.lock, admission.start_inline, query, slot):
                 return False
+            query.is_inline = True
             query.run(_run_operation)
             if query.reports:
                 query.report_engine()
@@ -335,6 +336,7 @@ class Inline:
     ) -> None:
         """Make the outcome final, with the lock held, and free the slot unless a hook is next."""
         self.ran += 1
+        admission.counts.downgraded += query.resolution.downgraded
         waiters.extend(query.set_finished())
         if not query.reports:
             admission.end_inline(query, slot)
