@@ -95,6 +95,20 @@ def test_a_long_run_on_a_thread_has_the_shape_begin_anew():
     assert not shape.is_known
 
 
+def test_a_run_on_a_thread_that_computes_for_too_long_is_counted_as_such():
+    with Collector(inline=1.0) as collector:
+        shapes = collector._cpu.inline._shapes
+
+        def one_good():
+            runs_here(collector)
+            return any(shape._good for shape in shapes.values())
+
+        until(one_good)
+        collector._cpu.inline._bound = 0.0
+        runs_here(collector)
+        until(lambda: not any(shape._good for shape in shapes.values()))
+
+
 def test_a_new_list_of_pool_threads_has_all_shapes_begin_anew(monkeypatch):
     pool_clocks.find_pools()
     shape = inline._Shape()
@@ -177,11 +191,15 @@ def test_no_plan_is_looked_at_here_where_polars_holds_much_memory(monkeypatch):
 
 
 def test_after_a_slow_look_there_is_none_here(monkeypatch):
+    limits = []
     with learned() as collector:
         monkeypatch.setattr(inline, "_SLOW_LOOK", 0.0)
-        runs_here(collector, FRAME.lazy().select(pl.col("a").sum()))
-        monkeypatch.setattr(collector._cpu.inline, "_look_at", None)
-        assert not runs_here(collector, FRAME.lazy().select(pl.col("a").sum()))
+        monkeypatch.setattr(
+            collector._cpu.inline, "_look_at", lambda _, limit, __: limits.append(limit)
+        )
+        for _ in range(10):
+            runs_here(collector, FRAME.lazy().select(pl.col("a").sum()))
+    assert limits.count(inline._TEXT) == 1
 
 
 def test_looks_that_find_nothing_become_rare(monkeypatch):
@@ -440,6 +458,19 @@ def test_a_task_that_waits_for_one_after_the_other_lets_others_run(loop, monkeyp
 
         loop.run(loop.together, one_by_one, other)
         assert len(set(seen)) > 10
+
+
+def test_a_task_goes_on_at_once_while_the_loop_has_turned_lately(monkeypatch):
+    monkeypatch.setattr(turns, "MOST", LIMIT)
+    with learned() as collector:
+
+        async def main():
+            other = asyncio.create_task(asyncio.sleep(0))
+            for _ in range(5):
+                await collector.collect_async(QUICK)
+            return other.done()
+
+        assert not asyncio.run(main())
 
 
 def test_the_hub_sees_what_has_arrived_between_waits(monkeypatch):
