@@ -17,10 +17,11 @@ from loops import Asyncio, Gevent, Trio, fixture_of
 from places import LIMIT, Blocked, until
 from test_interrupts import interrupted
 
-from polars_async import Collector, CollectorClosedError, configure
+from polars_async import AsyncEngine, Collector, CollectorClosedError, configure
 from polars_async._runtime import nesting, pool_clocks
 from polars_async._runtime.plans import UNFIT, shape_in_memory
 from polars_async._runtime.unpatched import start_new_thread
+from polars_async._runtime.upstream import DEFAULT_OPTIMIZATIONS
 from polars_async.bridges import turns
 from polars_async.executors import operations
 from polars_async.scheduling import inline
@@ -122,6 +123,26 @@ def test_a_new_list_of_pool_threads_has_all_shapes_begin_anew(monkeypatch):
 def test_a_query_that_wakes_the_pool_never_runs_inline():
     with Collector(inline=1.0) as collector:
         assert not any(runs_here(collector, POOLED) for _ in range(100))
+
+
+def test_a_pool_that_starts_later_is_seen(run_script):
+    # In a new process, where no query has started the pool yet.
+    said = run_script(
+        """
+import polars as pl
+from polars_async import Collector
+frame = pl.DataFrame({"a": [1, 2, 3]})
+quick = frame.lazy().select(pl.col("a").sum())
+pooled = frame.lazy().select(pl.col("a").sum(), pl.col("a").max().alias("b"))
+with Collector(inline=1.0) as collector:
+    for _ in range(6):
+        collector.collect_async(quick).result()
+    for _ in range(100):
+        collector.collect_async(pooled).result()
+    print(collector.stats()["inline"])
+"""
+    )
+    assert said == ["0"]
 
 
 def test_a_query_on_the_streaming_engine_never_runs_inline(monkeypatch):
@@ -230,6 +251,14 @@ def test_frames_of_one_query_run_inline_together():
             pool_clocks.computed = computed
 
 
+def test_many_frames_of_one_query_never_run_inline(monkeypatch):
+    monkeypatch.setattr(pool_clocks, "computed", lambda: 0)
+    with Collector(inline=1.0) as collector:
+        for _ in range(50):
+            collector.collect_all_async([QUICK] * 5).result(LIMIT)
+        assert not ran(collector)
+
+
 def test_nothing_runs_inline_beside_a_query_that_is_not_small():
     blocked = Blocked()
     with learned() as collector, Collector() as another:
@@ -258,7 +287,7 @@ def test_nothing_runs_inline_while_a_query_waits():
 def inline_query(collector, admission, resolution, **options):
     from polars_async.scheduling.query import Query  # noqa: PLC0415  # here alone
 
-    operation = operations.Collect(QUICK, resolution.engine, operations.DEFAULT_OPTIMIZATIONS)
+    operation = operations.Collect(QUICK, resolution.engine, DEFAULT_OPTIMIZATIONS)
     return Query(operation, resolution, collector._reporter, admission.owner, **options)
 
 
@@ -276,7 +305,7 @@ def test_nothing_runs_inline_while_other_threads_compute(monkeypatch):
     monkeypatch.setattr(inline, "process_time", lambda: others)
     monkeypatch.setattr(inline, "thread_time", lambda: 0.0)
     threads = inline._OtherThreads()
-    threads.are_quiet_at(now)
+    assert not threads.are_quiet_at(now)  # nobody knows
     now += inline._WINDOW
     others += inline._WINDOW
     assert not threads.are_quiet_at(now)
@@ -619,6 +648,17 @@ def test_an_interrupt_is_raised_where_the_query_was_submitted(error, monkeypatch
         assert (stats["failed"], stats["running"]) == (1, 0)
 
 
+def test_a_panic_is_an_outcome(monkeypatch):
+    def panic(*_):
+        raise pl.exceptions.PanicException("as Rust does")
+
+    with learned() as collector:
+        monkeypatch.setattr(operations, "_collect", panic)
+        handle = collector.collect_async(QUICK)
+        with pytest.raises(pl.exceptions.PanicException):
+            handle.result(LIMIT)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("heard", [False, True])
 def test_interrupt_at_any_line_costs_no_slot_and_no_query(heard):
@@ -670,6 +710,23 @@ def test_a_slot_that_was_given_back_is_given_back_once():
         admission.end_inline(query, slot)
         assert admission.counts.run_seconds == seconds
         assert not admission.running
+
+
+def test_a_query_by_the_methods_of_polars_runs_inline_too():
+    with learned() as collector:
+
+        async def main():
+            before = ran(collector)
+            found = await QUICK.collect_async(engine=AsyncEngine(collector))
+            assert found.item() == 6
+            return ran(collector) > before
+
+        assert asyncio.run(main())
+
+
+def test_other_optimizations_are_another_query():
+    with learned() as collector:
+        assert not runs_here(collector, optimizations=pl.QueryOptFlags())
 
 
 def test_trio_lets_others_run_at_each_wait():

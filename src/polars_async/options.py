@@ -5,7 +5,7 @@ from __future__ import annotations
 from math import nan
 from typing import TYPE_CHECKING, Any, Final
 
-from polars_async.executors.operations import DEFAULT_OPTIMIZATIONS
+from polars_async._runtime.upstream import DEFAULT_OPTIMIZATIONS
 from polars_async.handle import check_gevent
 from polars_async.scheduling.fair_queue import PRIORITIES
 

@@ -13,8 +13,6 @@ from pathlib import Path
 from time import clock_gettime_ns
 from typing import Final
 
-import polars as pl
-
 from polars_async._runtime.fork import Step, in_child
 from polars_async._runtime.upstream import POOL_THREAD, SHARED_NAME
 
@@ -22,8 +20,8 @@ _THREADS: Final = Path("/proc/self/task")
 
 
 class _Pools:
-    clocks: tuple[int, ...] = ()
-    """The clocks of the threads, by the numbers that the kernel has for them."""
+    clocks: tuple[int, ...] | None = None
+    """The clocks of the threads that there were when they were listed, by the kernel's numbers."""
     version = 0
     """How many times they have changed."""
 
@@ -32,7 +30,7 @@ _pools: Final = _Pools()
 
 
 def _forget() -> None:
-    _pools.clocks = ()
+    _pools.clocks = None
 
 
 in_child(Step.FORGET, _forget)
@@ -40,18 +38,17 @@ in_child(Step.FORGET, _forget)
 
 def find_pools() -> bool:
     """
-    List the threads of the pools anew; return True if there are any, and they are the same still.
+    List the threads of the pools anew; return whether they are the same as before.
 
-    It takes some 50 us for each thread of the process. Elsewhere than on Linux there are none.
+    A pool starts with the first query that needs it: until then it has none. Listing takes some 50
+    us for each thread of the process. Elsewhere than on Linux it is never the same.
     """
     if sys.platform != "linux":
         return False
-    pl.thread_pool_size()  # starts the pool of the in-memory engine, unless it runs
-    clocks = tuple(
-        sorted(_clock_of(int(each.name)) for each in _THREADS.iterdir() if _is_of_a_pool(each))
-    )
+    tasks = filter(_is_of_a_pool, _THREADS.iterdir())
+    clocks = tuple(sorted(_clock_of(int(task.name)) for task in tasks))
     if clocks == _pools.clocks:
-        return bool(clocks)
+        return True
     _pools.version += 1
     _pools.clocks = clocks
     return False
@@ -63,14 +60,14 @@ def version() -> int:
 
 
 def computed() -> int | None:
-    """Return how many ns the threads of the pools have computed; None if they are not known."""
+    """Return how many ns the listed threads have computed; None if there is no list."""
     clocks = _pools.clocks
-    if not clocks:
+    if clocks is None:
         return None
     try:
         return sum(map(clock_gettime_ns, clocks))
     except OSError:  # one of them has ended
-        _pools.clocks = ()
+        _pools.clocks = None
         return None
 
 

@@ -19,8 +19,6 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 T_co = TypeVar("T_co", covariant=True)
 
-DEFAULT_OPTIMIZATIONS: Final = pl.QueryOptFlags()
-
 _sink_batches: Final[Callable[..., pl.LazyFrame]] = without_warning(pl.LazyFrame.sink_batches)
 _GPU_BATCH: Final = 100_000
 """Rows of a batch of a result from the GPU, if the caller names no chunk size."""

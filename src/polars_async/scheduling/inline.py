@@ -38,10 +38,10 @@ from polars_async._runtime.fork import new_lock
 from polars_async._runtime.nesting import in_query
 from polars_async._runtime.plans import NEAR, UNFIT, shape_in_memory
 from polars_async._runtime.unpatched import holding, local, start_new_thread
-from polars_async._runtime.upstream import memory_held
+from polars_async._runtime.upstream import DEFAULT_OPTIMIZATIONS, memory_held
 from polars_async.bridges import turns
 from polars_async.bridges.waiting import wake
-from polars_async.executors.operations import DEFAULT_OPTIMIZATIONS, Collect, CollectAll
+from polars_async.executors.operations import Collect, CollectAll
 from polars_async.scheduling.admission import Slot
 from polars_async.scheduling.counts import State
 from polars_async.scheduling.estimates import Estimate
@@ -95,6 +95,8 @@ _LOOK_SHARE: Final = 100
 """After such a look there is none for so many times as long as it took."""
 _MOST_SKIPPED: Final = 64
 
+_MOST_TOGETHER: Final = 4
+"""Frames of one query: each takes a look."""
 _LONG_TEXT: Final = -1
 """Stands for the key of a frame whose plan is too long to be read on the thread that submits it."""
 
@@ -127,15 +129,16 @@ _pauses: Final = _Pauses()
 class _OtherThreads(local):
     """Whether the threads of the process but this one have computed little in the last window."""
 
-    began = -inf
+    began: float | None = None
     seconds = 0.0
     are_quiet = False
 
     def are_quiet_at(self, now: float) -> bool:
-        passed = now - self.began
-        if passed >= _WINDOW:
+        began = self.began
+        if began is None or now - began >= _WINDOW:
             seconds = process_time() - thread_time()
-            self.are_quiet = seconds - self.seconds < _BUSY * passed
+            if began is not None:
+                self.are_quiet = seconds - self.seconds < _BUSY * (now - began)
             self.began, self.seconds = now, seconds
         return self.are_quiet
 
@@ -222,6 +225,7 @@ class Watch:
     def stop(self) -> None:
         """Note the end of the run."""
         self.cpu = thread_time() - self._cpu
+        # None if one of the listed threads has ended meanwhile.
         self.is_alone = pool_clocks.computed() == self._computed
 
 
@@ -431,7 +435,7 @@ def _is_candidate(query: Query[Any]) -> bool:
         and type(operation.engine) is pl.InMemoryEngine
         and operation.optimizations is DEFAULT_OPTIMIZATIONS
         and query.priority >= 0
-        and bool(query.frames)
+        and 1 <= len(query.frames) <= _MOST_TOGETHER
     )
 
 
