@@ -17,7 +17,7 @@ from loops import Asyncio, Gevent, Trio, fixture_of
 from places import LIMIT, Blocked, until
 from test_interrupts import interrupted
 
-from polars_async import AsyncEngine, Collector, CollectorClosedError, configure
+from polars_async import AsyncEngine, Collector, CollectorClosedError, configure, events
 from polars_async._runtime import nesting, pool_clocks
 from polars_async._runtime.plans import UNFIT, shape_in_memory
 from polars_async._runtime.unpatched import start_new_thread
@@ -579,18 +579,18 @@ def test_it_runs_on_the_thread_that_submits_it(monkeypatch):
 
 
 def test_events_tell_that_a_query_ran_inline():
-    events = []
-    with Collector(inline=1.0, on_event=events.append) as collector:
+    heard = []
+    with Collector(inline=1.0, on_event=heard.append) as collector:
         until(lambda: runs_here(collector))
-        events.clear()
+        heard.clear()
         assert runs_here(collector, label="quick")
-    assert [(event.kind, event.inline, event.label) for event in events] == [
+    assert [(event.kind, event.inline, event.label) for event in heard] == [
         ("queued", False, "quick"),
         ("started", True, "quick"),
         ("finished", True, "quick"),
     ]
-    assert "inline" in str(events[-1])
-    assert events[-1].rows == 1
+    assert "inline" in str(heard[-1])
+    assert heard[-1].rows == 1
 
 
 def test_counts_are_those_of_any_query():
@@ -648,6 +648,27 @@ def test_an_interrupt_is_raised_where_the_query_was_submitted(error, monkeypatch
         assert (stats["failed"], stats["running"]) == (1, 0)
 
 
+def test_ctrl_c_in_a_hook_cancels_the_query_and_is_raised(monkeypatch):
+    kinds = []
+
+    def hear(event):
+        kinds.append(event.kind)
+        if interrupts and event.kind == "started":
+            raise KeyboardInterrupt
+
+    interrupts = False
+    with learned(on_event=hear) as collector:
+        monkeypatch.setattr(events, "is_ctrl_c", lambda: True)
+        interrupts = True
+        kinds.clear()
+        with pytest.raises(KeyboardInterrupt):
+            collector.collect_async(QUICK)
+        interrupts = False
+        assert kinds == ["queued", "started", "cancelled"]
+        assert not collector.stats()["running"]
+        assert collector.stats()["cancelled"] == 1
+
+
 def test_a_panic_is_an_outcome(monkeypatch):
     def panic(*_):
         raise pl.exceptions.PanicException("as Rust does")
@@ -673,6 +694,7 @@ def test_interrupt_at_any_line_costs_no_slot_and_no_query(heard):
             assert not stats["running"] + stats["waiting"]
             assert stats["submitted"] == sum(stats[key] for key in outcomes)
             turns.turned()
+            assert not runs_here(collector, priority=-1)  # on a thread, which needs the lock
             until(lambda: runs_here(collector))
         assert step > 20
 

@@ -519,18 +519,24 @@ class Query(Generic[T]):
         If the query is cancelled or times out while the hook runs, that event is emitted afterwards
         from here, so that events keep their order.
         """
-        with self.lock:
-            if self.done:
-                return
-            self._announcing = True
-        self.report(kind, error=error)
-        with self.lock:
-            # In one hold of the lock: a canceller either finds `_announcing` and leaves the event
-            # to this thread, or comes later and emits it itself.
-            self._announcing = False
-            is_done = self.done
+        if not holding(self.lock, self._begin_to_announce):
+            return
+        try:
+            self.report(kind, error=error)
+        finally:
+            is_done = holding(self.lock, self._end_announcing)
         if is_done:
             self._report_cancelled()
+
+    def _begin_to_announce(self) -> bool:
+        self._announcing = not self.done
+        return self._announcing
+
+    def _end_announcing(self) -> bool:
+        # In one hold of the lock: a canceller either finds `_announcing` and leaves the event to
+        # the announcing thread, or comes later and emits it itself.
+        self._announcing = False
+        return self.done
 
     def _report_cancelled(self) -> None:
         if self.frames and self.runs_engine:  # without frames it was still in the queue
