@@ -131,6 +131,9 @@ def test_a_pool_that_starts_later_is_seen(run_script):
         """
 import polars as pl
 from polars_async import Collector
+from polars_async.scheduling import inline
+inline._LOOK_SHARE = 0
+inline._OtherThreads.are_quiet_at = lambda *_: True
 frame = pl.DataFrame({"a": [1, 2, 3]})
 quick = frame.lazy().select(pl.col("a").sum())
 pooled = frame.lazy().select(pl.col("a").sum(), pl.col("a").max().alias("b"))
@@ -301,7 +304,7 @@ def test_a_query_of_a_known_shape_counts_as_small_on_a_thread(monkeypatch):
 
 def test_nothing_runs_inline_while_other_threads_compute(monkeypatch):
     monkeypatch.undo()
-    now, others = 0.0, 0.0
+    now, others = 100.0, 0.0
     monkeypatch.setattr(inline, "process_time", lambda: others)
     monkeypatch.setattr(inline, "thread_time", lambda: 0.0)
     threads = inline._OtherThreads()
