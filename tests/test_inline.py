@@ -371,16 +371,27 @@ def test_one_that_took_long_sends_its_shape_and_the_process_back_to_threads(monk
         assert runs_here(another)
 
 
-def test_one_interruption_by_the_kernel_does_not_count(monkeypatch):
+def test_interruptions_by_the_kernel_do_not_count(monkeypatch):
     monkeypatch.undo()
+    now, bound = 0.0, 1e-4
+    monkeypatch.setattr(inline, "thread_time", lambda: now)
     shape = inline._Shape()
-    bound = 1e-4
-    assert not shape.is_to_blame(inline._VERY_LONG / 2, bound)
-    assert shape.is_to_blame(inline._LONG * bound * 1.1, bound)
-    for _ in range(inline._OFTEN):
-        assert not shape.is_to_blame(bound, bound)
-    assert not shape.is_to_blame(inline._VERY_LONG / 2, bound)
-    assert shape.is_to_blame(inline._VERY_LONG, bound)
+
+    def is_to_blame(seconds, computing):
+        nonlocal now
+        computed = shape.watch()
+        now += computing
+        return shape.is_to_blame(seconds, bound, computed)
+
+    some = inline._WAITED / 2
+    assert not is_to_blame(some, some)  # the first
+    assert not is_to_blame(some, bound / 10)
+    assert is_to_blame(some, some)
+    assert is_to_blame(2 * inline._WAITED, bound / 10)
+    for _ in range(inline._WATCHED):
+        assert not is_to_blame(bound, bound)
+    assert not is_to_blame(2 * inline._WAITED, bound / 10)  # the first again
+    assert is_to_blame(inline._VERY_LONG, bound / 10)
 
 
 def test_pauses_become_longer_up_to_a_limit():
@@ -401,7 +412,7 @@ def test_pauses_become_longer_up_to_a_limit():
 
 def test_a_turn_has_room_for_some_and_the_next_for_as_many(loop, monkeypatch):
     with learned() as collector:
-        monkeypatch.setattr(turns, "HAND_OVER", -1.0)  # each takes a quarter of what there is
+        monkeypatch.setattr(turns, "HAND_OVER", -1.0)  # each takes a tenth of what there is
 
         async def main():
             counts = []
@@ -415,7 +426,7 @@ def test_a_turn_has_room_for_some_and_the_next_for_as_many(loop, monkeypatch):
                 until(lambda: not collector.stats()["running"])
             return counts
 
-        assert loop.run(main) == [4, 4, 4]
+        assert loop.run(main) == [10, 10, 10]
 
 
 def test_what_does_not_take_longer_than_a_hand_over_has_room(loop):
@@ -452,7 +463,7 @@ def test_another_loop_on_the_thread_has_room(monkeypatch):
             finally:
                 asyncio._set_running_loop(None)
                 loop.close()
-            assert ended.value.value == 4
+            assert ended.value.value == 10
             until(lambda: not collector.stats()["running"])
 
 
@@ -763,3 +774,15 @@ def test_trio_lets_others_run_at_each_wait():
             return turns._turn.since
 
         assert trio.run(main) is None
+
+
+def test_quick_ones_make_up_for_one_that_was_not(monkeypatch):
+    monkeypatch.setattr(turns, "HAND_OVER", turns.MOST / 100)
+    for _ in range(9):
+        turns.note(0.0, 1.0)
+    before = turns._turn.excess
+    turns.note(0.0, 0.0)
+    assert 0 < turns._turn.excess < before
+    for _ in range(1000):
+        turns.note(0.0, 0.0)
+    assert turns._turn.excess == 0

@@ -38,7 +38,7 @@ class _Turn(local):
     since: float | None = None
     """When the first query of the turn ran here, by perf_counter; None if none has."""
     excess = 0.0
-    """Seconds that queries have taken beyond `HAND_OVER` each."""
+    """Seconds that queries have taken beyond `HAND_OVER` for each."""
     loop: Callable[[], object] = staticmethod(lambda: None)
     """A weak reference to the loop that was asked to call when it has turned."""
 
@@ -64,13 +64,12 @@ def note(began: float, ended: float) -> None:
     turn = _turn
     if turn.since is None:
         turn.since = began
-    over = ended - began - HAND_OVER
-    if over > 0:
-        # No more for one: the kernel interrupts any thread for some ms, whatever it does.
-        turn.excess += min(over, MOST / 4)
-        # Not for each: a loop that is asked to call has one more turn for that.
-        if turn.excess >= MOST / 2:
-            _ask_to_call(turn)
+    # Of one no more than a tenth counts: the kernel interrupts any thread for some ms, whatever it
+    # does. Those that take less than a hand-over make up for it.
+    turn.excess = max(0.0, turn.excess + min(ended - began - HAND_OVER, MOST / 10))
+    # Not for each: a loop that is asked to call has one more turn for that.
+    if turn.excess >= MOST / 2:
+        _ask_to_call(turn)
 
 
 def is_due() -> bool:

@@ -19,8 +19,9 @@ They are looked at without a lock, and may have changed once the query runs. All
 that the query has to share the processors and the GIL.
 
 One that took long all the same makes its shape unknown, and twice as many runs are needed to know
-it again; and for a while no query of the process runs inline, longer each time. Since the kernel
-interrupts any thread for some ms now and then, a single one of no more than that does not count.
+it again; and for a while no query of the process runs inline, longer each time. But the kernel
+interrupts any thread for a few ms now and then. So the first one that took no longer than that only
+makes the next of its shape be watched: did they compute for so long, or wait as for the GIL?
 """
 
 from __future__ import annotations
@@ -63,10 +64,13 @@ _MOST_RUNS: Final = 1024
 """The most that are needed after queries of the shape took long."""
 _LONG: Final = 2.0
 """A query took long if it was this many times the bound."""
-_OFTEN: Final = 64
-"""That counts if another one of its shape did among so many before it."""
+_WATCHED: Final = 64
+"""How many queries of its shape are watched after that."""
+_WAITED: Final = 0.004
+"""Seconds that one of these has waited for the GIL, of which a thread that computes lets go after 5
+ms; the kernel's interruptions are mostly shorter."""
 _VERY_LONG: Final = 0.02
-"""Seconds after which it counts in any case."""
+"""Seconds after which a query need not be watched to be to blame."""
 _PAUSE: Final = 0.1
 _LONGEST_PAUSE: Final = 60.0
 """Seconds for which no query runs inline after one that took long: the first time, and at most."""
@@ -165,7 +169,7 @@ class _Pace:
 class _Shape:
     """What is known of the queries of one shape."""
 
-    __slots__ = ("_good", "_needed", "_pools", "_since_long", "estimate", "is_known")
+    __slots__ = ("_good", "_needed", "_pools", "_to_watch", "estimate", "is_known")
 
     def __init__(self) -> None:
         self.is_known = False
@@ -174,7 +178,7 @@ class _Shape:
         self._good = 0
         self._needed = _GOOD_RUNS
         self._pools = 0  # the list of the pools' threads by which these runs were watched
-        self._since_long = _OFTEN  # runs inline since one that took long
+        self._to_watch = 0  # runs inline that are still to be watched
 
     def count(self, seconds: float) -> None:
         """Count a good run; enough of them, by one list of the pools' threads, make it known."""
@@ -190,13 +194,25 @@ class _Shape:
         """Make the shape unknown after a run that took long."""
         self.is_known, self._good = False, 0
 
-    def is_to_blame(self, seconds: float, bound: float) -> bool:
-        """Note a run inline; if it took long, make the shape unknown, and return True."""
-        self._since_long += 1
+    def watch(self) -> float | None:
+        """Return the time that this thread has computed, if the run inline is to be watched."""
+        if self._to_watch <= 0:
+            return None
+        self._to_watch -= 1
+        return thread_time()
+
+    def is_to_blame(self, seconds: float, bound: float, computed: float | None) -> bool:
+        """
+        Note a run inline of so many `seconds`, which began when this thread had `computed` so many.
+
+        If it took long, make the shape unknown, and return True.
+        """
         if seconds <= _LONG * bound:
             return False
-        before, self._since_long = self._since_long, 0
-        if seconds < _VERY_LONG and before > _OFTEN:
+        self._to_watch = _WATCHED
+        if seconds < _VERY_LONG and (
+            computed is None or (seconds < _WAITED and thread_time() - computed <= bound)
+        ):
             return False
         self.forget()
         self._needed = min(2 * self._needed, _MOST_RUNS)
@@ -306,6 +322,7 @@ class Inline:
     def _run(self, admission: Admission, query: Query[Any], shape: _Shape) -> bool:
         slot = Slot(inline=True)
         waiters: list[Waiter] = []
+        computed = shape.watch()
         began = perf_counter()
         try:
             if not holding(admission.lock, admission.start_inline, query, slot):
@@ -330,7 +347,7 @@ class Inline:
             raise
         query.frames = ()
         turns.note(began, ended := perf_counter())
-        if shape.is_to_blame(query.times.run_seconds or 0.0, self._bound):
+        if shape.is_to_blame(query.times.run_seconds or 0.0, self._bound, computed):
             _pauses.begin(ended)
         _raise_interrupt(query)
         return True
