@@ -201,7 +201,8 @@ class Admission:
             self.streams.add(query)
         elif not self.exclusive and on_thread_of_polars():
             slot = self.reserved = Slot(inline=True)
-            self.start_inline(query, slot)  # it was not closed just above
+            self._inline.add(slot)
+            self._start(query, slot, small=False, overtook=False)
             return slot
         free = self.max_running - len(self._slots)
         # A slot reserved for small queries is not given to one without an estimate.
@@ -224,11 +225,20 @@ class Admission:
         return slot
 
     def start_inline(self, query: Query[Any], slot: Slot) -> bool:
-        """Start `query` in `slot`, with the lock held; return False if no queries are taken."""
-        if self.closed:
-            return False
+        """
+        Start `query`, of which no other thread knows, in `slot`; return False if it was closed.
+
+        Without the lock, which takes longer than all the rest. The slot is listed before this looks
+        whether it was closed, and `close` sets that before it lists the slots: so one of the two
+        sees the other.
+        """
+        query.set_running()
+        slot.query = query
         self._inline.add(slot)
-        self._start(query, slot, small=False, overtook=False)
+        if self.closed:
+            self._inline.discard(slot)
+            query.set_waiting()
+            return False
         return True
 
     def end_inline(self, query: Query[Any], slot: Slot) -> None:
