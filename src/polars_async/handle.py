@@ -85,10 +85,10 @@ class QueryHandle(Generic[T]):
         """
         query, bridge = self._query, bridges.current()
         try:
-            if query.done:
-                yield from bridge.pass_by(turn=query.is_inline and turns.is_due())
-            else:
+            if not query.done:
                 yield from bridge.wait(query)
+            elif not bridge.may_go_on() or (query.is_inline and turns.is_due()):
+                yield from bridge.checkpoint()
             return query.outcome(bridge.CANCELLED)
         finally:
             del self, query  # an error's traceback holds this frame, which else held the error

@@ -28,8 +28,8 @@ class Bridge(Protocol):
         """Suspend the running task until `awaited` is done."""
         ...
 
-    def pass_by(self, *, turn: bool) -> Generator[Any, Any, None]:
-        """Go on, for what was awaited is done; with `turn`, once other tasks have run."""
+    def may_go_on(self) -> bool:
+        """Return whether the running task may go on at once where it waits for what is done."""
         ...
 
     def checkpoint(self) -> Generator[Any, Any, None]:

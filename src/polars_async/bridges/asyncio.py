@@ -85,11 +85,10 @@ def wait(awaited: Awaited) -> Generator[Any, Any, None]:
         raise
 
 
-def pass_by(*, turn: bool) -> Generator[Any, Any, None]:
-    """Go on, for what was awaited is done; with `turn`, once other tasks have run."""
-    _running_loop()
-    if turn:
-        yield
+def may_go_on() -> bool:
+    """Return whether the running task may go on at once where it waits for what is done."""
+    _running_loop()  # or this is an error, as it is where it is not done
+    return True
 
 
 def checkpoint() -> Generator[Any, Any, None]:
