@@ -226,18 +226,17 @@ class Admission:
 
     def start_inline(self, query: Query[Any], slot: Slot) -> bool:
         """
-        Start `query`, of which no other thread knows, in `slot`; return False if it was closed.
+        Start `query`, of which no other thread knows, in `slot`; return False if this was closed.
 
         Without the lock, which takes longer than all the rest. The slot is listed before this looks
-        whether it was closed, and `close` sets that before it lists the slots: so one of the two
-        sees the other.
+        at `closed`, which is set before those who close look at the slots: so one of the two sees
+        the other.
         """
         query.set_running()
         slot.query = query
         self._inline.add(slot)
         if self.closed:
             self._inline.discard(slot)
-            query.set_waiting()
             return False
         return True
 

@@ -189,10 +189,6 @@ class Query(Generic[T]):
         self.state = State.RUNNING
         return self.times.start()
 
-    def set_waiting(self) -> None:
-        """Undo `set_running` of a query that is still unknown to others."""
-        self.state, self.times.started = State.WAITING, None
-
     def clock_stopped(self) -> AbstractContextManager[None]:
         """Return a context whose time does not count as run time."""
         return self.times.clock_stopped()
