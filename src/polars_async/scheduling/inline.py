@@ -274,7 +274,7 @@ class Inline:
             return False
         key = self._key(query.operation, query.frames)
         shape = None if key is None else self._shapes.get(key, _NEW)
-        if shape is not None and not shape.is_known:
+        if not self._may_look_here() if shape is None else not shape.is_known:
             return False
         if not _may_run_now():
             if shape is not None:  # it counts as small, and others may still run inline beside it
@@ -387,15 +387,17 @@ class Inline:
             known = ref(frame, partial(keys.pop, number))
             keys[number] = (known, if_longer if shape is None else shape)
 
+    def _may_look_here(self) -> bool:
+        """Return whether a look on the thread that submits a query takes no time, and may pay."""
+        return (
+            self._looks_here.is_due()
+            and perf_counter() >= self._looks_here_again
+            and memory_held() <= _MOST_HELD
+        )
+
     def _look_here(self, query: Query[Any]) -> _Shape:
-        """Look at the plan of `query` on the thread that submits it, if that takes no time."""
+        """Look at the plan of `query` on the thread that submits it."""
         began = perf_counter()
-        if (
-            not self._looks_here.is_due()
-            or began < self._looks_here_again
-            or memory_held() > _MOST_HELD
-        ):
-            return _NEW
         self._look_at(query.frames, _TEXT, _LONG_TEXT)
         key = self._key(query.operation, query.frames)
         shape = _NEW if key is None else self._shapes.get(key, _NEW)
