@@ -1,9 +1,10 @@
 """
-Whether Polars' pools of threads have computed in the meantime.
+Whether the pools of threads on which Polars computes have done so in the meantime.
 
 The processor time of a whole process is known on Linux as of the last tick of the scheduler, some
 ms ago. That of one thread is exact, also for others: so a query that needs the pools, if only to
-wake one of their threads, is told from one that runs on its own thread alone.
+wake one of their threads, is told from one that runs on its own thread alone. The third pool, which
+reads files, computes nothing, and may have hundreds of threads that come and go.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from time import clock_gettime_ns
 from typing import Final
 
 from polars_async._runtime.fork import Step, in_child
-from polars_async._runtime.upstream import POOL_THREAD, SHARED_NAME
+from polars_async._runtime.upstream import POOL_THREAD
 
 _THREADS: Final = Path("/proc/self/task")
 
@@ -76,7 +77,7 @@ def _is_of_a_pool(task: Path) -> bool:
         name = (task / "comm").read_text(errors="replace").strip()
     except OSError:  # the thread has ended
         return False
-    return name == SHARED_NAME or POOL_THREAD.match(name) is not None
+    return POOL_THREAD.match(name) is not None
 
 
 def _clock_of(thread: int) -> int:
