@@ -319,6 +319,20 @@ def test_nothing_runs_inline_while_other_threads_compute(monkeypatch):
     assert threads.are_quiet_at(now + inline._WINDOW / 2)  # in the same window still
 
 
+def test_nothing_runs_inline_while_the_pools_compute(monkeypatch):
+    monkeypatch.undo()
+    computed = 0
+    monkeypatch.setattr(inline, "process_time", lambda: 0.0)
+    monkeypatch.setattr(inline, "thread_time", lambda: 0.0)
+    monkeypatch.setattr(pool_clocks, "computed", lambda: computed)
+    threads = inline._OtherThreads()
+    threads.are_quiet_at(0.0)
+    assert threads.are_quiet_at(1.0)
+    computed += 500_000_000
+    assert not threads.are_quiet_at(2.0)
+    assert threads.are_quiet_at(3.0)
+
+
 def test_the_other_threads_are_asked_about(monkeypatch):
     with learned() as collector:
         monkeypatch.setattr(inline._OtherThreads, "are_quiet_at", lambda *_: False)

@@ -82,6 +82,9 @@ at its end, the kernel knows it to 4 ms."""
 _BUSY: Final = 0.75
 """How many processors the other threads may have taken in a window. The worker threads of a
 collector take half of one where they run one tiny query after the other."""
+_POOLS_BUSY: Final = 0.25
+"""The same of Polars' pools alone, which tells eager work from the work of those worker threads, also
+where other processes leave it little time."""
 _MOST_SHAPES: Final = 1024
 _MOST_FRAMES: Final = 4096
 _TEXT: Final = 1 << 12
@@ -135,15 +138,21 @@ class _OtherThreads(local):
 
     began: float | None = None
     seconds = 0.0
+    of_pools = 0.0
     are_quiet = False
 
     def are_quiet_at(self, now: float) -> bool:
         began = self.began
         if began is None or now - began >= _WINDOW:
             seconds = process_time() - thread_time()
+            of_pools = (pool_clocks.computed() or 0) * 1e-9
             if began is not None:
-                self.are_quiet = seconds - self.seconds < _BUSY * (now - began)
-            self.began, self.seconds = now, seconds
+                passed = now - began
+                self.are_quiet = (
+                    seconds - self.seconds < _BUSY * passed
+                    and of_pools - self.of_pools < _POOLS_BUSY * passed
+                )
+            self.began, self.seconds, self.of_pools = now, seconds, of_pools
         return self.are_quiet
 
 
