@@ -304,19 +304,18 @@ def test_a_query_of_a_known_shape_counts_as_small_on_a_thread(monkeypatch):
 
 def test_nothing_runs_inline_while_other_threads_compute(monkeypatch):
     monkeypatch.undo()
-    now, others = 100.0, 0.0
+    others = 0.0
     monkeypatch.setattr(inline, "process_time", lambda: others)
     monkeypatch.setattr(inline, "thread_time", lambda: 0.0)
+    monkeypatch.setattr(pool_clocks, "computed", lambda: 0)
     threads = inline._OtherThreads()
-    assert not threads.are_quiet_at(now)  # nobody knows
-    now += inline._WINDOW
-    others += inline._WINDOW
-    assert not threads.are_quiet_at(now)
-    now += inline._WINDOW
-    others += inline._WINDOW / 10
-    assert threads.are_quiet_at(now)
+    assert not threads.are_quiet_at(100.0)  # it is not known
     others += 1.0
-    assert threads.are_quiet_at(now + inline._WINDOW / 2)  # in the same window still
+    assert not threads.are_quiet_at(101.0)
+    others += 0.1
+    assert threads.are_quiet_at(102.0)
+    others += 1.0
+    assert threads.are_quiet_at(102.0 + inline._WINDOW / 2)  # in the same window still
 
 
 def test_nothing_runs_inline_while_the_pools_compute(monkeypatch):

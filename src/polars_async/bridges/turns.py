@@ -32,6 +32,10 @@ HAND_OVER: Final = 30e-6
 its result comes."""
 
 
+def _no_loop() -> None:
+    return None
+
+
 class _Turn(local):
     """The present turn of the loop of one thread, as far as it is known."""
 
@@ -39,7 +43,7 @@ class _Turn(local):
     """When the first query of the turn ran here, by perf_counter; None if none has."""
     excess = 0.0
     """Seconds that queries have taken beyond `HAND_OVER` for each."""
-    loop: Callable[[], object] = staticmethod(lambda: None)
+    loop: Callable[[], object] = staticmethod(_no_loop)
     """A weak reference to the loop that was asked to call when it has turned."""
 
 
@@ -85,7 +89,7 @@ def turned() -> None:
     """Note that the loop of this thread has turned."""
     turn = _turn
     turn.since, turn.excess = None, 0.0
-    turn.loop = _Turn.loop
+    turn.loop = _no_loop
 
 
 def _ask_to_call(turn: _Turn) -> None:
