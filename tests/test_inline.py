@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import sys
 from contextvars import copy_context
 from functools import partial
 from threading import get_ident
@@ -20,7 +21,7 @@ from test_interrupts import interrupted
 from polars_async import AsyncEngine, Collector, CollectorClosedError, configure, events
 from polars_async._runtime import nesting, pool_clocks
 from polars_async._runtime.plans import UNFIT, shape_in_memory
-from polars_async._runtime.unpatched import start_new_thread
+from polars_async._runtime.unpatched import SimpleQueue, start_new_thread
 from polars_async._runtime.upstream import DEFAULT_OPTIMIZATIONS
 from polars_async.bridges import turns
 from polars_async.executors import operations
@@ -724,6 +725,34 @@ def test_interrupt_at_any_line_costs_no_slot_and_no_query(heard):
             assert not runs_here(collector, priority=-1)  # on a thread, which needs the lock
             until(lambda: runs_here(collector))
         assert step > 20
+
+
+def test_what_closes_waits_for_queries_inline_on_other_threads():
+    switch = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        for _ in range(20):
+            collector = learned()
+            before = collector.stats()["completed"]
+            found, ended = [], SimpleQueue()
+
+            def submit(collector=collector, found=found, ended=ended):
+                with contextlib.suppress(CollectorClosedError):
+                    while True:
+                        found.append(collector.collect_async(QUICK).result(LIMIT))
+                ended.put(None)
+
+            for _ in range(3):
+                start_new_thread(submit, ())
+            until(lambda found=found: len(found) > 20)
+            collector.close(cancel_waiting=False)
+            stats = collector.stats()
+            for _ in range(3):
+                ended.get(timeout=LIMIT)
+            assert not stats["running"]
+            assert stats["completed"] - before == len(found)
+    finally:
+        sys.setswitchinterval(switch)
 
 
 def test_a_thread_that_closes_is_told_of_the_end():

@@ -83,7 +83,7 @@ _BUSY: Final = 0.75
 """How many processors the other threads may have taken in a window. The worker threads of a
 collector take half of one where they run one tiny query after the other."""
 _POOLS_BUSY: Final = 0.25
-"""The same of Polars' pools alone: so eager work is told from the work of those worker threads, also
+"""The same of Polars' pools alone: so eager work is told from that of those worker threads, also
 where other processes leave it little time."""
 _MOST_SHAPES: Final = 1024
 _MOST_FRAMES: Final = 4096
