@@ -481,6 +481,19 @@ def test_another_loop_on_the_thread_has_room(monkeypatch):
             until(lambda: not collector.stats()["running"])
 
 
+def test_a_loop_may_have_no_weak_references(monkeypatch):
+    calls, loop = [], object()
+    monkeypatch.setattr(turns, "_loop_here", lambda: (loop, calls.append))
+    monkeypatch.setattr(turns, "HAND_OVER", 0.0)
+    for _ in range(10):
+        assert turns.has_room()
+        turns.note(0.0, 1.0)
+    assert not turns.has_room()
+    (turned,) = calls
+    turned()
+    assert turns.has_room()
+
+
 def test_a_thread_without_a_loop_has_room_for_all(monkeypatch):
     with learned() as collector:
         monkeypatch.setattr(turns, "HAND_OVER", -1.0)

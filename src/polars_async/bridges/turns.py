@@ -44,7 +44,7 @@ class _Turn(local):
     excess = 0.0
     """Seconds that queries have taken beyond `HAND_OVER` for each."""
     loop: Callable[[], object] = staticmethod(_no_loop)
-    """A weak reference to the loop that was asked to call when it has turned."""
+    """Returns the loop that was asked to call when it has turned, or None."""
 
 
 _turn: Final = _Turn()
@@ -102,7 +102,10 @@ def _ask_to_call(turn: _Turn) -> None:
         # Asked before that is noted: with an error of a signal handler in between it is asked
         # twice, and not never.
         call_soon(turned)
-        turn.loop = ref(loop)
+        try:
+            turn.loop = ref(loop)
+        except TypeError:  # such a loop is kept until it, or another one on this thread, turns
+            turn.loop = lambda: loop
 
 
 def _loop_here() -> tuple[Any, Callable[[Callable[[], None]], object]] | None:

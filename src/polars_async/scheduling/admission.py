@@ -225,19 +225,12 @@ class Admission:
         return slot
 
     def start_inline(self, query: Query[Any], slot: Slot) -> bool:
-        """
-        Start `query`, of which no other thread knows, in `slot`; return False if this was closed.
-
-        Without the lock, which takes longer than all the rest. The slot is listed before this looks
-        at `closed`, which is set before those who close look at the slots: so one of the two sees
-        the other.
-        """
+        """Start `query` in `slot`, with the lock held, or return False if this was closed."""
+        if self.closed:
+            return False
         query.set_running()
         slot.query = query
         self._inline.add(slot)
-        if self.closed:
-            self._inline.discard(slot)
-            return False
         return True
 
     def end_inline(self, query: Query[Any], slot: Slot) -> None:

@@ -334,7 +334,7 @@ class Inline:
         computed = shape.watch()
         began = perf_counter()
         try:
-            if not admission.start_inline(query, slot):
+            if not holding(admission.lock, admission.start_inline, query, slot):
                 return False
             query.is_inline = True
             query.run(_run_operation)
