@@ -96,8 +96,7 @@ def _measure(case: Case, turns: int, report: Report, advance: Callable[[], None]
             runs = [each[metric.name] for each in figures[who] if each is not None]
             if runs:
                 report.results.append(_result(case, metric, who, runs))
-        if POLARS_ASYNC in figures:
-            _compare(case, metric, figures, report)
+        _compare(case, metric, figures, report)
 
 
 def _figures(
@@ -123,17 +122,17 @@ def _compare(
     """Add the ratios of polars-async to those that the targets are for, or else to Polars' own."""
     targets: list[tuple[str | None, Target | None]] = [*metric.targets.items()]
     for name, target in targets or [(None, None)]:
-        against = POLARS if target is None else target.of
+        who, against = (POLARS_ASYNC, POLARS) if target is None else (target.who, target.of)
         if against is None:
-            ratios = [own[metric.name] for own in figures[POLARS_ASYNC] if own is not None]
+            ratios = [own[metric.name] for own in figures.get(who, ()) if own is not None]
         else:
             ratios = [
                 own[metric.name] / other[metric.name]
-                for own, other in zip(figures[POLARS_ASYNC], figures.get(against, ()), strict=False)
+                for own, other in zip(figures.get(who, ()), figures.get(against, ()), strict=False)
                 if own is not None and other is not None and other[metric.name]
             ]
         if ratios:
-            report.ratios.append(_ratio(case, metric, ratios, against, name, target))
+            report.ratios.append(_ratio(case, metric, ratios, (who, against), name, target))
 
 
 def _error(case: Case, who: str, run: int, what: str) -> RunError:
@@ -158,7 +157,7 @@ def _ratio(
     case: Case,
     metric: Metric,
     ratios: Sequence[float],
-    against: str | None,
+    pair: tuple[str, str | None],
     name: str | None,
     target: Target | None,
 ) -> Ratio:
@@ -168,8 +167,8 @@ def _ratio(
         suite=case.suite,
         case=case.name,
         metric=metric.name,
-        contender=POLARS_ASYNC,
-        against=against,
+        contender=pair[0],
+        against=pair[1],
         target=name,
         limit=None if target is None else str(target),
         holds=None if target is None else target.holds(middle["median"]),

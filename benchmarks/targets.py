@@ -2,7 +2,8 @@
 What the benchmarks should reach: one table, by what is measured.
 
 A target is for the ratio of polars-async to Polars' own, in the same case and pair by pair of runs,
-unless it says otherwise. Counts of faults should be 0.
+unless it says otherwise; the last part of its name is the engine that both run. Counts of faults
+should be 0.
 """
 
 from __future__ import annotations
@@ -12,7 +13,17 @@ from typing import TYPE_CHECKING, Final
 
 import polars as pl
 
-from benchmarks.contenders import DASK, POLARS, POLARS_ASYNC_THREADS
+from benchmarks.contenders import (
+    CPU_ENGINES,
+    DASK,
+    HAS_INLINE,
+    POLARS,
+    POLARS_ASYNC,
+    POLARS_ASYNC_NOT_INLINE,
+    POLARS_ASYNC_THREADS,
+    THREADS_SEMAPHORE,
+    on,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -20,11 +31,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Target:
-    """A limit: for the ratio to the contender `of`, or for the figure itself if `of` is None."""
+    """A limit: for the ratio of `who` to `of`, or for the figure of `who` if `of` is None."""
 
     at_most: float | None = None
     at_least: float | None = None
     of: str | None = POLARS
+    who: str = POLARS_ASYNC
 
     def __str__(self) -> str:
         return f"<= {self.at_most:g}" if self.at_most is not None else f">= {self.at_least:g}"
@@ -37,30 +49,59 @@ class Target:
 
 
 _NONE: Final = Target(at_most=0, of=None)
+
+
+def _of_mix() -> dict[str, Target]:
+    found = {}
+    for engine in CPU_ENGINES:
+        who, native = on(POLARS_ASYNC, engine), on(POLARS, engine)
+        semaphore = on(THREADS_SEMAPHORE, engine)
+        found[f"mix, mean slowdown, {engine}"] = Target(at_most=0.3, of=native, who=who)
+        found[f"mix, p50 of each size, {engine}"] = Target(at_most=1, of=native, who=who)
+        beside = f"mix, p50 of each size beside {THREADS_SEMAPHORE}, {engine}"
+        found[beside] = Target(at_most=1, of=semaphore, who=who)
+    return found
+
+
+def _of_inline() -> dict[str, Target]:
+    who = POLARS_ASYNC_NOT_INLINE
+    found = {
+        "tiny query, round trip, asyncio, inline=0, in-memory": Target(at_most=1, who=who),
+        "tiny queries gathered, asyncio, inline=0, in-memory": Target(at_least=1.8, who=who),
+    }
+    for beside in ("6 heavy", "eager work"):
+        for loop in ("asyncio", "gevent"):
+            name = f"longest stall, tiny beside {beside}, {loop}, in-memory"
+            found[name] = Target(at_most=1, of=who)
+    return found
+
+
 # On Polars 1.44, its own `collect_all_async` blocks the loop until all queries are done.
 _STALL_OF_ALL: Final = Target(at_most=0.1 if pl.__version__.startswith("1.44") else 1)
 TARGETS: Final[Mapping[str, Target]] = {
-    "tiny query, round trip, asyncio": Target(at_most=0.5),
-    "tiny queries gathered, asyncio": Target(at_least=2),
-    "tiny query, round trip, gevent": Target(at_most=0.6),
-    "tiny queries gathered, gevent": Target(at_least=1.5),
-    "tiny streaming query, round trip, asyncio": Target(at_most=0.85),
-    "tiny streaming queries gathered, asyncio": Target(at_least=1),
-    "longest stall, 6 collect_async, asyncio": Target(at_most=1),
-    "longest stall, 6 collect_async, gevent": Target(at_most=1),
-    "longest stall, collect_all_async, asyncio": _STALL_OF_ALL,
-    "longest stall, collect_all_async, gevent": _STALL_OF_ALL,
+    "tiny query, round trip, asyncio, in-memory": Target(at_most=0.3),
+    "tiny queries gathered, asyncio, in-memory": Target(at_least=3.5),
+    "tiny query, round trip, gevent, in-memory": Target(at_most=0.35),
+    "tiny queries gathered, gevent, in-memory": Target(at_least=3),
+    "tiny query, round trip, asyncio, streaming": Target(at_most=0.65),
+    "tiny queries gathered, asyncio, streaming": Target(at_least=1.5),
+    **(_of_inline() if HAS_INLINE else {}),
+    "longest stall, 6 collect_async, asyncio, in-memory": Target(at_most=1),
+    "longest stall, 6 collect_async, gevent, in-memory": Target(at_most=1),
+    "longest stall, collect_all_async, asyncio, in-memory": _STALL_OF_ALL,
+    "longest stall, collect_all_async, gevent, in-memory": _STALL_OF_ALL,
     "resolve_engine": Target(at_most=5, of=None),
     "import of polars_async": Target(at_most=20, of=None),
-    "tiny p99 beside heavy": Target(at_most=0.2),
-    "heavy finished beside tiny": Target(at_most=0.9),
-    "tiny p99 beside heavy, executor auto": Target(at_most=0.02),
-    "64 sorts at once, peak RSS": Target(at_most=0.3),
-    "64 sorts at once, finished": Target(at_most=1),
-    "PDS-H at once, peak RSS": Target(at_most=0.6),
-    "PDS-H at once, finished": Target(at_most=1),
-    "32 sources that sleep": Target(at_most=1.2),
-    "32 scans over HTTP": Target(at_most=1.2),
+    "tiny p99 beside heavy, in-memory": Target(at_most=0.2),
+    "heavy finished beside tiny, in-memory": Target(at_most=1),
+    "tiny p99 beside heavy, executor auto, in-memory": Target(at_most=0.02),
+    "64 sorts at once, peak RSS, in-memory": Target(at_most=0.3),
+    "64 sorts at once, finished, in-memory": Target(at_most=1),
+    "PDS-H at once, peak RSS, in-memory": Target(at_most=0.6),
+    "PDS-H at once, finished, in-memory": Target(at_most=1),
+    **_of_mix(),
+    "32 sources that sleep, in-memory": Target(at_most=1.2),
+    "32 scans over HTTP, in-memory": Target(at_most=1.2),
     "cancelled query in a process, until idle, p50": Target(at_most=20, of=None),
     "cancelled query in a process, until idle, p99": Target(at_most=250, of=None),
     "tiny query in a process, round trip": Target(at_most=1, of=None),

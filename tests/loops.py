@@ -10,6 +10,7 @@ from functools import partial
 import gevent
 import pytest
 import trio
+import uvloop
 
 from polars_async._runtime import unpatched
 from polars_async.bridges import asyncio as asyncio_bridge
@@ -93,6 +94,7 @@ class Asyncio(Loop):
     bridge = asyncio_bridge
     cancelled = asyncio.CancelledError
     is_enough_on_threads = False
+    new_loop = staticmethod(asyncio.new_event_loop)
 
     def run(self, main, *arguments):
         async def heard():
@@ -100,7 +102,8 @@ class Asyncio(Loop):
             loop.set_exception_handler(lambda _, context: TOLD.append(context))
             return await main(*arguments)
 
-        return asyncio.run(heard())
+        with asyncio.Runner(loop_factory=self.new_loop) as runner:
+            return runner.run(heard())
 
     async def sleep(self, seconds):
         await asyncio.sleep(seconds)
@@ -127,6 +130,12 @@ class Asyncio(Loop):
             return await task
         except asyncio.CancelledError:
             return LEFT
+
+
+class Uvloop(Asyncio):
+    """Asyncio with another loop, for what this one does in its own way: wake-ups and its end."""
+
+    new_loop = staticmethod(uvloop.new_event_loop)
 
 
 class Trio(Loop):

@@ -1,24 +1,34 @@
 """The benchmarks run, in a size that says nothing, and no contender goes without figures."""
 
+import asyncio
 import json
 import re
 import shutil
 import subprocess
 import sys
+import threading
+from collections import Counter
 from dataclasses import replace
+from types import SimpleNamespace
 
 import polars as pl
 import pytest
+import uvloop
 from test_readme import BLOCKS, ROOT
 
 from benchmarks.__main__ import main
-from benchmarks.contenders import POLARS, POLARS_ASYNC
+from benchmarks.contenders import CPU_ENGINES, POLARS, POLARS_ASYNC, POLARS_ASYNC_THREADS, on
 from benchmarks.gpu import __main__ as gpu
-from benchmarks.report import table
+from benchmarks.measure import mix, open_loop
+from benchmarks.report import charts, table
 from benchmarks.report.results import Environment, Ratio, Report, Result, spread
 from benchmarks.runner import Case, Metric, Options, measure
 from benchmarks.suites import SUITES, latency, load, suite
 from benchmarks.targets import TARGETS
+
+# Before there are threads: two that import at once may fail in pytest's rewriting on Python 3.11.
+from polars_async.bridges import gevent as _gevent  # noqa: F401
+from polars_async.bridges import trio as _trio  # noqa: F401
 
 pytestmark = [
     pytest.mark.slow,
@@ -35,6 +45,7 @@ SIZES = ["--quick", "--runs=1", "--scale=0.03", f"--data={CACHE}"]
 def tiny(monkeypatch):
     """Sizes that say nothing, and hardly any time."""
     monkeypatch.setattr(load, "_LOAD_FACTORS", (0.5,))
+    monkeypatch.setattr(load, "_MIX_FACTORS", (0.5,))
 
     def cases(module):
         found = module.cases
@@ -53,7 +64,13 @@ def tiny(monkeypatch):
 
 def shrunk(size):
     least = {"trips": 10, "fan": 10, "rows": 10_000, "seconds": 0.2, "number": 1, "queries": [0, 6]}
+    least |= {"scale": 0.01, "requests": mix.HUNDRED}
     return {name: least[name] for name in size if name in least}
+
+
+def native(contenders):
+    """Those of Polars' own."""
+    return {who for who in contenders if who.startswith(POLARS)}
 
 
 @pytest.mark.parametrize("name", SUITES)
@@ -72,14 +89,15 @@ def test_suite_measures_every_contender(name, capsys, tmp_path):
                 if (each.case, each.metric) == (case.name, metric.name)
             ]
             # Polars' own may abort before its figures.
-            assert set(case.contenders) - set(found) <= {POLARS}
+            assert set(case.contenders) - set(found) <= native(case.contenders)
             ratios = {
-                (each.target, each.against)
+                (each.target, each.contender, each.against)
                 for each in report.ratios
                 if (each.case, each.metric) == (case.name, metric.name)
             }
             for what, target in metric.targets.items():
-                assert (what, target.of) in ratios or (target.of == POLARS and POLARS not in found)
+                aborted = target.of in native(case.contenders) - set(found)
+                assert (what, target.who, target.of) in ratios or aborted
     # Polars' own may abort at the exit, after its figures.
     own = [each for each in report.errors if POLARS not in each.contender and each.run]
     assert own == []
@@ -169,14 +187,196 @@ def test_targets_stand_in_one_table_for_both_polars():
     ]
 
 
-def test_each_target_is_that_of_one_suite():
-    cases = [
-        case
-        for name in SUITES
-        for case in suite(name).cases(Options(CACHE, quick=True, scale=0.03))
+@pytest.fixture(scope="module")
+def every_case():
+    options = Options(CACHE, quick=True, scale=0.03)
+    return [case for name in SUITES for case in suite(name).cases(options)]
+
+
+def test_ratios_between_other_contenders_have_a_table_of_their_own(capsys):
+    report = Report(environments=[environment(polars="2.1.0")])
+    pairs = [
+        ("mix", on(POLARS_ASYNC, "streaming"), on(POLARS, "streaming"), "of the mix, streaming"),
+        ("tiny", POLARS_ASYNC, POLARS, "of tiny, in-memory"),
     ]
-    found = {name for case in cases for metric in case.metrics for name in metric.targets}
+    for case, *pair, target in pairs:
+        for who in pair:
+            report.results.append(replace(result(1, 2), case=case, contender=who))
+        report.ratios.append(ratio(1, case=case, pair=pair, target=target))
+    table.show(report)
+    mixed, tiny, others = capsys.readouterr().out.split("┏")[1:]
+    assert "ratio" not in mixed
+    assert "ratio to Polars' own" in tiny
+    assert "polars-async, streaming" not in tiny
+    assert "of the mix, streaming" in others
+    assert "of tiny" not in others
+    (row,) = [line for line in table.targets(report).splitlines() if "of the mix" in line]
+    assert row == "| of the mix, streaming | <= 2 | 1 ✓ |"
+
+
+@pytest.mark.parametrize(
+    ("limit", "figures", "worst"),
+    [
+        ("<= 2", [(1, True), (3, False), (2.5, False)], 3),
+        ("<= 2", [(1, True), (2, True)], 2),
+        (">= 2", [(3, True), (1, False), (1.5, False)], 1),
+        (">= 2", [(3, True), (2, True)], 2),
+    ],
+)
+def test_target_of_several_cases_is_shown_where_it_is_worst(limit, figures, worst):
+    found = [ratio(figure, limit=limit, holds=holds) for figure, holds in figures]
+    assert table.worst(found).median == worst
+
+
+def test_every_contender_has_a_colour_in_charts():
+    names = ["mine", on(POLARS, "in-memory"), on(POLARS_ASYNC, "streaming"), POLARS_ASYNC_THREADS]
+    found = charts._coloured(names)
+    assert list(found) == [names[2], names[1], POLARS_ASYNC_THREADS, "mine"]
+    assert found[names[2]] == charts._COLOURS[POLARS_ASYNC]
+    assert found[POLARS_ASYNC_THREADS] == charts._COLOURS[POLARS_ASYNC_THREADS]
+    assert len({*found.values()}) == 4
+
+
+def test_each_target_is_that_of_one_suite(every_case):
+    found = {name for case in every_case for metric in case.metrics for name in metric.targets}
     assert found == set(TARGETS)
+
+
+def test_engine_of_polars_own_is_said(every_case):
+    said = (*CPU_ENGINES, "(default)")
+    for case in every_case:
+        for who in native(case.contenders):
+            assert case.name.endswith(said) or who.endswith(said), case
+    for name, target in TARGETS.items():
+        assert target.of is None or not target.of.startswith(POLARS) or name.endswith(said)
+
+
+@pytest.mark.parametrize("engine", CPU_ENGINES)
+def test_default_engine_of_polars_own_is_the_one_marked(engine, monkeypatch):
+    asked, alone = [], []
+    monkeypatch.setattr(
+        pl.LazyFrame, "collect_async", lambda lf, **options: asked.append(options) or answer(lf)
+    )
+    monkeypatch.setattr(mix._Shape, "alone", lambda _, engine: alone.append(engine) or 1.0)
+    contender = on(POLARS, engine)
+    load.run("mix of five sizes", contender, rate=1e6, requests=mix.HUNDRED, scale=0.001)
+    is_default = engine == ("in-memory" if pl.__version__.startswith("1.") else "streaming")
+    assert contender.endswith("(default)") is is_default
+    assert {*map(str, asked)} == {str({} if is_default else {"engine": engine})}
+    assert {*alone} == {engine}
+
+
+async def answer(lf):
+    return lf
+
+
+def test_uvloop_is_a_loop_of_its_own(monkeypatch):
+    loops = []
+
+    async def submit(_):
+        loops.append(type(asyncio.get_running_loop()))
+
+    for loop in ("asyncio", "asyncio (uvloop)"):
+        monkeypatch.setitem(latency._SUBMITS, (loop, POLARS), lambda _: submit)
+        latency.run(f"tiny, {loop}, in-memory", POLARS, trips=10, fan=1)
+    assert [*dict.fromkeys(loops)] == [type(asyncio.new_event_loop()), uvloop.Loop]
+
+
+@pytest.mark.parametrize("what", ["heavy", "eager"])
+@pytest.mark.parametrize("loop", ["asyncio", "gevent"])
+def test_tiny_queries_are_submitted_beside_heavy_work(what, loop, monkeypatch):
+    submits, collect_each = latency._submits, latency._collect_each
+    order = []
+
+    def recording(contender, **options):
+        submit, _ = submits(contender, **options)
+        return lambda lf: order.append("a" in lf.collect_schema()) or submit(lf), None
+
+    def heavy(queries):
+        order.extend([False] * len(queries))
+        assert threading.current_thread() is not threading.main_thread()
+        collect_each(queries)
+
+    monkeypatch.setattr(latency, "_submits", recording)
+    monkeypatch.setattr(latency, "_collect_each", heavy)
+    case = f"tiny beside {'6 heavy' if what == 'heavy' else 'eager work'}, {loop}, in-memory"
+    latency.run(case, POLARS_ASYNC, rows=100_000)
+    assert order.count(False) == 2 * 6
+    assert order[: latency._KNOWN] == [True] * latency._KNOWN  # so that it is known
+    assert order[-1]
+
+
+def test_inline_takes_part_once_there_is_such_an_option():
+    code = (
+        "import polars_async as pa\n"
+        "from benchmarks import contenders\n"
+        "contenders.HAS_INLINE = True\n"
+        "from benchmarks.suites import latency\n"
+        "from benchmarks.runner import Options\n"
+        "from benchmarks.targets import TARGETS\n"
+        "who = contenders.POLARS_ASYNC_NOT_INLINE\n"
+        "cases = latency.cases(Options(None, quick=True))\n"
+        "named = {name for case in cases for each in case.metrics for name in each.targets}\n"
+        "mine = {name for name, each in TARGETS.items() if who in (each.who, each.of)}\n"
+        "assert len(mine) == 6 and mine <= named, mine - named\n"
+        "assert all(who in case.contenders for case in cases if case.name.startswith('tiny'))\n"
+        "pa.configure = lambda **options: print(options)\n"
+        "latency.run('tiny, asyncio, in-memory', who, trips=10, fan=1)\n"
+        "latency.run('tiny, asyncio, in-memory', contenders.POLARS_ASYNC, trips=10, fan=1)\n"
+    )
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
+    assert not done.returncode, done.stderr
+    assert done.stdout == "{'inline': 0}\n"
+
+
+def test_every_hundred_requests_of_the_mix_have_the_shares():
+    shapes = mix._shapes(0.001)
+    order = list(mix._order(shapes, 2 * mix.HUNDRED))
+    shares = {"tiny": 60, "small": 20, "medium": 12, "large": 6, "huge": 2}
+    for hundred in order[:100], order[100:]:
+        assert Counter(shape.size for shape in hundred) == shares
+        assert set(hundred) == set(shapes)
+    assert order[:100] != order[100:]
+
+
+def test_slowdown_of_the_mix_is_by_the_time_alone_of_each_shape():
+    shapes = mix._shapes(0.001)
+    found = mix._figures(shapes, range(1, 11), dict.fromkeys(shapes, 0.5))
+    assert found["mean slowdown"] == 11.0
+    assert [found[f"p50 of {name}"] for name in mix.SIZES] == [1000, 3000, 5000, 7000, 9000]
+    assert [found[f"p95 of {name}"] for name in mix.SIZES] == [2000, 4000, 6000, 8000, 10_000]
+    found = mix._figures(shapes, [1] * 10, {shape: 0.5 * n for n, shape in enumerate(shapes, 1)})
+    assert found["mean slowdown"] == pytest.approx(sum(2 / n for n in range(1, 11)) / 10)
+
+
+def test_latency_counts_from_when_the_request_was_due(monkeypatch):
+    now = 0.0
+    monkeypatch.setattr(open_loop, "time", SimpleNamespace(perf_counter=lambda: now))
+
+    async def submit(seconds):
+        nonlocal now
+        now += seconds  # and holds up the loop
+
+    requests = [(0.0, 10), (0.01, 10), (0.02, 5)]
+    assert asyncio.run(open_loop.latencies(submit, requests)) == [10, 19.99, 24.98]
+
+
+def test_request_without_an_answer_counts_with_its_time_so_far(monkeypatch):
+    monkeypatch.setattr(open_loop, "_PATIENCE", 0.01)
+    cancelled = []
+
+    async def submit(answered):
+        try:
+            await asyncio.sleep(0 if answered else 600)
+        except asyncio.CancelledError:
+            cancelled.append(answered)
+            raise
+
+    requests = [(0.0, False), (0.0, True), (0.0, False)]
+    found = asyncio.run(open_loop.latencies(submit, requests))
+    assert found[0] > found[1] < found[2]
+    assert cancelled == [False, False]
 
 
 def environment(**changed):
@@ -187,6 +387,12 @@ def result(*runs, better="lower", metric="time"):
     return Result(
         "2.1.0", "latency", "a case", POLARS_ASYNC, metric, "ms", better, runs=runs, **spread(runs)
     )
+
+
+def ratio(figure, *, case="a case", pair=(POLARS_ASYNC, POLARS), limit="<= 2", **changed):
+    holds = {"target": "a target", "holds": True, **changed}
+    place = ("2.1.0", "latency", case, "time")
+    return Ratio(*place, *pair, figure, figure, figure, limit=limit, **holds)
 
 
 @pytest.mark.parametrize(

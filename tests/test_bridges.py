@@ -14,6 +14,7 @@ import polars as pl
 import pytest
 import trio
 import trio.testing
+import uvloop
 from conftest import TINY
 
 from polars_async import Collector
@@ -45,10 +46,16 @@ def hold_until_all_are(posted):
         assert posted.acquire(timeout=30)
 
 
+on_asyncio = pytest.mark.parametrize(
+    "new_loop", [asyncio.new_event_loop, uvloop.new_event_loop], ids=["asyncio", "uvloop"]
+)
+
+
 # Many completions, one wake-up
 
 
-def test_many_completions_wake_asyncio_once(collector, blocked, posted):
+@on_asyncio
+def test_many_completions_wake_asyncio_once(collector, blocked, posted, new_loop):
     wakes = []
 
     async def main():
@@ -62,7 +69,8 @@ def test_many_completions_wake_asyncio_once(collector, blocked, posted):
         hold_until_all_are(posted)
         await waiting
 
-    asyncio.run(main())
+    with asyncio.Runner(loop_factory=new_loop) as runner:
+        runner.run(main())
     assert len(wakes) == 1
 
 
@@ -210,8 +218,12 @@ def note_trio(kept):
 
 @pytest.mark.parametrize(
     ("run", "note"),
-    [(lambda main: asyncio.run(main()), note_asyncio), (trio.run, note_trio)],
-    ids=["asyncio", "trio"],
+    [
+        (lambda main: asyncio.run(main()), note_asyncio),
+        (lambda main: uvloop.run(main()), note_asyncio),
+        (trio.run, note_trio),
+    ],
+    ids=["asyncio", "uvloop", "trio"],
 )
 def test_loop_is_not_kept_alive_by_its_mailbox(collector, blocked, run, note):
     kept = Kept()
@@ -227,8 +239,9 @@ def test_loop_is_not_kept_alive_by_its_mailbox(collector, blocked, run, note):
     assert not kept
 
 
+@on_asyncio
 def test_asyncio_loop_that_is_closed_with_a_delivery_on_its_way_is_freed(
-    collector, blocked, posted
+    collector, blocked, posted, new_loop
 ):
     kept = Kept()
 
@@ -240,7 +253,7 @@ def test_asyncio_loop_that_is_closed_with_a_delivery_on_its_way_is_freed(
         await asyncio.sleep(0)
 
     def run_and_close():
-        loop = asyncio.new_event_loop()
+        loop = new_loop()
         loop.set_exception_handler(lambda *_: None)  # of a task that is freed before its end
         waiting = loop.create_task(main())
         loop.run_until_complete(turns())

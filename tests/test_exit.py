@@ -71,14 +71,14 @@ def end(program, *arguments):
 
 AWAITED = """
 frames = [udf(last) for _ in range(2)] + [udf(say, "waited") for _ in range(20)]
-if loop == "asyncio":
-    import asyncio
+if loop in ("asyncio", "uvloop"):
+    import asyncio, uvloop
     async def main():
         tasks = [asyncio.ensure_future(asyncio.wait_for(collector.collect_async(frame), None))
                  for frame in frames]
         await asyncio.sleep(0)
         leave()
-    asyncio.run(main())
+    (asyncio if loop == "asyncio" else uvloop).run(main())
 elif loop == "trio":
     import trio
     async def wait(handle):
@@ -105,7 +105,9 @@ leave()
 """
 
 
-@pytest.mark.parametrize("loop", ["asyncio", "trio", "gevent", "gevent patched before", "thread"])
+@pytest.mark.parametrize(
+    "loop", ["asyncio", "uvloop", "trio", "gevent", "gevent patched before", "thread"]
+)
 def test_what_runs_is_ended_and_what_waits_is_cancelled(loop):
     status, said, complaints = end(AWAITED, loop)
     assert (status, set(said), complaints) == (7, {"left"}, "")

@@ -13,7 +13,7 @@ import gevent
 import inside
 import polars as pl
 import pytest
-from loops import Asyncio, Gevent, Trio, fixture_of
+from loops import Asyncio, Gevent, Trio, Uvloop, fixture_of
 from places import LIMIT, STDERR_OF_THE_CLUSTER, TINY, Blocked, Gate, until
 
 from polars_async import bridges, events
@@ -30,6 +30,7 @@ async def plainly(handle):
 
 
 loop = fixture_of(Asyncio, Trio, Gevent)
+on_uvloop_too = pytest.mark.parametrize("loop", [Asyncio, Uvloop, Trio, Gevent], indirect=True)
 
 
 @pytest.fixture(autouse=True)
@@ -116,6 +117,7 @@ def test_stop_iteration_arrives_where_no_coroutine_has_its_own_use_for_it(
     works_after()
 
 
+@on_uvloop_too
 def test_cancelled_wait_takes_a_waiting_query_out_of_the_queue(
     loop, collector, blocked, works_after
 ):
@@ -162,6 +164,7 @@ def test_error_of_a_query_that_was_cancelled_is_not_reported(loop, collector, wo
     works_after()
 
 
+@on_uvloop_too
 def test_cancelled_wait_is_quiet_when_the_result_is_on_its_way(
     loop, collector, blocked, works_after, monkeypatch
 ):
@@ -174,6 +177,7 @@ def test_cancelled_wait_is_quiet_when_the_result_is_on_its_way(
     works_after()
 
 
+@on_uvloop_too
 def test_loop_that_ends_with_the_result_on_its_way_loses_nothing(
     loop, collector, blocked, works_after, monkeypatch
 ):
@@ -195,17 +199,18 @@ def test_loop_that_ends_with_the_result_on_its_way_loses_nothing(
     works_after()  # in the one thread there is, so that it had its say
 
 
-def test_asyncio_loop_closed_under_a_task_loses_nothing(collector, blocked):
+@pytest.mark.parametrize("kind", [Asyncio, Uvloop])
+def test_asyncio_loop_closed_under_a_task_loses_nothing(collector, blocked, kind):
     handle = collector.collect_async(blocked.lf)
-    loop = asyncio.new_event_loop()
+    loop = kind.new_loop()
     task = loop.create_task(plainly(handle))
     task._log_destroy_pending = False  # asyncio's own word on a task that is left behind
     loop.run_until_complete(asyncio.sleep(0))
     loop.close()
     blocked.gate.set()
     assert handle.result(20).item() == 1
-    assert asyncio.run(plainly(handle)).item() == 1
-    assert asyncio.run(plainly(collector.collect_async(TINY))).item() == 1
+    assert kind().outcome(handle).item() == 1
+    assert kind().outcome(collector.collect_async(TINY)).item() == 1
     assert not task.done()
 
 

@@ -10,6 +10,7 @@ import polars as pl
 import pytest
 import trio
 import trio.testing
+import uvloop
 from places import TINY
 
 from polars_async import Collector
@@ -143,7 +144,8 @@ def test_cancelled_query_cancels_the_task_that_awaits_it(collector, blocked):
     asyncio.run(main())
 
 
-def test_task_cancelled_while_its_wake_up_is_under_way_ends_cancelled(collector, blocked):
+@pytest.mark.parametrize("run", [asyncio.run, uvloop.run], ids=["asyncio", "uvloop"])
+def test_task_cancelled_while_its_wake_up_is_under_way_ends_cancelled(collector, blocked, run):
     async def main():
         task = asyncio.create_task(wait(handle))
         await asyncio.sleep(0)
@@ -161,7 +163,7 @@ def test_task_cancelled_while_its_wake_up_is_under_way_ends_cancelled(collector,
         asyncio.get_running_loop().set_exception_handler(lambda _, context: told.append(context))
         await main()
 
-    asyncio.run(watched())
+    run(watched())
     assert told == []
 
 

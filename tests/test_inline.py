@@ -28,6 +28,7 @@ from polars_async.executors import operations
 from polars_async.scheduling import inline
 from polars_async.scheduling.admission import Admission, Slot
 from polars_async.scheduling.estimates import Estimate
+from polars_async.scheduling.sizes import Limits
 
 FRAME = pl.DataFrame({"a": [1, 2, 3], "b": [4, 5, 6]})
 QUICK = FRAME.lazy().select(pl.col("a").sum())
@@ -276,7 +277,7 @@ def test_nothing_runs_inline_beside_a_query_that_is_not_small():
 
 def test_nothing_runs_inline_while_a_query_waits():
     with Collector() as collector:
-        admission = Admission(1)
+        admission = Admission(Limits(1))
         small = Estimate(0.0, None)
         resolution = collector.resolve_engine()
         first, second = (
@@ -790,7 +791,7 @@ def test_configure_takes_a_bound(monkeypatch):
 
 
 def test_a_slot_that_was_given_back_is_given_back_once():
-    admission = Admission(1)
+    admission = Admission(Limits(1))
     with Collector() as collector:
         query = inline_query(collector, admission, collector.resolve_engine())
         slot = Slot(inline=True)

@@ -13,6 +13,7 @@ from pathlib import Path
 import inside
 import pytest
 import trio
+import uvloop
 from places import LIMIT, TINY, Blocked, until
 
 import polars_async
@@ -223,12 +224,16 @@ class Loops:
     """How a task of each loop waits for `handle`, and goes on after what is raised there."""
 
     @staticmethod
-    def asyncio(handle, after):
-        loop = asyncio.new_event_loop()
+    def asyncio(handle, after, new_loop=asyncio.new_event_loop):
+        loop = new_loop()
         try:
             loop.run_until_complete(awaits(handle, after))
         finally:
             loop.close()
+
+    @staticmethod
+    def uvloop(handle, after):
+        Loops.asyncio(handle, after, uvloop.new_event_loop)
 
     @staticmethod
     def trio(handle, after):
@@ -257,7 +262,7 @@ def later(act):
     unpatched.start_new_thread(lambda: (unpatched.sleep(0.005), act()), ())
 
 
-@pytest.mark.parametrize("loop", ["asyncio", "trio", "gevent"])
+@pytest.mark.parametrize("loop", ["asyncio", "uvloop", "trio", "gevent"])
 def test_interrupt_while_a_task_begins_to_wait_ends_the_task_alone(loop):
     step, goes_on = 0, True
     while goes_on:

@@ -20,6 +20,7 @@ from polars_async.scheduling.admission import Admission
 from polars_async.scheduling.counts import State
 from polars_async.scheduling.estimates import CostModel
 from polars_async.scheduling.query import Query
+from polars_async.scheduling.sizes import Limits
 
 
 def test_query_that_ends_just_before_the_greenlet_waits_wakes_it(collector, blocked, monkeypatch):
@@ -254,7 +255,7 @@ def end(admission, query):
 
 @pytest.mark.usefixtures("_switch_often")
 def test_of_an_end_and_a_cancellation_one_is_first():
-    admission = Admission(1)
+    admission = Admission(Limits(1))
     query = told = cancelled = None
 
     def cancel():
@@ -280,7 +281,7 @@ def test_of_an_end_and_a_cancellation_one_is_first():
 
 @pytest.mark.usefixtures("_switch_often")
 def test_waiter_that_comes_at_the_end_is_told_in_one_of_two_ways():
-    admission = Admission(1)
+    admission = Admission(Limits(1))
     query = told = added = None
 
     def add():
@@ -298,7 +299,7 @@ def test_waiter_that_comes_at_the_end_is_told_in_one_of_two_ways():
 
 @pytest.mark.usefixtures("_switch_often")
 def test_last_waiter_that_leaves_at_the_end_cancels_or_comes_too_late():
-    admission = Admission(1)
+    admission = Admission(Limits(1))
     query = told = left = None
 
     def leave():
@@ -321,7 +322,7 @@ def test_last_waiter_that_leaves_at_the_end_cancels_or_comes_too_late():
 
 @pytest.mark.usefixtures("_switch_often")
 def test_two_last_waiters_that_leave_at_once_cancel_the_query_once():
-    admission = Admission(1)
+    admission = Admission(Limits(1))
     query, told = None, [Told(), Told()]
     turns = [lambda each=each: query.remove_waiter(each, last_cancels=True) for each in told]
     with Together(*turns) as together:
@@ -404,7 +405,7 @@ def test_slot_is_free_when_whoever_waits_is_woken(collector, blocked):
 
 @pytest.mark.parametrize("operation", ["add_waiter", "remove_waiter", "cancel"])
 def test_state_cannot_change_between_the_look_at_it_and_the_act(monkeypatch, operation):
-    admission, told, states = Admission(1), Told(), []
+    admission, told, states = Admission(Limits(1)), Told(), []
     query = query_of(admission, 1)
     told.wake = lambda: states.append(query.state)
     if operation != "add_waiter":

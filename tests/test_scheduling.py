@@ -13,11 +13,9 @@ from polars_async.scheduling.fair_queue import (
     OVERTAKING_LIMIT,
     QUICK,
     QUICK_STREAK,
-    SMALL,
-    UNKNOWN,
     FairQueue,
-    is_reserved,
 )
+from polars_async.scheduling.sizes import KINDS, SMALL, UNKNOWN, UNKNOWN_LOAD, Limits, Load
 
 LEAST = 1e-5
 TOGETHER = 32
@@ -46,13 +44,12 @@ class Job:
         "overtaken_at_start",
         "overtaken_before",
         "overtook",
+        "passed",
         "patience",
         "priority",
-        "small",
-        "sorted_in",
+        "size",
         "started",
         "state",
-        "turn",
         "work",
     )
 
@@ -64,7 +61,7 @@ class Job:
         self.dies_unestimated = False
         self.state = "to come"
         self.expect(work)
-        self.started = self.overtaken_at_start = self.turn = None
+        self.started = self.overtaken_at_start = self.passed = None
         self.overtook = False
 
     def expect(self, work):
@@ -72,7 +69,15 @@ class Job:
             work = UNKNOWN
         self.work = work
         self.patience = OVERTAKING_LIMIT * min(max(work, LEAST), 60)
-        self.small = self.priority > 0 or (self.priority == 0 and work <= 0.01)
+        self.size = 0
+        for bound in (0.001, 0.01, 0.0999, 1, 10):
+            self.size += work > bound
+        if self.priority:
+            self.size = min(self.size, 1) if self.priority > 0 else max(self.size, 2)
+
+    @property
+    def small(self):
+        return self.size < 2
 
 
 class Simulation:
@@ -89,12 +94,11 @@ class Simulation:
         self.check = check
         self.now = self.overtaken = 0.0
         self.quick_row = self.unestimated = 0
-        self.running = []  # a heap of (end, number, job, small)
-        self.large_running = self.small_waiting = 0
+        self.running = []  # a heap of (end, number, job, load)
+        self.waiting = [0] * 6  # by size
         self.estimated = {}
-        # Those that anybody may take, and those for small ones only.
-        self.turns = [0, 0]
-        self.since_lowest = [0, 0]  # turns since one that went to the lowest mark
+        self.turns = 0
+        self.since_lowest = [0] * 6  # turns that passed over the lowest mark, of each size
         self.without_lowest = 0
         self.by_marks_alone = 0
 
@@ -126,14 +130,14 @@ class Simulation:
         free = self.slots - len(self.running)
         kept = 1 if self.quick_row >= QUICK_STREAK else 2
         if not len(self.queue) and (free > kept or free == self.slots):
-            self.start(job, small=False)
+            self.start(job, UNKNOWN_LOAD)
             return
         self.queue.add(job, priority=job.priority)
         job.state = "waiting"
-        self.small_waiting += job.small
+        self.waiting[job.size] += 1
         if job.priority:
             self.estimated[job] = None
-            job.sorted_in = tuple(self.turns)
+            job.passed = 0
         self.fill()
 
     def cancel(self, job):
@@ -143,14 +147,13 @@ class Simulation:
 
     def leave(self, job, state):
         job.state = state
-        self.small_waiting -= job.small
+        self.waiting[job.size] -= 1
         self.estimated.pop(job, None)
 
     def end(self):
-        self.now, _, job, small = heappop(self.running)
+        self.now, _, job, _ = heappop(self.running)
         assert job.state == "running"
         job.state = "done"
-        self.large_running -= not small
         self.overtaken += max(job.duration, LEAST) if job.overtook else 0
         self.queue.note_ended(job.duration, overtook=job.overtook)
         self.quick_row = self.quick_row + 1 if job.duration <= QUICK else 0
@@ -160,63 +163,77 @@ class Simulation:
         self.fill()
         self.check_slots()
 
-    def keeps(self, slots):
-        return self.slots > 1 and self.large_running >= max(self.slots - slots, 1)
+    def large_running(self, size=None):
+        loads = [load for _, _, _, load in self.running if load.size > 1]
+        return len(loads) if size is None else [load.size for load in loads].count(size)
+
+    def fits(self, job):
+        """Return whether a job may start beside those that run, as this account has it."""
+        if len(self.running) >= self.slots:
+            return False
+        if job.small or self.slots == 1:
+            return True
+        of_size = max(1, self.slots - 2)
+        large = self.slots - 1
+        return self.large_running() < large and self.large_running(job.size) < of_size
+
+    def room(self):
+        return Limits(self.slots).room(load for _, _, _, load in self.running)
 
     def take_quickly(self):
-        only_small, only_seen = self.keeps(2), self.keeps(1)
+        only_seen = self.slots > 1 and self.large_running() >= self.slots - 1
         oldest = next(iter(self.queue), None)
-        turn = self.queue.take_quickly(only_small=only_small, unestimated=not only_seen)
+        turn = self.queue.take_quickly(self.room().fits, unestimated=not only_seen)
         if turn is None:
             return
-        job, small, job.overtook = turn
+        job, load, job.overtook = turn
         assert self.quick_row >= QUICK_STREAK
         if job in self.estimated:
             assert all(other.small for other in self.estimated)
-            if self.check:
-                self.check_turn(job, only_small)
-            self.count_turn(job, only_small)
+            assert load.size == job.size
+            self.note_turn(job)
         else:
             assert job is oldest
             assert not self.estimated
             assert not only_seen
             assert job.priority == 0
+            assert load == UNKNOWN_LOAD
             self.unestimated += 1
-        assert small == (job in self.estimated)
         self.leave(job, "taken")
-        self.start(job, small=small)
+        self.start(job, load)
 
-    def count_turn(self, job, only_small):
-        self.turns[only_small] += 1
-        job.turn = tuple(self.turns)
+    def note_turn(self, job):
+        if self.check:
+            self.check_turn(job)
+        self.turns += 1
+        for other in self.estimated:
+            other.passed += self.fits(other)
 
     def observe(self, ended):
         """Expect of all who wait and are of its kind what `ended` really took."""
         for job in self.estimated:
             if job.kind == ended.kind and not job.priority:
-                self.small_waiting -= job.small
+                self.waiting[job.size] -= 1
                 job.expect(ended.duration)
-                self.small_waiting += job.small
+                self.waiting[job.size] += 1
                 job.mark = job.overtaken_before + job.patience
         self.queue.re_estimate(ended.kind, ended.duration)
 
     def fill(self):
         while len(self.running) < self.slots:
-            only_small = self.keeps(2)
-            taken = self.next(only_small)
+            taken = self.next()
             if taken is None:
                 return
-            job, small, job.overtook = taken
+            job, load, job.overtook = taken
             assert job.state == "waiting"
-            assert small == job.small
+            assert load == Load(job.size)
             if self.check:
                 assert job.overtook == any(other.number < job.number for other in self.estimated)
-                self.check_turn(job, only_small)
-            self.count_turn(job, only_small)
+            self.note_turn(job)
             self.leave(job, "taken")
-            self.start(job, small=small)
+            self.start(job, load)
 
-    def next(self, only_small):
+    def next(self):
         queue = self.queue
         while True:
             found = unestimated(queue)
@@ -226,36 +243,40 @@ class Simulation:
                     self.cancel(job)
                 else:
                     self.estimated[job] = None
-                    job.sorted_in = tuple(self.turns)
+                    job.passed = 0
                 queue.rank(place, job.work, job.kind)
             if found:
                 assert queue._heap_items <= 2 * len(queue) + 65
-            taken = queue.take(only_small=only_small)
+            taken = queue.take(self.room().fits)
             if taken is not None or not found:
                 return taken
 
-    def start(self, job, *, small):
+    def start(self, job, load):
         job.state = "running"
         job.started = self.now
         job.overtaken_at_start = self.overtaken
-        self.large_running += not small
-        heappush(self.running, (self.now + job.duration, job.number, job, small))
+        heappush(self.running, (self.now + job.duration, job.number, job, load))
 
     def check_slots(self):
         slots, running, waiting = self.slots, len(self.running), len(self.queue)
+        assert running <= slots
         if slots > 1:
-            assert self.large_running < slots, "long ones took the slot that is kept for small ones"
-        if running < slots:
-            assert not self.small_waiting, "a small one waits beside a free slot"
-            assert not waiting or self.keeps(2), "a slot is idle"
+            assert self.large_running() < slots, "long ones took the slot kept for small ones"
         assert waiting >= len(self.estimated)
+        for job in self.estimated:
+            assert not self.fits(job), "one waits beside a slot that is free for its size"
+        if running < slots:
+            assert waiting == len(self.estimated)
 
-    def check_turn(self, job, only_small):
+    def check_turn(self, job):
         first = lowest = True
         mark, number, priority = job.mark, job.number, job.priority
+        lowest_job = job
         for other in self.estimated:
-            if only_small and not other.small:
+            if not self.fits(other):
                 continue
+            if (other.mark, other.number) < (lowest_job.mark, lowest_job.number):
+                lowest_job = other
             if other.mark < mark or (other.mark == mark and other.number < number):
                 lowest = False
                 first &= priority > other.priority
@@ -271,9 +292,10 @@ class Simulation:
                 assert job.work < other.work, "overtaken by its equal"
         assert first or lowest, "neither by priority nor by mark"
         self.by_marks_alone += not first
-        assert self.by_marks_alone <= (sum(self.turns) + 1) // FAIR_EVERY, "priority disregarded"
-        since = self.since_lowest[only_small] = 0 if lowest else self.since_lowest[only_small] + 1
-        self.without_lowest = max(self.without_lowest, since)
+        assert self.by_marks_alone <= (self.turns + 1) // FAIR_EVERY, "priority disregarded"
+        size = lowest_job.size
+        self.since_lowest[size] = 0 if lowest else self.since_lowest[size] + 1
+        self.without_lowest = max(self.without_lowest, self.since_lowest[size])
 
     def check_end(self):
         assert len(self.queue) == 0
@@ -281,13 +303,21 @@ class Simulation:
         assert not self.queue._unestimated
         assert self.queue._heap_items == 0
         assert not any(self.queue._heaps.values())
-        assert self.small_waiting == self.large_running == 0
+        assert not any(self.waiting)
+
+
+def anything(_load):
+    return True
+
+
+def is_small(load):
+    return load.is_small
 
 
 def take(queue, *, only_small):
     """Take the next item and whether it is small, for those who do not ask whom it overtook."""
-    turn = queue.take(only_small=only_small)
-    return None if turn is None else turn[:2]
+    turn = queue.take(is_small if only_small else anything)
+    return None if turn is None else (turn.item, turn.load.is_small)
 
 
 # ---- Random workloads
@@ -355,19 +385,15 @@ def test_low_priority_is_passed_a_bounded_number_of_turns(slots):
         jobs = workload(rng, 40, ranked=1, learns=False)
         simulation = Simulation(slots, jobs).run()
         assert simulation.without_lowest < FAIR_EVERY
-        turns = [job for job in jobs if job.turn is not None]
-        for job in turns:
-            passed = [after - before for after, before in zip(job.turn, job.sorted_in, strict=True)]
+        started = [job for job in jobs if job.started is not None and job.passed is not None]
+        for job in started:
             lower = sum(
-                (other.mark, other.number) < (job.mark, job.number) and other.turn > job.sorted_in
-                for other in turns
+                (other.mark, other.number) < (job.mark, job.number) and other.started >= job.arrival
+                for other in started
             )
             # One turn in so many goes to it, or to one with a lower mark, of which none can come
-            # any more once its patience is over. Turns for small ones are counted by themselves.
-            if job.small:
-                assert sum(passed) - 1 <= FAIR_EVERY * lower + 2 * (FAIR_EVERY - 1)
-            else:
-                assert passed[False] - 1 <= FAIR_EVERY * lower + FAIR_EVERY - 1
+            # any more once its patience is over. Turns are counted for each size by itself.
+            assert job.passed <= FAIR_EVERY * (lower + 1) + (FAIR_EVERY - 1) * KINDS
 
 
 # ---- Endless streams
@@ -403,9 +429,8 @@ def test_low_priority_starts_in_an_endless_stream_of_high_priority(slots, load, 
     job = Job(100 * gap, work, priority=low)
     jobs = [*stream(50, work, 0.0, priority=10), *stream(1_000, work, gap, priority=10), job]
     Simulation(slots, jobs, check=False).run()
-    passed = sum(job.turn) - sum(job.sorted_in)
     lower = sum(other.mark <= job.mark and other.started >= job.arrival for other in jobs)
-    assert passed <= lower + 8  # the lower ones have the higher priority, too, and go first
+    assert job.passed <= lower + 8  # the lower ones have the higher priority, too, and go first
 
 
 @pytest.mark.parametrize("slots", [1, 2])
@@ -563,22 +588,6 @@ def test_what_is_not_small_waits_for_its_slot():
     assert drain(queue) == ["heavy"]
 
 
-@pytest.mark.parametrize(
-    ("kept", "expected"),
-    [
-        (1, [[False], [False, True], [False, False, True], [False, False, False, True]]),
-        (2, [[False], [False, True], [False, True, True], [False, False, True, True]]),
-    ],
-)
-def test_some_of_several_slots_are_kept_for_small_ones(kept, expected):
-    all_slots = (1, 2, 3, 4)
-    assert [
-        [is_reserved(kept, slots, busy) for busy in range(slots)] for slots in all_slots
-    ] == expected
-    assert not is_reserved(kept, 1, 1)
-    assert is_reserved(kept, 3, 5)  # some run beyond the slots
-
-
 def test_nobody_goes_unestimated():
     queue = FairQueue()
     queue.add("a")
@@ -637,7 +646,7 @@ def test_one_that_came_before_is_overtaken_wherever_it_was_looked_at():
     work = {"a": 5.0, "b": 1.0, "c": 0.001}
     while (place := queue.next_unestimated(from_behind=True)) is not None:
         queue.rank(place, work[place.item])
-    turns = [queue.take(only_small=False) for _ in range(3)]
+    turns = [queue.take(anything) for _ in range(3)]
     assert [turn.item for turn in turns] == ["c", "b", "a"]
     assert [turn.overtook for turn in turns] == [True, True, False]
 
@@ -861,8 +870,8 @@ METHODS = {
     "rank": lambda queue, place: queue.rank(place, 1.0, "kind"),
     "rank and sweep": lambda queue, place: queue.rank(place, 1.0, "new kind"),
     "reappraise": lambda queue, _: queue.re_estimate("kind", 0.01),
-    "take": lambda queue, _: queue.take(only_small=False),
-    "take small": lambda queue, _: queue.take(only_small=True),
+    "take": lambda queue, _: queue.take(anything),
+    "take small": lambda queue, _: queue.take(is_small),
     "serve": lambda queue, _: queue.note_ended(1.0, overtook=True),
     "list": lambda queue, _: list(queue),
 }
@@ -941,7 +950,8 @@ def test_late_tiny_one_overtakes_a_backlog_that_overtook_nobody(served):
 
 
 def take_quickly(queue, *, only_small=False, unestimated=True):
-    turn = queue.take_quickly(only_small=only_small, unestimated=unestimated)
+    fits = is_small if only_small else anything
+    turn = queue.take_quickly(fits, unestimated=unestimated)
     return None if turn is None else turn.item
 
 

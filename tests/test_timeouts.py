@@ -20,6 +20,7 @@ from polars_async import PolarsAsyncError, QueryTimeoutError
 from polars_async._runtime import timers
 from polars_async.scheduling.admission import Admission
 from polars_async.scheduling.query import Query
+from polars_async.scheduling.sizes import Limits
 
 
 class Time:
@@ -533,7 +534,7 @@ def _switch_often():
 
 @pytest.mark.usefixtures("_switch_often")
 def test_of_an_end_and_a_time_out_one_is_first():
-    admission = Admission(1)
+    admission = Admission(Limits(1))
     query = None
     with Together(lambda: end(admission, query), lambda: query.expire()) as together:  # noqa: PLW0108  # another each time
         for i in range(1000):
@@ -554,7 +555,7 @@ def test_of_an_end_and_a_time_out_one_is_first():
 
 @pytest.mark.usefixtures("_switch_often")
 def test_of_a_cancellation_and_a_time_out_one_is_first():
-    admission = Admission(1)
+    admission = Admission(Limits(1))
     query = cancelled = None
 
     def cancel():
@@ -577,7 +578,7 @@ def test_of_a_cancellation_and_a_time_out_one_is_first():
 
 @pytest.mark.usefixtures("_switch_often", "time")
 def test_deadline_of_a_query_that_ends_meanwhile_is_cancelled():
-    admission = Admission(1)
+    admission = Admission(Limits(1))
     query = None
     with Together(lambda: end(admission, query), lambda: query.expire_in(3600)) as together:
         for i in range(500):

@@ -11,30 +11,35 @@ from benchmarks.contenders import (
     DASK,
     POLARS,
     POLARS_ASYNC,
+    POLARS_ASYNC_NOT_INLINE,
     POLARS_ASYNC_THREADS,
     POLARS_SEMAPHORE,
     THREADS,
+    THREADS_SEMAPHORE,
 )
-from benchmarks.report.table import number
+from benchmarks.report.table import number, worst
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator
     from pathlib import Path
 
-    from benchmarks.report.results import Report
+    from benchmarks.report.results import Ratio, Report
 
 _COLOURS: Final = {
     POLARS_ASYNC: "#1b7f5c",
+    POLARS_ASYNC_NOT_INLINE: "#7fb8a4",
     POLARS: "#c0504d",
     POLARS_SEMAPHORE: "#e39c94",
     THREADS: "#7f7f7f",
+    THREADS_SEMAPHORE: "#b5b5b5",
     POLARS_ASYNC_THREADS: "#7fb8a4",
     DASK: "#e0913a",
     "in-memory": "#4472a8",
     "streaming": "#e0913a",
     "gpu": "#1b7f5c",
 }
-"""The colours of the contenders, in the order in which these are drawn."""
+"""The colours of the contenders, on whichever engine, in the order in which these are drawn."""
+_OTHER: Final = "#000000"
 _WIDE: Final = 20
 """Figures whose largest is more than so many times the smallest get a logarithmic scale."""
 
@@ -60,7 +65,11 @@ def draw(report: Report, folder: Path) -> list[Path]:
 
 
 def _targets(report: Report) -> Iterator[tuple[str, Any]]:
-    """Draw the ratio and the limit of each target that is for a ratio."""
+    """Draw the ratio and the limit of each target that is for a ratio, where it is worst."""
+    ratios: dict[tuple[str | None, str], list[Ratio]] = {}
+    for each in report.ratios:
+        if each.limit is not None and each.against is not None and each.max > 0:
+            ratios.setdefault((each.target, each.polars), []).append(each)
     better = {(each.suite, each.case, each.metric): each.better for each in report.results}
     frame = pl.DataFrame(
         [
@@ -75,8 +84,8 @@ def _targets(report: Report) -> Iterator[tuple[str, Any]]:
                 "label": number(each.median),
                 "holds": "holds" if each.holds else "missed",
             }
-            for each in report.ratios
-            if each.limit is not None and each.against is not None and each.max > 0
+            for each in map(worst, ratios.values())
+            if each.limit is not None
         ]
     )
     if frame.is_empty():
@@ -128,17 +137,30 @@ def _charts(report: Report) -> Iterator[tuple[str, Any]]:
         yield name, _chart(str(suite), str(metric), figures)
 
 
+def _coloured(contenders: Iterable[str]) -> dict[str, str]:
+    """Return the colour of each contender, in the order in which they are drawn."""
+    order = list(_COLOURS)
+
+    def place(name: str) -> int:
+        known = [each for each in order if name.startswith(each)]
+        return order.index(max(known, key=len)) if known else len(order)
+
+    colours = [*_COLOURS.values(), _OTHER]
+    names = sorted(set(contenders), key=lambda name: (place(name), name))
+    return {name: colours[place(name)] for name in names}
+
+
 def _chart(suite: str, metric: str, figures: pl.DataFrame) -> Any:
     figures = figures.with_columns(label=pl.col("median").map_elements(number, pl.String))
     medians: list[float] = figures["median"].to_list()
     wide = 0 < _WIDE * min(medians) < max(medians)
     scale = alt.Scale(type="log") if wide else alt.Scale(zero=True)
-    present = set(figures["contender"])
-    names = [each for each in _COLOURS if each in present]
-    colours = [_COLOURS[each] for each in names]
+    colours = _coloured(figures["contender"])
+    names = list(colours)
+    palette = alt.Scale(domain=names, range=[*colours.values()])
     base = alt.Chart(figures).encode(
         y=alt.Y("contender:N", title=None, sort=names, axis=alt.Axis(labelLimit=200)),
-        color=alt.Color("contender:N", scale=alt.Scale(domain=names, range=colours), legend=None),
+        color=alt.Color("contender:N", scale=palette, legend=None),
     )
     unit = figures["unit"][0]
     point = base.mark_point(filled=True, size=70).encode(

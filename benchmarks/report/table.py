@@ -9,12 +9,14 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from benchmarks.contenders import POLARS
+from benchmarks.contenders import POLARS, POLARS_ASYNC, names_engine
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
 
     from benchmarks.report.results import Environment, Ratio, Report, Result
+
+    Ratios = Mapping[tuple[str, str, str], Sequence[Ratio]]
 
 
 def show(report: Report, console: Console | None = None) -> None:
@@ -28,8 +30,10 @@ def show(report: Report, console: Console | None = None) -> None:
         for each in report.ratios:
             if each.polars == environment.polars:
                 ratios.setdefault((each.suite, each.case, each.metric), []).append(each)
-        for suite, of_suite in groupby(results, lambda each: each.suite):
-            console.print(_table(suite, list(of_suite), ratios))
+        for of_table in _by_table(results):
+            console.print(_table(of_table, ratios))
+        if others := [each for of in ratios.values() for each in of if _is_between_others(each)]:
+            console.print(_other_ratios(others))
         for error in report.errors:
             if error.polars == environment.polars:
                 console.print(f"{error.suite}, {error.case}: {error.contender}: {error.what}")
@@ -53,16 +57,43 @@ def _described(environment: Environment) -> str:
     )
 
 
-def _table(
-    suite: str, results: Sequence[Result], ratios: dict[tuple[str, str, str], list[Ratio]]
-) -> Table:
+def _by_table(results: Iterable[Result]) -> Iterator[list[Result]]:
+    """Yield the results of each suite, and by themselves those of cases that compare engines."""
+    for _, found in groupby(results, lambda each: (each.suite, names_engine(each.contender))):
+        yield list(found)
+
+
+def _is_between_others(ratio: Ratio) -> bool:
+    """Return whether the pair of a ratio is not that of the columns of a table."""
+    return ratio.contender != POLARS_ASYNC
+
+
+def _other_ratios(ratios: Sequence[Ratio]) -> Table:
+    title = Text("ratios of other pairs")
+    table = Table("case", "metric", "target", "ratio", "", "", title=title, title_justify="left")
+    for case, of_case in groupby(ratios, lambda ratio: ratio.case):
+        for row, each in enumerate(of_case):
+            figures = spread_of(each), _limit(each), _verdict(each)
+            table.add_row("" if row else case, each.metric, each.target, *figures)
+        table.add_section()
+    return table
+
+
+def _table(results: Sequence[Result], ratios: Ratios) -> Table:
+    suite = results[0].suite
     table = Table(title=Text(f"{suite}: median [smallest-largest]"), title_justify="left")
     contenders = list(dict.fromkeys(each.contender for each in results))
     table.add_column("case", min_width=16)
     table.add_column("metric")
     for contender in contenders:
         table.add_column(contender, justify="right")
-    targets = any(ratio.target for key, of in ratios.items() if key[0] == suite for ratio in of)
+    cases = {each.case for each in results}
+    targets = any(
+        ratio.target and not _is_between_others(ratio)
+        for key, of in ratios.items()
+        if key[0] == suite and key[1] in cases
+        for ratio in of
+    )
     if targets:
         for column in (f"ratio to {POLARS}", "target", ""):
             table.add_column(column, justify="right")
@@ -84,7 +115,9 @@ def _ratio(ratio: Ratio) -> str:
 
 
 def _to_other(ratio: Ratio) -> str:
-    return "" if ratio.against in (None, POLARS) else f" (to {ratio.against})"
+    """Return whom a ratio is to, where that is neither Polars' own nor in the target's name."""
+    own = ratio.against is None or ratio.against.startswith(POLARS)
+    return "" if own or _is_between_others(ratio) else f" (to {ratio.against})"
 
 
 def _limit(ratio: Ratio) -> str:
@@ -117,7 +150,7 @@ def targets(report: Report) -> str:
         f"| --- | --- |{' --- |' * len(versions)}",
     ]
     for what, found in rows.items():
-        cells = [_worst(found[each]) if each in found else "not run" for each in versions]
+        cells = [_held(worst(found[each])) if each in found else "not run" for each in versions]
         lines.append(f"| {what} | {', '.join(limits[what])} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -126,9 +159,18 @@ def _key(figures: Result | Ratio) -> tuple[str, ...]:
     return figures.polars, figures.suite, figures.case, figures.contender, figures.metric
 
 
-def _worst(ratios: Sequence[Ratio]) -> str:
-    worst = max(ratios, key=lambda ratio: (not ratio.holds, ratio.median))
-    return f"{spread_of(worst)} {'✓' if worst.holds else '✗'}"
+def _held(ratio: Ratio) -> str:
+    return f"{spread_of(ratio)} {'✓' if ratio.holds else '✗'}"
+
+
+def worst(ratios: Iterable[Ratio]) -> Ratio:
+    """Return the ratio that misses its target by most, or else holds it by least."""
+
+    def badness(ratio: Ratio) -> tuple[bool, float]:
+        higher_is_better = (ratio.limit or "").startswith(">=")
+        return not ratio.holds, -ratio.median if higher_is_better else ratio.median
+
+    return max(ratios, key=badness)
 
 
 def spread_of(figures: Result | Ratio) -> str:

@@ -8,50 +8,58 @@ import subprocess
 import sys
 import time
 import timeit
+from functools import partial
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, Final
 
 import gevent
 import polars as pl
 import trio
+import uvloop
 
 import polars_async as pa
-from benchmarks.contenders import POLARS, POLARS_ASYNC, THREADS
+from benchmarks.contenders import (
+    CPU_ENGINES,
+    HAS_INLINE,
+    POLARS,
+    POLARS_ASYNC,
+    POLARS_ASYNC_NOT_INLINE,
+    THREADS,
+)
 from benchmarks.measure.stall import StallMeter
 from benchmarks.measure.workloads import one_by_one, trivial
 from benchmarks.runner import Case, Metric
-from benchmarks.targets import targets
+from benchmarks.targets import TARGETS, targets
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Coroutine, Sequence
+    from collections.abc import Callable, Coroutine, Mapping, Sequence
 
     from benchmarks.runner import Options
+    from benchmarks.targets import Target
 
     Submit = Callable[[pl.LazyFrame], Any]
 
+_UVLOOP: Final = "asyncio (uvloop)"
 _LOOPS: Final = {
     "asyncio": (POLARS, POLARS_ASYNC, THREADS),
+    _UVLOOP: (POLARS, POLARS_ASYNC, THREADS),
     "trio": (POLARS_ASYNC, THREADS),
     "gevent": (POLARS, POLARS_ASYNC, THREADS),
 }
-_ENGINES: Final = ("in-memory", "streaming")
-_TARGETS: Final = {
-    ("asyncio", "in-memory"): (
-        "tiny query, round trip, asyncio",
-        "tiny queries gathered, asyncio",
-    ),
-    ("gevent", "in-memory"): (
-        "tiny query, round trip, gevent",
-        "tiny queries gathered, gevent",
-    ),
-    ("asyncio", "streaming"): (
-        "tiny streaming query, round trip, asyncio",
-        "tiny streaming queries gathered, asyncio",
-    ),
+_NOT_INLINE: Final = (POLARS_ASYNC_NOT_INLINE,) if HAS_INLINE else ()
+_TOGETHER: Final = "collect_all_async"
+_BESIDE_HEAVY: Final = "tiny beside 6 heavy"
+_BESIDE_EAGER: Final = "tiny beside eager work"
+"""Of another thread, as in a service that does some of its work without this library."""
+_STALLS: Final = {
+    "6 collect_async": (POLARS, POLARS_ASYNC),
+    _TOGETHER: (POLARS, POLARS_ASYNC),
+    _BESIDE_HEAVY: (POLARS, POLARS_ASYNC, *_NOT_INLINE),
+    _BESIDE_EAGER: (POLARS, POLARS_ASYNC, *_NOT_INLINE),
 }
-"""The targets of the round trip and of the queries gathered."""
-_STALLS: Final = ("6 collect_async", "collect_all_async")
 _HEAVY: Final = 6
+_KNOWN: Final = 50
+"""How often the tiny query runs before: often enough to be known as one."""
 _RESOLUTION: Final = "resolve_engine"
 _IMPORT: Final = "polars_async"
 
@@ -62,19 +70,27 @@ def cases(options: Options) -> list[Case]:
     trips = {"trips": 300 if quick else 1000, "fan": 1000 if quick else 3000}
     found = []
     for loop, contenders in _LOOPS.items():
-        for engine in _ENGINES:
-            names = _TARGETS.get((loop, engine), ())
+        for engine in CPU_ENGINES:
             metrics = (
-                Metric("round trip", "us", "lower", targets(*names[:1])),
-                Metric("gathered", "queries/s", "higher", targets(*names[1:])),
+                Metric(
+                    "round trip", "us", "lower", _targets("tiny query, round trip", loop, engine)
+                ),
+                Metric(
+                    "gathered",
+                    "queries/s",
+                    "higher",
+                    _targets("tiny queries gathered", loop, engine),
+                ),
             )
-            found.append(Case("latency", f"tiny, {loop}, {engine}", contenders, metrics, trips))
+            name = f"tiny, {loop}, {engine}"
+            found.append(Case("latency", name, (*contenders, *_NOT_INLINE), metrics, trips))
     rows = {"rows": 600_000 if quick else 6_000_000}
     for loop in ("asyncio", "gevent"):
-        for what in _STALLS:
-            name = f"{what}, {loop}"
-            metric = Metric("longest stall", "ms", "lower", targets(f"longest stall, {name}"))
-            found.append(Case("latency", name, (POLARS, POLARS_ASYNC), (metric,), rows))
+        for what, contenders in _STALLS.items():
+            goals = _targets(f"longest stall, {what}", loop, "in-memory")
+            metric = Metric("longest stall", "ms", "lower", goals)
+            name = f"{what}, {loop}, in-memory"
+            found.append(Case("latency", name, contenders, (metric,), rows))
     resolution = Metric("call", "us", "lower", targets("resolve_engine"))
     imports = Metric("import", "ms", "lower", targets("import of polars_async"))
     found.append(Case("latency", _RESOLUTION, (POLARS_ASYNC,), (resolution,)))
@@ -82,8 +98,17 @@ def cases(options: Options) -> list[Case]:
     return found
 
 
+def _targets(what: str, loop: str, engine: str) -> Mapping[str, Target]:
+    names = f"{what}, {loop}, {engine}", f"{what}, {loop}, inline=0, {engine}"
+    return targets(*(name for name in names if name in TARGETS))
+
+
 def run(case: str, contender: str, **size: int) -> dict[str, float]:
     """Measure one contender in one case, once."""
+    if contender == POLARS_ASYNC_NOT_INLINE:
+        configure: Any = pa.configure
+        configure(inline=0)
+        contender = POLARS_ASYNC
     if case == _RESOLUTION:
         return {"call": min(timeit.repeat(pa.resolve_engine, number=2000, repeat=5)) / 2000 * 1e6}
     if case == _IMPORT:
@@ -91,8 +116,8 @@ def run(case: str, contender: str, **size: int) -> dict[str, float]:
     what, loop, *engine = case.split(", ")
     if what == "tiny":
         return _TINY[loop](_SUBMITS[loop, contender](engine[0]), **size)
-    submit = _stalling(what, contender, gevent_=loop == "gevent", **size)
-    return {"longest stall": (_green_stall if loop == "gevent" else _stall)(submit)}
+    stall = _green_stall if loop == "gevent" else _stall
+    return {"longest stall": stall(what, contender, **size) * 1000}
 
 
 # A trivial query
@@ -131,6 +156,9 @@ _SUBMITS: Final[dict[tuple[str, str], Callable[[str], Submit]]] = {
     ("asyncio", POLARS_ASYNC): _polars_async,
     ("asyncio", POLARS): _polars,
     ("asyncio", THREADS): _to_thread,
+    (_UVLOOP, POLARS_ASYNC): _polars_async,
+    (_UVLOOP, POLARS): _polars,
+    (_UVLOOP, THREADS): _to_thread,
     ("trio", POLARS_ASYNC): _polars_async,
     ("trio", THREADS): _to_trio_thread,
     ("gevent", POLARS_ASYNC): _polars_async_green,
@@ -148,7 +176,12 @@ async def _tiny(
     return {"round trip": trip * 1e6, "gathered": await gathered()}
 
 
-def _asyncio(submit: Submit, trips: int, fan: int) -> dict[str, float]:
+def _asyncio(
+    submit: Submit,
+    trips: int,
+    fan: int,
+    new_loop: Callable[[], asyncio.AbstractEventLoop] = asyncio.new_event_loop,
+) -> dict[str, float]:
     lf = trivial()
 
     async def gathered() -> float:
@@ -156,7 +189,8 @@ def _asyncio(submit: Submit, trips: int, fan: int) -> dict[str, float]:
         await asyncio.gather(*(submit(lf) for _ in range(fan)))
         return fan / (time.perf_counter() - begun)
 
-    return asyncio.run(_tiny(submit, lf, trips, gathered))
+    with asyncio.Runner(loop_factory=new_loop) as runner:
+        return runner.run(_tiny(submit, lf, trips, gathered))
 
 
 def _trio(submit: Submit, trips: int, fan: int) -> dict[str, float]:
@@ -196,39 +230,81 @@ def _gevent(submit: Submit, trips: int, fan: int) -> dict[str, float]:
     return {"round trip": trip * 1e6, "gathered": gathered()}
 
 
-_TINY: Final = {"asyncio": _asyncio, "trio": _trio, "gevent": _gevent}
+_TINY: Final[dict[str, Callable[..., dict[str, float]]]] = {
+    "asyncio": _asyncio,
+    _UVLOOP: partial(_asyncio, new_loop=uvloop.new_event_loop),
+    "trio": _trio,
+    "gevent": _gevent,
+}
 
 
-# The loop beside heavy queries
+# The loop beside heavy work
 
 
-def _stalling(
-    what: str, contender: str, *, gevent_: bool, rows: int
-) -> Callable[[], Sequence[Any]]:
+def _heavy(rows: int) -> list[pl.LazyFrame]:
     keys = pl.int_range(rows, eager=True)
     frame = pl.LazyFrame({"key": keys % 1000, "value": keys})
     # Not equal, so that they share the source and nothing else.
-    heavy = [frame.group_by("key").agg(pl.col("value").sum() + number) for number in range(_HEAVY)]
-    green: dict[str, Any] = {"gevent": True} if gevent_ else {}
-    one = pa.collect_async if contender == POLARS_ASYNC else pl.LazyFrame.collect_async
-    several = pa.collect_all_async if contender == POLARS_ASYNC else pl.collect_all_async
-    if what == "collect_all_async":
-        return lambda: [several(heavy, engine="in-memory", **green)]
-    return lambda: [one(lf, engine="in-memory", **green) for lf in heavy]
+    return [frame.group_by("key").agg(pl.col("value").sum() + each) for each in range(_HEAVY)]
 
 
-def _stall(submit: Callable[[], Sequence[Any]]) -> float:
+def _submits(
+    contender: str, **green: bool
+) -> tuple[Submit, Callable[[Sequence[pl.LazyFrame]], Any]]:
+    """Return what submits one query, and what submits several as one."""
+    options: dict[str, Any] = {"engine": "in-memory", **green}
+    if contender == POLARS_ASYNC:
+        return partial(pa.collect_async, **options), partial(pa.collect_all_async, **options)
+    return partial(pl.LazyFrame.collect_async, **options), partial(pl.collect_all_async, **options)
+
+
+def _collect_each(queries: Sequence[pl.LazyFrame]) -> None:
+    for query in queries:
+        query.collect(engine="in-memory")
+
+
+def _stall(what: str, contender: str, rows: int) -> float:
+    """Return the seconds of the longest stall of an asyncio loop."""
+    heavy, tiny = _heavy(rows), trivial()
+    submit, submit_all = _submits(contender)
+
+    async def work() -> None:
+        busy: asyncio.Future[Any]
+        if what == _BESIDE_EAGER:
+            busy = asyncio.ensure_future(asyncio.to_thread(_collect_each, heavy))
+        else:
+            handles = [submit_all(heavy)] if what == _TOGETHER else [submit(lf) for lf in heavy]
+            busy = asyncio.gather(*handles)
+        while what in (_BESIDE_HEAVY, _BESIDE_EAGER) and not busy.done():
+            await submit(tiny)
+        await busy
+
     async def main() -> float:
-        await asyncio.gather(*submit())  # starts the threads
+        await one_by_one(submit, tiny, _KNOWN)
+        await work()  # starts the threads
         async with StallMeter() as meter:
-            await asyncio.gather(*submit())
-        return meter.longest * 1000
+            await work()
+        return meter.longest
 
     return asyncio.run(main())
 
 
-def _green_stall(submit: Callable[[], Sequence[Any]]) -> float:
+def _green_stall(what: str, contender: str, rows: int) -> float:
+    """Return the seconds of the longest stall of a gevent hub."""
+    heavy, tiny = _heavy(rows), trivial()
+    submit, submit_all = _submits(contender, gevent=True)
     interval, longest, stopping = 0.001, 0.0, False
+
+    def work() -> None:
+        if what == _BESIDE_EAGER:
+            busy = [gevent.get_hub().threadpool.spawn(_collect_each, heavy)]
+        else:
+            handles = [submit_all(heavy)] if what == _TOGETHER else [submit(lf) for lf in heavy]
+            busy = [gevent.spawn(handle.get) for handle in handles]
+        while what in (_BESIDE_HEAVY, _BESIDE_EAGER) and not all(each.ready() for each in busy):
+            submit(tiny).get()
+        for each in busy:
+            each.get()
 
     def tick() -> None:
         nonlocal longest
@@ -237,15 +313,15 @@ def _green_stall(submit: Callable[[], Sequence[Any]]) -> float:
             gevent.sleep(interval)
             longest = max(longest, time.monotonic() - begun - interval)
 
-    for handle in submit():
-        handle.get()
+    for _ in range(_KNOWN):
+        submit(tiny).get()
+    work()
     ticker = gevent.spawn(tick)
     gevent.sleep(0)
-    for handle in submit():
-        handle.get()
+    work()
     stopping = True
     ticker.join()
-    return longest * 1000
+    return longest
 
 
 def _import() -> float:

@@ -1,23 +1,39 @@
 """
 A service under load: tiny queries beside heavy ones, memory, PDS-H at once, steady requests.
 
-Polars' own takes part twice: as it is, and with a semaphore around it, which lets in as many
-queries as polars-async runs at once by default.
+Polars' own takes part twice: as it is, and with a semaphore around it, as a user would put there.
+The mix of five sizes is served by every contender on both engines, at the same rate.
 """
 
 from __future__ import annotations
 
 import asyncio
+import json
+import os
 import random
+import subprocess
+import sys
 import time
-from itertools import count
+from functools import cache, partial
+from itertools import count, cycle, takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Literal
 
 import polars as pl
 
 import polars_async as pa
-from benchmarks.contenders import POLARS, POLARS_ASYNC, POLARS_SEMAPHORE, THREADS
+from benchmarks.contenders import (
+    CPU_ENGINES,
+    DEFAULT_ENGINE,
+    POLARS,
+    POLARS_ASYNC,
+    POLARS_SEMAPHORE,
+    THREADS,
+    THREADS_SEMAPHORE,
+    on,
+)
+from benchmarks.measure import mix
+from benchmarks.measure.open_loop import latencies, moments
 from benchmarks.measure.workloads import frame, peak, quantile, read
 from benchmarks.pdsh import data
 from benchmarks.pdsh.queries import QUERIES
@@ -25,11 +41,20 @@ from benchmarks.runner import Case, Metric
 from benchmarks.targets import targets
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping, Sequence
+    from collections.abc import (
+        Awaitable,
+        Callable,
+        Coroutine,
+        Iterable,
+        Iterator,
+        Mapping,
+        Sequence,
+    )
 
+    from benchmarks.measure.open_loop import Submit
     from benchmarks.runner import Options
+    from benchmarks.targets import Target
 
-    Submit = Callable[[pl.LazyFrame], Awaitable[pl.DataFrame]]
     Figures = dict[str, float]
 
 _CONTENDERS: Final = (POLARS, POLARS_SEMAPHORE, THREADS, POLARS_ASYNC)
@@ -37,14 +62,25 @@ _INTERVAL: Final = 0.005
 _HEAVY: Final = 8
 _SORTS: Final = 64
 _LATENCIES: Final = (("p50", 0.5), ("p90", 0.9), ("p99", 0.99), ("max", 1.0))
-_BESIDE: Final = "tiny beside 8 heavy"
-_BESIDE_AUTO: Final = f"{_BESIDE}, executor auto"
-_SORTED: Final = "64 sorts at once"
-_PDSH: Final = "22 PDS-H queries at once"
+_BESIDE: Final = "tiny beside 8 heavy, in-memory"
+_BESIDE_AUTO: Final = "tiny beside 8 heavy, executor auto, in-memory"
+_SORTED: Final = "64 sorts at once, in-memory"
+_PDSH: Final = "22 PDS-H queries at once, in-memory"
 _LOAD_FACTORS: Final = (0.5, 0.8, 1.2)
 _REQUEST_RUNS: Final = 3
-_PATIENCE: Final = 30.0
-"""Seconds to wait for the last requests; one cancelled then counts with the time it took so far."""
+_MIX: Final = "mix of five sizes"
+_ON: Final = {
+    on(who, engine): (who, engine)
+    for engine in CPU_ENGINES
+    for who in (POLARS, THREADS_SEMAPHORE, POLARS_ASYNC)
+}
+"""The contenders for the mix."""
+_MIX_FACTORS: Final = (0.5, 0.7, 0.9)
+_MIX_CAPACITY: Final = "capacity for the mix"
+"""No case of the suite: measured in a process of its own, whose memory no contender inherits."""
+_SLOTS: Final = min(5, max(3, 1 + (os.cpu_count() or 1)))
+"""How many queries a semaphore lets in."""
+_ROOT: Final = Path(__file__).parents[2]
 
 
 def cases(options: Options) -> list[Case]:
@@ -69,56 +105,115 @@ def cases(options: Options) -> list[Case]:
     for factor in _LOAD_FACTORS:
         metrics = [Metric(name, "ms") for name, _ in _LATENCIES]
         size = {"rate": round(factor * capacity, 1), "seconds": seconds}
-        name = f"requests at {factor:g} of capacity"
+        name = f"requests at {factor:g} of capacity, in-memory"
         found.append(Case("load", name, _CONTENDERS, metrics, size, seconds + 90, _REQUEST_RUNS))
-    return found
+    return [*found, *_mix_cases(quick=options.quick)]
+
+
+def _mix_cases(*, quick: bool) -> Iterator[Case]:
+    scale, requests = (0.1, 300) if quick else (1, 600)
+    capacity = _mix_capacity(scale)
+    for factor in _MIX_FACTORS:
+        rate = round(factor * capacity, 1)
+        size = {"rate": rate, "requests": requests, "scale": scale}
+        name = f"{_MIX} at {factor:g} of capacity"
+        timeout = requests / rate + 90
+        yield Case("load", name, tuple(_ON), _mix_metrics(), size, timeout, _REQUEST_RUNS)
+
+
+def _mix_metrics() -> list[Metric]:
+    slowdown, p50 = (
+        targets(*(f"mix, {what}, {engine}" for what in names for engine in CPU_ENGINES))
+        for names in (
+            ("mean slowdown",),
+            ("p50 of each size", f"p50 of each size beside {THREADS_SEMAPHORE}"),
+        )
+    )
+    return [
+        Metric("mean slowdown", "times alone", "lower", slowdown),
+        *(
+            Metric(f"{name} of {size}", "ms", "lower", p50 if name == "p50" else {})
+            for size in mix.SIZES
+            for name, _ in mix.PARTS
+        ),
+    ]
+
+
+@cache
+def _mix_capacity(scale: float) -> float:
+    size = json.dumps({"scale": scale})
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks.measure.run_one", "load", _MIX_CAPACITY, POLARS, size],
+        check=True,
+        stdout=subprocess.PIPE,
+        text=True,
+        cwd=_ROOT,
+    )
+    return float(json.loads(done.stdout)["capacity"])
 
 
 def run(
     case: str, contender: str, executor: Literal["threads", "auto"] = "threads", **size: Any
 ) -> Figures:
     """Measure one contender in one case, once."""
+    if case == _MIX_CAPACITY:
+        return {"capacity": mix.capacity(**size)}
+    if case.startswith(_MIX):
+        who, engine = _ON[contender]
+        submit = _submitter(who, None if contender == on(POLARS, DEFAULT_ENGINE) else engine)
+        return asyncio.run(mix.serve(submit, engine, **size))
     if contender == POLARS_ASYNC:
         pa.configure(executor=executor)
         if executor == "auto":
             size["share"] = True
-    return asyncio.run(_CASES.get(case, _requests)(_submitter(contender), **size))
+    return asyncio.run(_CASES.get(case, _requests)(_submitter(contender, "in-memory"), **size))
 
 
 def _beside_metrics(p99: str, *finished: str) -> list[Metric]:
     tiny = [
-        Metric(f"tiny {name}", "ms", "lower", targets(p99) if name == "p99" else {})
+        Metric(f"tiny {name}", "ms", "lower", _targets_in_memory(p99) if name == "p99" else {})
         for name, _ in _LATENCIES
     ]
-    return [*tiny, Metric("heavy finished", "s", "lower", targets(*finished))]
+    return [*tiny, Metric("heavy finished", "s", "lower", _targets_in_memory(*finished))]
 
 
 def _memory_metrics(what: str) -> list[Metric]:
     return [
-        Metric(name, unit, "lower", targets(f"{what}, {name}"))
+        Metric(name, unit, "lower", _targets_in_memory(f"{what}, {name}"))
         for name, unit in (("peak RSS", "MB"), ("finished", "s"))
     ]
 
 
-def _submitter(contender: str) -> Submit:
-    if contender == POLARS_ASYNC:
-        return pa.collect_async
-    if contender == POLARS:
-        return _polars
-    if contender == THREADS:
-        return lambda lf: asyncio.to_thread(lf.collect, engine="in-memory")
-    slots = asyncio.Semaphore(int(pa.default_collector().stats()["max_running"]))
+def _targets_in_memory(*names: str) -> Mapping[str, Target]:
+    return targets(*(f"{name}, in-memory" for name in names))
+
+
+def _submitter(who: str, engine: Any) -> Submit:
+    """Return how `who` runs queries on `engine`; None for the default engine of Polars' own."""
+    asked = {} if engine is None else {"engine": engine}
+    if who == POLARS_ASYNC:
+        return partial(pa.collect_async, **asked)
+    collect = _polars if who in (POLARS, POLARS_SEMAPHORE) else _in_thread
+    submit: Submit = partial(collect, **asked)
+    return _limited(submit) if who in (POLARS_SEMAPHORE, THREADS_SEMAPHORE) else submit
+
+
+def _polars(lf: pl.LazyFrame, **asked: Any) -> Any:
+    return lf.collect_async(**asked)
+
+
+def _in_thread(lf: pl.LazyFrame, **asked: Any) -> Any:
+    return asyncio.to_thread(partial(lf.collect, **asked))
+
+
+def _limited(submit: Submit) -> Submit:
+    slots = asyncio.Semaphore(_SLOTS)
 
     async def limited(lf: pl.LazyFrame) -> pl.DataFrame:
         async with slots:
-            found: pl.DataFrame = await _polars(lf)
-            return found
+            return await submit(lf)
 
     return limited
-
-
-def _polars(lf: pl.LazyFrame) -> Any:
-    return lf.collect_async(engine="in-memory")
 
 
 # Tiny beside heavy
@@ -232,28 +327,8 @@ def _capacity() -> float:
 async def _requests(submit: Submit, rate: float, seconds: float) -> Figures:
     queries = _mix()
     await submit(queries[0])
-    generator = random.Random(1)  # noqa: S311  # as above
-    latencies: list[float] = []
-    tasks: set[asyncio.Task[None]] = set()
-
-    async def request(query: pl.LazyFrame, due: float) -> None:
-        try:
-            await submit(query)
-        finally:
-            latencies.append(time.perf_counter() - due)
-
-    due = begun = time.perf_counter()
-    for number in count():
-        due += generator.expovariate(rate)
-        if due > begun + seconds:
-            break
-        await asyncio.sleep(due - time.perf_counter())
-        tasks.add(asyncio.create_task(request(queries[number % len(queries)], due)))
-    await asyncio.wait(tasks, timeout=_PATIENCE)
-    for task in tasks:
-        task.cancel()
-    await asyncio.wait(tasks)
-    return _latencies(latencies)
+    due = takewhile(lambda moment: moment <= seconds, moments(rate))
+    return _latencies(await latencies(submit, zip(due, cycle(queries), strict=False)))
 
 
 _CASES: Final[dict[str, Callable[..., Coroutine[Any, Any, Figures]]]] = {

@@ -44,7 +44,7 @@ if TYPE_CHECKING:
     Engine = Literal["in-memory", "streaming"]
     Submit = Callable[[pl.LazyFrame, Engine], Awaitable[pl.DataFrame]]
 
-_STOP: Final = "cancelled at random moments"
+_STOP: Final = "cancelled at random moments, in-memory and streaming"
 _TRIP: Final = "tiny query, warm worker"
 _PDSH: Final = "22 PDS-H queries at once"
 _WORKERS: Final = "workers killed"

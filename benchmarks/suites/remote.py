@@ -28,8 +28,8 @@ if TYPE_CHECKING:
     Submit = Callable[[pl.LazyFrame], Awaitable[pl.DataFrame]]
 
 _QUERIES: Final = 32
-_SOURCES: Final = "32 sources that sleep"
-_SCANS: Final = "32 scans over HTTP"
+_SOURCES: Final = "32 sources that sleep, in-memory"
+_SCANS: Final = "32 scans over HTTP, in-memory"
 _SLEEP: Final = 0.2
 """Seconds that each source sleeps."""
 _DELAY: Final = 0.05
@@ -43,7 +43,7 @@ _SUBMITS: Final[dict[str, Submit]] = {
 
 
 def cases(_options: Options) -> list[Case]:
-    """Return the cases of this suite; all contenders run the in-memory engine."""
+    """Return the cases of this suite."""
     contenders = (POLARS, THREADS, POLARS_ASYNC)
     return [
         Case("remote", name, contenders, [Metric("finished", "s", "lower", targets(name))])

@@ -11,6 +11,7 @@ from polars_async import bridges
 from polars_async._runtime import fork
 from polars_async._runtime.arguments import check_frame, checked_frames
 from polars_async._runtime.callers import call_site
+from polars_async._runtime.machine import processors
 from polars_async._runtime.nesting import in_query
 from polars_async._runtime.unpatched import holding
 from polars_async.bridges import Suspension
@@ -20,7 +21,7 @@ from polars_async.events import Reporter
 from polars_async.executors import operations
 from polars_async.executors.factory import (
     WITH_WORKERS,
-    default_running,
+    default_slots,
     make_executor,
     make_gpu_executor,
 )
@@ -39,12 +40,12 @@ from polars_async.resolution import (
     warn_of,
 )
 from polars_async.scheduling.estimates import CostModel, Estimate
-from polars_async.scheduling.fair_queue import large_at_once
 from polars_async.scheduling.inline import Inline
 from polars_async.scheduling.lane import Lane
 from polars_async.scheduling.open_streams import MAX_STREAMS
 from polars_async.scheduling.pausing import PausableQuery
 from polars_async.scheduling.query import Query
+from polars_async.scheduling.sizes import Limits, large_at_once
 from polars_async.scheduling.stats import stats_of
 from polars_async.streams import Batches, Completions
 
@@ -164,11 +165,12 @@ class Collector:
         self._default_engine: Final = default_engine
         self._reporter: Final = Reporter(on_event)
         known = CostModel(far=executor == "auto")
-        max_running = max_running or default_running(executor)
-        at_once = large_at_once(max_running)
-        cpu_executor = make_executor(executor, max_running, at_once, max_memory)
+        slots, most = (max_running, None) if max_running else default_slots(executor)
+        limits = Limits(slots, most, processors())
+        at_once = large_at_once(limits.slots)
+        cpu_executor = make_executor(executor, limits.slots, at_once, max_memory)
         self._cpu: Final = Lane(
-            max_running,
+            limits,
             max_waiting,
             known,
             executor=cpu_executor,
@@ -183,10 +185,10 @@ class Collector:
             max_waiting=max_waiting,
             costs=known,
             executor=make_gpu_executor(executor, cpu_executor, at_once),
-            exclusive=True,
             fallback=self._cpu,
         )
-        self._gpu: Final = self._make_gpu_lane(max_running if self._elsewhere else 1)
+        slots_of_gpu = limits.slots if self._elsewhere else 1
+        self._gpu: Final = self._make_gpu_lane(Limits(slots_of_gpu, exclusive=True))
         self._gpus_in_workers: Final = executor in WITH_WORKERS
         self._of_one_gpu: Final[dict[str | int, Lane]] = {}
         """The lanes of queries that name a GPU, where several work side by side."""
@@ -715,7 +717,7 @@ class Collector:
     def _lane_of(self, key: str | int) -> Lane:
         lane = self._of_one_gpu.get(key)
         if lane is None:
-            lane = self._of_one_gpu[key] = self._make_gpu_lane(1)
+            lane = self._of_one_gpu[key] = self._make_gpu_lane(Limits(1, exclusive=True))
             # Last: a signal handler that closes the collector closes the lanes that are listed.
             lane.admission.closed = self._gpu.admission.closed
         return lane

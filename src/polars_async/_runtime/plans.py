@@ -20,6 +20,9 @@ NEAR: Final = 1 << 20
 """Characters of a plan's text that are read, in up to 3 ms: some 300 kB of frames."""
 FAR: Final = 1 << 23
 """The same where it is worth up to 30 ms: some 2.3 MB of frames."""
+_LARGEST_FRAME: Final = 1 << 15
+"""Bytes of a frame in memory that are read for what comes after it, in some 100 us, unless all of
+the plan is asked for."""
 SENT_RATE: Final = 50e6
 """Bytes per second of frames in memory that Polars packs, and unpacks elsewhere."""
 UNFIT: Final = 0
@@ -60,6 +63,8 @@ class Plan(NamedTuple):
     """The paths and addresses that are scanned, as they were given."""
     is_whole: bool
     """Whether nothing of it stayed unseen, and it has no Python function."""
+    is_sized: bool
+    """Whether the size of what it reads is known: of all, or of its first large frame."""
     runs_python: bool | None
     """Whether it has functions of Python or of a compiled plugin; None if it was not seen whole."""
     is_sendable: bool
@@ -69,7 +74,14 @@ class Plan(NamedTuple):
 
 
 NOTHING: Final = Plan(
-    0, 0, [], is_whole=False, runs_python=None, is_sendable=True, summary="an unknown plan"
+    0,
+    0,
+    [],
+    is_whole=False,
+    is_sized=False,
+    runs_python=None,
+    is_sendable=True,
+    summary="an unknown plan",
 )
 """What is known of a plan that cannot be read."""
 
@@ -98,16 +110,17 @@ def look_at(lf: pl.LazyFrame, limit: int = NEAR) -> Plan:
     Read the plan of `lf` as the user wrote it, up to `limit` characters of its text.
 
     Nothing in it is called, resolved or opened, and no other thread is held up. So what comes after
-    a Python function, or after frames in memory that exceed the limit, stays unseen.
+    a Python function, or after frames in memory that exceed the limit, stays unseen. With `NEAR`,
+    so does what comes after a frame of more than 32 kB.
     """
-    plan = _text_of(lf, limit)
+    plan = _text_of(lf, limit, _LARGEST_FRAME if limit == NEAR else None)
     if plan is None:
         return NOTHING
     text = _RESOLVED.sub(b"", plan.text)
     runs_python: bool | None = plan.end is PlanEnd.PYTHON or any(
         each in text for each in (PICKLED, _PYTHON_NODE, _PLUGIN)
     )
-    if plan.end is PlanEnd.LIMIT and not runs_python:
+    if plan.end in {PlanEnd.LIMIT, PlanEnd.FRAME} and not runs_python:
         runs_python = None
     paths = _paths(text)
     return Plan(
@@ -115,6 +128,7 @@ def look_at(lf: pl.LazyFrame, limit: int = NEAR) -> Plan:
         frame_bytes=plan.frame_bytes,
         paths=paths,
         is_whole=plan.end is PlanEnd.WHOLE and not runs_python,
+        is_sized=plan.end in {PlanEnd.WHOLE, PlanEnd.FRAME} and not runs_python,
         runs_python=runs_python,
         is_sendable=plan.end is not PlanEnd.UNSENDABLE,
         summary=_summary(text, paths, runs_python=bool(runs_python)),
@@ -146,13 +160,13 @@ def _magnitude(numbers: re.Match[bytes]) -> bytes:
     return b"[bytes: %b]" % (b"*" * len(numbers[0]).bit_length())
 
 
-def _text_of(lf: pl.LazyFrame, limit: int) -> PlanText | None:
+def _text_of(lf: pl.LazyFrame, limit: int, largest_frame: int | None = None) -> PlanText | None:
     # The thread is listed before it looks at the flag, and `end_looks` sets the flag before it
     # looks at the list: so one of the two sees the other. The other way round, a thread could begin
     # to read just after `end_looks` has found none.
     _reading.add(thread := get_ident())
     try:
-        return None if _process_ends else plan_text(lf, limit)
+        return None if _process_ends else plan_text(lf, limit, largest_frame=largest_frame)
     finally:
         _reading.discard(thread)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from time import process_time
 from typing import TYPE_CHECKING, Protocol, TypeVar
 
 if TYPE_CHECKING:
@@ -70,6 +71,10 @@ class QueryExecutor:
     def worker_deaths(self) -> int:
         """The number of its worker processes that have died while they ran a query."""
         return 0
+
+    def cpu_seconds(self) -> float:
+        """Return the processor time of all that runs the queries so far, in seconds."""
+        return process_time()
 
     def prepare(self, gpu: GpuStatus) -> int | None:  # noqa: ARG002  # an executor with GPUs needs it
         """

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from concurrent.futures import Executor
 from math import ceil
 from typing import TYPE_CHECKING, Final, Literal
 
+from polars_async._runtime.machine import processors
 from polars_async.executors.gpu_thread import GPU_IN_PROCESS
 from polars_async.executors.threads import IN_PROCESS
 
@@ -19,22 +19,35 @@ ExecutorRequest = Literal["threads", "processes", "auto"] | Executor
 WITH_WORKERS: Final = ("processes", "auto")
 _MAX_RUNNING_ELSEWHERE: Final = 32
 """Queries at once in an executor of the caller's, which has limits of its own."""
+_MOST_THREADS: Final = 64
+"""Queries at once on threads, by default: or as many as there are processors, if these are more."""
+_MOST_WORKERS: Final = 8
+"""The same in worker processes, each of which takes some 60 MB and 0.2 s to start: or twice as many
+as there are processors."""
 
 
-def default_running(executor: ExecutorRequest) -> int:
-    """Return the default of ``max_running``."""
+def default_slots(executor: ExecutorRequest) -> tuple[int, int | None]:
+    """
+    Return the default of ``max_running``: how many queries run at once in any case, and at most.
+
+    The latter is None where the first number is exact.
+    """
     if isinstance(executor, Executor):
-        return _MAX_RUNNING_ELSEWHERE
-    return min(4, max(2, os.cpu_count() or 2)) + 1
+        return _MAX_RUNNING_ELSEWHERE, None
+    available = ceil(processors())
+    most = max(_MOST_THREADS, available)
+    if executor in WITH_WORKERS:
+        most = max(_MOST_WORKERS, 2 * available)
+    return min(4, max(2, available)) + 1, most
 
 
 def make_executor(
-    executor: ExecutorRequest, max_running: int, large_at_once: int, max_memory: int | None
+    executor: ExecutorRequest, slots: int, large_at_once: int, max_memory: int | None
 ) -> QueryExecutor:
     """
     Return the executor of a collector.
 
-    `max_running` queries run at once, and `large_at_once` of these may be large: they share the
+    `slots` queries run at once mostly, and `large_at_once` of these may be large: they share the
     processors.
 
     Raises
@@ -67,7 +80,7 @@ def make_executor(
 
     return ProcessExecutor(
         threads=_threads_each(large_at_once),
-        max_idle=max_running,
+        max_idle=slots,
         max_memory=max_memory,
         runs_unsendable_here=executor == "auto",
     )
@@ -90,6 +103,4 @@ def make_gpu_executor(
 
 def _threads_each(at_once: int) -> int:
     """Return the number of Polars threads of a worker, of which `at_once` compute at once."""
-    wanted = os.environ.get("POLARS_MAX_THREADS", "")
-    threads = int(wanted) if wanted.isdecimal() else len(os.sched_getaffinity(0))
-    return max(1, ceil(threads / at_once))
+    return max(1, ceil(processors() / at_once))

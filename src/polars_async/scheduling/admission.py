@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from math import inf
-from time import perf_counter
+from time import perf_counter, process_time
 from typing import TYPE_CHECKING, Any, Final
 
 from polars_async._runtime.fork import new_lock
@@ -12,28 +12,35 @@ from polars_async._runtime.unpatched import allocate_lock, holding
 from polars_async.bridges.waiting import wake
 from polars_async.errors import CollectorClosedError, QueueFullError
 from polars_async.scheduling.counts import Counts, State
-from polars_async.scheduling.fair_queue import (
-    FAIR_EVERY,
-    RESERVED_FOR_ESTIMATED,
-    RESERVED_FOR_SMALL,
-    SMALL,
-    UNKNOWN,
-    FairQueue,
-    is_reserved,
-    large_at_once,
-)
+from polars_async.scheduling.fair_queue import FAIR_EVERY, FairQueue
 from polars_async.scheduling.open_streams import OpenStreams
 from polars_async.scheduling.query import Owner
+from polars_async.scheduling.sizes import (
+    SMALL,
+    UNKNOWN,
+    UNKNOWN_LOAD,
+    UNKNOWN_SIZE,
+    Limits,
+    Load,
+    large_at_once,
+    size_of,
+)
 
 if TYPE_CHECKING:
     from _thread import LockType, RLock
+    from collections.abc import Callable
 
     from polars_async.bridges.waiting import Waiter
     from polars_async.scheduling.estimates import Estimate
-    from polars_async.scheduling.fair_queue import Entry
+    from polars_async.scheduling.fair_queue import Entry, Picked
     from polars_async.scheduling.query import Query
+    from polars_async.scheduling.sizes import Room
 
 
+_LOOKING: Final = 3
+"""The threads that look for a query at the same time, where slots are many."""
+_LEAST_MEASURED: Final = 0.02
+"""Seconds of a query below which its processor time tells nothing: the kernel counts in ticks."""
 _WORK_LASTS: Final = 0.05
 """Seconds that a sum of the work lasts: a full queue may reject thousands of queries a second."""
 
@@ -46,20 +53,22 @@ class Slot:
     submitting thread to run just one query itself; it does not count against `max_running`.
     """
 
-    __slots__ = ("alone", "gate", "inline", "overtook", "query", "small")
+    __slots__ = ("alone", "cpu_seconds", "gate", "inline", "load", "overtook", "query")
 
     def __init__(self, *, inline: bool = False) -> None:
         self.gate: LockType | None = None  # at which the thread of a paused query waits
         self.query: Query[Any] | None = None
         self.inline = inline
-        self.small = False
+        self.load = UNKNOWN_LOAD
+        self.cpu_seconds: float | None = None
+        """Of the executor when the query started, if its share of the processors is measured."""
         self.overtook = False
         self.alone = True
 
 
 class Admission:
     """
-    `max_running` slots, and the queue of the queries that wait for one.
+    The slots, as many as `limits` allows, and the queue of the queries that wait for one.
 
     A query takes a slot that it finds free. The slot's thread keeps it from query to query, also
     while it estimates those in the queue, and gives it back when none is left to start.
@@ -88,29 +97,36 @@ class Admission:
         "_work_summed_at",
         "closed",
         "counts",
-        "exclusive",
+        "cpu_seconds",
+        "limits",
         "lock",
-        "max_running",
         "max_waiting",
+        "memory_is_short",
         "owner",
         "reserved",
+        "spare",
         "streams",
         "waiters",
     )
 
     def __init__(
         self,
-        max_running: int,
+        limits: Limits,
         max_waiting: int | None = None,
         *,
-        exclusive: bool = False,
+        cpu_seconds: Callable[[], float] = process_time,
         lock: RLock | None = None,
         streams: OpenStreams | None = None,
     ) -> None:
         self.lock = lock or new_lock()
-        self.max_running = max_running
+        self.limits = limits
         self.max_waiting = max_waiting
-        self.exclusive = exclusive
+        self.cpu_seconds = cpu_seconds
+        """Returns the processor time of all that runs the queries so far."""
+        self.spare = 0
+        """How many more queries may start, whatever is known of them: see `Limits.spare`."""
+        self.memory_is_short = False
+        """Whether no more than ``limits.slots`` queries may run, however idle the processors."""
         self.closed = False
         self.counts = Counts()
         self.owner = Owner(self.lock, self.counts, self._leave)
@@ -130,6 +146,23 @@ class Admission:
         """The last slot that `enter` made: its caller may be interrupted before it gets it."""
 
     @property
+    def max_running(self) -> int:
+        """How many queries run at once at most."""
+        return self.limits.most
+
+    @property
+    def exclusive(self) -> bool:
+        """Whether the slots are those of GPUs."""
+        return self.limits.exclusive
+
+    @property
+    def wants_look(self) -> bool:
+        """Whether one more thread should look for a query: one in the queue may start."""
+        if not self._queue or not self._may_look():
+            return False
+        return self._queue.has_fitting(self._room().fits)
+
+    @property
     def running(self) -> int:
         """How many queries run, including cancelled ones that have not stopped yet."""
         return len(self.in_slots())
@@ -147,7 +180,7 @@ class Admission:
     @property
     def threads_to_keep(self) -> int:
         """How many worker threads may be needed soon."""
-        return max(self.max_running, len(self._slots)) + len(self._paused)
+        return max(self.limits.slots, len(self._slots)) + len(self._paused)
 
     @property
     def paused(self) -> int:
@@ -202,23 +235,17 @@ class Admission:
         elif not self.exclusive and on_thread_of_polars():
             slot = self.reserved = Slot(inline=True)
             self._inline.add(slot)
-            self._start(query, slot, small=False, overtook=False)
+            self._start(query, slot)
             return slot
-        free = self.max_running - len(self._slots)
-        # A slot reserved for small queries is not given to one without an estimate.
-        reserved = RESERVED_FOR_ESTIMATED if self._queue.is_quick else RESERVED_FOR_SMALL
-        if self.exclusive:
-            reserved = 0
-        at_once = not self._queue and (free > reserved or free == self.max_running)
-        if at_once or (not self.exclusive and in_query()):
+        if self._starts_at_once() or (not self.exclusive and in_query()):
             slot = self.reserved = Slot()
             self._slots.add(slot)
-            self._start(query, slot, small=False, overtook=False)
+            self._start(query, slot)
             return slot
         if not self._has_room(query):
             raise self._full_error()
         self._add(query)
-        if free < 1:
+        if not self._may_look():
             return None
         slot = self.reserved = Slot()
         self._slots.add(slot)
@@ -262,10 +289,10 @@ class Admission:
             if query.is_nested:
                 slot = Slot()
                 self._slots.add(slot)
-                self._start(query, slot, small=False, overtook=False)
+                self._start(query, slot)
                 return slot
             self._add(query)
-            if len(self._slots) >= self.max_running:
+            if not self._may_look():
                 return None
             slot = Slot()
             self._slots.add(slot)
@@ -279,6 +306,17 @@ class Admission:
             slot.query = None
             self._inline.discard(slot)
             self._free(slot)
+
+    def share_of(self, slot: Slot) -> float | None:
+        """Return the share of the processors that were busy since the slot's query started."""
+        query, before = slot.query, slot.cpu_seconds
+        if query is None or before is None or query.times.started is None:
+            return None
+        seconds = perf_counter() - query.times.started
+        if seconds < _LEAST_MEASURED:
+            return None
+        used = max(0.0, self.cpu_seconds() - before)
+        return min(1.0, used / seconds / self.limits.processors)
 
     def has(self, slot: Slot) -> bool:
         """Return whether `slot` is still valid: `forget` may have taken it back."""
@@ -303,16 +341,18 @@ class Admission:
             queue = self._queue
             for entry in estimated:
                 expected = None if entry.item is None else entry.item.estimate
-                seconds, kind = (UNKNOWN, None) if expected is None else expected[:2]
-                queue.rank(entry, seconds, kind)
+                if expected is None:
+                    queue.rank(entry, UNKNOWN)
+                else:
+                    queue.rank(entry, expected.seconds, expected.fingerprint, expected.share)
             if slot not in self._slots or len(self._slots) > self.max_running:
                 self._free(slot)
                 return False
             if only_if_certain and queue.is_undecided:
                 return True
-            only_small = is_reserved(RESERVED_FOR_SMALL, self.max_running, self._large_running())
-            while (picked := queue.take(only_small=only_small)) is not None:
-                if self._start(picked.item, slot, small=picked.small, overtook=picked.overtook):
+            room = self._room()
+            while (picked := queue.take(room.fits)) is not None:
+                if self._start_picked(picked, slot, room):
                     return True
             if queue.has_unestimated:
                 return True
@@ -331,7 +371,7 @@ class Admission:
             is_idle = (
                 self._queue.is_quick
                 and bool(self._queue)
-                and is_reserved(RESERVED_FOR_ESTIMATED, self.max_running, self._large_running())
+                and not self.limits.may_start_unestimated(self._large_running())
             )
             return self._started_unestimated + SMALL - perf_counter() if is_idle else 0.0
 
@@ -358,16 +398,16 @@ class Admission:
         # slot were free in between, a query submitted just then would take it, past the queue.
         is_free = slot in slots and len(slots) <= self.max_running
         if queue and is_free and not (self._returning and self._returning_is_next()):
-            large_running = self._large_running()
+            room = self._room() if queue.has_ranked or not queue.is_quick else None
+            fits = None if room is None else room.fits
             picked = queue.take_quickly(
-                only_small=is_reserved(RESERVED_FOR_SMALL, self.max_running, large_running),
-                unestimated=not is_reserved(
-                    RESERVED_FOR_ESTIMATED, self.max_running, large_running
-                ),
+                fits, unestimated=self.limits.may_start_unestimated(self._large_running())
             )
+            if picked is None and fits is not None:
+                picked = queue.take_single(fits)
             if picked is not None:
-                self._start(picked.item, slot, small=picked.small, overtook=picked.overtook)
-                if not picked.small:
+                self._start_picked(picked, slot, room)
+                if not picked.load.is_small:
                     self._started_unestimated = perf_counter()
             return True
         self._free(slot)
@@ -377,6 +417,8 @@ class Admission:
         """Take the free slots that queued queries could use, for threads that fill them."""
         with self.lock:
             idle = min(self.max_running - len(self._slots), len(self._queue))
+            if not self.limits.fixed:
+                idle = min(idle, max(1, self.spare) - self._looking())
             slots = [Slot() for _ in range(idle)]
             self._slots.update(slots)
             return slots
@@ -392,7 +434,7 @@ class Admission:
             slot = next(each for each in self._slots if each.query is query)
             slot.gate = gate = allocate_lock()
             gate.acquire()
-            slot.small = query.goes_as_small  # unknown so far if it started at once
+            slot.load = query.load  # unknown so far if it started at once
             self._paused[query] = slot
             self._slots.remove(slot)
             if self._returning and self._returning_is_next():
@@ -412,9 +454,9 @@ class Admission:
         holding(self.lock, self._let_end, query)
 
     def re_estimate(self, estimate: Estimate) -> None:
-        """Rank anew the queued queries of one kind, by a corrected estimate."""
+        """Rank anew the queued queries of one shape, by a corrected estimate."""
         with self.lock:
-            self._queue.re_estimate(estimate.fingerprint, estimate.seconds)
+            self._queue.re_estimate(estimate.fingerprint, estimate.seconds, estimate.share)
 
     def add_waiter(self, waiter: Waiter) -> bool:
         """Have `waiter` woken when no query runs or waits; return False if that is so already."""
@@ -447,9 +489,45 @@ class Admission:
         return lost
 
     def _add(self, query: Query[Any]) -> None:
-        known = query.estimate
-        work = None if known is None else known.seconds
-        self._queue.add(query, priority=query.priority, work=work)
+        known, pooled = query.estimate, query.is_pooled
+        work, share = (None, None) if known is None else (known.seconds, known.share)
+        self._queue.add(query, priority=query.priority, work=work, share=share, pooled=pooled)
+
+    def _starts_at_once(self) -> bool:
+        """Return whether one more starts without an estimate."""
+        if self._queue:
+            return False
+        limits, taken = self.limits, len(self._slots)
+        if limits.exclusive:
+            return taken < limits.slots
+        # A slot that is reserved for small queries is not given to one without an estimate.
+        if self._queue.is_quick:
+            return taken < max(1, limits.slots - 1)
+        if limits.fixed:
+            return taken < large_at_once(limits.slots)
+        return taken < limits.slots and self._large_running() < large_at_once(limits.slots)
+
+    def _may_look(self) -> bool:
+        """Return whether one more thread may look for a query in the queue."""
+        if len(self._slots) >= self.max_running:
+            return False
+        # Where slots are many, a few threads that look are enough: the one that starts a query has
+        # another one look further. While queries are quick, one of them stands by.
+        return self.limits.fixed or self._looking() < (1 if self._queue.is_quick else _LOOKING)
+
+    def _looking(self) -> int:
+        return sum(slot.query is None for slot in self._slots)
+
+    def _room(self) -> Room:
+        """Return what may start now beside the queries that run."""
+        limits = self.limits
+        running = [slot for slot in self._slots if slot.query is not None]
+        if limits.fixed:
+            return limits.room([slot.load for slot in running])
+        room = limits.room(map(_load_so_far, running), self.spare)
+        if self.memory_is_short:
+            room.total = min(room.total, limits.slots - len(running))
+        return room
 
     def _in_slots(self) -> list[Query[Any]]:
         slots = (*self._slots, *self._paused.values(), *self._inline)
@@ -517,11 +595,10 @@ class Admission:
             self._go_on(query, self._returning[query])
 
     def _next_returning(self) -> Query[Any] | None:
-        only_small = is_reserved(RESERVED_FOR_SMALL, self.max_running, self._large_running())
-        for query, slot in self._returning.items():
-            if slot.small or not only_small:
-                return query
-        return None
+        room = self._room()
+        return next(
+            (query for query, slot in self._returning.items() if room.fits(slot.load)), None
+        )
 
     def _go_on(self, query: Query[Any], slot: Slot) -> None:
         # The gate opens when the slot is taken, so that at most `max_running` queries run. Ctrl-C
@@ -531,7 +608,21 @@ class Admission:
         self._returning.pop(query, None)
         self._paused.pop(query, None)
 
-    def _start(self, query: Query[Any], slot: Slot, *, small: bool, overtook: bool) -> bool:
+    def _start_picked(self, picked: Picked[Query[Any]], slot: Slot, room: Room | None) -> bool:
+        if not self._start(picked.item, slot, picked.load, overtook=picked.overtook):
+            return False
+        if self.spare and room is not None and not room.fits_by_kind(picked.load):
+            self.spare -= 1
+        return True
+
+    def _start(
+        self,
+        query: Query[Any],
+        slot: Slot,
+        load: Load | None = None,
+        *,
+        overtook: bool = False,
+    ) -> bool:
         waited = query.set_running()
         if waited is None:
             return False
@@ -541,8 +632,11 @@ class Admission:
                 if other.query is not None:
                     slot.alone = other.alone = False
         slot.query = query
-        slot.small = small
+        slot.load = load or Load(UNKNOWN_SIZE, None, query.is_pooled)
         slot.overtook = overtook
+        # While queries are quick, there is nothing to learn that would be worth a reading.
+        measured = not self.limits.fixed and not self._queue.is_quick
+        slot.cpu_seconds = self.cpu_seconds() if measured else None
         self.counts.queue_seconds += waited
         return True
 
@@ -556,7 +650,7 @@ class Admission:
         if self.exclusive:
             return number
         for slot in self._slots:  # a sum over a generator takes twice as long
-            if slot.query is not None and not slot.small:
+            if slot.query is not None and not slot.load.is_small:
                 number += 1
         return number
 
@@ -567,12 +661,15 @@ class Admission:
         """Return whether no more than `max_waiting` queries wait once the open slots are filled."""
         if self.max_waiting is None or len(self._queue) < self.max_waiting:
             return True
-        total, small = len(self._queue) + 1, self._queue.small + query.goes_as_small
-        return total - self._starting(total, small) <= self.max_waiting
+        return len(self._queue) + 1 - self._starting(query.load) <= self.max_waiting
 
-    def _starting(self, total: int, small: int) -> int:
-        """Return how many of so many queries, of which some are small, the open slots can take."""
-        return min(self._open_slots, small + min(self._open_for_any, total - small))
+    def _starting(self, newcomer: Load | None = None) -> int:
+        """Return how many queries of the queue, and of a newcomer, find room to start now."""
+        kinds, room = self._queue.kinds, self._room()
+        unknown = len(self._queue) - sum(kinds)
+        if newcomer is not None:
+            kinds[newcomer.kind] += 1
+        return room.of_kinds(kinds, unknown)
 
     @property
     def _open_slots(self) -> int:
@@ -580,28 +677,23 @@ class Admission:
         taken = sum(slot.query is not None for slot in self._slots)
         return max(0, self.max_running - taken)
 
-    @property
-    def _open_for_any(self) -> int:
-        """How many open slots are not reserved for small queries."""
-        if self.exclusive:
-            return self._open_slots
-        free = large_at_once(self.max_running) - self._large_running()
-        return max(0, min(self._open_slots, free))
-
     def _full_error(self) -> QueueFullError:
         # Paused queries have no slots, and those that are about to start wait no more.
-        starting = self._starting(len(self._queue), self._queue.small)
+        starting = self._starting()
         waiting = len(self._queue) - starting
         running = self.max_running - self._open_slots + starting
-        for_gpu, slots = "", f"max_running={self.max_running}"
+        for_gpu, slots = "", f", of at most max_running={self.max_running}"
         if self.exclusive:
-            for_gpu, slots = " for the GPU", f"{self.max_running} at once"
+            for_gpu, slots = " for the GPU", f", of at most {self.max_running} at once"
         if running < self.max_running:
-            slots += " (the free slots are reserved for small queries)"
+            if self.limits.fixed:
+                slots += " (the free slots are reserved for small queries)"
+            else:
+                slots = ", as many as the processors have room for"
         seconds = self._seconds_of_work()
         return QueueFullError(
             f"the collector is full{for_gpu}: {waiting} waiting, of at most "
-            f"max_waiting={self.max_waiting}, and {running} running, of at most {slots}. Try again "
+            f"max_waiting={self.max_waiting}, and {running} running{slots}. Try again "
             f"in about {max(seconds, 0.1):.1f} s, or make a Collector with a larger max_waiting",
             seconds,
         )
@@ -612,9 +704,18 @@ class Admission:
         if now - self._work_summed_at > _WORK_LASTS:
             self._work_summed_at = now
             self._work = self._queue.work + sum(map(_work_left, self._slots))
-        return self._work / (
-            self.max_running if self.exclusive else large_at_once(self.max_running)
-        )
+        limits = self.limits
+        return self._work / (limits.slots if limits.exclusive else large_at_once(limits.slots))
+
+
+def _load_so_far(slot: Slot) -> Load:
+    """Return the load of the slot's query, of which its time so far may tell more."""
+    load, query = slot.load, slot.query
+    # One with an estimate keeps its size: where it takes longer, so will its equals in the queue,
+    # and these should not start beside it for that.
+    if query is None or query.estimate is not None:
+        return load
+    return Load(max(load.size, size_of(query.times.run_seconds or 0.0)), None, load.pooled)
 
 
 def _work_left(slot: Slot) -> float:

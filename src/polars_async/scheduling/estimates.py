@@ -5,14 +5,14 @@ from __future__ import annotations
 import os
 from math import frexp
 from stat import S_ISREG
-from time import perf_counter
+from time import perf_counter, thread_time
 from typing import TYPE_CHECKING, Final, NamedTuple
 from weakref import ref
 
 from polars_async._runtime.fork import new_lock
 from polars_async._runtime.plans import FAR, NEAR, NOTHING, SENT_RATE, look_at
 from polars_async._runtime.upstream import memory_held
-from polars_async.scheduling.fair_queue import UNKNOWN
+from polars_async.scheduling.sizes import UNKNOWN, Load, size_of
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -33,12 +33,14 @@ _HELD_UP: Final = 0.02
 loop was busy: a tiny one must not count as large for that."""
 _NO_TIME: Final = 0.001
 """Seconds of work below which estimates make no difference."""
+_SHARE_OF_REMOTE: Final = 0.25
+"""The share of the processors that a query over remote files is expected to take at first."""
 _MOST_KNOWN: Final = 4096
 _MOST_COPIED: Final = 1 << 30
 """Bytes of frames in memory: where there are more, no plan is looked at, since a look may copy one
 of them."""
 _SLOW_LOOK: Final = 0.25
-"""Seconds above which a look took too long, as with a frame of some hundred MB."""
+"""Seconds of processor time above which a look took too long, as with a frame of 1 GB."""
 _LOOK_SHARE: Final = 20
 """After a slow look there is none for so many times as long as it took."""
 
@@ -51,6 +53,13 @@ class Estimate(NamedTuple):
     """The same for all queries of this shape and size; None if it is not known."""
     is_exact: bool = True
     """Whether the shape is all of the plan: a function hidden in it may make its like slower."""
+    share: float | None = None
+    """The share of the processors that it keeps busy; None if that is not known: maybe all."""
+
+    @property
+    def is_light(self) -> bool:
+        """Whether the query counts as light."""
+        return Load(size_of(self.seconds), self.share).is_light
 
 
 class _Known(NamedTuple):
@@ -65,14 +74,15 @@ class CostModel:
     The cost model of a collector, corrected by the queries that it ran.
 
     Reading a plan takes 10 us to some ms, and another 0.2 ms for each MB of a frame in memory that
-    the query reads. So it is nothing for the thread of a loop. With `far` more of the plan is read,
-    which is worth it where a query may have to be sent.
+    the query reads, since Polars copies it. So it is nothing for the thread of a loop. With `far`
+    more of the plan is read, which is worth it where a query may have to be sent.
     """
 
     def __init__(self, *, far: bool = False) -> None:
         self._limit = FAR if far else NEAR
         self._lock = new_lock()
         self._taken: dict[int, float] = {}
+        self._shares: dict[int, float] = {}
         self._plans: dict[int, _Known] = {}
         self._resident = 0  # bytes that Polars held when no query ran
         self._looks_again = 0.0  # in seconds of perf_counter
@@ -87,7 +97,12 @@ class CostModel:
             shapes = [(each.plan.shape, frexp(each.seconds)[1]) for each in known]
             fingerprint = hash((engine, *shapes))
             is_exact = all(each.plan.is_whole for each in known)
-            return Estimate(self._taken.get(fingerprint, seconds), fingerprint, is_exact)
+            seconds, share = self._taken.get(fingerprint, seconds), self._shares.get(fingerprint)
+            if share is None and any(
+                _is_remote(path) for each in known for path in each.plan.paths
+            ):
+                share = _SHARE_OF_REMOTE
+            return Estimate(seconds, fingerprint, is_exact, share)
         except BaseException:  # noqa: BLE001  # what is wrong with a plan, the query will tell
             return Estimate(UNKNOWN, None)
 
@@ -113,22 +128,30 @@ class CostModel:
         too_dear = self._resident > _MOST_COPIED or begun < self._looks_again
         if too_dear and not at_any_cost:
             return _Known(ref(frame), NOTHING, UNKNOWN)
+        before = thread_time()  # where others keep the processors busy, a look is not slow for that
         plan = look_at(frame, self._limit)
-        if (took := perf_counter() - begun) > _SLOW_LOOK:
+        if (took := thread_time() - before) > _SLOW_LOOK:
             self._looks_again = begun + _LOOK_SHARE * took
         known = _Known(ref(frame, lambda _: plans.pop(key, None)), plan, _source_seconds(plan))
         plans[key] = known
         return known
 
     def observe(
-        self, expected: Estimate, seconds: float, *, alone: bool, completed: bool = True
+        self,
+        expected: Estimate,
+        seconds: float,
+        *,
+        alone: bool,
+        completed: bool = True,
+        share: float | None = None,
     ) -> Estimate | None:
         """
         Correct the estimate `expected` of a query by the `seconds` that it took.
 
         `alone` says that no other query ran meanwhile, so that this is the time that it takes, but
         for waits for the GIL. Beside others the time is an upper bound, and at most some orders of
-        magnitude too high. A query that was not `completed` takes at least so long. Return the new
+        magnitude too high. A query that was not `completed` takes at least so long. `share` is that
+        of the processors which this process kept busy meanwhile, if it was measured. Return the new
         estimate, or None if the old one was not off by half.
         """
         if alone:
@@ -146,13 +169,35 @@ class CostModel:
                 now = max(now, before / 2)
             self._taken[expected.fingerprint] = now
             if len(self._taken) > _MOST_KNOWN:
-                del self._taken[next(iter(self._taken))]
-        return None if fits else expected._replace(seconds=now)
+                oldest = next(iter(self._taken))
+                del self._taken[oldest]
+                self._shares.pop(oldest, None)
+            if share is not None:
+                self._learn_share(expected, share, alone=alone)
+            share = self._shares.get(expected.fingerprint)
+        new = expected._replace(seconds=now, share=share)
+        fits = fits and new.is_light == expected.is_light
+        return None if fits else new
+
+    def _learn_share(self, expected: Estimate, share: float, *, alone: bool) -> None:
+        fingerprint = expected.fingerprint
+        assert fingerprint is not None
+        before = self._shares.get(fingerprint)
+        if not alone:  # an upper bound: the others kept processors busy, too
+            share = min(share, 1.0 if expected.share is None else expected.share)
+        elif before is not None and not expected.is_exact:  # as with the seconds
+            share = max(share, before / 2)
+        self._shares[fingerprint] = min(share, 1.0)
 
 
 def _source_seconds(plan: Plan) -> float:
     seconds = plan.frame_bytes / _FRAME_RATE + sum(map(_file_seconds, plan.paths))
-    return seconds if plan.is_whole else max(seconds, UNKNOWN)
+    return seconds if plan.is_sized else max(seconds, UNKNOWN)
+
+
+def _is_remote(path: str) -> bool:
+    scheme, found, _ = path.partition("://")
+    return bool(found) and scheme != "file"
 
 
 def _file_seconds(path: str) -> float:

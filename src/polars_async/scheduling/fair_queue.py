@@ -6,26 +6,27 @@ from collections import OrderedDict
 from heapq import heapify, heappop, heappush
 from typing import TYPE_CHECKING, Final, Generic, NamedTuple, TypeVar
 
+from polars_async.scheduling.sizes import (
+    KINDS,
+    SMALL_SIZE,
+    UNKNOWN,
+    UNKNOWN_LOAD,
+    UNKNOWN_SIZE,
+    Load,
+    size_with,
+)
+
 if TYPE_CHECKING:
-    from collections.abc import Hashable, Iterator
+    from collections.abc import Callable, Hashable, Iterator
 
 T = TypeVar("T")
 _V = TypeVar("_V")
 
-UNKNOWN: Final = 0.1
-"""Seconds of work that a query without an estimate counts for."""
-SMALL: Final = 0.01
-"""Seconds of estimated work up to which a query counts as small."""
 OVERTAKING_LIMIT: Final = 4.0
 """A query may be overtaken by at most this many times its own estimated work."""
 FAIR_EVERY: Final = 8
-"""One pick in so many disregards priorities."""
+"""One pick in so many may disregard priorities."""
 PRIORITIES: Final = range(-10, 11)
-RESERVED_FOR_SMALL: Final = 2
-"""Slots that large queries may not take: one large query keeps all threads of Polars busy, and
-small ones use no more than one each."""
-RESERVED_FOR_ESTIMATED: Final = 1
-"""Slots that a query without an estimate may not take."""
 QUICK: Final = 0.001
 """Seconds of work that are only a few times what estimating the query costs."""
 QUICK_STREAK: Final = 8
@@ -36,26 +37,11 @@ _MOST_WORK: Final = 60.0
 for ever."""
 
 
-def large_at_once(slots: int) -> int:
-    """Return how many queries that are not small may run at once in so many slots."""
-    return max(1, slots - (RESERVED_FOR_SMALL if slots > RESERVED_FOR_SMALL else 1))
-
-
-def is_reserved(reserved: int, slots: int, large_running: int) -> bool:
-    """
-    Return whether the next free one of `slots` is one of those `reserved` for small queries.
-
-    `large_running` slots are taken by queries that are not small. However few slots there are, any
-    query may have one of them.
-    """
-    return slots > 1 and large_running >= max(1, slots - reserved)
-
-
 class Picked(NamedTuple, Generic[T]):
     """The item that was picked to be next."""
 
     item: T
-    small: bool
+    load: Load
     overtook: bool
     """Whether an item that came before it still waits."""
 
@@ -64,24 +50,28 @@ class Entry(Generic[T]):
     """The entry of one item in the queue."""
 
     __slots__ = (
+        "fingerprint",
         "item",
-        "kind",
         "left",
+        "load",
         "number",
         "overtaken",
+        "pooled",
         "priority",
-        "small",
         "version",
         "work",
     )
 
-    def __init__(self, item: T, priority: int, overtaken: float, number: int) -> None:
+    def __init__(
+        self, item: T, priority: int, overtaken: float, number: int, *, pooled: bool
+    ) -> None:
         self.item: T | None = item
+        self.pooled = pooled
         self.priority = priority
         self.overtaken = overtaken
         self.number = number
-        self.kind: Hashable = None
-        self.small = False
+        self.fingerprint: Hashable = None
+        self.load = UNKNOWN_LOAD
         self.work = 0.0
         self.left = False
         self.version = 0  # how often it was ranked: heap items of earlier versions are stale
@@ -119,9 +109,10 @@ class FairQueue(Generic[T]):
     ever: once `OVERTAKING_LIMIT` times its work has overtaken it, all that comes later has a higher
     key, however small it is.
 
-    A higher priority goes first, but every `FAIR_EVERY`-th pick goes by the keys alone, so that no
-    priority locks another out. An item is small if it has little work, or, where the caller knows
-    better, if its priority is above 0; never if it is below.
+    Of the items that fit beside what runs, a higher priority goes first. But the one with the
+    lowest key is passed over fewer than `FAIR_EVERY` times, so that no priority locks another out.
+    An item is small if it has little work, or, where the caller knows better, if its priority is
+    above 0; never if it is below.
 
     While all that ran was quick there is little to order, and items may be taken without an
     estimate.
@@ -137,23 +128,24 @@ class FairQueue(Generic[T]):
         "_number",
         "_oldest",
         "_overtaken",
-        "_picks",
+        "_passed_over",
         "_quick_streak",
-        "_small",
+        "_ranked",
         "_unestimated",
     )
 
     def __init__(self) -> None:
-        # The overtaking work before each, and its number; it gets an entry to be ranked.
-        self._unestimated: OrderedDict[T, tuple[float, int]] = OrderedDict()
+        # The overtaking work before each, its number, and whether it is pooled; it gets an entry to
+        # be ranked.
+        self._unestimated: OrderedDict[T, tuple[float, int, bool]] = OrderedDict()
         self._entries: OrderedDict[T, Entry[T]] = OrderedDict()
         self._oldest: list[tuple[int, Entry[T]]] = []  # a heap by number
-        self._heaps: dict[tuple[int, bool], list[_HeapItem[T]]] = {}
+        self._heaps: dict[tuple[int, int], list[_HeapItem[T]]] = {}
         self._heap_items = 0
-        self._small: dict[Entry[T], None] = {}
+        self._ranked: list[dict[Entry[T], None]] = [{} for _ in range(KINDS)]  # by kind
         self._overtaken = 0.0
         self._number = 0
-        self._picks = [0, 0]  # so far: of any item, and of small ones only
+        self._passed_over = [0] * KINDS
         self._quick_streak = 0
 
     def __len__(self) -> int:
@@ -169,9 +161,14 @@ class FairQueue(Generic[T]):
         return self._quick_streak >= QUICK_STREAK
 
     @property
-    def small(self) -> int:
-        """How many items are known to be small."""
-        return len(self._small)
+    def kinds(self) -> list[int]:
+        """How many items with an estimate there are of each kind."""
+        return [len(ranked) for ranked in self._ranked]
+
+    @property
+    def has_ranked(self) -> bool:
+        """Whether an item with an estimate may be here."""
+        return self._heap_items > 0
 
     @property
     def work(self) -> float:
@@ -189,15 +186,24 @@ class FairQueue(Generic[T]):
         """Whether an item without an estimate may be first, since none is known to be small."""
         if not self._unestimated:
             return False
-        return not any(heap and small for (_, small), heap in self._heaps.items())
+        return not any(heap and kind <= SMALL_SIZE for (_, kind), heap in self._heaps.items())
 
-    def add(self, item: T, *, priority: int = 0, work: float | None = None) -> None:
+    def add(
+        self,
+        item: T,
+        *,
+        priority: int = 0,
+        work: float | None = None,
+        share: float | None = None,
+        pooled: bool = False,
+    ) -> None:
         """Add `item`, without an estimate unless it has a priority or known `work`."""
         self._number += 1
-        came = self._overtaken, self._number
+        came = self._overtaken, self._number, pooled
         if priority or work is not None:
             # A priority says enough without an estimate: among equal ones the first is next.
-            self._set_key(self._enter(item, priority, *came), UNKNOWN if work is None else work)
+            entry = self._enter(item, priority, *came)
+            self._set_key(entry, UNKNOWN if work is None else work, share)
         else:
             self._unestimated[item] = came
 
@@ -216,78 +222,119 @@ class FairQueue(Generic[T]):
             self.discard(item)  # again: a signal handler did so before the item had its entry
         return None
 
-    def _enter(self, item: T, priority: int, overtaken: float, number: int) -> Entry[T]:
-        entry = self._entries[item] = Entry(item, priority, overtaken, number)
+    def _enter(
+        self,
+        item: T,
+        priority: int,
+        overtaken: float,
+        number: int,
+        pooled: bool,  # noqa: FBT001
+    ) -> Entry[T]:
+        entry = self._entries[item] = Entry(item, priority, overtaken, number, pooled=pooled)
         if len(self._oldest) > 2 * len(self._entries) + 64:  # most of them have left
             self._oldest = [heap_item for heap_item in self._oldest if not heap_item[1].left]
             heapify(self._oldest)
         heappush(self._oldest, (number, entry))
         return entry
 
-    def rank(self, entry: Entry[T], work: float, kind: Hashable = None) -> None:
+    def rank(
+        self,
+        entry: Entry[T],
+        work: float,
+        fingerprint: Hashable = None,
+        share: float | None = None,
+    ) -> None:
         """
         Let the item of `entry` take part in the order.
 
-        `work` is the estimate in seconds, and `kind` what all items of the same estimate have in
-        common; None if that is not known.
+        `work` is the estimate in seconds, and `share` that of the processors which the item keeps
+        busy, if it is known. `fingerprint` is what all items of the same estimate have in common;
+        None if that is not known.
         """
         if entry.left:
             return
-        entry.kind = kind
-        self._set_key(entry, work)
+        entry.fingerprint = fingerprint
+        self._set_key(entry, work, share)
 
-    def re_estimate(self, kind: Hashable, work: float) -> None:
-        """Rank all items of `kind` anew by a corrected estimate, as those to come will be."""
+    def re_estimate(self, fingerprint: Hashable, work: float, share: float | None = None) -> None:
+        """Rank all items of `fingerprint` anew by a corrected estimate, as those to come will."""
         for entry in list(self._entries.values()):
-            if entry.kind == kind and entry.version:
-                self._set_key(entry, work)
+            if entry.fingerprint == fingerprint and entry.version:
+                self._set_key(entry, work, share)
 
-    def take(self, *, only_small: bool) -> Picked[T] | None:
-        """Remove and return the next item; None if none may go."""
-        # Picks among all and among small ones are counted apart: if they alternated, all the fair
-        # picks could fall to one kind, and a priority be locked out of the other.
-        fair = (self._picks[only_small] + 1) % FAIR_EVERY == 0
+    def take(self, fits: Callable[[Load], bool]) -> Picked[T] | None:
+        """Remove and return the next item of those whose load `fits`; None if there is none."""
         while True:
-            best: list[_HeapItem[T]] | None = None
-            rank: tuple[int, float, int] | None = None
-            for (priority, small), heap in self._heaps.items():
+            first: tuple[int, float, int] | None = None  # of the highest priority
+            lowest: tuple[float, int, int] | None = None
+            heaps = self._heaps
+            for (priority, kind), heap in heaps.items():
                 while heap and _is_stale(heap[0]):
                     heappop(heap)
                     self._heap_items -= 1
-                if heap and (small or not only_small):
-                    ranked = (0 if fair else -priority, *heap[0][:2])
-                    if rank is None or ranked < rank:
-                        best, rank = heap, ranked
-            if best is None:
+                # Of each kind only the first: if a later one that takes less went before it again
+                # and again, there might never be room for the first.
+                if not heap or not fits(heap[0][3].load):
+                    continue
+                key, number = heap[0][:2]
+                if first is None or (-priority, key, number) < first:
+                    first, best = (-priority, key, number), heap
+                if lowest is None or (key, number, kind) < lowest:
+                    lowest, fair = (key, number, kind), heap
+            if first is None or lowest is None:
                 return None
+            kind = lowest[2]
+            passes = best is not fair and self._passed_over[kind] + 1 < FAIR_EVERY
+            entry = heappop(best if passes else fair)[3]
             self._heap_items -= 1
-            entry = heappop(best)[3]
             item = entry.item
             # Else a signal handler has discarded it.
             if item is not None and self._entries.pop(item, None) is not None:
                 self._drop(entry)
-                self._picks[only_small] += 1
-                return Picked(item, entry.small, self._is_overtaking(entry))
+                # By kind: where the lowest keys of two kinds took turns at being passed over, one
+                # count of both could leave all the fair picks to one of them.
+                self._passed_over[kind] = self._passed_over[kind] + 1 if passes else 0
+                return Picked(item, entry.load, self._is_overtaking(entry))
 
-    def take_quickly(self, *, only_small: bool, unestimated: bool) -> Picked[T] | None:
+    def has_fitting(self, fits: Callable[[Load], bool]) -> bool:
+        """Return whether an item may be taken, or has no estimate yet."""
+        return bool(self._unestimated) or any(
+            heap and fits(heap[0][3].load) for heap in self._heaps.values()
+        )
+
+    def take_quickly(
+        self, fits: Callable[[Load], bool] | None, *, unestimated: bool
+    ) -> Picked[T] | None:
         """
         Remove and return the next item without estimating any; None if none may go like that.
 
         That is for a row of quick items. With `unestimated` the item may be one without an
-        estimate.
+        estimate. `fits` may be None unless the queue `has_ranked` items.
         """
         if not self.is_quick:
             return None
-        if self._heap_items:
-            large = any(heap for (_, small), heap in self._heaps.items() if not small)
-            return None if large or self.is_undecided else self.take(only_small=only_small)
-        if not unestimated:
+        if fits is not None and self._heap_items:
+            large = any(heap for (_, kind), heap in self._heaps.items() if kind > SMALL_SIZE)
+            return None if large or self.is_undecided else self.take(fits)
+        return self._take_unestimated() if unestimated else None
+
+    def take_single(self, fits: Callable[[Load], bool]) -> Picked[T] | None:
+        """
+        Remove and return the only item without an estimate; None if there are others.
+
+        Nothing depends on its estimate then, if there is room for it whatever it takes.
+        """
+        first = _first(self._unestimated)
+        if first is None or len(self) > 1 or not fits(Load(UNKNOWN_SIZE, None, first[1][2])):
             return None
+        return self._take_unestimated()
+
+    def _take_unestimated(self) -> Picked[T] | None:
         try:
-            item, _ = self._unestimated.popitem(last=False)
+            item, (_, _, pooled) = self._unestimated.popitem(last=False)
         except KeyError:  # there is none
             return None
-        return Picked(item, small=False, overtook=False)
+        return Picked(item, Load(UNKNOWN_SIZE, None, pooled), overtook=False)
 
     def discard(self, item: T) -> None:
         """Remove `item`, if it is here."""
@@ -317,24 +364,26 @@ class FairQueue(Generic[T]):
         self._heaps.clear()
         self._heap_items = 0
 
-    def _set_key(self, entry: Entry[T], work: float) -> None:
-        entry.small = entry.priority > 0 or (entry.priority == 0 and work <= SMALL)
+    def _set_key(self, entry: Entry[T], work: float, share: float | None) -> None:
+        self._ranked[entry.load.kind].pop(entry, None)
+        size = size_with(entry.priority, work)
+        entry.load = Load(size, share, entry.pooled)
         entry.work = work
         entry.version += 1
         key = entry.overtaken + OVERTAKING_LIMIT * min(max(_LEAST_WORK, work), _MOST_WORK)
         if self._heap_items > 2 * len(self._entries) + 64:  # most of them have left
             self._sweep()
-        heap = self._heaps.setdefault((entry.priority, entry.small), [])
+        heap = self._heaps.setdefault((entry.priority, entry.load.kind), [])
         heappush(heap, (key, entry.number, entry.version, entry))
         self._heap_items += 1
-        if entry.small:
-            self._small[entry] = None
-        if entry.left or not entry.small:  # last: a signal handler may have discarded it meanwhile
-            self._small.pop(entry, None)
+        ranked = self._ranked[entry.load.kind]
+        ranked[entry] = None
+        if entry.left:  # last: a signal handler may have discarded it meanwhile
+            ranked.pop(entry, None)
 
     def _drop(self, entry: Entry[T]) -> None:
         entry.leave()
-        self._small.pop(entry, None)
+        self._ranked[entry.load.kind].pop(entry, None)
 
     def _is_overtaking(self, entry: Entry[T]) -> bool:
         next_unestimated = _first(self._unestimated)

@@ -22,7 +22,9 @@ from polars_async.scheduling.admission import Admission
 from polars_async.scheduling.counts import State
 from polars_async.scheduling.fallback import fall_back
 from polars_async.scheduling.inline import register
+from polars_async.scheduling.load import LoadMeter
 from polars_async.scheduling.open_streams import MAX_STREAMS, OpenStreams
+from polars_async.scheduling.sizes import Limits
 
 if TYPE_CHECKING:
     from _thread import LockType
@@ -58,9 +60,10 @@ class Lane:
     what cannot be sent, so they run in this process. With `tiny_here`, so do queries without Python
     functions that are estimated to be small, or to take longer to send than to run.
 
-    The lane of the GPU is `exclusive`: a query there has a whole GPU, and a query that it submits
-    cannot run beside it. All of them run on one thread, unless an executor takes them elsewhere.
-    `fallback` is the lane of the CPU, where queries go on that the GPU engine could not run.
+    The lane of the GPU has `exclusive` slots: a query there has a whole GPU, and one that it
+    submits cannot run beside it. All of them run on one thread, unless an executor takes them
+    elsewhere. `fallback` is the lane of the CPU, where queries go on that the GPU engine could not
+    run.
 
     A thread that ends a query takes the next one from the queue itself, so queries in a row need no
     hand-over between threads; threads in excess end. Nothing but its
@@ -71,6 +74,7 @@ class Lane:
         "__weakref__",
         "_costs",
         "_here",
+        "_meter",
         "_threads",
         "_tiny_here",
         "admission",
@@ -81,13 +85,12 @@ class Lane:
 
     def __init__(
         self,
-        max_running: int,
+        limits: Limits,
         max_waiting: int | None,
         costs: CostModel,
         *,
         executor: QueryExecutor = IN_PROCESS,
         tiny_here: bool = False,
-        exclusive: bool = False,
         fallback: Lane | None = None,
         max_streams: int = MAX_STREAMS,
         inline: Inline | None = None,
@@ -96,23 +99,24 @@ class Lane:
         lock = fallback.admission.lock if fallback is not None else None
         both = fallback.admission.streams if fallback is not None else OpenStreams(max_streams)
         self.admission: Admission = Admission(
-            max_running, max_waiting, exclusive=exclusive, lock=lock, streams=both
+            limits, max_waiting, cpu_seconds=executor.cpu_seconds, lock=lock, streams=both
         )
         self.fallback = fallback
-        self._threads = ThreadPool(for_gpu=exclusive)
+        self._threads = ThreadPool(for_gpu=limits.exclusive)
         self.executor = executor
-        self._here: QueryExecutor = GPU_IN_PROCESS if exclusive else IN_PROCESS
+        self._here: QueryExecutor = GPU_IN_PROCESS if limits.exclusive else IN_PROCESS
         self._tiny_here = tiny_here
         self._costs = costs
         self.inline = inline
         register(self.admission)
+        self._meter = LoadMeter(self.admission, self._use_idle_slots)
         _lanes.add(self)
         shutdown.watch(self)
 
     def use(self, gpu: GpuStatus) -> None:
         """Set the number of slots to how many queries the executor can run on the GPUs at once."""
         if (slots := self.executor.prepare(gpu)) is not None:
-            self.admission.max_running = slots
+            self.admission.limits = Limits(slots, exclusive=True)
 
     def submit(self, query: Query[Any]) -> Slot | None:
         """
@@ -196,6 +200,7 @@ class Lane:
         """Start afresh in a forked child, where the threads do not exist; fail all queries."""
         self._threads = ThreadPool(for_gpu=self.admission.exclusive)
         self.executor.reset_after_fork()
+        self._meter.reset_after_fork()
         for query in self.admission.reset():
             query.fail_in_fork(error)
 
@@ -238,11 +243,12 @@ class Lane:
         self._threads.start(partial(self._serve, slot), at_once=self.admission.threads)
 
     def _use_idle_slots(self) -> None:
-        for slot in self.admission.idle_slots():
-            try:
-                self._start_thread(slot)
-            except RuntimeError:  # no thread can start: the running ones go on with the queue
-                self.admission.give_back(slot)
+        with self.admission.lock:
+            for slot in self.admission.idle_slots():
+                try:
+                    self._start_thread(slot)
+                except RuntimeError:  # no thread can start: the running ones go on with the queue
+                    self.admission.give_back(slot)
 
     def _serve(self, slot: Slot) -> None:
         # `has` takes the lock, which `_admit` of the submitting thread holds until the slot is for
@@ -252,7 +258,7 @@ class Lane:
             query = slot.query
             goes_on = self._fill(slot) if query is None else self._run(query, slot)
             del query  # or this frame would keep it alive until the next one has ended
-        if self._threads.threads > self.admission.max_running:
+        if self._threads.threads > self.admission.limits.slots:
             with self.admission.lock:
                 self._threads.shed(self.admission.threads_to_keep)
         if self.admission.closed:
@@ -274,13 +280,13 @@ class Lane:
                 continue
             estimated, was_slow = self._estimate(together, was_slow=was_slow)
             if not admission.fill(slot, estimated, only_if_certain=together < _MOST_TOGETHER):
+                self._meter.start()
                 return False
             together = min(2 * together, _MOST_TOGETHER)
-            if len(estimated) > 1:
-                # Threads that looked for a query meanwhile did not see these, which this one had
-                # taken out to estimate them, and released their slots.
-                with admission.lock:
-                    self._use_idle_slots()
+            # Threads that looked for a query meanwhile did not see those that this one had taken
+            # out to estimate them, and released their slots.
+            if len(estimated) > 1 or (slot.query is not None and admission.wants_look):
+                self._use_idle_slots()
         return True
 
     def _estimate(
@@ -330,6 +336,7 @@ class Lane:
         # there, and a fork in between would lose the query. The waiters are woken last: one that
         # submits its next query at once finds the slot free, or given to the next in the queue.
         admission = self.admission
+        share = admission.share_of(slot)
         with admission.lock:
             alone = slot.alone
             waiters = query.set_finished()
@@ -348,7 +355,7 @@ class Lane:
             self.inline.learn(watch, query)
             watch = None
         if not query.drop_inputs():
-            self._observe_cost(query, alone=alone, away=away)
+            self._observe_cost(query, alone=alone, share=share, away=away)
         if admission.waiters:
             admission.wake_if_empty()
         del query, operation, waiters  # the frames of an error's traceback may lead back here
@@ -428,17 +435,18 @@ class Lane:
             return query.set_error(error)
         return None
 
-    def _observe_cost(self, query: Query[Any], *, alone: bool, away: bool) -> None:
+    def _observe_cost(
+        self, query: Query[Any], *, alone: bool, share: float | None, away: bool
+    ) -> None:
         """Update the cost model from a finished query, off the critical path."""
         admission = self.admission
-        corrected = query.observe_cost(self._costs, alone=alone)
+        corrected = query.observe_cost(self._costs, alone=alone, share=share)
         if away:
             with admission.lock:
                 self._threads.step_in()
         if corrected is not None:
-            with admission.lock:
-                admission.re_estimate(corrected)
-                self._use_idle_slots()
+            admission.re_estimate(corrected)
+            self._use_idle_slots()
 
 
 def _reset_after_fork() -> None:

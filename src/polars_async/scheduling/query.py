@@ -16,8 +16,8 @@ from polars_async.errors import QueryTimeoutError
 from polars_async.events import EventKind, QueryEvent, count_rows, notify_observers
 from polars_async.executors.operations import Batches
 from polars_async.scheduling.counts import State
-from polars_async.scheduling.fair_queue import SMALL
 from polars_async.scheduling.outcome import Outcome
+from polars_async.scheduling.sizes import SMALL, UNKNOWN, Load, size_with
 from polars_async.scheduling.times import Times
 
 if TYPE_CHECKING:
@@ -167,9 +167,17 @@ class Query(Generic[T]):
         return self.estimate is not None and self.estimate.seconds <= SMALL
 
     @property
-    def goes_as_small(self) -> bool:
-        """Whether the query counts as small. A priority of the caller overrides the estimate."""
-        return self.priority > 0 or (self.priority == 0 and self.is_small)
+    def load(self) -> Load:
+        """What the query takes, as far as it is known. A priority overrides the estimate."""
+        seconds, share = UNKNOWN, None
+        if self.estimate is not None:
+            seconds, share = self.estimate.seconds, self.estimate.share
+        return Load(size_with(self.priority, seconds), share, self.is_pooled)
+
+    @property
+    def is_pooled(self) -> bool:
+        """Whether the query runs in Polars' pool of threads: see `Load.pooled`."""
+        return self.resolution.name != "streaming"
 
     def expire_in(self, seconds: float) -> None:
         """Have the query time out, unless it is done before."""
@@ -361,12 +369,14 @@ class Query(Generic[T]):
         elif self.state is State.FAILED:
             self.report(EventKind.FAILED, error=self._outcome.error)
 
-    def observe_cost(self, costs: CostModel, *, alone: bool) -> Estimate | None:
+    def observe_cost(
+        self, costs: CostModel, *, alone: bool, share: float | None = None
+    ) -> Estimate | None:
         """
         Update `costs` by the run time, and drop the inputs; return a corrected estimate, if any.
 
         It is off the critical path: the waiters have been woken. `alone` says that no other query
-        ran meanwhile.
+        ran meanwhile, and `share` is as for `CostModel.observe`.
         """
         if self.is_cancelled:
             self._outcome.drop()
@@ -377,7 +387,7 @@ class Query(Generic[T]):
         if self.estimate is None or seconds is None:
             return None
         completed = self.state is State.COMPLETED  # else it would have taken longer
-        return costs.observe(self.estimate, seconds, alone=alone, completed=completed)
+        return costs.observe(self.estimate, seconds, alone=alone, completed=completed, share=share)
 
     def fail_in_fork(self, error: BaseException) -> None:
         """End the query with `error` in a forked child, which does not have its thread."""

@@ -9,6 +9,8 @@ import os
 import re
 import sys
 from contextlib import suppress
+from struct import error, unpack, unpack_from
+from time import thread_time
 from types import FunctionType
 from typing import IO, TYPE_CHECKING, Any, Final, NamedTuple
 
@@ -98,12 +100,21 @@ class PlanEnd(enum.Enum):
     """It is longer than the limit."""
     PYTHON = enum.auto()
     """A Python object comes next: a function, mostly."""
+    FRAME = enum.auto()
+    """A frame in memory comes next that is larger than is worth reading."""
     UNSENDABLE = enum.auto()
     """Something comes next that cannot be sent to another process, such as an open file."""
 
 
 _PICKLERS: Final = frozenset({"pickle", "cloudpickle"})
 _OF_NUMBERS: Final = b"0123456789,"
+_FRAME: Final = b'"df":['
+_LARGEST_CHUNK: Final = 1 << 18
+"""Rows of a first chunk from which on others may follow: Polars splits what has more of them."""
+_COPY_RATE: Final = 5e9
+"""Bytes per second at which Polars copies a frame: the order of magnitude."""
+_MOST_HEAD: Final = 1 << 18
+"""Characters of a frame in which its size has to be found: more columns take more of them."""
 _NUMBERS: Final = re.compile(rb"\[[\d,]{48,}")
 PICKLED: Final = b'"function":[80,76,80,89,70,78,'
 """The beginning of the text of a function that Polars has pickled before: it is in an expression
@@ -116,15 +127,18 @@ class PlanText(NamedTuple):
     text: bytes
     """Without most of the numbers that stand for frames in memory."""
     frame_bytes: int
-    """How many of these numbers there were: the size of the frames in bytes."""
+    """The size of the frames in bytes, as far as they were seen."""
     end: PlanEnd
 
 
 class _Text(io.RawIOBase):
     """The file to which Polars writes the text of one plan, up to a limit."""
 
-    def __init__(self, limit: int) -> None:
+    def __init__(self, limit: int, largest_frame: int | None) -> None:
         self._left = limit
+        self._largest_frame = largest_frame
+        self._begun = thread_time()
+        self._head: bytes | None = None  # of a frame whose size is not known yet
         self.text = bytearray()
         self.frame_bytes = 0
         self.end = PlanEnd.UNSENDABLE
@@ -134,16 +148,40 @@ class _Text(io.RawIOBase):
 
     def write(self, piece: Any) -> int:
         # Polars writes some kB at a time, and other threads may have the GIL in between.
+        if self.end in {PlanEnd.LIMIT, PlanEnd.FRAME}:
+            raise OSError("what was written before is enough")  # it tries to write that once more
         data = bytes(piece)
         if data.translate(None, _OF_NUMBERS):
             self.text += data
+            # The last one alone goes on after this piece.
+            _, found, head = self.text[-len(data) - len(_FRAME) :].rpartition(_FRAME)
+            is_open = found and not head.translate(None, _OF_NUMBERS)
+            self._head = bytes(head) if is_open else None
         else:
             self.frame_bytes += data.count(b",")
+            if self._head is not None:
+                self._head += data
+        if self._largest_frame is not None and self._head is not None:
+            self._check_frame(self._head, self._largest_frame)
         self._left -= len(data)
         if self._left < 0:
             self.end = PlanEnd.LIMIT
             raise OSError("the plan is longer than the limit")
         return len(data)
+
+    def _check_frame(self, head: bytes, largest: int) -> None:
+        chunk = _first_chunk(head)
+        if chunk is not None and chunk.kind == _CHUNK and chunk.size > largest:
+            size = chunk.size
+            if chunk.rows >= _LARGEST_CHUNK:
+                # The chunks that follow are copied by now, too, and nothing but time tells of them.
+                copied = int((thread_time() - self._begun) * _COPY_RATE)
+                size = max(size, 1 << 2 * (copied.bit_length() // 2))
+            self.frame_bytes += size
+            self.end = PlanEnd.FRAME
+            raise OSError("the plan has a large frame")
+        if chunk is not None or len(head) > _MOST_HEAD:
+            self._head = None
 
     def import_module(self, name: str, *rest: Any) -> Any:
         if name in _PICKLERS:
@@ -156,14 +194,91 @@ class _Text(io.RawIOBase):
         return PlanText(bytes(self.text), self.frame_bytes + commas, self.end)
 
 
-def plan_text(lf: pl.LazyFrame, limit: int) -> PlanText | None:
+class _Message(NamedTuple):
+    """The head of a message of Arrow's IPC format."""
+
+    kind: int
+    rows: int
+    """Of a chunk."""
+    size: int
+    """How many bytes follow the head."""
+    end: int
+    """Where the head ends."""
+
+
+_NO_MESSAGE: Final = _Message(0, 0, 0, 0)
+_SCHEMA: Final = 1
+_CHUNK: Final = 3
+_BEGINS: Final = 0xFFFFFFFF
+
+
+def _first_chunk(numbers: bytes) -> _Message | None:
+    """
+    Return the head of the first chunk of a frame, by the beginning of the frame's text.
+
+    A frame is written as a stream of Arrow's IPC format: the message of the schema, and one for
+    each chunk. Return None if that is not there yet, and a message of another kind if it is not
+    what was expected.
+    """
+    schema = _message(numbers, 0)
+    if schema is None or schema.kind != _SCHEMA:
+        return schema
+    return _message(numbers, schema.end)
+
+
+def _message(numbers: bytes, at: int) -> _Message | None:
+    begin = _bytes(numbers, at, 8)
+    if begin is None:
+        return None
+    begins, length = unpack("<Ii", begin)
+    if begins != _BEGINS or length < 0:
+        return _NO_MESSAGE
+    head = _bytes(numbers, at + 8, length)
+    if head is None:
+        return None
+    try:
+        table = unpack_from("<I", head)[0]
+        kind = _field(head, table, 1, "<B")
+        rows = 0
+        if kind == _CHUNK:
+            chunk = table + _offset(head, table, 2)
+            rows = _field(head, chunk + unpack_from("<I", head, chunk)[0], 0, "<q")
+        return _Message(kind, rows, _field(head, table, 3, "<q"), at + 8 + length)
+    except (error, IndexError):
+        return _NO_MESSAGE
+
+
+def _field(head: bytes, table: int, number: int, kind: str) -> int:
+    """Return a field of a table of FlatBuffers; 0 if it is not there."""
+    offset = _offset(head, table, number)
+    return int(unpack_from(kind, head, table + offset)[0]) if offset else 0
+
+
+def _offset(head: bytes, table: int, number: int) -> int:
+    """Return where in a table a field is; 0 if it is not there."""
+    offsets = table - unpack_from("<i", head, table)[0]
+    at = 4 + 2 * number
+    return int(unpack_from("<H", head, offsets + at)[0]) if at < head[offsets] else 0
+
+
+def _bytes(numbers: bytes, at: int, count: int) -> bytes | None:
+    """Return `count` bytes of those that `numbers` lists; None if there are not so many."""
+    parts = numbers.split(b",", at + count)
+    if len(parts) <= at + count:
+        return None
+    return bytes(map(int, parts[at:-1]))
+
+
+def plan_text(lf: pl.LazyFrame, limit: int, *, largest_frame: int | None = None) -> PlanText | None:
     """
     Return the plan of `lf` as JSON, and why it ends; None if Polars cannot write it.
 
     It is the plan as the user wrote it: nothing is opened or called, and Polars writes it without
-    the GIL. Polars copies all of a frame in memory before it writes the first byte of the frame.
+    the GIL. Polars copies all of a frame in memory before it writes the first byte of the frame,
+    and then takes some ms for each MB. So with `largest_frame`, in bytes, the text ends at the
+    first frame that is larger, of which only the size is read.
     """
-    target = _Text(limit)
+    target = _Text(limit, largest_frame)
     try:
         serialize: Callable[[_Text], object] = lf._ldf.serialize_json  # noqa: SLF001  # pyright: ignore[reportPrivateUsage]
     except AttributeError:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import signal
 from contextlib import suppress
+from time import process_time
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from polars_async._runtime.plans import look_at
@@ -73,6 +74,10 @@ class ProcessExecutor(QueryExecutor):
     def worker_deaths(self) -> int:
         """The number of worker processes that have died while they ran a query."""
         return self._deaths
+
+    def cpu_seconds(self) -> float:
+        """Return the processor time of this process and of the workers that live, in seconds."""
+        return process_time() + sum(worker.cpu_seconds() for worker in list(self._workers))
 
     def run(
         self,

@@ -10,7 +10,7 @@ import sys
 from _socket import AF_UNIX, SOCK_STREAM, socketpair
 from _socket import socket as Socket  # noqa: N812  # as in `transport`
 from contextlib import suppress
-from time import monotonic
+from time import clock_gettime, monotonic
 from typing import TYPE_CHECKING, Final
 from weakref import WeakSet
 
@@ -39,6 +39,8 @@ _BOOTSTRAP: Final = (
     "globals().pop('serve')({socket}, {lifeline}, globals().pop('path'))"
 )
 """Leaves no names in the child's ``__main__``: names of the parent's are resolved there."""
+_OF_PROCESS: Final = 2
+"""In the number of a clock of Linux: the processor time of all threads of a process."""
 _PAGE: Final = os.sysconf("SC_PAGE_SIZE")
 
 
@@ -150,6 +152,13 @@ class WorkerProcess:
         except PermissionError:
             if number == signal.SIGKILL:
                 self._drop_lifeline()
+
+    def cpu_seconds(self) -> float:
+        """Return the processor time of the worker so far, in seconds; 0 if it is gone."""
+        try:
+            return clock_gettime(~self.pid << 3 | _OF_PROCESS)
+        except OSError:
+            return 0.0
 
     def private_memory(self) -> int:
         """Return the bytes of memory that the worker shares with no process; 0 if it is gone."""

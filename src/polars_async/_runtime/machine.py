@@ -1,0 +1,119 @@
+"""What this process may use of its machine: processors and memory, as its cgroup limits them."""
+
+from __future__ import annotations
+
+import os
+from contextlib import suppress
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+_CGROUPS: Final = Path("/sys/fs/cgroup")
+_OWN_CGROUPS: Final = Path("/proc/self/cgroup")
+_MEMORY: Final = Path("/proc/meminfo")
+_TIMES: Final = Path("/proc/stat")
+_TICKS: Final = os.sysconf("SC_CLK_TCK") if hasattr(os, "sysconf") else 100
+"""Of the times there, in a second."""
+
+
+def processors() -> float:
+    """Return how many processors Polars may keep busy here; a limit may be a fraction of one."""
+    wanted = os.environ.get("POLARS_MAX_THREADS", "")
+    count: float = _processors()
+    return min(count, int(wanted)) if wanted.isdecimal() and int(wanted) else count
+
+
+def idle_seconds() -> float | None:
+    """Return how long the processors of this machine have been idle, all together, if known."""
+    with suppress(OSError, ValueError, IndexError), _TIMES.open("rb") as file:
+        _, _, _, _, idle, waiting = file.readline().split()[:6]
+        return (int(idle) + int(waiting)) / _TICKS
+    return None
+
+
+def available_memory() -> float:
+    """Return the share of the memory, from 0 to 1, that is still available; 1 if unknown."""
+    return min(_share_of_machine(), _share_of_cgroup())
+
+
+@cache
+def _processors() -> float:
+    if hasattr(os, "sched_getaffinity"):
+        count = float(len(os.sched_getaffinity(0)))
+    else:
+        count = float(os.cpu_count() or 1)
+    for folder in _cgroups("cpu"):
+        quota, period = (
+            _numbers(folder / "cpu.max")
+            or (
+                *_numbers(folder / "cpu.cfs_quota_us"),
+                *_numbers(folder / "cpu.cfs_period_us"),
+            )
+            or (0, 1)
+        )
+        if quota > 0 and period > 0:
+            count = min(count, quota / period)
+    return count
+
+
+def _share_of_machine() -> float:
+    sizes = {}
+    with suppress(OSError, ValueError):
+        for line in _MEMORY.read_text().splitlines()[:8]:
+            name, _, size = line.partition(":")
+            sizes[name] = int(size.split()[0])
+    total = sizes.get("MemTotal", 0)
+    return sizes.get("MemAvailable", total) / total if total else 1.0
+
+
+def _share_of_cgroup() -> float:
+    share = 1.0
+    for folder in _cgroups("memory"):
+        most = _numbers(folder / "memory.max") or _numbers(folder / "memory.limit_in_bytes")
+        used = _numbers(folder / "memory.current") or _numbers(folder / "memory.usage_in_bytes")
+        if most and used and most[0] > 0:
+            # Cached files are given up before anything fails.
+            held = used[0] - _cached_files(folder / "memory.stat")
+            share = min(share, max(0.0, 1 - held / most[0]))
+    return share
+
+
+def _cached_files(stat: Path) -> int:
+    with suppress(OSError, ValueError):
+        for line in stat.read_text().splitlines():
+            name, _, size = line.partition(" ")
+            if name in {"inactive_file", "total_inactive_file"}:
+                return int(size)
+    return 0
+
+
+def _cgroups(controller: str) -> Iterator[Path]:
+    """Yield the folders of the cgroup of this process, and of those around it."""
+    for folder in _own_cgroups(controller):
+        # In a container the path may be that of the host; the root is its own then.
+        for each in (folder, *folder.parents):
+            if each.is_relative_to(_CGROUPS):
+                yield each
+
+
+@cache
+def _own_cgroups(controller: str) -> tuple[Path, ...]:
+    folders = []
+    with suppress(OSError):
+        for line in _OWN_CGROUPS.read_text().splitlines():
+            _, controllers, path = line.split(":", 2)
+            if not controllers:  # the second version
+                folders.append(_CGROUPS / path.lstrip("/"))
+            elif controller in controllers.split(","):
+                folders.append(_CGROUPS / controller / path.lstrip("/"))
+    return tuple(folders)
+
+
+def _numbers(file: Path) -> tuple[int, ...]:
+    """Return the numbers in `file`; none if it is not there, or says that there is no limit."""
+    with suppress(OSError, ValueError):
+        return tuple(map(int, file.read_text().split()))
+    return ()
