@@ -46,6 +46,8 @@ def _calm(monkeypatch):
     monkeypatch.setattr(inline, "_LONG", LIMIT * 1e6)
     monkeypatch.setattr(inline, "_pauses", inline._Pauses())
     monkeypatch.setattr(inline._OtherThreads, "are_quiet_at", lambda *_: True)
+    monkeypatch.setattr(inline, "_SLOW_LOOK", LIMIT)
+    monkeypatch.setattr(inline, "_MOST_HELD", 1 << 60)  # tests before may hold more
     monkeypatch.setattr(turns, "HAND_OVER", LIMIT)
     turns.turned()
 
