@@ -35,11 +35,12 @@ from soak_book import Book
 from soak_ends import End
 from soak_loops import LOOPS
 from soak_queries import Frames
-from soak_steps import Step, ask_for_nonsense, burst, held, look, one, shed
+from soak_steps import Step, ask_for_nonsense, burst, held, look, one, quickly, shed
 from soak_streams import batches, completions
 
 from polars_async._runtime import timers
 from polars_async._runtime.unpatched import RLock, start_new_thread
+from polars_async.bridges import turns
 from polars_async.bridges.mailbox import Mailbox
 from polars_async.scheduling import lane as lane_module
 from polars_async.scheduling.query import Query
@@ -79,7 +80,7 @@ class Soak:
         self.ended_steps = 0
         self.past_queries = 0  # of collectors that are gone
         self.events = Counter()
-        self.helpers = self.logged = self.panics = 0
+        self.helpers = self.logged = self.panics = self.inline = 0
         self.hook_faults = 0
         self.rss = []
         self.folder = Path(tempfile.mkdtemp(prefix="soak"))
@@ -97,6 +98,7 @@ class Soak:
         warnings.showwarning = lambda *what: self.noise(f"warned: {what}")
         sys.unraisablehook = lambda what: self.noise(f"unraisable: {what}")
         start_new_thread(self._watch, ())
+        self._watch_turns()
         try:
             self.loop.run(partial(self._main, threads))
             self._listen()
@@ -138,6 +140,18 @@ class Soak:
                 faulthandler.dump_traceback(self.stderr)
                 stats = {book.name: book.stats() for book in self.books}
                 self.noise(f"no step ended for {PATIENCE} s: {dict(self.under_way)}, {stats}")
+
+    def _watch_turns(self):
+        """Show that queries that run inline take no more of a turn of the loop than they may."""
+        note = turns.note
+
+        def noted(*times):
+            self.inline += 1
+            note(*times)
+            if turns._turn.excess > 1.5 * turns.MOST:
+                self.noise(f"queries took {turns._turn.excess} s of a turn of the loop")
+
+        turns.note = noted
 
     def _listen(self):
         """Show that nothing was said but the panics."""
@@ -214,6 +228,11 @@ class Soak:
         short = [Book(self, f"{number}.{i}", rng) for i in range(rng.choice([1, 2, 3]))]
         self.books += short
         last = next(self.steps) + (400 if self.queries else 60)
+        # While nothing else goes on: else hardly a query would run inline.
+        for book in self.books:
+            name = f"quick ones, {book.name}, round {number}"
+            step = Step(self, self.loop, name, random.Random(f"{self.seed}/{name}"), book)
+            await self._told(name, partial(quickly, step))
         calls = [partial(self._act, last)] * rng.choice([4, 12, 24])
         calls += [partial(self._told, book.name, End(self, self.loop, book).come) for book in short]
         await self.loop.each(calls)
@@ -312,6 +331,7 @@ class Soak:
         if submitted >= LONG and after > 1.05 * before:
             self.violated("the last", f"RSS grew from {before:.0f} to {after:.0f} MB")
         events = ", ".join(f"{number} {kind}" for kind, number in sorted(self.events.items()))
+        events += f", {self.inline} inline"
         threads = len(list(Path("/proc/self/task").iterdir()))
         return (
             f"{submitted} queries in {seconds:.1f} s, {submitted / seconds:.0f}/s; {events}; "

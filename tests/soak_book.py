@@ -44,6 +44,7 @@ class Book:
         self.limits = {
             "max_running": rng.choice([None, 1, 2, 3, 4]),
             "max_waiting": None if lasting else rng.choice([None, None, 0, 2, 5, 30]),
+            "inline": 0.001 if lasting else rng.choice([0, 100e-6, 0.01]),
         }
         self.collector = pa.Collector(on_event=self.hear, **self.limits)
         self.lanes = self.collector._cpu, self.collector._gpu

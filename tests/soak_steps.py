@@ -96,6 +96,18 @@ class Waits:
         self.step.violated(f"{self.plan.name}, {self.options}: {what}")
 
 
+async def quickly(step):
+    """One tiny query again and again, and then many times at once: some of these run inline."""
+    plan = tiny(step.rng)
+    for number in (1,) * 30 + (20,):
+        handles = [step.ask("collect_async", plan.lf, gevent=True) for _ in range(number)]
+        for handle in handles:
+            if handle is not None:
+                waits = Waits(step, plan, {}, handle)
+                waits.seen.append(await waits.here())
+                waits.check()
+
+
 # One query
 
 

@@ -51,6 +51,7 @@ def test_every_name_is_polars_own_or_tested_here():
     assert set(upstream.__all__) == {
         "AUTO_ENGINE",
         "BUILT_IN_ENGINES",
+        "DEFAULT_OPTIMIZATIONS",
         "InProcessQuery",
         "LIBRARY",
         "PACKAGE_FOLDER",
@@ -77,6 +78,12 @@ def test_every_name_is_polars_own_or_tested_here():
         "sets_affinity",
         "without_warning",
     }
+
+
+@pytest.mark.parametrize("function", [pl.LazyFrame.collect, pl.LazyFrame.collect_async])
+def test_default_optimizations_are_the_object_that_polars_passes(function):
+    default = inspect.signature(function).parameters["optimizations"].default
+    assert default is upstream.DEFAULT_OPTIMIZATIONS
 
 
 @pytest.fixture

@@ -14,6 +14,9 @@ The path of a query, from the call to the task that awaits it::
                    v
       bridges: mailbox ──> asyncio | trio | gevent | threads  how its waiters are woken
 
+A query that is known to be quick takes a shorter path: the thread that submits it runs it at once,
+in ``scheduling.inline``, if the process and its loop are free for that.
+
 A cancellation takes another path, on the thread of the caller: Query.cancel makes the state final,
 and then, in Query._after_cancel, calls what the executor has set by Query.stop_with (for a worker
 process WorkerCall.stop, which sends SIGINT) and wakes the waiters.
@@ -38,7 +41,8 @@ not stop. The threads of loops submit and cancel queries, and are woken.
 
 Locks: the lock of an admission (a collector's CPU and GPU lanes share one) guards the queue, the
 slots and the state of every query in them. Each buffer of a stream, each pool of workers, each
-worker, each call of a worker, each transport and the timers have a lock of their own. None of these
+worker, each call of a worker, each transport, the timers and what is known of quick queries have a
+lock of their own. None of these
 is held while a query runs, a hook is called or a waiter is woken, and a thread that holds one
 acquires no lock of an admission; a call's lock is acquired before that of its worker or the timers.
 The lock of the GPU (``gpu.offload``) is another matter: the thread of a query on the GPU holds it.

@@ -40,6 +40,7 @@ def configure(
     max_waiting: int | None = None,
     max_streams: int | None = None,
     max_memory: int | None = None,
+    inline: float = 100e-6,
     on_event: Callable[[QueryEvent], object] | None = None,
 ) -> Collector:
     """
@@ -49,7 +50,7 @@ def configure(
     ----------
     engine, gpu, default_engine, executor
         As for `Collector`.
-    max_running, max_waiting, max_streams, max_memory, on_event
+    max_running, max_waiting, max_streams, max_memory, inline, on_event
         As for `Collector`.
 
     Returns
@@ -81,6 +82,7 @@ def configure(
             max_waiting=max_waiting,
             max_streams=max_streams,
             max_memory=max_memory,
+            inline=inline,
             on_event=on_event,
         )
         before, _Default.collector = _Default.collector, collector

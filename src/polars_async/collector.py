@@ -30,7 +30,7 @@ from polars_async.executors.threads import ThreadsExecutor
 from polars_async.gpu.breaker import key_of
 from polars_async.gpu.devices import named_device
 from polars_async.handle import BackgroundQuery, QueryHandle
-from polars_async.options import DEFAULT_OPTIMIZATIONS, Options, check_limit
+from polars_async.options import DEFAULT_OPTIMIZATIONS, Options, check_inline, check_limit
 from polars_async.resolution import (
     decide,
     engine_object,
@@ -40,6 +40,7 @@ from polars_async.resolution import (
     warn_of,
 )
 from polars_async.scheduling.estimates import CostModel, Estimate
+from polars_async.scheduling.inline import Inline
 from polars_async.scheduling.lane import Lane
 from polars_async.scheduling.open_streams import MAX_STREAMS
 from polars_async.scheduling.pausing import PausableQuery
@@ -110,6 +111,16 @@ class Collector:
     max_memory
         How many bytes of memory each worker process may take; a query that needs more is stopped
         and raises `QueryMemoryError`. None sets no limit.
+    inline
+        Seconds up to which a query is so quick that handing it to another thread would cost more:
+        it then runs on the thread that submits it, and its handle is done at once. It may do so if
+        queries of its shape took no longer each time before, if it reads nothing but frames in
+        memory, calls no Python functions and computes on one thread alone, as those that compute
+        one column from another mostly do; and while nothing else is to be done: no query but small
+        ones runs or waits in this process, and its other threads are mostly idle. No turn of the
+        loop takes more than 1 ms longer for such queries, and of tasks that await one after the
+        other, others run in between. 0 turns this off. It needs Linux, the in-memory engine, and
+        an `executor` of threads.
     on_event
         Called with a `QueryEvent` for each event of a query, on the thread where it happens, which
         waits for the call: it must be quick, and safe to call from many threads. Errors that it
@@ -135,12 +146,14 @@ class Collector:
         max_waiting: int | None = None,
         max_streams: int | None = None,
         max_memory: int | None = None,
+        inline: float = 100e-6,
         on_event: Callable[[QueryEvent], object] | None = None,
     ) -> None:
         check_limit("max_running", max_running, 1)
         check_limit("max_waiting", max_waiting, 0)
         check_limit("max_streams", max_streams, 1)
         check_limit("max_memory", max_memory, 1)
+        check_inline(inline)
         if on_event is not None and not callable(on_event):
             raise TypeError(f"on_event must be callable, got {on_event!r}")
         engine_object(engine)
@@ -163,6 +176,7 @@ class Collector:
             executor=cpu_executor,
             tiny_here=executor == "auto",
             max_streams=max_streams or MAX_STREAMS,
+            inline=Inline(inline) if inline > 0 and executor in ("threads", "auto") else None,
         )
         self._where: Final = executor if isinstance(executor, str) else type(executor).__name__
         self._elsewhere: Final = isinstance(executor, Executor)
@@ -570,11 +584,13 @@ class Collector:
             GPUs, those of the most failures and of the longest cooldown. In worker processes each
             GPU has its own: ``gpu_0_failures`` and ``gpu_0_cooldown_seconds`` are those of the GPU
             with NVML's index 0, once it has run a query. ``workers`` counts the worker processes,
-            and ``workers_died`` those that died with a query.
+            and ``workers_died`` those that died with a query. ``inline`` counts the queries that
+            ran on the threads that submitted them.
         """
         *on_gpus, cpu = (lane.admission for lane in self._lanes)
         stats = stats_of(cpu, on_gpus)
         executors = (self._gpu.executor, self._cpu.executor)  # the lanes of one GPU share the first
+        stats["inline"] = 0 if self._cpu.inline is None else self._cpu.inline.ran
         stats["workers"] = sum(each.worker_count for each in executors)
         stats["workers_died"] = sum(each.worker_deaths for each in executors)
         return stats
@@ -725,7 +741,7 @@ class Collector:
             query.call_site = call_site()
         here = lane.submit(query)
         try:
-            if options.timeout is not None:
+            if options.timeout is not None and not query.done:
                 try:
                     query.expire_in(options.timeout)
                 except BaseException:  # no thread can start for the timers, or Ctrl-C

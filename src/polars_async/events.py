@@ -79,6 +79,9 @@ class QueryEvent:
         query fell back; else None.
     resolution
         Which engine runs the query, requested by whom, and why.
+    inline
+        Whether the query runs on the thread that submitted it, since it is known to be quick: see
+        ``inline=`` of `Collector`. False before STARTED.
     """
 
     kind: EventKind
@@ -90,6 +93,7 @@ class QueryEvent:
     rows: int | None
     error: BaseException | None
     resolution: Resolution
+    inline: bool = False
 
     def __str__(self) -> str:
         label = f" {self.label!r}" if self.label is not None else ""
@@ -99,7 +103,7 @@ class QueryEvent:
             parts.append(self.resolution.reason)
         parts.append(f"waited {self.queue_seconds:.3f} s")
         if self.run_seconds is not None:
-            parts.append(f"ran {self.run_seconds:.3f} s")
+            parts.append(f"ran {self.run_seconds:.3f} s{' inline' if self.inline else ''}")
         if self.rows is not None:
             parts.append(f"{self.rows} rows")
         if self.error is not None:

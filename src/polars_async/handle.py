@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Generic, TypeVar
 
 from polars_async import bridges
 from polars_async._runtime.upstream import InProcessQuery
+from polars_async.bridges import turns
 from polars_async.bridges.threads import block
 
 if TYPE_CHECKING:
@@ -84,7 +85,10 @@ class QueryHandle(Generic[T]):
         """
         query, bridge = self._query, bridges.current()
         try:
-            yield from bridge.wait(query)
+            if not query.done:
+                yield from bridge.wait(query)
+            elif not bridge.may_go_on() or (query.is_inline and turns.is_due()):
+                yield from bridge.checkpoint()
             return query.outcome(bridge.CANCELLED)
         finally:
             del self, query  # an error's traceback holds this frame, which else held the error
@@ -147,14 +151,17 @@ class QueryHandle(Generic[T]):
         check_gevent("get()")
         from gevent import Timeout  # noqa: PLC0415  # optional
 
-        from polars_async.bridges.gevent import block_greenlet  # noqa: PLC0415  # as above
+        from polars_async.bridges.gevent import block_greenlet, let_hub_turn  # noqa: PLC0415  # as above
 
         query = self._query
         try:
-            if not query.done and not block:
-                raise Timeout
-            if not query.done and not block_greenlet(query, timeout):
-                raise Timeout(timeout)
+            if not query.done:
+                if not block:
+                    raise Timeout
+                if not block_greenlet(query, timeout):
+                    raise Timeout(timeout)
+            elif block and query.is_inline and turns.is_due():
+                let_hub_turn()
             return query.outcome(CancelledError)
         finally:
             del self, query  # an error's traceback holds this frame, which else held the error

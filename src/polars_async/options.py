@@ -5,15 +5,16 @@ from __future__ import annotations
 from math import nan
 from typing import TYPE_CHECKING, Any, Final
 
-import polars as pl
-
+from polars_async._runtime.upstream import DEFAULT_OPTIMIZATIONS
 from polars_async.handle import check_gevent
 from polars_async.scheduling.fair_queue import PRIORITIES
 
 if TYPE_CHECKING:
+    import polars as pl
+
     from polars_async.resolution import EngineRequest
 
-DEFAULT_OPTIMIZATIONS: Final = pl.QueryOptFlags()
+__all__ = ["DEFAULT_OPTIMIZATIONS", "Options", "check_inline", "check_limit"]
 
 
 class Options:
@@ -64,6 +65,14 @@ def check_limit(name: str, limit: object, least: int) -> None:
     """Raise ValueError for a limit of a collector that is neither None nor `least` or more."""
     if limit is not None and (not isinstance(limit, int) or limit < least):
         raise ValueError(f"{name} must be a whole number, {least} or more, or None, got {limit!r}")
+
+
+def check_inline(inline: Any) -> None:
+    """Raise ValueError unless `inline` is a number of seconds, 0 or more."""
+    if not isinstance(inline, (int, float)) or not inline >= 0:
+        raise ValueError(
+            f"inline must be a number of seconds, 0 or more (0 turns it off), got {inline!r}"
+        )
 
 
 def _seconds(timeout: Any) -> float:

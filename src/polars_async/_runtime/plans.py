@@ -14,6 +14,8 @@ from polars_async._runtime.upstream import PICKLED, PlanEnd, plan_text
 if TYPE_CHECKING:
     import polars as pl
 
+    from polars_async._runtime.upstream import PlanText
+
 NEAR: Final = 1 << 20
 """Characters of a plan's text that are read, in up to 3 ms: some 300 kB of frames."""
 FAR: Final = 1 << 23
@@ -23,12 +25,24 @@ _LARGEST_FRAME: Final = 1 << 12
 the plan is asked for."""
 SENT_RATE: Final = 50e6
 """Bytes per second of frames in memory that Polars packs, and unpacks elsewhere."""
+UNFIT: Final = 0
+"""Stands for the shape of plans that `shape_in_memory` takes for unfit."""
 _PAUSE: Final = 0.002
 _PYTHON_NODE: Final = b'"PipeWithSchema":{"input":['
 """The node whose function comes after its inputs in the text, and so may lie beyond the limit."""
 _PLUGIN: Final = b'"FfiPlugin":{'
 """A compiled function, which can end the process just as one of Python can."""
 _NUMBERS: Final = re.compile(rb"\d[\d,]*")
+_DIGITS: Final = bytes.maketrans(b"0123456789", b"1" * 10)
+_BYTES_OF_FRAMES: Final = re.compile(rb"\[[\d,]{48,}\]")
+_NOT_IN_MEMORY: Final = re.compile(
+    b"|".join(
+        map(re.escape, (PICKLED, _PYTHON_NODE, _PLUGIN, b'"Sink', b'"Scan"', b'"PythonScan"'))
+    )
+    + rb'|"sources?":'
+)
+"""What is in the text of a plan that reads or writes anything but frames in memory, or calls a
+function. It may be there for another reason, such as the name of a column."""
 _RESOLVED: Final = re.compile(rb'\{"IR":\{"dsl":|,"version":\d+\}\}')
 """What Polars puts around a node whose schema was resolved."""
 _PATHS: Final = '"sources":{"Paths":'
@@ -99,15 +113,7 @@ def look_at(lf: pl.LazyFrame, limit: int = NEAR) -> Plan:
     a Python function, or after frames in memory that exceed the limit, stays unseen. With `NEAR`,
     so does what comes after a frame of more than 4 kB.
     """
-    # The thread is listed before it looks at the flag, and `end_looks` sets the flag before it
-    # looks at the list: so one of the two sees the other. The other way round, a thread could begin
-    # to read just after `end_looks` has found none.
-    _reading.add(thread := get_ident())
-    try:
-        largest = _LARGEST_FRAME if limit == NEAR else None
-        plan = None if _process_ends else plan_text(lf, limit, largest_frame=largest)
-    finally:
-        _reading.discard(thread)
+    plan = _text_of(lf, limit, _LARGEST_FRAME if limit == NEAR else None)
     if plan is None:
         return NOTHING
     text = _RESOLVED.sub(b"", plan.text)
@@ -127,6 +133,42 @@ def look_at(lf: pl.LazyFrame, limit: int = NEAR) -> Plan:
         is_sendable=plan.end is not PlanEnd.UNSENDABLE,
         summary=_summary(text, paths, runs_python=bool(runs_python)),
     )
+
+
+def shape_in_memory(lf: pl.LazyFrame, limit: int) -> int | None:
+    """
+    Return a hash of the plan of `lf`, or None if its text is longer than `limit`.
+
+    `UNFIT` stands for all plans that read anything but frames in memory, have a sink, or a function
+    of Python or of a plugin.
+
+    It is stricter than that of `look_at`: numbers are the same if they have as many digits, and
+    frames if their schemas are the same, and their bytes have as many. Polars copies each frame
+    before it writes it, whatever the `limit`: 8 MB take 5 ms.
+    """
+    plan = _text_of(lf, limit)
+    if plan is not None and plan.end is PlanEnd.LIMIT:
+        return None
+    if plan is None or plan.end is not PlanEnd.WHOLE or _NOT_IN_MEMORY.search(plan.text):
+        return UNFIT
+    # The bytes of frames that are in the text, and how many others there were.
+    text = _BYTES_OF_FRAMES.sub(_magnitude, plan.text).translate(_DIGITS)
+    return hash((text, plan.frame_bytes.bit_length())) or 1
+
+
+def _magnitude(numbers: re.Match[bytes]) -> bytes:
+    return b"[bytes: %b]" % (b"*" * len(numbers[0]).bit_length())
+
+
+def _text_of(lf: pl.LazyFrame, limit: int, largest_frame: int | None = None) -> PlanText | None:
+    # The thread is listed before it looks at the flag, and `end_looks` sets the flag before it
+    # looks at the list: so one of the two sees the other. The other way round, a thread could begin
+    # to read just after `end_looks` has found none.
+    _reading.add(thread := get_ident())
+    try:
+        return None if _process_ends else plan_text(lf, limit, largest_frame=largest_frame)
+    finally:
+        _reading.discard(thread)
 
 
 def _paths(text: bytes) -> list[str]:

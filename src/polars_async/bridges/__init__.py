@@ -28,6 +28,10 @@ class Bridge(Protocol):
         """Suspend the running task until `awaited` is done."""
         ...
 
+    def may_go_on(self) -> bool:
+        """Return whether the running task may go on at once where it waits for what is done."""
+        ...
+
     def checkpoint(self) -> Generator[Any, Any, None]:
         """Let other tasks run once; a task that never has to wait calls this now and then."""
         ...

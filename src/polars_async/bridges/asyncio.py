@@ -29,13 +29,7 @@ class _Waiter:
     wake_at_exit: ClassVar[bool] = False
 
     def __init__(self) -> None:
-        try:
-            self.loop = asyncio.get_running_loop()
-        except RuntimeError:
-            raise RuntimeError(
-                "neither asyncio nor trio runs in this thread: call result() here, or await the "
-                "handle in a coroutine that one of them runs"
-            ) from None
+        self.loop = _running_loop()
         self.future: asyncio.Future[None] = self.loop.create_future()
         self.mailbox = _mailbox_of(self.loop)
 
@@ -44,6 +38,16 @@ class _Waiter:
             self.mailbox.post(self.future, self.loop.call_soon_threadsafe)
         except RuntimeError:
             pass  # the loop was closed meanwhile, and its tasks with it
+
+
+def _running_loop() -> asyncio.AbstractEventLoop:
+    try:
+        return asyncio.get_running_loop()
+    except RuntimeError:
+        raise RuntimeError(
+            "neither asyncio nor trio runs in this thread: call result() here, or await the "
+            "handle in a coroutine that one of them runs"
+        ) from None
 
 
 def _mailbox_of(loop: asyncio.AbstractEventLoop) -> Mailbox[asyncio.Future[None]]:
@@ -79,6 +83,12 @@ def wait(awaited: Awaited) -> Generator[Any, Any, None]:
     except BaseException:
         awaited.remove_waiter(waiter, last_cancels=True)
         raise
+
+
+def may_go_on() -> bool:
+    """Return whether the running task may go on at once where it waits for what is done."""
+    _running_loop()  # or this is an error, as it is where it is not done
+    return True
 
 
 def checkpoint() -> Generator[Any, Any, None]:

@@ -6,7 +6,7 @@ from collections import deque
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from gevent import get_hub
+from gevent import get_hub, getcurrent
 from gevent.event import AsyncResult
 
 from polars_async._runtime import unpatched
@@ -96,3 +96,19 @@ def block_greenlet(awaited: Awaited, timeout: float | None = None) -> bool:
         awaited.remove_waiter(waiter, last_cancels=True)
         raise
     return done
+
+
+def let_hub_turn() -> None:
+    """Let other greenlets run, and what has arrived be seen, unless this code runs in the hub."""
+    if getcurrent() is get_hub():
+        return
+    # By way of the watcher: the hub calls its callbacks, such as that of `sleep(0)`, for a while
+    # without a look at what has arrived.
+    waiter = _Waiter()
+    mailbox = waiter.mailbox
+    try:
+        mailbox.open_for(waiter)
+        waiter.wake()
+        waiter.result.wait()
+    finally:
+        mailbox.close_for(waiter)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 import trio
 
+from polars_async.bridges import turns
 from polars_async.bridges.mailbox import Mailbox
 
 if TYPE_CHECKING:
@@ -76,6 +77,12 @@ def wait(awaited: Awaited) -> Generator[Any, Any, None]:
             abort(None)
         raise
     yield from checkpoint()
+
+
+def may_go_on() -> bool:
+    """Return whether the running task may go on at once; in trio each await lets others run."""
+    turns.turned()  # as it does when the caller comes to its checkpoint
+    return False
 
 
 def checkpoint() -> Generator[Any, Any, None]:

@@ -99,6 +99,7 @@ class Admission:
     """
 
     __slots__ = (
+        "__weakref__",
         "_contended",
         "_inline",
         "_paused",
@@ -263,6 +264,33 @@ class Admission:
         slot = self.reserved = Slot()
         self._slots.add(slot)
         return slot
+
+    def start_inline(self, query: Query[Any], slot: Slot) -> bool:
+        """Start `query` in `slot`, with the lock held, or return False if this was closed."""
+        if self.closed:
+            return False
+        query.set_running()
+        slot.query = query
+        self._inline.add(slot)
+        return True
+
+    def end_inline(self, query: Query[Any], slot: Slot) -> None:
+        """Free `slot` of `query`, which has ended, with the lock held; may be called again."""
+        if slot in self._inline:
+            self.counts.run_seconds += query.times.run_seconds or 0.0
+            self._inline.discard(slot)
+
+    @property
+    def has_only_small(self) -> bool:
+        """Whether no query waits, and none but small ones run; read without the lock."""
+        if self._queue:
+            return False
+        if self._slots or self._inline:
+            for slot in (*self._slots, *self._inline):
+                query = slot.query
+                if query is not None and not query.is_small:
+                    return False
+        return True
 
     def take_over(self, query: Query[Any]) -> Slot | None:
         """

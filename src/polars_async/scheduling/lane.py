@@ -21,6 +21,7 @@ from polars_async.scheduling import shutdown
 from polars_async.scheduling.admission import Admission
 from polars_async.scheduling.counts import State
 from polars_async.scheduling.fallback import fall_back
+from polars_async.scheduling.inline import register
 from polars_async.scheduling.load import LoadMeter
 from polars_async.scheduling.open_streams import MAX_STREAMS, OpenStreams
 from polars_async.scheduling.sizes import Limits
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
     from polars_async.scheduling import fair_queue
     from polars_async.scheduling.admission import Slot
     from polars_async.scheduling.estimates import CostModel
+    from polars_async.scheduling.inline import Inline
     from polars_async.scheduling.query import Query
 
 
@@ -78,6 +80,7 @@ class Lane:
         "admission",
         "executor",
         "fallback",
+        "inline",
     )
 
     def __init__(
@@ -90,6 +93,7 @@ class Lane:
         tiny_here: bool = False,
         fallback: Lane | None = None,
         max_streams: int = MAX_STREAMS,
+        inline: Inline | None = None,
     ) -> None:
         # One lock for both, so that a query is in exactly one of them while it falls back.
         lock = fallback.admission.lock if fallback is not None else None
@@ -103,6 +107,8 @@ class Lane:
         self._here: QueryExecutor = GPU_IN_PROCESS if limits.exclusive else IN_PROCESS
         self._tiny_here = tiny_here
         self._costs = costs
+        self.inline = inline
+        register(self.admission)
         self._meter = LoadMeter(self.admission, self._use_idle_slots)
         _lanes.add(self)
         shutdown.watch(self)
@@ -116,7 +122,8 @@ class Lane:
         """
         Admit `query`: it runs at once if a slot is free, or else waits in the queue.
 
-        Return None, or a slot in which the calling thread has to run it, by `run_inline`.
+        Return None, or a slot in which the calling thread has to run it, by `run_inline`. If it is
+        known to be quick, it may have run there already: see `inline`.
 
         Raises
         ------
@@ -131,10 +138,9 @@ class Lane:
         admission = self.admission
         admitted: Slot | BaseException | None = None
         try:
-            if query.reports:
-                query.report(EventKind.QUEUED)
-                if query.resolution.downgraded:
-                    query.report(EventKind.DOWNGRADED)
+            query.report_queued()
+            if self.inline is not None and self.inline.run(admission, query):
+                return None
             admitted = self._admitted(query)
             if isinstance(admitted, BaseException):
                 raise admitted  # noqa: TRY301  # as one that comes from elsewhere
@@ -310,11 +316,16 @@ class Lane:
         """Run `query` in `slot`; return False if no query is next and the slot was released."""
         executor = self._executor_of(query)
         operation = None if self.fallback is None else query.operation
+        watch = None
+        if self.inline is not None and executor is IN_PROCESS and not slot.inline:
+            watch = self.inline.watch(query)
         if query.label is None or slot.inline:  # Polars' own threads keep their names
             query.run(executor.run)
         else:
             with named_thread(query.label):
                 query.run(executor.run)
+        if watch is not None:
+            watch.stop()
         if self.fallback is not None and fall_back(query, operation, self.fallback.admission):
             return self._hand_over(query, slot, self.fallback)
         if query.reports:
@@ -339,6 +350,9 @@ class Lane:
             with admission.lock:
                 kept = self._release(slot, away=away)
         wake(waiters)
+        if watch is not None and self.inline is not None:
+            self.inline.learn(watch, query)
+            watch = None
         if not query.drop_inputs():
             self._observe_cost(query, alone=alone, share=share, away=away)
         if admission.waiters:

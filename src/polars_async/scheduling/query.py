@@ -88,6 +88,7 @@ class Query(Generic[T]):
         "estimate",
         "frames",
         "id",
+        "is_inline",
         "is_nested",
         "is_stream",
         "label",
@@ -120,6 +121,8 @@ class Query(Generic[T]):
         self.is_stream = isinstance(operation, Batches)
         self.runs_engine = operation.runs_engine
         self.is_nested = False
+        self.is_inline = False
+        """Whether it runs, or has run, on the thread that submitted it, for the sake of speed."""
         self.call_site: CallSite | None = None
         """The user's line that submitted the query, if it may go to another process."""
         self.times = Times()
@@ -292,11 +295,19 @@ class Query(Generic[T]):
             rows=count_rows(result),
             error=error,
             resolution=self.resolution,
+            inline=self.is_inline,
         )
         if self.delivery is None:
             self._reporter(event)
         else:
             self.delivery.post(partial(self._reporter, event))
+
+    def report_queued(self) -> None:
+        """Emit the events of a query that is submitted."""
+        if self.reports:
+            self.report(EventKind.QUEUED)
+            if self.resolution.downgraded:
+                self.report(EventKind.DOWNGRADED)
 
     def report_fall_back(self) -> None:
         """Emit FELL_BACK: the GPU engine failed, and another engine runs the query."""
@@ -518,18 +529,24 @@ class Query(Generic[T]):
         If the query is cancelled or times out while the hook runs, that event is emitted afterwards
         from here, so that events keep their order.
         """
-        with self.lock:
-            if self.done:
-                return
-            self._announcing = True
-        self.report(kind, error=error)
-        with self.lock:
-            # In one hold of the lock: a canceller either finds `_announcing` and leaves the event
-            # to this thread, or comes later and emits it itself.
-            self._announcing = False
-            is_done = self.done
+        if not holding(self.lock, self._begin_to_announce):
+            return
+        try:
+            self.report(kind, error=error)
+        finally:
+            is_done = holding(self.lock, self._end_announcing)
         if is_done:
             self._report_cancelled()
+
+    def _begin_to_announce(self) -> bool:
+        self._announcing = not self.done
+        return self._announcing
+
+    def _end_announcing(self) -> bool:
+        # In one hold of the lock: a canceller either finds `_announcing` and leaves the event to
+        # the announcing thread, or comes later and emits it itself.
+        self._announcing = False
+        return self.done
 
     def _report_cancelled(self) -> None:
         if self.frames and self.runs_engine:  # without frames it was still in the queue

@@ -10,6 +10,7 @@ from __future__ import annotations
 from polars_async._runtime.upstream.engines import (
     AUTO_ENGINE,
     BUILT_IN_ENGINES,
+    DEFAULT_OPTIMIZATIONS,
     InProcessQuery,
     affinity_override,
     ask_optimized_plan,
@@ -44,6 +45,7 @@ from polars_async._runtime.upstream.serialized import (
 __all__ = [
     "AUTO_ENGINE",
     "BUILT_IN_ENGINES",
+    "DEFAULT_OPTIMIZATIONS",
     "LIBRARY",
     "PACKAGE_FOLDER",
     "PICKLED",

@@ -28,6 +28,7 @@ T = TypeVar("T")
 __all__ = [
     "AUTO_ENGINE",
     "BUILT_IN_ENGINES",
+    "DEFAULT_OPTIMIZATIONS",
     "InProcessQuery",
     "affinity_override",
     "ask_optimized_plan",
@@ -96,6 +97,19 @@ BUILT_IN_ENGINES: Final = frozenset(
     {pl.InMemoryEngine, pl.StreamingEngine, pl.GPUEngine, type(AUTO_ENGINE)}
 )
 """Polars' own engines, which hold settings alone, and so are the same in any process."""
+
+
+def _find_default_optimizations() -> pl.QueryOptFlags:
+    try:
+        module = importlib.import_module("polars.lazyframe.opt_flags")
+        default: pl.QueryOptFlags = module.DEFAULT_QUERY_OPT_FLAGS
+    except (ImportError, AttributeError):
+        return pl.QueryOptFlags()
+    return default
+
+
+DEFAULT_OPTIMIZATIONS: Final = _find_default_optimizations()
+"""The very object that Polars passes for a query whose optimisations were not chosen."""
 
 
 def without_warning(function: Callable[P, T]) -> Callable[P, T]:
