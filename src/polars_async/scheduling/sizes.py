@@ -126,8 +126,8 @@ class Limits:
             return self.slots
         if size > SMALL_SIZE:
             return large_at_once(self.slots) + (size < UNKNOWN_SIZE and not self.fixed)
-        # Small ones in Polars' pool wait there for a large one's task to end, and then take turns of
-        # a moment: the more of them are there by then, the fewer wait for the end of the next task.
+        # Small ones in Polars' pool wait there until a task of a large one ends, and are all done a
+        # moment later. Those that are not there by then wait for the end of its next task.
         return self.slots if self.fixed else self.most // (2 + 2 * size)
 
     def may_start_unestimated(self, large_running: int) -> bool:
