@@ -91,14 +91,17 @@ class Collector:
         any ``concurrent.futures.Executor``, such as that of a cluster. Queries on an engine object
         of the caller's own class run on threads in any case.
     max_running
-        How many queries run at once; the others wait in the queue. One query already uses every
-        thread of Polars, so that more of them cost memory and gain little. None means one more
-        than there are processors, but at least 3 and at most 5; with an executor of the caller's,
-        32. Of two slots one is reserved for small queries, and of more than two, two are. A stream
-        of batches holds no slot while it waits for its consumer; after that it waits for one
-        before the queries in the queue, except that one free slot in eight goes to the queue.
-        Queries on the GPU have a lane of their own, which runs one at a time; in worker processes,
-        one on each GPU.
+        How many queries run at once; the others wait in the queue. None means as many as the
+        processors have room for: of those that compute a few, since one already uses every thread
+        of Polars, so that more of them cost memory and gain little; and beside them queries that
+        wait or use few processors, while processors are idle and memory is free, up to 64 on
+        threads and 8 in worker processes, or as many as there are processors, in workers twice as
+        many, if these are more. With an executor of the caller's, 32. A number is exact. Of
+        several slots one is reserved for small queries, and queries of one larger size take all but
+        two at most. A stream of batches holds no slot while it waits for its consumer; after that
+        it waits for one before the queries in the queue, except that one free slot in eight goes to
+        the queue. Queries on the GPU have a lane of their own, which runs one at a time; in worker
+        processes, one on each GPU.
     max_waiting
         How many queries wait at most: for the CPU, for the GPU, and in worker processes for each
         GPU that queries name. One more raises `QueueFullError` at once, unless it is small and can
