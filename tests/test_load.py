@@ -135,6 +135,17 @@ def test_no_more_start_where_nothing_is_to_be_had(make, block, monkeypatch, reas
     assert inside.waiting(collector) >= 12 - slots
 
 
+def test_more_start_again_once_memory_is_free(make, block, monkeypatch):
+    monkeypatch.setattr(load, "_LEAST_MEMORY", 2.0)
+    collector = make()
+    for _ in range(12):
+        collector.collect_async(block().lf)
+    until(lambda: collector._cpu.admission.memory_is_short)
+    assert inside.running(collector) <= collector._cpu.admission.limits.slots
+    monkeypatch.setattr(load, "_LEAST_MEMORY", 0.0)
+    until(lambda: inside.running(collector) == 12)
+
+
 def test_nothing_is_measured_once_no_query_waits(make, block):
     collector = make()
     handles = [collector.collect_async(block().lf) for _ in range(10)]

@@ -109,7 +109,7 @@ class Lane:
         self._costs = costs
         self.inline = inline
         register(self.admission)
-        self._meter = LoadMeter(self.admission, self._use_idle_slots)
+        self._meter = LoadMeter(self.admission)
         _lanes.add(self)
         shutdown.watch(self)
 
@@ -274,13 +274,14 @@ class Lane:
         admission = self.admission
         together = 1  # since the first one may be small already
         was_slow = False
+        self._meter.look_at_memory()
         while slot.query is None:
             if (seconds := admission.reserve_delay()) > 0:
                 sleep(seconds)
                 continue
             estimated, was_slow = self._estimate(slot, together, was_slow=was_slow)
             if not admission.fill(slot, estimated, only_if_certain=together < _MOST_TOGETHER):
-                self._meter.start()
+                self._meter.start(self._use_idle_slots)
                 return False
             together = min(2 * together, _MOST_TOGETHER)
             # Threads that looked for a query meanwhile did not see those that this one had taken

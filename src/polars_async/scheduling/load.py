@@ -28,8 +28,8 @@ class LoadMeter:
     """
     Measures the processors and the memory for one admission, and opens slots by that.
 
-    It measures only while a query is held up in the queue, on the thread of the timers, and has
-    `look` called then: more may start. The lock of the admission guards `_runs`.
+    It measures only while a query is held up in the queue, on the thread of the timers, and calls
+    what `start` was given then: more may start. The lock of the admission guards `_runs`.
     """
 
     __slots__ = (
@@ -45,9 +45,9 @@ class LoadMeter:
         "_runs",
     )
 
-    def __init__(self, admission: Admission, look: Callable[[], object]) -> None:
+    def __init__(self, admission: Admission) -> None:
         self._admission = admission
-        self._look = look
+        self._look: Callable[[], object] | None = None  # only meanwhile: it belongs to the lane
         self._runs = False
         self._interval = _INTERVAL
         self._measured_at = self._cpu_seconds = 0.0
@@ -55,14 +55,15 @@ class LoadMeter:
         self._running = 0
         self._memory_at = 0.0
 
-    def start(self) -> None:
-        """Measure from now on, until no query waits."""
+    def start(self, look: Callable[[], object]) -> None:
+        """Measure from now on, until no query waits, and call `look` each time."""
         admission = self._admission
         with admission.lock:
             # Admissions of a fixed number of slots open no more of them, whatever is measured.
             if self._runs or admission.limits.fixed or not admission.waiting:
                 return
             self._runs = True
+            self._look = look
         self._interval = _INTERVAL
         self._measure()
         self._go_on()
@@ -77,30 +78,37 @@ class LoadMeter:
             # now on finds that nothing measures, and starts it again.
             if not admission.waiting or admission.closed:
                 admission.spare = 0
-                self._runs = False
+                self._runs, self._look = False, None
                 return
             admission.spare = spare = admission.limits.spare(used, idle, running)
+            look = self._look
         self._interval = _INTERVAL if spare else min(2 * self._interval, _LONGEST)
         # Without spare ones, too: one that has run for long makes room for those of its old size.
-        self._look()
+        if look is not None:
+            look()
         self._go_on()
 
     def look_at_memory(self) -> None:
-        """Note whether memory is short, unless that was looked at just now; with no lock held."""
-        now = perf_counter()
-        if now - self._memory_at > _MEMORY_LASTS:
+        """
+        Note whether memory is short, unless that was looked at just now; with no lock held.
+
+        While fewer queries run than the usual ones, it does not matter.
+        """
+        now, admission = perf_counter(), self._admission
+        matters = admission.threads >= admission.limits.slots or admission.memory_is_short
+        if matters and now - self._memory_at > _MEMORY_LASTS:
             self._memory_at = now
-            self._admission.memory_is_short = available_memory() < _LEAST_MEMORY
+            admission.memory_is_short = available_memory() < _LEAST_MEMORY
 
     def reset_after_fork(self) -> None:
         """Measure no more in a forked child, which does not have the thread of the timers."""
-        self._runs = False
+        self._runs, self._look = False, None
 
     def _go_on(self) -> None:
         try:
             start_timer(self._interval, self)
         except BaseException:  # no thread can start, or Ctrl-C
-            self._runs = False
+            self._runs, self._look = False, None
             raise
 
     def _measure(self) -> tuple[float, float, float]:
