@@ -7,7 +7,7 @@ import re
 import threading
 from decimal import Decimal
 from math import inf, nan
-from time import perf_counter
+from time import perf_counter, sleep
 
 import inside
 import polars as pl
@@ -1038,6 +1038,41 @@ def test_one_behind_plans_that_are_slow_to_look_at_does_not_wait_for_all_of_them
         looks.release(1000)
         for handle in handles:
             handle.cancel()
+
+
+def test_newcomers_are_looked_at_while_a_look_is_slow_and_those_that_came_with_it_are_not(
+    make, block, monkeypatch
+):
+    begun, gate = [], threading.Event()
+    look_at = estimates.look_at
+    slow = [UNSEEN.head(number) for number in range(5)]
+
+    def look_slowly(frame, limit):
+        for each in slow:
+            if each is frame:
+                begun.append(each)
+                assert gate.wait(30)
+        return look_at(frame, limit)
+
+    monkeypatch.setattr(estimates, "look_at", look_slowly)
+    collector = make()
+    run_blocked(collector, block)
+    handles = [collector.collect_async(slow[0])]
+    until(lambda: begun)
+    with collector._cpu.admission.lock:  # no thread may look further before all have come
+        handles += [collector.collect_async(each) for each in slow[1:]]
+        for slot in collector._cpu.admission._slots:
+            slot.looks_after = collector._cpu.admission._queue.came
+    sleep(0.01)  # from when on the look is slow
+    try:
+        for _ in range(3):
+            assert collector.collect_async(TINY).result(30).item() == 1
+        assert begun == slow[:1]
+    finally:
+        gate.set()
+        for handle in handles:
+            handle.cancel()
+    until(lambda: inside.waiting(collector) == 0)
 
 
 def test_urgent_query_is_found_at_once_behind_many(make, block, looked):
