@@ -12,7 +12,7 @@ import inside
 import pytest
 from conftest import TINY
 
-from polars_async import Collector, CollectorClosedError
+from polars_async import Collector, CollectorClosedError, resolve_engine
 from polars_async.bridges.buffer import Arrivals
 from polars_async.events import Reporter
 from polars_async.executors.threads import IN_PROCESS
@@ -237,7 +237,8 @@ class Value:
 
 
 def query_of(admission, value):
-    query = Query(Value(value), None, Reporter(None), admission.owner)
+    resolution = resolve_engine("in-memory")
+    query = Query(Value(value), resolution, Reporter(None), admission.owner)
     assert admission.enter(query).query is query
     query.run(IN_PROCESS.run)
     return query

@@ -35,6 +35,7 @@ CONTROL = """
 import fcntl
 import polars as pl
 from polars_async import QueueFullError
+from polars_async.scheduling.sizes import Limits
 
 TINY = pl.LazyFrame({"a": [1]})
 
@@ -46,6 +47,7 @@ def wait_for_gate(frame):
 
 
 def take_slots(collector):
+    collector._cpu.admission.limits = Limits(3)  # as few as can be taken
     for _ in range(collector.stats()["max_running"]):
         collector.collect_async(TINY.map_batches(wait_for_gate), priority=1)
 

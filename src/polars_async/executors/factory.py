@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from concurrent.futures import Executor
 from math import ceil
@@ -103,4 +104,6 @@ def make_gpu_executor(
 
 def _threads_each(at_once: int) -> int:
     """Return the number of Polars threads of a worker, of which `at_once` compute at once."""
-    return max(1, ceil(processors() / at_once))
+    wanted = os.environ.get("POLARS_MAX_THREADS", "")
+    threads = int(wanted) if wanted.isdecimal() else processors()
+    return max(1, ceil(threads / at_once))

@@ -9,6 +9,7 @@ pile up: each keeps all processors busy, and two of them take twice the memory a
 from __future__ import annotations
 
 from bisect import bisect_left
+from math import ceil
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 if TYPE_CHECKING:
@@ -128,7 +129,7 @@ class Limits:
             return large_at_once(self.slots) + (size < UNKNOWN_SIZE and not self.fixed)
         # Small ones in Polars' pool wait there until a task of a large one ends, and are all done a
         # moment later. Those that are not there by then wait for the end of its next task.
-        return self.slots if self.fixed else self.most // (2 + 2 * size)
+        return self.slots if self.fixed else max(ceil(self.processors), self.most // (2 + 2 * size))
 
     def may_start_unestimated(self, large_running: int) -> bool:
         """Return whether one more may start without an estimate while all others are quick."""
