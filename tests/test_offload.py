@@ -19,7 +19,7 @@ import inside
 import polars as pl
 import pytest
 from conftest import TINY, Blocked
-from places import HEARS_CTRL_C
+from places import HEARS_CTRL_C, until
 
 from polars_async import (
     AsyncEngine,
@@ -1306,7 +1306,8 @@ def test_breaker_keeps_no_query_in_memory(collector, gpu, events, engine):
     del lf, handle, events[:]
     gc.collect()
     assert breaker.cooldown() is not None
-    assert kept() is None
+    # A thread of its own may look at the plan for a moment.
+    until(lambda: gc.collect() >= 0 and kept() is None)
 
 
 def test_wait_for_the_gpu_is_open_to_ctrl_c(run_script):
