@@ -1063,7 +1063,7 @@ def test_newcomers_are_looked_at_while_a_look_is_slow_and_those_that_came_with_i
         handles += [collector.collect_async(each) for each in slow[1:]]
         for slot in collector._cpu.admission._slots:
             slot.looks_after = collector._cpu.admission._queue.came
-    sleep(0.01)  # from when on the look is slow
+    sleep(0.02)  # from when on the look is slow
     try:
         for _ in range(3):
             assert collector.collect_async(TINY).result(30).item() == 1

@@ -37,8 +37,11 @@ if TYPE_CHECKING:
     from polars_async.scheduling.sizes import Room
 
 
-_SLOW: Final = 0.002
-"""Seconds after which a look at a plan counts as slow: it may be over a large frame."""
+_KEPT: Final = 8
+"""Worker threads that are kept for the next queries, where their number is not fixed."""
+_SLOW: Final = 0.01
+"""Seconds after which a look at a plan counts as slow: it may be over a large frame. A short one
+may wait for the GIL for half of that."""
 _LEAST_MEASURED: Final = 0.02
 """Seconds of a query below which its processor time tells nothing: the kernel counts in ticks."""
 _WORK_LASTS: Final = 0.05
@@ -194,7 +197,8 @@ class Admission:
     @property
     def threads_to_keep(self) -> int:
         """How many worker threads may be needed soon."""
-        return max(self.limits.slots, len(self._slots)) + len(self._paused)
+        usual = self.limits.slots if self.limits.fixed else max(self.limits.slots, _KEPT)
+        return max(usual, len(self._slots)) + len(self._paused)
 
     @property
     def paused(self) -> int:
@@ -548,8 +552,8 @@ class Admission:
 
     def _may_look(self) -> bool:
         """Return whether one more thread may look for a query in the queue."""
-        if len(self._slots) >= self.max_running:
-            return False
+        if len(self._slots) >= (self.limits.slots if self._queue.is_quick else self.max_running):
+            return False  # more threads than processors only hold up quick queries
         # Where slots are many, one thread that looks is enough: when it starts a query, it has
         # another one look further. One at a slow look does not hold up the others.
         return self.limits.fixed or self._looking() < 1
@@ -568,7 +572,8 @@ class Admission:
         running = [slot for slot in self._slots if slot.query is not None]
         if limits.fixed:
             return limits.room([slot.load for slot in running])
-        room = limits.room(map(_load_so_far, running), self.spare)
+        pool_is_taken = any(map(_takes_pool, running))
+        room = limits.room(map(_load_so_far, running), self.spare, pool_is_taken=pool_is_taken)
         if self.memory_is_short:
             room.total = min(room.total, limits.slots - len(running))
         return room
@@ -750,6 +755,14 @@ class Admission:
             self._work = self._queue.work + sum(map(_work_left, self._slots))
         limits = self.limits
         return self._work / (limits.slots if limits.exclusive else large_at_once(limits.slots))
+
+
+def _takes_pool(slot: Slot) -> bool:
+    """Return whether the slot's query is known to be a large one in Polars' pool."""
+    query = slot.query
+    if query is None or not slot.load.pooled or slot.load.is_small:
+        return False
+    return query.estimate is not None or (query.times.run_seconds or 0.0) > SMALL
 
 
 def _load_so_far(slot: Slot) -> Load:

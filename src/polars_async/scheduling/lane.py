@@ -258,7 +258,7 @@ class Lane:
             query = slot.query
             goes_on = self._fill(slot) if query is None else self._run(query, slot)
             del query  # or this frame would keep it alive until the next one has ended
-        if self._threads.threads > self.admission.limits.slots:
+        if self._threads.threads > self.admission.threads_to_keep:
             with self.admission.lock:
                 self._threads.shed(self.admission.threads_to_keep)
         if self.admission.closed:

@@ -127,17 +127,26 @@ class Limits:
             return self.slots
         if size > SMALL_SIZE:
             return large_at_once(self.slots) + (size < UNKNOWN_SIZE and not self.fixed)
-        # Small ones in Polars' pool wait there until a task of a large one ends, and are all done a
-        # moment later. Those that are not there by then wait for the end of its next task.
-        return self.slots if self.fixed else max(ceil(self.processors), self.most // (2 + 2 * size))
+        return self.slots if self.fixed else max(self.slots, ceil(self.processors))
+
+    def beside_large(self, size: int) -> int:
+        """Return how many more small queries of this size run while a large one takes the pool."""
+        # They wait there until a task of the large one ends, and are all done a moment later. Those
+        # that are not there by then wait for the end of its next task. Without a large one, more
+        # threads than processors would only wait for the GIL and hold each other up.
+        return 0 if self.fixed else max(0, self.most // (2 + 2 * size) - self.at_once[size])
 
     def may_start_unestimated(self, large_running: int) -> bool:
         """Return whether one more may start without an estimate while all others are quick."""
         return self.slots == 1 or self.exclusive or large_running < max(1, self.slots - 1)
 
-    def room(self, running: Iterable[Load], spare: int = 0) -> Room:
-        """Return what may start beside the `running` queries; `spare` ones whatever their size."""
-        return Room(self, running, spare)
+    def room(self, running: Iterable[Load], spare: int = 0, *, pool_is_taken: bool = False) -> Room:
+        """
+        Return what may start beside the `running` queries; `spare` ones whatever their size.
+
+        `pool_is_taken` says that one of them is known to be a large one in Polars' pool.
+        """
+        return Room(self, running, spare, pool_is_taken=pool_is_taken)
 
     def spare(self, used: float, idle: float, running: float) -> int:
         """
@@ -161,7 +170,9 @@ class Room:
 
     __slots__ = ("_left", "_left_for_large", "_limits", "_share", "spare", "total")
 
-    def __init__(self, limits: Limits, running: Iterable[Load], spare: int) -> None:
+    def __init__(
+        self, limits: Limits, running: Iterable[Load], spare: int, *, pool_is_taken: bool = False
+    ) -> None:
         self._limits = limits
         self._left = left = limits.at_once.copy()  # by kind
         self._share = share = [0.0] * len(left)  # of the processors, by kind
@@ -175,6 +186,9 @@ class Room:
             kind = load.kind
             left[kind] -= 1
             share[kind] += 1 if load.share is None else load.share
+        if pool_is_taken:
+            for size in range(SMALL_SIZE + 1):
+                left[size] += limits.beside_large(size)
 
     def fits(self, load: Load) -> bool:
         """Return whether a query with this load may start."""
