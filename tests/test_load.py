@@ -18,7 +18,8 @@ from test_admission import run_blocked, settle
 
 from polars_async import Collector
 from polars_async._runtime import machine
-from polars_async.scheduling import load
+from polars_async._runtime.plans import NOTHING
+from polars_async.scheduling import estimates, load
 from polars_async.scheduling.estimates import CostModel, Estimate
 from polars_async.scheduling.sizes import Limits
 
@@ -173,7 +174,8 @@ def test_measuring_ends_when_the_queue_is_emptied_by_cancellations(make, block, 
 
 def test_query_that_proves_long_makes_room_for_those_of_its_old_size(make, block, unmeasured):  # noqa: ARG001
     collector = make()
-    run_blocked(collector, block)  # without an estimate
+    handle, _ = run_blocked(collector, block)  # without an estimate
+    handle._query.times.started -= 20.0
     later = collector.collect_async(sleeping(0.001))
     until(later.done)
     assert later.result(1).item() == 1
@@ -389,3 +391,33 @@ def test_this_machine_tells_its_own():
         until(lambda: machine.idle_seconds() > before, 1)
     assert 0 <= machine.idle_seconds() - before <= (perf_counter() - begun + 1) * os.cpu_count()
     assert inf > machine.idle_seconds() > 0
+
+
+# Queries that share the processors
+
+
+@pytest.mark.usefixtures("unmeasured")
+def test_streaming_queries_start_unlooked_until_some_prove_large(make, block, monkeypatch):
+    collector = make()
+    looks = []
+    look_at = estimates.look_at
+    monkeypatch.setattr(estimates, "look_at", lambda *a: looks.append(a[0]) or look_at(*a))
+    for _ in range(collector._cpu.admission.limits.slots):
+        run_blocked(collector, block, engine="streaming")
+    assert looks == []
+    late = collector.collect_async(block().lf, engine="streaming")
+    until(lambda: looks)
+    block.free()
+    assert late.result(30).height == 1
+
+
+def test_little_is_spent_to_learn_of_queries_that_have_ended(monkeypatch):
+    costs, looks = CostModel(), []
+    monkeypatch.setattr(estimates, "thread_time", (n / 10 for n in range(1000)).__next__)
+    monkeypatch.setattr(estimates, "look_at", lambda *a: looks.append(a) or NOTHING)
+    for number in range(5):
+        costs.of_ended([TINY.head(number)], "in-memory")
+    assert len(looks) == 1
+    costs._learns_again = 0.0
+    costs.of_ended([TINY.tail(1)], "in-memory")
+    assert len(looks) == 2

@@ -17,6 +17,7 @@ from polars_async.scheduling.open_streams import OpenStreams
 from polars_async.scheduling.query import Owner
 from polars_async.scheduling.sizes import (
     SMALL,
+    SMALL_SIZE,
     UNKNOWN,
     UNKNOWN_LOAD,
     UNKNOWN_SIZE,
@@ -255,7 +256,8 @@ class Admission:
             self._inline.add(slot)
             self._start(query, slot)
             return slot
-        if self._starts_at_once() or (not self.exclusive and in_query()):
+        at_once = not self._queue and self._starts_unestimated(query.is_pooled)
+        if at_once or (not self.exclusive and in_query()):
             slot = self.reserved = Slot()
             self._slots.add(slot)
             self._start(query, slot)
@@ -448,6 +450,8 @@ class Admission:
             )
             if picked is None and fits is not None:
                 picked = queue.take_single(fits)
+            if picked is None and not queue.has_ranked and not self.limits.fixed:
+                picked = queue.take_unpooled(self._starts_unestimated)
             if picked is not None:
                 self._start_picked(picked, slot, room)
                 if not picked.load.is_small:
@@ -536,10 +540,8 @@ class Admission:
         work, share = (None, None) if known is None else (known.seconds, known.share)
         self._queue.add(query, priority=query.priority, work=work, share=share, pooled=pooled)
 
-    def _starts_at_once(self) -> bool:
-        """Return whether one more starts without an estimate."""
-        if self._queue:
-            return False
+    def _starts_unestimated(self, pooled: bool) -> bool:  # noqa: FBT001  # as in `Load`
+        """Return whether one more query starts without an estimate, in the pool or not."""
         limits, taken = self.limits, len(self._slots)
         if limits.exclusive:
             return taken < limits.slots
@@ -548,7 +550,13 @@ class Admission:
             return taken < max(1, limits.slots - 1)
         if limits.fixed:
             return taken < large_at_once(limits.slots)
-        return taken < limits.slots and self._large_running() < large_at_once(limits.slots)
+        if pooled:
+            return taken < limits.slots and self._large_running() < large_at_once(limits.slots)
+        # Those that share the processors hold up none that is started later. So a few more do no
+        # harm, if they prove large, and looks at plans would take more than is gained by the order.
+        sizes = [_load_so_far(slot).size for slot in self._slots if slot.query is not None]
+        large = sum(size > SMALL_SIZE for size in sizes)
+        return large < limits.slots and len(sizes) - large < limits.slots
 
     def _may_look(self) -> bool:
         """Return whether one more thread may look for a query in the queue."""
@@ -772,7 +780,8 @@ def _load_so_far(slot: Slot) -> Load:
     # and these should not start beside it for that.
     if query is None or query.estimate is not None:
         return load
-    return Load(max(load.size, size_of(query.times.run_seconds or 0.0)), None, load.pooled)
+    size = size_of(query.times.run_seconds or 0.0)
+    return Load(max(load.size, size) if load.pooled else size, None, load.pooled)
 
 
 def _work_left(slot: Slot) -> float:

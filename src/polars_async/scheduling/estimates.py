@@ -43,6 +43,8 @@ _SLOW_LOOK: Final = 0.25
 """Seconds of processor time above which a look took too long, as with a frame of 1 GB."""
 _LOOK_SHARE: Final = 20
 """After a slow look there is none for so many times as long as it took."""
+_LEARN_SHARE: Final = 20
+"""The same after any look at a query that has ended."""
 
 
 class Estimate(NamedTuple):
@@ -86,6 +88,7 @@ class CostModel:
         self._plans: dict[int, _Known] = {}
         self._resident = 0  # bytes that Polars held when no query ran
         self._looks_again = 0.0  # in seconds of perf_counter
+        self._learns_again = 0.0
 
     def of(self, frames: Sequence[pl.LazyFrame], engine: str) -> Estimate:
         """Return the estimate of a query for `frames`; never raise."""
@@ -105,6 +108,16 @@ class CostModel:
             return Estimate(seconds, fingerprint, is_exact, share)
         except BaseException:  # noqa: BLE001  # what is wrong with a plan, the query will tell
             return Estimate(UNKNOWN, None)
+
+    def of_ended(self, frames: Sequence[pl.LazyFrame], engine: str) -> Estimate | None:
+        """Return the estimate of a query that has ended, to learn from it; None if that is dear."""
+        now = perf_counter()
+        if now < self._learns_again:
+            return None
+        before = thread_time()
+        estimate = self.of(frames, engine)
+        self._learns_again = now + _LEARN_SHARE * (thread_time() - before)
+        return estimate
 
     def plan(self, frame: pl.LazyFrame) -> Plan:
         """Return the facts of the plan of `frame`, however long reading it takes; never raise."""

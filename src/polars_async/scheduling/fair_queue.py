@@ -341,6 +341,13 @@ class FairQueue(Generic[T]):
             return None
         return self._take_unestimated()
 
+    def take_unpooled(self, starts: Callable[[bool], bool]) -> Picked[T] | None:
+        """Remove and return the first item without an estimate, if it starts and is not pooled."""
+        first = _first(self._unestimated)
+        if first is None or first[1][2] or not starts(False):  # noqa: FBT003  # as in `Load`
+            return None
+        return self._take_unestimated()
+
     def _take_unestimated(self) -> Picked[T] | None:
         try:
             item, (_, _, pooled) = self._unestimated.popitem(last=False)

@@ -381,7 +381,7 @@ class Query(Generic[T]):
         if self.is_cancelled:
             self._outcome.drop()
         if self.is_worth_estimating:
-            self.set_estimate(costs)
+            self.estimate = costs.of_ended(self.frames, self.resolution.name)
         self.frames = ()
         seconds = self.times.run_seconds
         if self.estimate is None or seconds is None:
