@@ -18,6 +18,7 @@ from test_collector import nested_on_pool
 
 from polars_async import Collector, CollectorClosedError, EventKind, QueryTimeoutError
 from polars_async._runtime.nesting import EnclosingQuery
+from polars_async.scheduling import estimates
 from polars_async.scheduling import query as query_module
 from polars_async.scheduling.estimates import CostModel
 
@@ -415,6 +416,7 @@ def test_query_on_the_thread_of_polars_that_asks_does_not_run_alone(monkeypatch)
             learned.append(alone)
 
     monkeypatch.setattr(query_module, "_WORTH_ESTIMATING", 0.0)
+    monkeypatch.setattr(estimates, "_LEARN_SHARE", 0.0)
     with Collector() as collector:
         monkeypatch.setattr(CostModel, "observe", observe)
         columns = [
