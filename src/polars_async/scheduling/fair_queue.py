@@ -279,8 +279,8 @@ class FairQueue(Generic[T]):
         while True:
             first: tuple[int, float, int] | None = None  # of the highest priority
             lowest: tuple[float, int, int] | None = None
-            heaps = self._heaps
-            for (priority, kind), heap in heaps.items():
+            best = fair = None
+            for (priority, kind), heap in self._heaps.items():
                 while heap and _is_stale(heap[0]):
                     heappop(heap)
                     self._heap_items -= 1
@@ -293,7 +293,7 @@ class FairQueue(Generic[T]):
                     first, best = (-priority, key, number), heap
                 if lowest is None or (key, number, kind) < lowest:
                     lowest, fair = (key, number, kind), heap
-            if first is None or lowest is None:
+            if best is None or fair is None or lowest is None:
                 return None
             kind = lowest[2]
             passes = best is not fair and self._passed_over[kind] + 1 < FAIR_EVERY
