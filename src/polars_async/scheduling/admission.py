@@ -176,9 +176,10 @@ class Admission:
     @property
     def wants_look(self) -> bool:
         """Whether one more thread should look for a query: one in the queue may start."""
-        if not self._queue or not self._may_look():
-            return False
-        return self._queue.has_fitting(self._room().fits)
+        with self.lock:
+            if not self._queue or not self._may_look():
+                return False
+            return self._queue.has_fitting(self._room().fits)
 
     @property
     def running(self) -> int:
