@@ -6,6 +6,7 @@ import subprocess
 import sys
 import warnings
 
+import inside
 import pytest
 from places import PLACES, TINY, Blocked, until
 from spares import Spares
@@ -222,3 +223,38 @@ def run_script():
         return run.stdout.split()
 
     return run
+
+
+class Blocks(list):
+    """Makes queries that run until they are freed."""
+
+    def __call__(self):
+        self.append(Blocked())
+        return self[-1]
+
+    def free(self):
+        for each in self:
+            each.gate.set()
+
+
+@pytest.fixture
+def block():
+    blocks = Blocks()
+    yield blocks
+    blocks.free()
+
+
+@pytest.fixture
+def make(block, executor):
+    """Make collectors that are closed in the end."""
+    made = []
+
+    def make(**options):
+        made.append(Collector(executor=executor, **options))
+        return made[-1]
+
+    yield make
+    block.free()
+    for each in made:
+        each.close()
+        assert inside.running(each) == inside.waiting(each) == 0

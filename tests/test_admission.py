@@ -12,7 +12,7 @@ from time import perf_counter, sleep
 import inside
 import polars as pl
 import pytest
-from places import TINY, Blocked, until
+from places import TINY, until
 from test_nesting import ask_plan, by_result
 
 from polars_async import (
@@ -41,47 +41,12 @@ UNSEEN = TINY.sort("a").map_batches(lambda df: df)
 """A query of which the plan does not tell all; in its shape it differs from those that block."""
 
 
-class Blocks(list):
-    """Makes queries that run until they are freed."""
-
-    def __call__(self):
-        self.append(Blocked())
-        return self[-1]
-
-    def free(self):
-        for each in self:
-            each.gate.set()
-
-
 @pytest.fixture(autouse=True)
 def _looks_are_quick(monkeypatch):
     """Look at every plan, however busy the machine is and whatever other tests have left."""
     monkeypatch.setattr(estimates, "_SLOW_LOOK", inf)
     monkeypatch.setattr(estimates, "_MOST_COPIED", inf)
     monkeypatch.setattr(estimates, "_LEARN_SHARE", 0.0)
-
-
-@pytest.fixture
-def block():
-    blocks = Blocks()
-    yield blocks
-    blocks.free()
-
-
-@pytest.fixture
-def make(block, executor):
-    """Make collectors that are closed in the end."""
-    made = []
-
-    def make(**options):
-        made.append(Collector(executor=executor, **options))
-        return made[-1]
-
-    yield make
-    block.free()
-    for each in made:
-        each.close()
-        assert inside.running(each) == inside.waiting(each) == 0
 
 
 class Starts(list):

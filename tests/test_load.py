@@ -12,7 +12,7 @@ from time import perf_counter, process_time
 import inside
 import polars as pl
 import pytest
-from places import TINY, Blocked, until
+from places import TINY, until
 from polars.io.plugins import register_io_source
 from test_admission import run_blocked, settle
 
@@ -31,37 +31,6 @@ def other_programs_are_quiet(monkeypatch):
     """Go by this process alone: other tests may run on the machine."""
     monkeypatch.setattr(load, "idle_seconds", lambda: None)
     monkeypatch.setattr(load, "_LEAST_MEMORY", 0.0)
-
-
-class Blocks(list):
-    def __call__(self):
-        self.append(Blocked())
-        return self[-1]
-
-    def free(self):
-        for blocked in self:
-            blocked.gate.set()
-
-
-@pytest.fixture
-def block():
-    blocks = Blocks()
-    yield blocks
-    blocks.free()
-
-
-@pytest.fixture
-def make(block, executor):
-    made = []
-
-    def make(**options):
-        made.append(Collector(executor=executor, **options))
-        return made[-1]
-
-    yield make
-    block.free()
-    for each in made:
-        each.close()
 
 
 @pytest.fixture
@@ -262,6 +231,12 @@ def test_new_share_is_told_where_it_makes_a_difference():
     known = expected._replace(share=0.1)
     assert costs.observe(known, 0.5, alone=True, share=0.2) is None
     assert costs.observe(known, 0.5, alone=True, share=0.6).share == 0.6
+
+
+def test_share_that_is_expected_holds_until_one_is_measured():
+    costs, scan = CostModel(), pl.scan_parquet("s3://bucket/a.parquet")
+    expected = costs.of([scan], "in-memory")
+    assert costs.observe(expected, 5.0, alone=True).share == expected.share == 0.25
 
 
 @pytest.mark.parametrize(

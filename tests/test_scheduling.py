@@ -1011,3 +1011,24 @@ def test_nobody_is_taken_unestimated_past_a_priority_or_one_that_was_estimated()
     put(queue, "estimated", 1.0)
     queue.add("c")
     assert take_quickly(queue) is None
+
+
+def test_single_item_is_taken_unestimated_where_there_is_room_for_any():
+    queue = FairQueue()
+    queue.add("a", pooled=True)
+    assert queue.take_single(is_small) is None
+    queue.add("b")
+    assert queue.take_single(anything) is None
+    queue.discard("b")
+    assert queue.take_single(anything).load == Load(3, None, pooled=True)
+    assert queue.take_single(anything) is None
+
+
+def test_first_item_is_taken_unestimated_if_it_is_not_pooled():
+    queue = FairQueue()
+    queue.add("a")
+    queue.add("b", pooled=True)
+    assert queue.take_unpooled(lambda _: False) is None
+    assert queue.take_unpooled(lambda pooled: not pooled).item == "a"
+    assert queue.take_unpooled(lambda _: True) is None
+    assert list(queue) == ["b"]

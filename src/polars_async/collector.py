@@ -104,8 +104,8 @@ class Collector:
         processes, one on each GPU.
     max_waiting
         How many queries wait at most: for the CPU, for the GPU, and in worker processes for each
-        GPU that queries name. One more raises `QueueFullError` at once, unless it is small and can
-        start in a slot that is reserved for small ones. None sets no limit.
+        GPU that queries name. One more raises `QueueFullError` at once, unless it can start at
+        once. None sets no limit.
     max_streams
         How many streams of batches are open at most: those in the queue, those that run, and those
         that wait for their consumers, each of which keeps a thread, and in worker processes a

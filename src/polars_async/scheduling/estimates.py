@@ -187,7 +187,7 @@ class CostModel:
                 self._shares.pop(oldest, None)
             if share is not None:
                 self._learn_share(expected, share, alone=alone)
-            share = self._shares.get(expected.fingerprint)
+            share = self._shares.get(expected.fingerprint, expected.share)
         new = expected._replace(seconds=now, share=share)
         fits = fits and new.is_light == expected.is_light
         return None if fits else new

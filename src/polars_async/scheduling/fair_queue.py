@@ -182,11 +182,6 @@ class FairQueue(Generic[T]):
         return self._number
 
     @property
-    def has_unestimated(self) -> bool:
-        """Whether an item has no estimate yet."""
-        return bool(self._unestimated)
-
-    @property
     def is_undecided(self) -> bool:
         """Whether an item without an estimate may be first, since none is known to be small."""
         if not self._unestimated:

@@ -33,7 +33,6 @@ class LoadMeter:
     """
 
     __slots__ = (
-        "__weakref__",
         "_admission",
         "_cpu_seconds",
         "_idle_seconds",
@@ -92,9 +91,11 @@ class LoadMeter:
         """
         Note whether memory is short, unless that was looked at just now; with no lock held.
 
-        While fewer queries run than the usual ones, it does not matter.
+        While fewer queries run than the usual ones, or their number is fixed, it does not matter.
         """
         now, admission = perf_counter(), self._admission
+        if admission.limits.fixed:
+            return
         matters = admission.threads >= admission.limits.slots or admission.memory_is_short
         if matters and now - self._memory_at > _MEMORY_LASTS:
             self._memory_at = now

@@ -168,12 +168,11 @@ class Limits:
 class Room:
     """What may start beside the queries that run."""
 
-    __slots__ = ("_left", "_left_for_large", "_limits", "_share", "spare", "total")
+    __slots__ = ("_left", "_left_for_large", "_share", "spare", "total")
 
     def __init__(
         self, limits: Limits, running: Iterable[Load], spare: int, *, pool_is_taken: bool = False
     ) -> None:
-        self._limits = limits
         self._left = left = limits.at_once.copy()  # by kind
         self._share = share = [0.0] * len(left)  # of the processors, by kind
         self.total = limits.most
