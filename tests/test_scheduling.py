@@ -156,7 +156,12 @@ class Simulation:
         job.state = "done"
         self.overtaken += max(job.duration, LEAST) if job.overtook else 0
         self.queue.note_ended(job.duration, overtook=job.overtook)
-        self.quick_row = self.quick_row + 1 if job.duration <= QUICK else 0
+        if job.duration <= QUICK:
+            self.quick_row = min(self.quick_row + 1, 8 * QUICK_STREAK)
+        elif job.duration <= 0.02:
+            self.quick_row = max(self.quick_row - QUICK_STREAK, 0)
+        else:
+            self.quick_row = 0
         if job.kind is not None and job.number % 3 == 0:
             self.observe(job)
         self.take_quickly()
@@ -1032,3 +1037,29 @@ def test_first_item_is_taken_unestimated_if_it_is_not_pooled():
     assert queue.take_unpooled(lambda pooled: not pooled).item == "a"
     assert queue.take_unpooled(lambda _: True) is None
     assert list(queue) == ["b"]
+
+
+def streak(queue, number, seconds):
+    for _ in range(number):
+        queue.note_ended(seconds, overtook=False)
+    return queue.is_quick
+
+
+def test_waits_for_the_gil_end_no_long_row_of_quick_queries():
+    queue = FairQueue()
+    assert streak(queue, 1_000, QUICK)
+    assert streak(queue, 5, 0.005)  # of as many worker threads, while a loop submits
+    assert streak(queue, 160, QUICK)
+
+
+@pytest.mark.parametrize(("slow", "at_most"), [(0.005, 8), (0.021, 1)])
+def test_slow_queries_end_a_row_of_quick_ones(slow, at_most):
+    queue = FairQueue()
+    assert streak(queue, 1_000, QUICK)
+    assert not streak(queue, at_most, slow)
+
+
+def test_one_slow_query_in_five_ends_a_row_of_quick_ones():
+    queue = FairQueue()
+    assert streak(queue, 1_000, QUICK)
+    assert not [streak(queue, 4, QUICK) and streak(queue, 1, 0.005) for _ in range(40)][-1]

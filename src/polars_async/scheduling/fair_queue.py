@@ -31,6 +31,10 @@ QUICK: Final = 0.001
 """Seconds of work that are only a few times what estimating the query costs."""
 QUICK_STREAK: Final = 8
 """After so many quick queries in a row the next may start without an estimate."""
+_LONGEST_STREAK: Final = 8 * QUICK_STREAK
+_GIL_WAIT: Final = 0.02
+"""Seconds that a quick query may take since it has to wait for the GIL: a thread that computes keeps
+it for 5 ms, and the loop and a few worker threads may be before it."""
 _LEAST_WORK: Final = 1e-5
 _MOST_WORK: Final = 60.0
 """Cap in seconds on the work used for the order, so that one wrong estimate cannot delay a query
@@ -157,7 +161,7 @@ class FairQueue(Generic[T]):
 
     @property
     def is_quick(self) -> bool:
-        """Whether all of the last items that ran were quick."""
+        """Whether nearly all of the last items that ran were quick."""
         return self._quick_streak >= QUICK_STREAK
 
     @property
@@ -361,10 +365,15 @@ class FairQueue(Generic[T]):
         """
         Note that an item ran for `seconds`, and whether it `overtook` others.
 
-        One that was quick only because it was not `completed` says nothing of the next.
+        One that was quick only because it was not `completed` says nothing of the next. One that may
+        have waited for the GIL ends no long streak: while a loop submits thousands of queries, that
+        is one in thirty.
         """
-        if completed or seconds > QUICK:
-            self._quick_streak = self._quick_streak + 1 if seconds <= QUICK else 0
+        if seconds > QUICK:
+            lost = QUICK_STREAK if seconds <= _GIL_WAIT else self._quick_streak
+            self._quick_streak = max(0, self._quick_streak - lost)
+        elif completed:
+            self._quick_streak = min(self._quick_streak + 1, _LONGEST_STREAK)
         if overtook:
             self._overtaken += max(_LEAST_WORK, seconds)
 
