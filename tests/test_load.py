@@ -386,6 +386,29 @@ def test_streaming_queries_start_unlooked_until_some_prove_large(make, block, mo
     assert late.result(30).height == 1
 
 
+@pytest.mark.usefixtures("unmeasured")
+def test_more_streaming_queries_start_unlooked_while_looks_are_dear(make, block, monkeypatch):
+    collector = make()
+    costs = collector._cpu._costs
+    with monkeypatch.context() as patch:  # as where a look copies a large frame
+        patch.setattr(estimates, "thread_time", (n / 100 for n in range(1000)).__next__)
+        assert not costs.is_look_dear()
+        costs.of([TINY.head(2)], "streaming")
+        patch.setattr(estimates, "perf_counter", lambda: 0.0)
+        assert costs.is_look_dear()
+        looks = []
+        patch.setattr(estimates, "look_at", lambda *a: looks.append(a[0]) or NOTHING)
+        for _ in range(2 * collector._cpu.admission.limits.slots):
+            run_blocked(collector, block, engine="streaming")
+        assert looks == []
+        patch.setattr(estimates, "perf_counter", lambda: inf)
+        assert not costs.is_look_dear()
+        late = collector.collect_async(block().lf, engine="streaming")
+        until(lambda: looks)
+    block.free()
+    assert late.result(30).height == 1
+
+
 def test_little_is_spent_to_learn_of_queries_that_have_ended(monkeypatch):
     costs, looks = CostModel(), []
     monkeypatch.setattr(estimates, "thread_time", (n / 10 for n in range(1000)).__next__)

@@ -43,6 +43,8 @@ _KEPT: Final = 8
 _SLOW: Final = 0.01
 """Seconds after which a look at a plan counts as slow: it may be over a large frame. A short one
 may wait for the GIL for half of that."""
+_MANY: Final = 4
+"""How many times the usual slots queries of the streaming engine may take where looks are dear."""
 _LEAST_MEASURED: Final = 0.02
 """Seconds of a query below which its processor time tells nothing: the kernel counts in ticks."""
 _WORK_LASTS: Final = 0.05
@@ -106,6 +108,7 @@ class Admission:
         "__weakref__",
         "_contended",
         "_inline",
+        "_is_look_dear",
         "_paused",
         "_queue",
         "_returning",
@@ -133,6 +136,7 @@ class Admission:
         max_waiting: int | None = None,
         *,
         cpu_seconds: Callable[[], float] = process_time,
+        is_look_dear: Callable[[], bool] = bool,
         lock: RLock | None = None,
         streams: OpenStreams | None = None,
     ) -> None:
@@ -141,6 +145,7 @@ class Admission:
         self.max_waiting = max_waiting
         self.cpu_seconds = cpu_seconds
         """Returns the processor time of all that runs the queries so far."""
+        self._is_look_dear = is_look_dear
         self.spare = 0
         """How many more queries may start, whatever is known of them: see `Limits.spare`."""
         self.memory_is_short = False
@@ -554,10 +559,12 @@ class Admission:
         if pooled:
             return taken < limits.slots and self._large_running() < large_at_once(limits.slots)
         # Those that share the processors hold up none that is started later. So a few more do no
-        # harm, if they prove large, and looks at plans would take more than is gained by the order.
+        # harm, if they prove large, and looks at plans would take more than is gained by the order:
+        # the more so the larger the frames are that a look copies.
+        most = _MANY * limits.slots if self._is_look_dear() else limits.slots
         sizes = [_load_so_far(slot).size for slot in self._slots if slot.query is not None]
         large = sum(size > SMALL_SIZE for size in sizes)
-        return large < limits.slots and len(sizes) - large < limits.slots
+        return large < most and len(sizes) - large < most
 
     def _may_look(self) -> bool:
         """Return whether one more thread may look for a query in the queue."""

@@ -41,8 +41,11 @@ _MOST_COPIED: Final = 1 << 30
 of them."""
 _SLOW_LOOK: Final = 0.25
 """Seconds of processor time above which a look took too long, as with a frame of 1 GB."""
+_DEAR_LOOK: Final = 0.005
+"""Seconds of processor time from which on a look is dear: it has copied some 10 MB or more."""
 _LOOK_SHARE: Final = 20
-"""After a slow look there is none for so many times as long as it took."""
+"""After a slow look there is none for so many times as long as it took, and after a dear one none
+for the sake of the order alone."""
 _LEARN_SHARE: Final = 20
 """The same after any look at a query that has ended."""
 
@@ -89,6 +92,7 @@ class CostModel:
         self._resident = 0  # bytes that Polars held when no query ran
         self._looks_again = 0.0  # in seconds of perf_counter
         self._learns_again = 0.0
+        self._dear_until = 0.0
 
     def of(self, frames: Sequence[pl.LazyFrame], engine: str) -> Estimate:
         """Return the estimate of a query for `frames`; never raise."""
@@ -119,6 +123,10 @@ class CostModel:
         self._learns_again = now + _LEARN_SHARE * (thread_time() - before)
         return estimate
 
+    def is_look_dear(self) -> bool:
+        """Return whether looks have taken much time of late."""
+        return perf_counter() < self._dear_until
+
     def plan(self, frame: pl.LazyFrame) -> Plan:
         """Return the facts of the plan of `frame`, however long reading it takes; never raise."""
         try:
@@ -143,8 +151,10 @@ class CostModel:
             return _Known(ref(frame), NOTHING, UNKNOWN)
         before = thread_time()  # where others keep the processors busy, a look is not slow for that
         plan = look_at(frame, self._limit)
-        if (took := thread_time() - before) > _SLOW_LOOK:
-            self._looks_again = begun + _LOOK_SHARE * took
+        if (took := thread_time() - before) > _DEAR_LOOK:
+            self._dear_until = begun + _LOOK_SHARE * took
+            if took > _SLOW_LOOK:
+                self._looks_again = self._dear_until
         known = _Known(ref(frame, lambda _: plans.pop(key, None)), plan, _source_seconds(plan))
         plans[key] = known
         return known

@@ -99,7 +99,12 @@ class Lane:
         lock = fallback.admission.lock if fallback is not None else None
         both = fallback.admission.streams if fallback is not None else OpenStreams(max_streams)
         self.admission: Admission = Admission(
-            limits, max_waiting, cpu_seconds=executor.cpu_seconds, lock=lock, streams=both
+            limits,
+            max_waiting,
+            cpu_seconds=executor.cpu_seconds,
+            is_look_dear=costs.is_look_dear,
+            lock=lock,
+            streams=both,
         )
         self.fallback = fallback
         self._threads = ThreadPool(for_gpu=limits.exclusive)
