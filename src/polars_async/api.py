@@ -34,7 +34,7 @@ def configure(
     *,
     engine: EngineRequest = "auto",
     gpu: GpuPolicy | None = None,
-    default_engine: EngineRequest = "in-memory",
+    default_engine: EngineRequest | None = None,
     executor: ExecutorRequest = "threads",
     max_running: int | None = None,
     max_waiting: int | None = None,
@@ -123,11 +123,13 @@ def collect_async(
         Accepted as in Polars: fail now if gevent is not installed. Every handle has the ``get`` of
         Polars' own for greenlets.
     engine
-        ``"auto"``, ``"in-memory"``, ``"streaming"``, ``"gpu"`` or a ``pl.Engine`` object.
-        ``"auto"`` is the engine given to `configure`, or else the engine affinity; without either
-        the in-memory engine runs. The GPU engine runs here only where the policy, ``gpu=`` of
-        `configure` or ``POLARS_ASYNC_GPU``, is ``offload`` or ``require``; else, as Polars
-        documents, the in-memory engine does, with an `EngineDowngradeWarning`.
+        ``"auto"``, ``"in-memory"``, ``"streaming"``, ``"gpu"``, ``"adaptive"`` or a ``pl.Engine``
+        object. ``"auto"`` is the engine given to `configure`, or else the engine affinity; without
+        either it is what Polars itself runs here: in 1.44 the in-memory engine, in 2.x the
+        streaming engine. ``"adaptive"`` is the engine that is expected to be the fastest. The GPU
+        engine runs here only where the policy, ``gpu=`` of `configure` or ``POLARS_ASYNC_GPU``, is
+        ``offload`` or ``require``; else, as Polars documents, the in-memory engine does, with an
+        `EngineDowngradeWarning`.
     optimizations
         The optimisation passes of Polars.
 

@@ -32,6 +32,7 @@ from polars_async.gpu.devices import named_device
 from polars_async.handle import BackgroundQuery, QueryHandle
 from polars_async.options import DEFAULT_OPTIMIZATIONS, Options, check_inline, check_limit
 from polars_async.resolution import (
+    ADAPTIVE,
     decide,
     engine_object,
     gpu_policy,
@@ -39,6 +40,8 @@ from polars_async.resolution import (
     request_of,
     warn_of,
 )
+from polars_async.scheduling.adaptive import Chooser
+from polars_async.scheduling.adaptive_gpu import no_gpu, on_gpu
 from polars_async.scheduling.estimates import CostModel, Estimate
 from polars_async.scheduling.inline import Inline
 from polars_async.scheduling.lane import Lane
@@ -78,12 +81,15 @@ class Collector:
     ----------
     engine
         The engine of queries that name none: a name or a ``pl.Engine`` object. ``"auto"`` is the
-        engine affinity, or else `default_engine`.
+        engine affinity, or else `default_engine`. ``"adaptive"`` is the one that is expected to be
+        the fastest for the query, by what it reads, and by how long its like took before.
     gpu
         The policy for queries on the GPU engine: ``"downgrade"``, ``"offload"`` or ``"require"``,
         as `resolve_engine` explains; None takes ``POLARS_ASYNC_GPU``, else ``"downgrade"``.
     default_engine
-        The engine of queries for which neither a caller nor an affinity requests one.
+        The engine of queries for which neither a caller nor an affinity requests one. None takes
+        ``POLARS_ASYNC_ENGINE``, else what the installed Polars documents for its own async
+        functions: in-memory in 1.44, streaming in 2.x.
     executor
         Where queries run: on ``"threads"`` of this process; in worker ``"processes"``, where
         cancelled queries are stopped, and a crash ends one query alone; ``"auto"``, which runs
@@ -143,7 +149,7 @@ class Collector:
         *,
         engine: EngineRequest = "auto",
         gpu: GpuPolicy | None = None,
-        default_engine: EngineRequest = "in-memory",
+        default_engine: EngineRequest | None = None,
         executor: ExecutorRequest = "threads",
         max_running: int | None = None,
         max_waiting: int | None = None,
@@ -160,7 +166,8 @@ class Collector:
         if on_event is not None and not callable(on_event):
             raise TypeError(f"on_event must be callable, got {on_event!r}")
         engine_object(engine)
-        engine_object(default_engine, "default_engine")
+        if default_engine is not None:
+            engine_object(default_engine, "default_engine")
         self.engine: Final = engine
         if gpu is not None:
             gpu_policy(gpu)
@@ -192,7 +199,12 @@ class Collector:
         )
         slots_of_gpu = limits.slots if self._elsewhere else 1
         self._gpu: Final = self._make_gpu_lane(Limits(slots_of_gpu, exclusive=True))
+        self._cpu.gpu = self._gpu
         self._gpus_in_workers: Final = executor in WITH_WORKERS
+        ask_gpu = (
+            no_gpu if self._elsewhere else partial(on_gpu, gpu, in_workers=executor in WITH_WORKERS)
+        )
+        self._chooser: Final = Chooser(known, ask_gpu)
         self._of_one_gpu: Final[dict[str | int, Lane]] = {}
         """The lanes of queries that name a GPU, where several work side by side."""
 
@@ -737,6 +749,7 @@ class Collector:
             priority=options.priority,
             label=options.label,
             estimate=None if operation.runs_engine else _TINY,
+            chooser=self._chooser if resolution.name == ADAPTIVE else None,
         )
         if isinstance(operation, operations.Batches):
             operation.buffer.bind(PausableQuery(lane, query))

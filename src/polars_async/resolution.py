@@ -25,12 +25,14 @@ if TYPE_CHECKING:
     from polars_async.gpu.status import GpuStatus
 
 EngineRequest: TypeAlias = str | pl.Engine
-EngineSource: TypeAlias = Literal["argument", "config", "environment", "default"]
+EngineSource: TypeAlias = Literal["argument", "config", "environment", "default", "adaptive"]
 QueryPath: TypeAlias = Literal["sync", "async", "background", "batches"]
 GpuPolicy: TypeAlias = Literal["downgrade", "offload", "require"]
 
-ENGINE_NAMES: Final = ("auto", "in-memory", "streaming", "gpu")
+ADAPTIVE: Final = "adaptive"
+ENGINE_NAMES: Final = ("auto", "in-memory", "streaming", "gpu", ADAPTIVE)
 AFFINITY_VARIABLE: Final = "POLARS_ENGINE_AFFINITY"
+ENGINE_VARIABLE: Final = "POLARS_ASYNC_ENGINE"
 GPU_POLICY_VARIABLE: Final = "POLARS_ASYNC_GPU"
 _WARN_UNSTABLE: Final = "POLARS_WARN_UNSTABLE"
 
@@ -45,11 +47,14 @@ _ENGINES: Final[dict[str, pl.Engine]] = {
     "cpu": IN_MEMORY,  # an alias that Polars itself still takes
     "streaming": pl.StreamingEngine(),
 }
+_UNCHOSEN: Final = pl.InMemoryEngine()
+"""Stands for the engine of a query for which ``"adaptive"`` has not chosen one."""
 SOURCE_NAMES: Final[dict[EngineSource, str]] = {
     "argument": "the engine argument",
     "config": "Config.set_engine_affinity",
     "environment": AFFINITY_VARIABLE,
     "default": "default_engine",
+    ADAPTIVE: "the adaptive choice",
 }
 _PATHS: Final[tuple[QueryPath, ...]] = get_args(QueryPath)
 _POLICIES: Final[tuple[GpuPolicy, ...]] = get_args(GpuPolicy)
@@ -72,12 +77,14 @@ class Resolution:
     source
         Where it was asked for: ``"argument"``, ``"config"`` (an engine object set with
         ``pl.Config.set_engine_affinity``), ``"environment"`` (``POLARS_ENGINE_AFFINITY``, which is
-        also where a *name* set with ``Config`` lives) or ``"default"``.
+        also where a *name* set with ``Config`` lives) or ``"default"``; ``"adaptive"`` if the
+        choice was left to this library.
     engine
         The engine to run.
     name
         Its name: ``"in-memory"``, ``"streaming"``, ``"gpu"``, what another engine object calls
-        itself, or ``"auto"`` where the choice is left to Polars.
+        itself, or ``"auto"`` where the choice is left to Polars; ``"adaptive"`` as long as this
+        library has not chosen one, which it does at the latest when the query starts.
     downgraded
         Whether the GPU engine was asked for, and the path or the host ruled it out.
     reason
@@ -130,7 +137,7 @@ def resolve_engine(
     *,
     path: QueryPath = "async",
     gpu: GpuPolicy | None = None,
-    default_engine: EngineRequest = "in-memory",
+    default_engine: EngineRequest | None = None,
 ) -> Resolution:
     """
     Decide which engine runs a query, without running one.
@@ -145,8 +152,11 @@ def resolve_engine(
     Parameters
     ----------
     engine
-        ``"auto"``, ``"in-memory"``, ``"streaming"``, ``"gpu"`` or a ``pl.Engine`` object. An
-        `AsyncEngine`, here or as affinity, asks for the engine of its collector, if that has one.
+        ``"auto"``, ``"in-memory"``, ``"streaming"``, ``"gpu"``, ``"adaptive"`` or a ``pl.Engine``
+        object. An `AsyncEngine`, here or as affinity, asks for the engine of its collector, if that
+        has one. ``"adaptive"`` is the engine that is expected to be the fastest: a collector
+        chooses it for each query on the async and background paths. Batches then run on the
+        streaming engine, and synchronous queries on the engine that Polars chooses.
     path
         How the query is submitted: ``"sync"``, ``"async"``, ``"background"`` or ``"batches"``.
     gpu
@@ -155,8 +165,10 @@ def resolve_engine(
         unusable GPU is an error. None for ``POLARS_ASYNC_GPU``, or ``"downgrade"`` if that is not
         set.
     default_engine
-        The engine on the async and background paths where none was asked for. On the other two
-        Polars then chooses, as it does without this library.
+        The engine on the async and background paths where none was asked for. None for
+        ``POLARS_ASYNC_ENGINE``, or, if that is not set, what the installed Polars documents for
+        its own async functions: in-memory in 1.44, streaming in 2.x. On the other two paths Polars
+        then chooses, as it does without this library.
 
     Returns
     -------
@@ -165,8 +177,9 @@ def resolve_engine(
     Raises
     ------
     ValueError
-        `engine`, `path` or `gpu` is none of the values listed here; or the GPU engine is asked for
-        and ``POLARS_ASYNC_GPU`` is not valid; or an `AsyncEngine` asks for itself.
+        `engine`, `path` or `gpu` is none of the values listed here; or ``POLARS_ASYNC_ENGINE``, or
+        ``POLARS_ASYNC_GPU`` where the GPU engine is asked for, is read and not valid; or an
+        `AsyncEngine` asks for itself.
     EngineUnavailableError
         The GPU engine cannot run and the CPU was forbidden, by ``gpu="require"`` or by
         ``pl.GPUEngine(raise_on_fail=True)``.
@@ -184,7 +197,7 @@ def decide(
     engine: EngineRequest,
     path: QueryPath,
     gpu: GpuPolicy | None,
-    default_engine: EngineRequest,
+    default_engine: EngineRequest | None,
     *,
     gpu_elsewhere: bool = False,
     gpu_in_workers: bool = False,
@@ -202,6 +215,8 @@ def decide(
         _checked_policy("gpu", gpu)
     requested = _find_request(engine, path, default_engine)
     # By name where that suffices: isinstance with an abstract class takes longer than all the rest.
+    if requested.engine is _UNCHOSEN:
+        return _left_to_library(requested, path)
     if requested.name in _ENGINES or not (
         requested.name == "gpu" or isinstance(requested.engine, pl.GPUEngine)
     ):
@@ -216,7 +231,9 @@ def decide(
     return _gpu_rule(requested, path, gpu, in_workers=in_workers)
 
 
-def _find_request(engine: EngineRequest, path: QueryPath, default: EngineRequest) -> Resolution:
+def _find_request(
+    engine: EngineRequest, path: QueryPath, default: EngineRequest | None
+) -> Resolution:
     """Return the engine that is requested, and its source, before the GPU rule."""
     if engine != "auto" and (argument := request_of(engine)) != "auto":
         return _requested(argument, "argument")
@@ -324,6 +341,8 @@ def engine_object(engine: EngineRequest | None, parameter: str = "engine") -> pl
         return engine
     if engine == "gpu":
         return pl.GPUEngine()
+    if engine == ADAPTIVE:
+        return _UNCHOSEN
     # As in Polars, anything else is a ValueError: None and numbers, too.
     for name, known in _ENGINES.items():
         if engine == name:
@@ -377,14 +396,56 @@ def request_of(engine: EngineRequest) -> EngineRequest:
     )
 
 
-def _nothing_requested(path: QueryPath, default: EngineRequest) -> Resolution:
+def _nothing_requested(path: QueryPath, default: EngineRequest | None) -> Resolution:
     if path == "sync":
         return _requested("auto", "default")
     if path == "batches":  # where "auto" is this one in Polars itself
         return _requested("streaming", "default")
-    if isinstance(default, str):
-        return _requested_by_name(default, "default")
-    return _requested(request_of(default), "default")
+    if default is None:
+        default = _engine_of_process()
+    elif not isinstance(default, str):
+        default = request_of(default)
+    return _requested(default, "default")
+
+
+def _engine_of_process() -> str:
+    """Return what runs where neither a caller nor an affinity nor a collector names an engine."""
+    name = os.environ.get(ENGINE_VARIABLE)
+    if not name:
+        return upstream.DEFAULT_ENGINE
+    if name not in ENGINE_NAMES:
+        raise ValueError(f"{ENGINE_VARIABLE} must be one of {_listed(ENGINE_NAMES)}, got {name!r}")
+    return upstream.DEFAULT_ENGINE if name == "auto" else name
+
+
+def _left_to_library(requested: Resolution, path: QueryPath) -> Resolution:
+    """Return what ``"adaptive"`` is on `path`, before a query is looked at."""
+    engine: pl.Engine = _UNCHOSEN
+    name = ADAPTIVE
+    message = "the engine that is expected to be the fastest is chosen when the query starts"
+    if path == "batches":
+        engine, name = _ENGINES["streaming"], "streaming"
+        message = f"{runs(name)}: its first batches come long before the end"
+    elif path == "sync":
+        engine, name = upstream.AUTO_ENGINE, "auto"
+        message = f"{runs(name)}: {ADAPTIVE!r} chooses for the queries of a collector alone"
+    if requested.reason is not None:  # an affinity that names no engine
+        return replace(requested, source=ADAPTIVE, engine=engine, name=name)
+    return _chosen(engine, name, message)
+
+
+@cache
+def _chosen(engine: pl.Engine, name: str, message: str) -> Resolution:
+    return Resolution(
+        requested=ADAPTIVE,
+        source=ADAPTIVE,
+        engine=engine,
+        name=name,
+        downgraded=False,
+        reason=None,
+        message=message,
+        gpu=None,
+    )
 
 
 def _requested(engine: EngineRequest, source: EngineSource) -> Resolution:
@@ -403,14 +464,15 @@ def _as_requested(request: EngineRequest, source: EngineSource) -> Resolution:
     why = f"asked for by {SOURCE_NAMES[source]}"
     if source == "default":
         why = "nothing else was asked for"
+    name = ADAPTIVE if engine is _UNCHOSEN else engine.name
     return Resolution(
         requested="auto" if source == "default" else request,
         source=source,
         engine=engine,
-        name=engine.name,
+        name=name,
         downgraded=False,
         reason=None,
-        message=f"{runs(engine.name)}: {why}",
+        message=f"{runs(name)}: {why}",
         gpu=None,
     )
 
@@ -419,6 +481,8 @@ def runs(name: str) -> str:
     """Return the clause that says which engine runs a query."""
     if name == "auto":
         return "the engine that Polars chooses runs"
+    if name == ADAPTIVE:
+        return "the engine that is expected to be the fastest runs"
     return f"the {'GPU' if name == 'gpu' else name} engine runs"
 
 

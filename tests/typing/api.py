@@ -183,7 +183,7 @@ def decides() -> str:
     assert_type(resolution.fell_back, bool)
     assert_type(resolution.cause, Exception | None)
     match resolution.source:
-        case "argument" | "config" | "environment" | "default":
+        case "argument" | "config" | "environment" | "default" | "adaptive":
             return explain(resolution.reason)
 
 

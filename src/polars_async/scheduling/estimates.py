@@ -67,11 +67,29 @@ class Estimate(NamedTuple):
         return Load(size_of(self.seconds), self.share).is_light
 
 
+class Sources(NamedTuple):
+    """What a query reads, as far as it is known."""
+
+    size: int | None
+    """In bytes, in memory and in files of this machine; None if it is not known."""
+    scans: bool
+    """Whether it scans files, or what is elsewhere."""
+    runs_python: bool | None
+    """Whether it runs functions of Python or of a plugin; None if not all of its plan was read."""
+    shape: int | None
+    """The same for all queries of this shape and size; None if it is not known."""
+
+
+_NO_SOURCES: Final = Sources(None, scans=False, runs_python=None, shape=None)
+
+
 class _Known(NamedTuple):
     frame: ref[pl.LazyFrame]
     plan: Plan
+    size: int | None
+    """Of what the frame reads, in bytes; None if it is not known."""
     seconds: float
-    """The estimate by the size of what the frame reads."""
+    """The estimate by that size."""
 
 
 class CostModel:
@@ -101,8 +119,7 @@ class CostModel:
             seconds = sum(each.seconds for each in known)
             if any(each.plan is NOTHING for each in known):
                 return Estimate(seconds, None)
-            shapes = [(each.plan.shape, frexp(each.seconds)[1]) for each in known]
-            fingerprint = hash((engine, *shapes))
+            fingerprint = hash((engine, *_shapes_of(known)))
             is_exact = all(each.plan.is_whole for each in known)
             seconds, share = self._taken.get(fingerprint, seconds), self._shares.get(fingerprint)
             if share is None and any(
@@ -126,6 +143,27 @@ class CostModel:
     def is_look_dear(self) -> bool:
         """Return whether looks have taken much time of late."""
         return perf_counter() < self._dear_until
+    def sources(self, frames: Sequence[pl.LazyFrame]) -> Sources:
+        """Return what a query for `frames` reads, unless a look is dear; never raise."""
+        if self.is_look_dear() and not all(map(self._is_known, frames)):
+            return _NO_SOURCES
+        try:
+            known = [self._known(frame) for frame in frames]
+        except BaseException:  # noqa: BLE001  # as in `of`
+            return _NO_SOURCES
+        plans = [each.plan for each in known]
+        python = {plan.runs_python for plan in plans}
+        sizes = [each.size for each in known]
+        return Sources(
+            size=None if None in sizes else sum(size or 0 for size in sizes),
+            scans=any(plan.paths for plan in plans),
+            runs_python=True if True in python else None if None in python else False,
+            shape=None if NOTHING in plans else hash(_shapes_of(known)),
+        )
+
+    def _is_known(self, frame: pl.LazyFrame) -> bool:
+        known = self._plans.get(id(frame))
+        return known is not None and known.frame() is frame
 
     def plan(self, frame: pl.LazyFrame) -> Plan:
         """Return the facts of the plan of `frame`, however long reading it takes; never raise."""
@@ -148,7 +186,7 @@ class CostModel:
         begun = perf_counter()
         too_dear = self._resident > _MOST_COPIED or begun < self._looks_again
         if too_dear and not at_any_cost:
-            return _Known(ref(frame), NOTHING, UNKNOWN)
+            return _Known(ref(frame), NOTHING, None, UNKNOWN)
         before = thread_time()  # where others keep the processors busy, a look is not slow for that
         plan = look_at(frame, self._limit)
         if (took := thread_time() - before) > _DEAR_LOOK:
@@ -156,6 +194,9 @@ class CostModel:
             if took > _SLOW_LOOK:
                 self._looks_again = self._dear_until
         known = _Known(ref(frame, lambda _: plans.pop(key, None)), plan, _source_seconds(plan))
+        if (took := thread_time() - before) > _SLOW_LOOK:
+            self._looks_again = begun + _LOOK_SHARE * took
+        known = _Known(ref(frame, lambda _: plans.pop(key, None)), plan, *_amount(plan))
         plans[key] = known
         return known
 
@@ -213,9 +254,19 @@ class CostModel:
         self._shares[fingerprint] = min(share, 1.0)
 
 
-def _source_seconds(plan: Plan) -> float:
-    seconds = plan.frame_bytes / _FRAME_RATE + sum(map(_file_seconds, plan.paths))
-    return seconds if plan.is_sized else max(seconds, UNKNOWN)
+def _shapes_of(known: Sequence[_Known]) -> tuple[tuple[int, int], ...]:
+    return tuple((each.plan.shape, frexp(each.seconds)[1]) for each in known)
+
+
+def _amount(plan: Plan) -> tuple[int | None, float]:
+    """Return how much a query reads: in bytes, if all of it is known, and in seconds."""
+    files = [_file_size(path) for path in plan.paths]
+    sizes = [size for size in files if size is not None]
+    seconds = plan.frame_bytes / _FRAME_RATE + sum(sizes) / _FILE_RATE
+    seconds += UNKNOWN * (len(files) - len(sizes))
+    if not plan.is_sized:
+        return None, max(seconds, UNKNOWN)
+    return plan.frame_bytes + sum(sizes) if len(sizes) == len(files) else None, seconds
 
 
 def _is_remote(path: str) -> bool:
@@ -223,9 +274,9 @@ def _is_remote(path: str) -> bool:
     return bool(found) and scheme != "file"
 
 
-def _file_seconds(path: str) -> float:
+def _file_size(path: str) -> int | None:
     try:
         status = os.stat(path)  # noqa: PTH116  # as given, maybe an address
     except (OSError, ValueError):
-        return UNKNOWN
-    return status.st_size / _FILE_RATE if S_ISREG(status.st_mode) else UNKNOWN
+        return None
+    return status.st_size if S_ISREG(status.st_mode) else None

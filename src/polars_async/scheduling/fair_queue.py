@@ -33,8 +33,8 @@ QUICK_STREAK: Final = 8
 """After so many quick queries in a row the next may start without an estimate."""
 _LONGEST_STREAK: Final = 8 * QUICK_STREAK
 _GIL_WAIT: Final = 0.02
-"""Seconds that a quick query may take since it has to wait for the GIL: a thread that computes keeps
-it for 5 ms, and the loop and a few worker threads may be before it."""
+"""Seconds that a quick query may take since it has to wait for the GIL: a thread that computes
+keeps it for 5 ms, and the loop and a few worker threads may be before it."""
 _LEAST_WORK: Final = 1e-5
 _MOST_WORK: Final = 60.0
 """Cap in seconds on the work used for the order, so that one wrong estimate cannot delay a query
@@ -365,9 +365,9 @@ class FairQueue(Generic[T]):
         """
         Note that an item ran for `seconds`, and whether it `overtook` others.
 
-        One that was quick only because it was not `completed` says nothing of the next. One that may
-        have waited for the GIL ends no long streak: while a loop submits thousands of queries, that
-        is one in thirty.
+        One that was quick only because it was not `completed` says nothing of the next. One that
+        may have waited for the GIL ends no long streak: while a loop submits thousands of queries,
+        that is one in thirty.
         """
         if seconds > QUICK:
             lost = QUICK_STREAK if seconds <= _GIL_WAIT else self._quick_streak

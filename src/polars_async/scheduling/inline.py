@@ -287,13 +287,13 @@ class Inline:
             return False
         if not _may_run_now():
             if shape is not None:  # it counts as small, and others may still run inline beside it
-                query.estimate = shape.estimate
+                _use(query, shape)
             return False
         if shape is None:
             shape = self._look_here(query)
             if not shape.is_known:
                 return False
-        query.estimate = shape.estimate
+        _use(query, shape)
         return self._run(admission, query, shape)
 
     def watch(self, query: Query[Any]) -> Watch | None:
@@ -454,6 +454,12 @@ def _run_operation(operation: Operation[T], query: Job) -> T:
         return query.context.run(operation)
     finally:
         del operation, query  # see QueryExecutor.run
+
+
+def _use(query: Query[Any], shape: _Shape) -> None:
+    query.estimate = shape.estimate
+    if query.chooser is not None:
+        query.chooser.use_quick(query)
 
 
 def _is_candidate(query: Query[Any]) -> bool:

@@ -17,6 +17,7 @@ from polars_async.executors.gpu_thread import GPU_IN_PROCESS
 from polars_async.executors.staying import log_once
 from polars_async.executors.threads import IN_PROCESS, ThreadPool, named_thread
 from polars_async.gpu.offload import check_outside
+from polars_async.resolution import is_on_gpu
 from polars_async.scheduling import shutdown
 from polars_async.scheduling.admission import Admission
 from polars_async.scheduling.counts import State
@@ -36,7 +37,7 @@ if TYPE_CHECKING:
     from polars_async.scheduling import fair_queue
     from polars_async.scheduling.admission import Slot
     from polars_async.scheduling.estimates import CostModel
-    from polars_async.scheduling.inline import Inline
+    from polars_async.scheduling.inline import Inline, Watch
     from polars_async.scheduling.query import Query
 
 
@@ -80,6 +81,7 @@ class Lane:
         "admission",
         "executor",
         "fallback",
+        "gpu",
         "inline",
     )
 
@@ -113,6 +115,8 @@ class Lane:
         self._tiny_here = tiny_here
         self._costs = costs
         self.inline = inline
+        self.gpu: Lane | None = None
+        """The lane of queries for which the GPU is chosen on a thread of this lane."""
         register(self.admission)
         self._meter = LoadMeter(self.admission)
         _lanes.add(self)
@@ -138,7 +142,8 @@ class Lane:
         exclusive = self.admission.exclusive
         if exclusive:
             check_outside()
-        if exclusive or query.is_stream:  # it may wait for a slot later on
+        # It may wait for a slot later on.
+        if exclusive or query.is_stream or query.chooser is not None:
             query.is_nested = in_query()
         admission = self.admission
         admitted: Slot | BaseException | None = None
@@ -320,20 +325,13 @@ class Lane:
 
     def _run(self, query: Query[Any], slot: Slot) -> bool:
         """Run `query` in `slot`; return False if no query is next and the slot was released."""
-        executor = self._executor_of(query)
+        if query.chooser is not None and (sent := self._choose_engine(query, slot)) is not None:
+            return sent
         operation = None if self.fallback is None else query.operation
-        watch = None
-        if self.inline is not None and executor is IN_PROCESS and not slot.inline:
-            watch = self.inline.watch(query)
-        if query.label is None or slot.inline:  # Polars' own threads keep their names
-            query.run(executor.run)
-        else:
-            with named_thread(query.label):
-                query.run(executor.run)
-        if watch is not None:
-            watch.stop()
+        watch = self._execute(query, slot)
         if self.fallback is not None and fall_back(query, operation, self.fallback.admission):
-            return self._hand_over(query, slot, self.fallback)
+            query.report_fall_back()
+            return self._hand_over(query, slot, self.fallback, fell_back=True)
         if query.reports:
             query.report_engine()
         # First the query is done, then its slot is free, in one hold of the lock. `close` waits for
@@ -356,15 +354,53 @@ class Lane:
             with admission.lock:
                 kept = self._release(slot, away=away)
         wake(waiters)
-        if watch is not None and self.inline is not None:
-            self.inline.learn(watch, query)
-            watch = None
+        self._learn(query, watch, alone=alone)
         if not query.drop_inputs():
             self._observe_cost(query, alone=alone, share=share, away=away)
         if admission.waiters:
             admission.wake_if_empty()
         del query, operation, waiters  # the frames of an error's traceback may lead back here
         return kept
+
+    def _execute(self, query: Query[Any], slot: Slot) -> Watch | None:
+        """Run the operation of `query`, and return what has watched it, if anything has."""
+        executor = self._executor_of(query)
+        watch = None
+        if self.inline is not None and executor is IN_PROCESS and not slot.inline:
+            watch = self.inline.watch(query)
+        if query.label is None or slot.inline:  # Polars' own threads keep their names
+            query.run(executor.run)
+        else:
+            with named_thread(query.label):
+                query.run(executor.run)
+        if watch is not None:
+            watch.stop()
+        return watch
+
+    def _learn(self, query: Query[Any], watch: Watch | None, *, alone: bool) -> None:
+        """Note what there is to be learned of the run of `query`, which has ended."""
+        if watch is not None and self.inline is not None:
+            self.inline.learn(watch, query)
+        if query.chooser is not None:
+            query.chooser.note(query, alone=alone)
+
+    def _choose_engine(self, query: Query[Any], slot: Slot) -> bool | None:
+        """
+        Have the engine of `query` chosen, unless it is.
+
+        If that is the GPU, hand the query over to its lane; then return as `_run` does, else None.
+        """
+        admission = self.admission
+        query.choose_engine(is_idle=admission.running == 1 and not admission.waiting)
+        query.times.restart()
+        slot.load = slot.load._replace(pooled=query.is_pooled)
+        operation = query.operation
+        if self.gpu is None or operation is None or not is_on_gpu(query.resolution):
+            return None
+        owner = self.gpu.admission.owner
+        if not query.requeue(operation, query.resolution, owner, has_run=False):
+            return None
+        return self._hand_over(query, slot, self.gpu)
 
     def _release(self, slot: Slot, *, away: bool) -> bool:
         """Release `slot`, with the lock held; return as `_run` does."""
@@ -403,18 +439,19 @@ class Lane:
             or (expected is not None and expected.seconds < known.seconds_to_send(query.frames))
         )
 
-    def _hand_over(self, query: Query[Any], slot: Slot, fallback: Lane) -> bool:
-        """Have `fallback` run what the GPU engine could not; return as `_run` does."""
+    def _hand_over(
+        self, query: Query[Any], slot: Slot, lane: Lane, *, fell_back: bool = False
+    ) -> bool:
+        """Have `lane` run `query` instead, which waits again by now; return as `_run` does."""
         admission = self.admission
         lost: Iterable[Waiter] | None = None
         # The query enters the other lane before it leaves its slot here, in one hold of the lock
         # that both share. `close` waits for one lane after the other, and a fork may come at any
         # time: out of both for a moment, the query would be missed by either.
-        query.report_fall_back()
         with admission.lock:
-            admission.counts.fell_back += 1
+            admission.counts.fell_back += fell_back
             if not query.done:
-                lost = fallback._take_over(query)
+                lost = lane._take_over(query)
             slot.query = None
             kept = admission.release(slot)
         if lost is not None:

@@ -14,7 +14,7 @@ from polars_async._runtime.unpatched import get_ident, holding
 from polars_async.bridges.waiting import persist, wake
 from polars_async.errors import QueryTimeoutError
 from polars_async.events import EventKind, QueryEvent, count_rows, notify_observers
-from polars_async.executors.operations import Batches
+from polars_async.executors.operations import Batches, on_engine
 from polars_async.scheduling.counts import State
 from polars_async.scheduling.outcome import Outcome
 from polars_async.scheduling.sizes import SMALL, UNKNOWN, Load, size_with
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from polars_async.events import Reporter
     from polars_async.executors.operations import Operation
     from polars_async.resolution import Resolution
+    from polars_async.scheduling.adaptive import Choice, Chooser
     from polars_async.scheduling.counts import Counts
     from polars_async.scheduling.estimates import CostModel, Estimate
 
@@ -83,6 +84,8 @@ class Query(Generic[T]):
         "_timer",
         "_waiters",
         "call_site",
+        "choice",
+        "chooser",
         "context",
         "delivery",
         "estimate",
@@ -111,6 +114,7 @@ class Query(Generic[T]):
         estimate: Estimate | None = None,
         priority: int = 0,
         label: str | None = None,
+        chooser: Chooser | None = None,
     ) -> None:
         self.id = next(_ids)
         self.resolution = resolution
@@ -121,8 +125,14 @@ class Query(Generic[T]):
         self.is_stream = isinstance(operation, Batches)
         self.runs_engine = operation.runs_engine
         self.is_nested = False
+        """Whether a running query has submitted it; known of streams, and where the GPU may run it.
+        """
         self.is_inline = False
         """Whether it runs, or has run, on the thread that submitted it, for the sake of speed."""
+        self.chooser = chooser
+        """What chooses the engine, if that is left to this library."""
+        self.choice: Choice | None = None
+        """What it has chosen."""
         self.call_site: CallSite | None = None
         """The user's line that submitted the query, if it may go to another process."""
         self.times = Times()
@@ -206,9 +216,29 @@ class Query(Generic[T]):
         self.times.reject()
         self._settle(State.REJECTED)
 
+    def choose_engine(self, *, is_idle: bool = False) -> None:
+        """
+        Have the engine chosen, if that is left to this library, and was not done before.
+
+        `is_idle` says that no other query runs or waits.
+        """
+        if self.chooser is not None and self.choice is None:
+            choice, resolution = self.chooser.choose(
+                self.resolution, self.frames, is_idle=is_idle, on_gpu=not self.is_nested
+            )
+            holding(self.lock, self.use, choice, resolution)
+
+    def use(self, choice: Choice, resolution: Resolution) -> None:
+        """Have the engine of `choice` run the query, with the lock held, unless it runs already."""
+        self.choice = choice
+        if self._operation is not None:  # else it is done
+            self._operation = on_engine(self._operation, resolution.engine)
+            self.resolution = resolution
+
     def set_estimate(self, costs: CostModel) -> None:
         """Estimate the cost of the query, unless it has an estimate; never raise."""
         if self.estimate is None:
+            self.choose_engine()
             self.estimate = costs.of(self.frames, self.resolution.name)
 
     @property
@@ -260,12 +290,14 @@ class Query(Generic[T]):
         operation: Operation[T],
         resolution: Resolution,
         owner: Owner,
+        *,
+        has_run: bool = True,
     ) -> bool:
         """
         Have the query wait again, to run `operation` instead; return False if it is done.
 
         What it raised is dropped. `owner` has the same lock as the owner before, so that the query
-        is in one admission at any time.
+        is in one admission at any time. `has_run` says whether it has run on the GPU, in vain.
         """
         with self.lock:
             self._outcome.drop()
@@ -276,7 +308,7 @@ class Query(Generic[T]):
             _, self._counts, self._leave_queue = owner
             self.state = State.WAITING
             self.estimate = None
-            self.times.requeue()
+            self.times.requeue(has_run=has_run)
         return True
 
     def report(

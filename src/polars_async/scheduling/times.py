@@ -56,6 +56,10 @@ class Times:
         self.started = perf_counter()
         return self.started - (self._requeued or self._submitted)
 
+    def restart(self) -> None:
+        """Set the time of the start anew: what the query took so far was no run."""
+        self.started = perf_counter()
+
     def end(self) -> None:
         """Set the time at which the query really ended."""
         self.ended = perf_counter()
@@ -64,9 +68,10 @@ class Times:
         """Set the times of a query that was not admitted: it neither waited nor ran."""
         self.started, self.ended = None, self._submitted
 
-    def requeue(self) -> None:
-        """Keep what the GPU took in vain, and begin to wait again."""
-        self.gpu_seconds = self.run_seconds
+    def requeue(self, *, has_run: bool) -> None:
+        """Begin to wait again; keep what the GPU took in vain, if it `has_run` there."""
+        if has_run:
+            self.gpu_seconds = self.run_seconds
         self._requeued, self.started = perf_counter(), None
         self.paused_seconds = 0.0
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 from polars_async._runtime.upstream.engines import (
     AUTO_ENGINE,
     BUILT_IN_ENGINES,
+    DEFAULT_ENGINE,
     DEFAULT_OPTIMIZATIONS,
     InProcessQuery,
     affinity_override,
@@ -45,6 +46,7 @@ from polars_async._runtime.upstream.serialized import (
 __all__ = [
     "AUTO_ENGINE",
     "BUILT_IN_ENGINES",
+    "DEFAULT_ENGINE",
     "DEFAULT_OPTIMIZATIONS",
     "LIBRARY",
     "PACKAGE_FOLDER",

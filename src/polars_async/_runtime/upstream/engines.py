@@ -28,6 +28,7 @@ T = TypeVar("T")
 __all__ = [
     "AUTO_ENGINE",
     "BUILT_IN_ENGINES",
+    "DEFAULT_ENGINE",
     "DEFAULT_OPTIMIZATIONS",
     "InProcessQuery",
     "affinity_override",
@@ -91,6 +92,11 @@ def _find_auto_engine() -> pl.Engine:
 AUTO_ENGINE: Final = _find_auto_engine()
 """The engine that Polars runs by default. The *name* ``"auto"`` would have Polars look at the
 affinity again, find AsyncEngine there, and so on for ever."""
+
+
+DEFAULT_ENGINE: Final = "in-memory" if pl.__version__.startswith(("0.", "1.")) else "streaming"
+"""The name of the engine that Polars' own async functions run where none is asked for, as they
+document it. Polars chooses it when the query runs, and nothing of it can be read before."""
 
 
 BUILT_IN_ENGINES: Final = frozenset(
