@@ -212,6 +212,12 @@ def main():
     names.update(before)
 
 
+@pytest.fixture(autouse=True)
+def _same_engine(monkeypatch):
+    """Have queries that name no engine run on the same one, whatever the default of Polars is."""
+    monkeypatch.setenv("POLARS_ASYNC_ENGINE", "in-memory")
+
+
 @pytest.fixture
 def run_script():
     """Run a program of its own, and give what it printed; it must print no error."""

@@ -30,6 +30,7 @@ from polars_async.resolution import resolve_engine
 
 VARIABLE = "POLARS_ENGINE_AFFINITY"
 POLICY_VARIABLE = "POLARS_ASYNC_GPU"
+ENGINE_VARIABLE = "POLARS_ASYNC_ENGINE"
 PATHS = ("sync", "async", "background", "batches")
 POLICIES = ("downgrade", "offload", "require")
 
@@ -86,6 +87,7 @@ ARGUMENTS = (
     asks("cpu", "in-memory"),
     asks("streaming", "streaming"),
     asks("gpu", "gpu"),
+    asks("adaptive", "adaptive"),
     asks(IN_MEMORY, "in-memory"),
     asks(STREAMING, "streaming"),
     asks(GPU, "gpu"),
@@ -98,6 +100,7 @@ ARGUMENTS = (
     asks(plugin("auto"), "nothing"),
     asks(plugin("streaming"), "streaming", "streaming"),
     asks(plugin("gpu"), "gpu", "gpu"),
+    asks(plugin("adaptive"), "adaptive", "adaptive"),
     asks(plugin(STRICT), "gpu!", STRICT),
     asks(plugin(RANCH), "ranch", RANCH),
     asks(plugin(plugin("gpu")), "gpu", "gpu"),
@@ -166,8 +169,10 @@ def table(text):
     return {row[:-2]: row[-2:] for row in rows}
 
 
-NOBODY_ASKS = {"sync": "auto", "async": "in-memory", "background": "in-memory"}
-NOBODY_ASKS |= {"batches": "streaming"}
+# What Polars documents for its own async functions, by the release series.
+DEFAULT = "in-memory" if pl.__version__.startswith("1.") else "streaming"
+NOBODY_ASKS = {"sync": "auto", "async": DEFAULT, "background": DEFAULT, "batches": "streaming"}
+ADAPTIVE = {"sync": "auto", "async": "adaptive", "background": "adaptive", "batches": "streaming"}
 
 # What runs instead of the GPU engine, after a colon why: the path or the host rules it out.
 GPU_RULE = table(
@@ -252,7 +257,7 @@ def _own_world(monkeypatch):
     """Ask a fresh probe and a fresh collector; take back what a test sets and what Polars keeps."""
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     monkeypatch.delenv("CUDA_DEVICE_ORDER", raising=False)
-    for variable in (VARIABLE, POLICY_VARIABLE):
+    for variable in (VARIABLE, POLICY_VARIABLE, ENGINE_VARIABLE):
         # Set first, so that at the end monkeypatch also takes away what a test has written.
         monkeypatch.setenv(variable, "")
         monkeypatch.delenv(variable)
@@ -335,6 +340,8 @@ def expected(question):
         return expected_of_gpu(question)
     if kind == "nothing":
         return Cell(None, "auto", "default", NOBODY_ASKS[question.path])
+    if kind == "adaptive":
+        return Cell(None, "adaptive", "adaptive", ADAPTIVE[question.path])
     if kind == "nonsense":
         name = NOBODY_ASKS[question.path]
         return Cell(None, requested, "default", name, reason=Reason.UNKNOWN_AFFINITY)
@@ -371,13 +378,14 @@ def decided(*args, **options):
 
 TYPES = {"in-memory": pl.InMemoryEngine, "streaming": pl.StreamingEngine, "gpu": pl.GPUEngine}
 TYPES["auto"] = type(AUTO_ENGINE)
+TYPES["adaptive"] = pl.InMemoryEngine  # in the place of the one that is chosen later
 
 
 def is_the_engine(engine, cell):
     """Tell whether it is the very object that was asked for, or else Polars' own of that name."""
     if isinstance(cell.requested, pl.Engine) and not cell.downgraded:
         return engine is cell.requested
-    return type(engine) is TYPES[cell.name] and engine.name == cell.name
+    return type(engine) is TYPES[cell.name] and cell.name in {engine.name, "adaptive"}
 
 
 ASKERS = {
@@ -399,6 +407,8 @@ def expected_words(question, cell):
         return [value, "auto.*in-memory.*streaming.*gpu", said(cell.name)]
     if cell.error is not None or cell.downgraded:
         return [ASKERS[source], "asks for|asked for", "GPU", *words_of_gpu(question, cell)]
+    if cell.source == "adaptive":
+        return [said(cell.name)]
     return [
         "nothing else was asked for" if source == "default" else ASKERS[source],
         said(cell.name),
@@ -421,6 +431,8 @@ def words_of_gpu(question, cell):
 def said(name):
     if name == "auto":
         return "Polars chooses"
+    if name == "adaptive":
+        return "expected to be the fastest"
     return f"the {'GPU' if name == 'gpu' else name} engine runs"
 
 
@@ -453,8 +465,8 @@ def test_every_cell_of_the_table(host, affinity, name):
 
 @pytest.mark.parametrize("wrong", WRONG_ENGINES)
 def test_wrong_engine_is_a_value_error_whatever_else_is_asked(host, wrong):
-    gpu_names = "'auto', 'in-memory', 'streaming', 'gpu'"
-    message = f"engine must be one of {gpu_names} or a polars.Engine object, got {wrong!r}"
+    names = "'auto', 'in-memory', 'streaming', 'gpu', 'adaptive'"
+    message = f"engine must be one of {names} or a polars.Engine object, got {wrong!r}"
     for name, affinity in product(HOSTS, AFFINITIES):
         host(name)
         set_affinity(affinity)
@@ -518,12 +530,78 @@ def test_options_of_a_collector_are_those_of_its_queries(host):
 # Important cells, one by one
 
 
-def test_nobody_asks_and_the_async_path_is_in_memory():
+def test_nobody_asks_and_the_async_path_is_that_of_polars():
     found = resolve_engine()
 
-    assert (found.requested, found.source, found.name) == ("auto", "default", "in-memory")
+    assert (found.requested, found.source, found.name) == ("auto", "default", DEFAULT)
     assert (found.downgraded, found.reason, found.gpu) == (False, None, None)
-    assert found.message == "the in-memory engine runs: nothing else was asked for"
+    assert found.message == f"the {DEFAULT} engine runs: nothing else was asked for"
+
+
+@pytest.mark.parametrize("function", [pl.collect_all_async, pl.collect_all])
+def test_default_is_the_one_that_the_installed_polars_documents(function):
+    documented = re.search(r'falling\s+back to ``"([\w-]+)"`` if unset', function.__doc__)
+    assert resolve_engine().name == documented[1]
+
+
+def test_default_is_the_one_that_the_installed_polars_runs():
+    script = """
+import asyncio, polars as pl
+frame = pl.DataFrame({"a": [1, 2]}).lazy().group_by("a").len()
+async def main():
+    await frame.collect_async(engine="%s")
+asyncio.run(main())
+"""
+    streams = {}
+    for engine in ("auto", "in-memory", "streaming"):
+        told = subprocess.run(
+            [sys.executable, "-c", script % engine],
+            env={**os.environ, "POLARS_VERBOSE": "1"},
+            capture_output=True,
+            text=True,
+            timeout=150,
+            check=True,
+        )
+        streams[engine] = "polars-stream" in told.stderr
+    assert streams == {"auto": DEFAULT == "streaming", "in-memory": False, "streaming": True}
+
+
+def test_default_of_the_process_is_the_variable():
+    write(ENGINE_VARIABLE, "adaptive")
+    assert [resolve_engine(path=path).name for path in PATHS] == [
+        {"async": "adaptive", "background": "adaptive"}.get(path, NOBODY_ASKS[path])
+        for path in PATHS
+    ]
+    with pa.Collector() as own:
+        assert own.resolve_engine().source == "adaptive"
+    with pa.Collector(default_engine="in-memory") as own:
+        assert own.resolve_engine().name == "in-memory"
+    write(VARIABLE, "streaming")
+    assert resolve_engine().source == "environment"
+
+
+@pytest.mark.parametrize("value", ["", "auto"])
+def test_variable_of_the_default_that_names_none_leaves_that_of_polars(value):
+    write(ENGINE_VARIABLE, value)
+    assert resolve_engine().name == DEFAULT
+
+
+def test_wrong_variable_of_the_default_is_an_error_where_it_decides():
+    write(ENGINE_VARIABLE, "fastest")
+    with pytest.raises(ValueError, match=r"POLARS_ASYNC_ENGINE must be one of .*, got 'fastest'"):
+        resolve_engine()
+    assert resolve_engine("streaming").name == "streaming"
+
+
+def test_nonsense_affinity_is_said_where_the_engine_is_chosen_later():
+    write(VARIABLE, "cuda")
+    found = resolve_engine(default_engine="adaptive")
+    assert (found.name, found.source, found.reason) == (
+        "adaptive",
+        "adaptive",
+        Reason.UNKNOWN_AFFINITY,
+    )
+    assert "so the engine that is expected to be the fastest runs" in found.message
 
 
 def test_nobody_asks_and_the_sync_path_is_left_to_polars():
@@ -629,7 +707,7 @@ def test_affinity_nonsense_names_the_value_and_the_valid_ones():
     found = resolve_engine()
 
     assert found.message == (
-        "POLARS_ENGINE_AFFINITY='cuda' names no engine, so the in-memory engine runs: "
+        f"POLARS_ENGINE_AFFINITY='cuda' names no engine, so the {DEFAULT} engine runs: "
         "set it to one of 'auto', 'in-memory', 'streaming', 'gpu'"
     )
     assert not found.downgraded  # nobody asked for a GPU
@@ -728,7 +806,7 @@ print("asked:", "pynvml" in sys.modules)
     assert run(script, "-W", "error")[0] == ["asked:", "asked:", "True"]
 
 
-@pytest.mark.parametrize(("value", "name"), [("streaming", "streaming"), ("cuda", "in-memory")])
+@pytest.mark.parametrize(("value", "name"), [("streaming", "streaming"), ("cuda", DEFAULT)])
 def test_variable_set_before_the_import_counts(value, name):
     script = "import polars_async as pa; print(pa.resolve_engine().name)"
     assert run(script, **{VARIABLE: value})[0] == [name]

@@ -30,7 +30,8 @@ QueryPath: TypeAlias = Literal["sync", "async", "background", "batches"]
 GpuPolicy: TypeAlias = Literal["downgrade", "offload", "require"]
 
 ADAPTIVE: Final = "adaptive"
-ENGINE_NAMES: Final = ("auto", "in-memory", "streaming", "gpu", ADAPTIVE)
+_OF_POLARS: Final = ("auto", "in-memory", "streaming", "gpu")
+ENGINE_NAMES: Final = (*_OF_POLARS, ADAPTIVE)
 AFFINITY_VARIABLE: Final = "POLARS_ENGINE_AFFINITY"
 ENGINE_VARIABLE: Final = "POLARS_ASYNC_ENGINE"
 GPU_POLICY_VARIABLE: Final = "POLARS_ASYNC_GPU"
@@ -251,7 +252,7 @@ def _find_request(
         requested=name,
         reason=Reason.UNKNOWN_AFFINITY,
         message=f"{AFFINITY_VARIABLE}={name!r} names no engine, so {runs(instead.name)}: "
-        f"set it to one of {_listed(ENGINE_NAMES)}",
+        f"set it to one of {_listed(_OF_POLARS)}",
     )
 
 

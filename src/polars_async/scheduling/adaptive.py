@@ -33,8 +33,10 @@ _STREAMING: Final = "streaming"
 _GPU: Final = "gpu"
 _ON_CPU: Final = (_IN_MEMORY, _STREAMING)
 
-_LARGE: Final = 1 << 20
-"""Bytes from which on the streaming engine is expected to be faster."""
+_LARGE: Final = 1 << 21
+_LARGE_SCAN: Final = 1 << 18
+"""Bytes, in memory or in files, from which on the streaming engine is faster or about as fast, and
+below which it takes up to ten times as long."""
 _MUCH_HELD: Final = 20 << 20
 """Bytes that Polars may hold in all if a query whose plan was not read is taken for small. Without
 any frame it is some 15 MB."""
@@ -227,7 +229,8 @@ def at_first_sight(sources: Sources) -> Choice:
         return Choice(DEFAULT_ENGINE, "Polars' default, since the query runs Python functions")
     size = sources.size
     if size is not None:
-        return Choice(_STREAMING if size >= _LARGE else _IN_MEMORY, f"it reads {_amount(size)}")
+        is_large = size >= (_LARGE_SCAN if sources.scans else _LARGE)
+        return Choice(_STREAMING if is_large else _IN_MEMORY, f"it reads {_amount(size)}")
     if sources.scans:
         return Choice(_STREAMING, "it scans what may be large")
     unknown = "how much the query reads of what is in memory is unknown"

@@ -71,7 +71,8 @@ class Sources(NamedTuple):
     """What a query reads, as far as it is known."""
 
     size: int | None
-    """In bytes, in memory and in files of this machine; None if it is not known."""
+    """In bytes, in memory and in files here, as far as the plan was read; None if it is
+    not known."""
     scans: bool
     """Whether it scans files, or what is elsewhere."""
     runs_python: bool | None
@@ -143,6 +144,7 @@ class CostModel:
     def is_look_dear(self) -> bool:
         """Return whether looks have taken much time of late."""
         return perf_counter() < self._dear_until
+
     def sources(self, frames: Sequence[pl.LazyFrame]) -> Sources:
         """Return what a query for `frames` reads, unless a look is dear; never raise."""
         if self.is_look_dear() and not all(map(self._is_known, frames)):
@@ -193,9 +195,6 @@ class CostModel:
             self._dear_until = begun + _LOOK_SHARE * took
             if took > _SLOW_LOOK:
                 self._looks_again = self._dear_until
-        known = _Known(ref(frame, lambda _: plans.pop(key, None)), plan, _source_seconds(plan))
-        if (took := thread_time() - before) > _SLOW_LOOK:
-            self._looks_again = begun + _LOOK_SHARE * took
         known = _Known(ref(frame, lambda _: plans.pop(key, None)), plan, *_amount(plan))
         plans[key] = known
         return known
@@ -259,13 +258,13 @@ def _shapes_of(known: Sequence[_Known]) -> tuple[tuple[int, int], ...]:
 
 
 def _amount(plan: Plan) -> tuple[int | None, float]:
-    """Return how much a query reads: in bytes, if all of it is known, and in seconds."""
+    """Return how much a query reads, as far as it is known: in bytes and in seconds."""
     files = [_file_size(path) for path in plan.paths]
     sizes = [size for size in files if size is not None]
     seconds = plan.frame_bytes / _FRAME_RATE + sum(sizes) / _FILE_RATE
     seconds += UNKNOWN * (len(files) - len(sizes))
-    if not plan.is_sized:
-        return None, max(seconds, UNKNOWN)
+    if not plan.is_sized:  # the plan is longer than was read of it
+        return plan.frame_bytes or None, max(seconds, UNKNOWN)
     return plan.frame_bytes + sum(sizes) if len(sizes) == len(files) else None, seconds
 
 
