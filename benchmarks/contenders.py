@@ -31,6 +31,8 @@ THREADS_SEMAPHORE: Final = "loop's threads, semaphore"
 DASK: Final = "dask"
 ENGINES: Final = ("in-memory", "streaming", "gpu")
 CPU_ENGINES: Final = ENGINES[:2]
+ADAPTIVE: Final = "adaptive"
+"""The engine that polars-async chooses for each query."""
 DEFAULT_ENGINE: Final = "in-memory" if pl.__version__.startswith("1.") else "streaming"
 """What the async functions of the installed Polars run where no engine is asked for."""
 
@@ -45,4 +47,5 @@ def on(contender: str, engine: str) -> str:
 
 def names_engine(contender: str) -> bool:
     """Return whether `contender` is a name that `on` returned."""
-    return contender.removesuffix(_DEFAULT).endswith(tuple(f", {each}" for each in CPU_ENGINES))
+    engines = (*CPU_ENGINES, ADAPTIVE)
+    return contender.removesuffix(_DEFAULT).endswith(tuple(f", {each}" for each in engines))

@@ -14,8 +14,10 @@ from typing import TYPE_CHECKING, Final
 import polars as pl
 
 from benchmarks.contenders import (
+    ADAPTIVE,
     CPU_ENGINES,
     DASK,
+    DEFAULT_ENGINE,
     HAS_INLINE,
     POLARS,
     POLARS_ASYNC,
@@ -63,6 +65,25 @@ def _of_mix() -> dict[str, Target]:
     return found
 
 
+def _of_adaptive() -> dict[str, Target]:
+    """Return the targets of the engine that is chosen, beside each engine of Polars' own."""
+    who = on(POLARS_ASYNC, ADAPTIVE)
+    limits = {
+        "in-memory": {"beside, tiny p99": 0.02, "beside, heavy finished": 0.5},
+        "streaming": {"beside, tiny p99": 1, "beside, heavy finished": 1.1},
+    }
+    for engine in CPU_ENGINES:
+        limits[engine] |= {"PDS-H, finished": 1, "PDS-H, peak RSS": 0.6, "mix, mean slowdown": 0.2}
+    found = {
+        f"adaptive, {what} beside {engine}": Target(limit, of=on(POLARS, engine), who=who)
+        for engine, of_engine in limits.items()
+        for what, limit in of_engine.items()
+    }
+    trip = 0.3 if DEFAULT_ENGINE == "in-memory" else 0.1
+    of = on(POLARS, DEFAULT_ENGINE)
+    return found | {"tiny query, round trip, asyncio, adaptive": Target(trip, of=of, who=who)}
+
+
 def _of_inline() -> dict[str, Target]:
     who = POLARS_ASYNC_NOT_INLINE
     found = {
@@ -100,6 +121,7 @@ TARGETS: Final[Mapping[str, Target]] = {
     "PDS-H at once, peak RSS, in-memory": Target(at_most=0.6),
     "PDS-H at once, finished, in-memory": Target(at_most=1),
     **_of_mix(),
+    **_of_adaptive(),
     "32 sources that sleep, in-memory": Target(at_most=1.2),
     "32 scans over HTTP, in-memory": Target(at_most=1.2),
     "cancelled query in a process, until idle, p50": Target(at_most=20, of=None),

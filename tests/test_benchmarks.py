@@ -17,7 +17,14 @@ import uvloop
 from test_readme import BLOCKS, ROOT
 
 from benchmarks.__main__ import main
-from benchmarks.contenders import CPU_ENGINES, POLARS, POLARS_ASYNC, POLARS_ASYNC_THREADS, on
+from benchmarks.contenders import (
+    ADAPTIVE,
+    CPU_ENGINES,
+    POLARS,
+    POLARS_ASYNC,
+    POLARS_ASYNC_THREADS,
+    on,
+)
 from benchmarks.gpu import __main__ as gpu
 from benchmarks.measure import mix, open_loop
 from benchmarks.report import charts, table
@@ -243,7 +250,7 @@ def test_each_target_is_that_of_one_suite(every_case):
 
 
 def test_engine_of_polars_own_is_said(every_case):
-    said = (*CPU_ENGINES, "(default)")
+    said = (*CPU_ENGINES, ADAPTIVE, "each engine", "(default)")
     for case in every_case:
         for who in native(case.contenders):
             assert case.name.endswith(said) or who.endswith(said), case

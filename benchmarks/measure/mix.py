@@ -132,17 +132,17 @@ def capacity(scale: float) -> float:
 
 
 async def serve(
-    submit: Submit, engine: str, rate: float, requests: int, scale: float
+    submit: Submit, engines: Sequence[str], rate: float, requests: int, scale: float
 ) -> dict[str, float]:
     """
     Submit `requests` queries of the mix at random moments, `rate` a second; return the figures.
 
     Those are `PARTS` of the latencies of each size in ms, and the mean slowdown: a latency by the
-    time that Polars takes for the same shape alone, on `engine`, measured here before. `requests`
-    is a multiple of a hundred, and of each hundred every size has its share.
+    time that Polars takes for the same shape alone, on the fastest of `engines`, measured here
+    before. `requests` is a multiple of a hundred, and of each hundred every size has its share.
     """
     shapes = _shapes(scale)
-    alone = {shape: shape.alone(engine) for shape in shapes}
+    alone = {shape: min(map(shape.alone, engines)) for shape in shapes}
     for shape in shapes:
         await submit(shape.query(0))  # starts threads, and shows the shapes
     order = list(_order(shapes, requests))

@@ -19,12 +19,15 @@ import uvloop
 
 import polars_async as pa
 from benchmarks.contenders import (
+    ADAPTIVE,
     CPU_ENGINES,
+    DEFAULT_ENGINE,
     HAS_INLINE,
     POLARS,
     POLARS_ASYNC,
     POLARS_ASYNC_NOT_INLINE,
     THREADS,
+    on,
 )
 from benchmarks.measure.stall import StallMeter
 from benchmarks.measure.workloads import one_by_one, trivial
@@ -60,6 +63,9 @@ _STALLS: Final = {
 _HEAVY: Final = 6
 _KNOWN: Final = 50
 """How often the tiny query runs before: often enough to be known as one."""
+_BY_DEFAULT: Final = "tiny, asyncio, each engine"
+_DEFAULT: Final = on(POLARS, DEFAULT_ENGINE)
+_ADAPTIVE: Final = on(POLARS_ASYNC, ADAPTIVE)
 _RESOLUTION: Final = "resolve_engine"
 _IMPORT: Final = "polars_async"
 
@@ -84,6 +90,7 @@ def cases(options: Options) -> list[Case]:
             )
             name = f"tiny, {loop}, {engine}"
             found.append(Case("latency", name, (*contenders, *_NOT_INLINE), metrics, trips))
+    found.append(_adaptive_case(trips))
     rows = {"rows": 600_000 if quick else 6_000_000}
     for loop in ("asyncio", "gevent"):
         for what, contenders in _STALLS.items():
@@ -96,6 +103,16 @@ def cases(options: Options) -> list[Case]:
     found.append(Case("latency", _RESOLUTION, (POLARS_ASYNC,), (resolution,)))
     found.append(Case("latency", _IMPORT, (POLARS_ASYNC,), (imports,)))
     return found
+
+
+def _adaptive_case(trips: Mapping[str, object]) -> Case:
+    """Return the case in which the engine that is chosen runs beside the default of Polars' own."""
+    trip = targets("tiny query, round trip, asyncio, adaptive")
+    metrics = (
+        Metric("round trip", "us", "lower", trip),
+        Metric("gathered", "queries/s", "higher"),
+    )
+    return Case("latency", _BY_DEFAULT, (_DEFAULT, _ADAPTIVE), metrics, trips)
 
 
 def _targets(what: str, loop: str, engine: str) -> Mapping[str, Target]:
@@ -114,6 +131,10 @@ def run(case: str, contender: str, **size: int) -> dict[str, float]:
     if case == _IMPORT:
         return {"import": _import()}
     what, loop, *engine = case.split(", ")
+    if case == _BY_DEFAULT:
+        contender, engine = {_DEFAULT: (POLARS, ["auto"]), _ADAPTIVE: (POLARS_ASYNC, [ADAPTIVE])}[
+            contender
+        ]
     if what == "tiny":
         return _TINY[loop](_SUBMITS[loop, contender](engine[0]), **size)
     stall = _green_stall if loop == "gevent" else _stall

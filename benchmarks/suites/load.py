@@ -23,6 +23,7 @@ import polars as pl
 
 import polars_async as pa
 from benchmarks.contenders import (
+    ADAPTIVE,
     CPU_ENGINES,
     DEFAULT_ENGINE,
     POLARS,
@@ -64,6 +65,8 @@ _SORTS: Final = 64
 _LATENCIES: Final = (("p50", 0.5), ("p90", 0.9), ("p99", 0.99), ("max", 1.0))
 _BESIDE: Final = "tiny beside 8 heavy, in-memory"
 _BESIDE_AUTO: Final = "tiny beside 8 heavy, executor auto, in-memory"
+_BESIDE_ADAPTIVE: Final = "tiny beside 8 heavy, each engine"
+_PDSH_ADAPTIVE: Final = "22 PDS-H queries at once, each engine"
 _SORTED: Final = "64 sorts at once, in-memory"
 _PDSH: Final = "22 PDS-H queries at once, in-memory"
 _LOAD_FACTORS: Final = (0.5, 0.8, 1.2)
@@ -73,8 +76,12 @@ _ON: Final = {
     on(who, engine): (who, engine)
     for engine in CPU_ENGINES
     for who in (POLARS, THREADS_SEMAPHORE, POLARS_ASYNC)
-}
+} | {on(POLARS_ASYNC, ADAPTIVE): (POLARS_ASYNC, ADAPTIVE)}
 """The contenders for the mix."""
+_ADAPTIVE_BESIDE: Final = (
+    *(on(POLARS, engine) for engine in CPU_ENGINES),
+    on(POLARS_ASYNC, ADAPTIVE),
+)
 _MIX_FACTORS: Final = (0.5, 0.7, 0.9)
 _MIX_CAPACITY: Final = "capacity for the mix"
 """No case of the suite: measured in a process of its own, whose memory no contender inherits."""
@@ -100,6 +107,7 @@ def cases(options: Options) -> list[Case]:
     auto = {"rows": rows, "executor": "auto"}
     pair = (POLARS, POLARS_ASYNC)
     found.insert(1, Case("load", _BESIDE_AUTO, pair, beside_auto, auto, timeout=300))
+    found += _adaptive_cases(rows, pdsh)
     capacity = _capacity()
     seconds = 1 if options.quick else 5
     for factor in _LOAD_FACTORS:
@@ -129,6 +137,7 @@ def _mix_metrics() -> list[Metric]:
             ("p50 of each size", f"p50 of each size beside {THREADS_SEMAPHORE}"),
         )
     )
+    slowdown |= _targets_of_adaptive("mix, mean slowdown")
     return [
         Metric("mean slowdown", "times alone", "lower", slowdown),
         *(
@@ -158,15 +167,36 @@ def run(
     """Measure one contender in one case, once."""
     if case == _MIX_CAPACITY:
         return {"capacity": mix.capacity(**size)}
+    who, engine = _ON.get(contender, (contender, "in-memory"))
     if case.startswith(_MIX):
-        who, engine = _ON[contender]
         submit = _submitter(who, None if contender == on(POLARS, DEFAULT_ENGINE) else engine)
-        return asyncio.run(mix.serve(submit, engine, **size))
-    if contender == POLARS_ASYNC:
+        engines = CPU_ENGINES if engine == ADAPTIVE else (engine,)
+        return asyncio.run(mix.serve(submit, engines, **size))
+    if who == POLARS_ASYNC:
         pa.configure(executor=executor)
         if executor == "auto":
             size["share"] = True
-    return asyncio.run(_CASES.get(case, _requests)(_submitter(contender, "in-memory"), **size))
+    return asyncio.run(_CASES.get(case, _requests)(_submitter(who, engine), **size))
+
+
+def _adaptive_cases(rows: int, pdsh: Mapping[str, object]) -> Iterator[Case]:
+    """Yield the cases in which the engine that is chosen runs beside each of Polars' own."""
+    beside = [
+        *(Metric(f"tiny {name}", "ms", "lower") for name, _ in _LATENCIES if name != "p99"),
+        Metric("tiny p99", "ms", "lower", _targets_of_adaptive("beside, tiny p99")),
+        Metric("heavy finished", "s", "lower", _targets_of_adaptive("beside, heavy finished")),
+    ]
+    memory = [
+        Metric("peak RSS", "MB", "lower", _targets_of_adaptive("PDS-H, peak RSS")),
+        Metric("finished", "s", "lower", _targets_of_adaptive("PDS-H, finished")),
+    ]
+    cases = (_BESIDE_ADAPTIVE, beside, {"rows": rows}), (_PDSH_ADAPTIVE, memory, pdsh)
+    for name, metrics, size in cases:
+        yield Case("load", name, _ADAPTIVE_BESIDE, metrics, size, timeout=300)
+
+
+def _targets_of_adaptive(what: str) -> dict[str, Target]:
+    return targets(*(f"adaptive, {what} beside {engine}" for engine in CPU_ENGINES))
 
 
 def _beside_metrics(p99: str, *finished: str) -> list[Metric]:
@@ -334,6 +364,8 @@ async def _requests(submit: Submit, rate: float, seconds: float) -> Figures:
 _CASES: Final[dict[str, Callable[..., Coroutine[Any, Any, Figures]]]] = {
     _BESIDE: _tiny_beside_heavy,
     _BESIDE_AUTO: _tiny_beside_heavy,
+    _BESIDE_ADAPTIVE: _tiny_beside_heavy,
     _SORTED: _sorts,
     _PDSH: _pdsh,
+    _PDSH_ADAPTIVE: _pdsh,
 }
