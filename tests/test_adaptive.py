@@ -108,6 +108,7 @@ def test_engine_that_cannot_run_it_is_left():
     shape.run(1)
     shape.times.note(Choice("in-memory", "", 7), 0.1, alone=True)
     assert shape.choose(may_try=True).engine == "in-memory"
+    assert shape.choose().why == "100 ms here, gpu failed"
 
 
 def test_engine_that_is_there_no_more_is_not_chosen():
@@ -278,6 +279,17 @@ def test_batches_and_sinks_stream_whatever_they_read(adapting, tmp_path):
 
 def test_schema_needs_no_engine(adapting):
     assert adapting.collect_schema_async(SMALL).result(LIMIT) == {"a": pl.Int64}
+
+
+def test_affinity_that_names_no_engine_is_still_told(monkeypatch):
+    monkeypatch.setenv("POLARS_ENGINE_AFFINITY", "cuda")
+    collector = pa.Collector(default_engine="adaptive")
+    with pytest.warns(pa.EngineDowngradeWarning, match="is expected to be the fastest runs"):
+        handle = collector.collect_async(SMALL)
+    handle.result(LIMIT)
+    assert handle.resolution.message.startswith("POLARS_ENGINE_AFFINITY='cuda' names no engine")
+    assert "Here the in-memory engine runs: it reads" in handle.resolution.message
+    collector.close()
 
 
 def test_default_collector_adapts_by_the_variable(monkeypatch):

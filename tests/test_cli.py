@@ -24,6 +24,7 @@ from polars_async.testing import simulate_gpu
 
 AFFINITY = "POLARS_ENGINE_AFFINITY"
 POLICY = "POLARS_ASYNC_GPU"
+DEFAULT = "POLARS_ASYNC_ENGINE"
 PATHS = ["sync", "async", "background", "batches"]
 MAY_DOWNGRADE = PATHS[1:]
 GIBIBYTE = 2**30
@@ -60,7 +61,7 @@ def install_cudf(folder, polars="", module=""):
 
 @pytest.fixture(autouse=True)
 def _own_environment(monkeypatch):
-    for name in (AFFINITY, POLICY, "CUDA_VISIBLE_DEVICES", "CUDA_DEVICE_ORDER"):
+    for name in (AFFINITY, POLICY, DEFAULT, "CUDA_VISIBLE_DEVICES", "CUDA_DEVICE_ORDER"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("COLUMNS", "80")
     monkeypatch.setattr(probe, "probe", probe.Probe())
@@ -174,6 +175,35 @@ def test_policy_that_is_none_is_a_problem_though_no_gpu_is_asked_for(diagnosis, 
         f"POLARS_ASYNC_GPU={policy!r} is not valid: unset it or set it to one of "
         "'downgrade', 'offload', 'require'"
     )
+
+
+def test_default_that_names_no_engine_is_a_problem_of_the_paths_that_read_it(diagnosis):
+    report = diagnosis(**{DEFAULT: "fastest"})
+    assert report["default_engine"] == {"value": "fastest", "source": "environment", "valid": False}
+    [problem] = report["problems"]
+    assert problem == (
+        "POLARS_ASYNC_ENGINE='fastest' is not valid: unset it or set it to one of "
+        "'auto', 'in-memory', 'streaming', 'gpu', 'adaptive'"
+    )
+    assert "error" in report["paths"]["async"]
+    assert report["paths"]["sync"]["engine"] == "auto"
+
+
+def test_default_that_is_chosen_later_is_told(diagnosis, doctor):
+    report = diagnosis(**{DEFAULT: "adaptive"})
+    assert report["problems"] == []
+    assert report["paths"]["async"]["engine"] == "adaptive"
+    assert "default       POLARS_ASYNC_ENGINE='adaptive'" in doctor()[1]
+
+
+def test_missing_gpu_that_the_default_asks_for_is_one_problem(diagnosis):
+    [problem] = diagnosis(**{DEFAULT: "gpu"})["problems"]
+    assert problem.startswith("POLARS_ASYNC_ENGINE=gpu asks for a GPU, but ")
+
+
+@pytest.mark.parametrize("name", ["adaptive", "polars-async"])
+def test_affinity_of_polars_is_none_of_this_library(diagnosis, name):
+    assert not diagnosis(**{AFFINITY: name})["affinity"]["valid"]
 
 
 def test_every_problem_is_told_once(diagnosis):
@@ -362,10 +392,11 @@ def test_gpu_that_rests_is_told(diagnosis, doctor):
 # JSON
 
 KEYS = {
-    "": "versions cudf_polars affinity gpu_policy paths gpu problems exit_status",
+    "": "versions cudf_polars affinity default_engine gpu_policy paths gpu problems exit_status",
     "versions": "python polars_async polars cudf_polars",
     "cudf_polars": "installed reason message gpu_support",
     "affinity": "value source valid",
+    "default_engine": "value source valid",
     "gpu_policy": "value source valid",
     "paths": "sync async background batches",
     "path": "engine downgraded reason message",
@@ -415,6 +446,7 @@ def test_json_of_a_bare_host(diagnosis):
     assert report["versions"]["python"] == ".".join(map(str, sys.version_info[:3]))
     assert report["versions"]["polars"] == pl.__version__
     assert report["affinity"] == {"value": "auto", "source": "default", "valid": True}
+    assert report["default_engine"]["value"] == resolve_engine().name
     assert report["gpu_policy"] == {"value": "downgrade", "source": "default", "valid": True}
     assert report["gpu"]["environment"] == {"CUDA_VISIBLE_DEVICES": None, "CUDA_DEVICE_ORDER": None}
 

@@ -12,7 +12,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Final
 
 from polars_async.doctor import DISTRIBUTION, diagnose, installed_version
-from polars_async.resolution import AFFINITY_VARIABLE, GPU_POLICY_VARIABLE
+from polars_async.resolution import AFFINITY_VARIABLE, ENGINE_VARIABLE, GPU_POLICY_VARIABLE
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -38,16 +38,17 @@ exit status:
   0  The environment asks for an engine that can run, or for none: a missing GPU
      is then no problem. Nor is {GPU_POLICY_VARIABLE}=downgrade, which keeps the GPU
      off the async, background and batches paths; the report says so.
-  2  {AFFINITY_VARIABLE} or {GPU_POLICY_VARIABLE} is not valid;
-     or no GPU is usable, and {AFFINITY_VARIABLE}=gpu asks for one, under
-     any policy, or {GPU_POLICY_VARIABLE}=require does, with which every query
+  2  {AFFINITY_VARIABLE}, {ENGINE_VARIABLE} or
+     {GPU_POLICY_VARIABLE} is not valid; or no GPU is usable, and
+     {AFFINITY_VARIABLE}=gpu asks for one, under any policy, or {GPU_POLICY_VARIABLE}=require does, with which every query
      that asks for one fails. Wrong arguments are 2, too.
 
 --json writes one object; what is unknown or absent is null:
   versions     python, polars_async, polars, cudf_polars
   cudf_polars  installed, reason (null where nothing rules it out),
                message, gpu_support (whether gpu_support can ask it)
-  affinity, gpu_policy: each value, source (environment or default), valid
+  affinity, default_engine, gpu_policy: each value, source (environment or
+               default), valid
   paths        sync, async, background, batches: each engine, downgraded,
                reason, message; where the query would fail, error alone
   gpu          usable, reason, message, driver_version, cuda_version ([13, 0]),
@@ -114,6 +115,7 @@ def _render(report: Report, width: int) -> Iterator[str]:
     yield entry("cudf-polars", report["cudf_polars"]["message"])
     yield "\nAsked for"
     yield entry("engine", _describe_setting(report["affinity"], AFFINITY_VARIABLE))
+    yield entry("default", _describe_setting(report["default_engine"], ENGINE_VARIABLE))
     yield entry("GPU policy", _describe_setting(report["gpu_policy"], GPU_POLICY_VARIABLE))
     yield "  (What a program sets itself, as with pl.Config, is not seen from here.)"
     yield "\nWhat would run"

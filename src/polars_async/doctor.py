@@ -19,7 +19,7 @@ from polars_async.gpu.breaker import COOLDOWN, FAILURES, breaker, breaker_of
 from polars_async.gpu.cudf import find_cudf_polars
 from polars_async.gpu.status import GpuStatus
 from polars_async.gpu.visible import DEVICE_ORDER, VISIBLE_DEVICES
-from polars_async.resolution import AFFINITY_VARIABLE, GPU_POLICY_VARIABLE
+from polars_async.resolution import AFFINITY_VARIABLE, ENGINE_VARIABLE, GPU_POLICY_VARIABLE
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -48,7 +48,10 @@ def diagnose() -> Report:
                 "cudf_polars": gpu["cudf_polars_version"],
             },
             "cudf_polars": _cudf(),
-            "affinity": _setting(AFFINITY_VARIABLE, "auto", resolution.engine_object),
+            "affinity": _setting(AFFINITY_VARIABLE, "auto", resolution.check_affinity),
+            "default_engine": _setting(
+                ENGINE_VARIABLE, resolution.engine_of_process(None), resolution.ENGINE_NAMES.index
+            ),
             "gpu_policy": _setting(GPU_POLICY_VARIABLE, "downgrade", GPU_POLICIES.index),
             "paths": {path: _path(path) for path in get_args(resolution.QueryPath)},
             "gpu": gpu,
@@ -64,7 +67,8 @@ def _problems(report: Report) -> list[str]:
         f"{variable}={setting['value']!r} is not valid: unset it or set it to one of "
         + ", ".join(map(repr, values))
         for variable, setting, values in (
-            (AFFINITY_VARIABLE, affinity, resolution.ENGINE_NAMES),
+            (AFFINITY_VARIABLE, affinity, resolution.AFFINITY_NAMES),
+            (ENGINE_VARIABLE, report["default_engine"], resolution.ENGINE_NAMES),
             (GPU_POLICY_VARIABLE, policy, GPU_POLICIES),
         )
         if not setting["valid"]
@@ -72,6 +76,8 @@ def _problems(report: Report) -> list[str]:
     if not gpu["usable"]:
         if affinity["value"] == "gpu":
             problems.append(f"{AFFINITY_VARIABLE}=gpu asks for a GPU, but {gpu['message']}")
+        elif report["default_engine"]["value"] == "gpu" and affinity["value"] == "auto":
+            problems.append(f"{ENGINE_VARIABLE}=gpu asks for a GPU, but {gpu['message']}")
         elif policy["value"] == "require":
             problems.append(f"{GPU_POLICY_VARIABLE}=require asks for a GPU, but {gpu['message']}")
     # A path that fails does so for one of these; if there is none, its error is a problem itself.

@@ -30,8 +30,8 @@ QueryPath: TypeAlias = Literal["sync", "async", "background", "batches"]
 GpuPolicy: TypeAlias = Literal["downgrade", "offload", "require"]
 
 ADAPTIVE: Final = "adaptive"
-_OF_POLARS: Final = ("auto", "in-memory", "streaming", "gpu")
-ENGINE_NAMES: Final = (*_OF_POLARS, ADAPTIVE)
+AFFINITY_NAMES: Final = ("auto", "in-memory", "streaming", "gpu")
+ENGINE_NAMES: Final = (*AFFINITY_NAMES, ADAPTIVE)
 AFFINITY_VARIABLE: Final = "POLARS_ENGINE_AFFINITY"
 ENGINE_VARIABLE: Final = "POLARS_ASYNC_ENGINE"
 GPU_POLICY_VARIABLE: Final = "POLARS_ASYNC_GPU"
@@ -252,7 +252,7 @@ def _find_request(
         requested=name,
         reason=Reason.UNKNOWN_AFFINITY,
         message=f"{AFFINITY_VARIABLE}={name!r} names no engine, so {runs(instead.name)}: "
-        f"set it to one of {_listed(_OF_POLARS)}",
+        f"set it to one of {_listed(AFFINITY_NAMES)}",
     )
 
 
@@ -403,20 +403,29 @@ def _nothing_requested(path: QueryPath, default: EngineRequest | None) -> Resolu
     if path == "batches":  # where "auto" is this one in Polars itself
         return _requested("streaming", "default")
     if default is None:
-        default = _engine_of_process()
+        default = engine_of_process(os.environ.get(ENGINE_VARIABLE))
     elif not isinstance(default, str):
         default = request_of(default)
     return _requested(default, "default")
 
 
-def _engine_of_process() -> str:
-    """Return what runs where neither a caller nor an affinity nor a collector names an engine."""
-    name = os.environ.get(ENGINE_VARIABLE)
-    if not name:
+def engine_of_process(name: str | None) -> str:
+    """
+    Return what runs where neither a caller nor an affinity nor a collector names an engine.
+
+    `name` is the value of ``POLARS_ASYNC_ENGINE``.
+    """
+    if name is None or name in {"", "auto"}:
         return upstream.DEFAULT_ENGINE
     if name not in ENGINE_NAMES:
         raise ValueError(f"{ENGINE_VARIABLE} must be one of {_listed(ENGINE_NAMES)}, got {name!r}")
-    return upstream.DEFAULT_ENGINE if name == "auto" else name
+    return name
+
+
+def check_affinity(name: str) -> None:
+    """Raise ValueError unless `name` is one that Polars takes for its affinity."""
+    if name not in AFFINITY_NAMES and name not in _ENGINES:
+        raise ValueError(f"{AFFINITY_VARIABLE} must be one of {_listed(AFFINITY_NAMES)}")
 
 
 def _left_to_library(requested: Resolution, path: QueryPath) -> Resolution:

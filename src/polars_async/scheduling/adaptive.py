@@ -176,8 +176,9 @@ class Chooser:
         self._costs = costs
         self._ask_gpu = ask_gpu
         self._times = EngineTimes()
-        self._quick: Resolution | None = None  # that of quick queries, made of this one:
-        self._quick_for: Resolution | None = None
+        # The last resolution before the choice, and after it, of a quick query: both at once, since
+        # the threads of several loops use them.
+        self._quick: tuple[Resolution, Resolution] | None = None
 
     def choose(
         self,
@@ -217,10 +218,10 @@ class Chooser:
 
     def use_quick(self, query: Query[Any]) -> None:
         """Choose the in-memory engine for `query`, which is known to be quick on it."""
-        if self._quick is None or self._quick_for is not query.resolution:
-            self._quick_for = query.resolution
-            self._quick = chosen(query.resolution, _QUICK)
-        query.choice, query.resolution = _QUICK, self._quick
+        quick = self._quick
+        if quick is None or quick[0] is not query.resolution:
+            quick = self._quick = query.resolution, chosen(query.resolution, _QUICK)
+        query.choice, query.resolution = _QUICK, quick[1]
 
 
 def at_first_sight(sources: Sources) -> Choice:
@@ -245,6 +246,8 @@ def chosen(resolution: Resolution, choice: Choice, on_gpu: Resolution | None = N
     engine = engine_object(name) if on_gpu is None else on_gpu.engine
     gpu = None if on_gpu is None else on_gpu.gpu
     message = f"{runs(name)}: {choice.why}"
+    if resolution.reason is not None:  # an affinity that names no engine
+        message = f"{resolution.message}. Here {message}"
     return replace(resolution, engine=engine, name=name, message=message, gpu=gpu)
 
 
@@ -253,6 +256,8 @@ def _amount(size: int) -> str:
 
 
 def _duration(seconds: float) -> str:
+    if seconds == inf:
+        return "failed"
     return _in_units(seconds, {1: "s", 1e-3: "ms", 1e-6: "us"})
 
 

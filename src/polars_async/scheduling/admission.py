@@ -389,6 +389,8 @@ class Admission:
             slot.looks_since = None
             for entry in estimated:
                 expected = None if entry.item is None else entry.item.estimate
+                if entry.item is not None:  # its engine may have been chosen with the estimate
+                    entry.pooled = entry.item.is_pooled
                 if expected is None:
                     queue.rank(entry, UNKNOWN)
                 else:
