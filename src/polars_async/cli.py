@@ -40,8 +40,9 @@ exit status:
      off the async, background and batches paths; the report says so.
   2  {AFFINITY_VARIABLE}, {ENGINE_VARIABLE} or
      {GPU_POLICY_VARIABLE} is not valid; or no GPU is usable, and
-     {AFFINITY_VARIABLE}=gpu asks for one, under any policy, or {GPU_POLICY_VARIABLE}=require does, with which every query
-     that asks for one fails. Wrong arguments are 2, too.
+     {AFFINITY_VARIABLE}=gpu asks for one, under any policy, or
+     {GPU_POLICY_VARIABLE}=require does, with which every query that asks for one
+     fails. Wrong arguments are 2, too.
 
 --json writes one object; what is unknown or absent is null:
   versions     python, polars_async, polars, cudf_polars
