@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 FIRST: Final = "gpu, first s"
 """The column with the first time on the GPU."""
-_ENGINES: Final = ("gpu", "in-memory", "streaming")
+_ENGINES: Final = ("gpu", "in-memory", "streaming", "adaptive")
 _ROUNDS: Final = 3
 _AGREED: Final = ("yes", "unknown")
 
@@ -38,9 +38,9 @@ async def answers(settings: Settings, _gpu: SimulatedGpu | None) -> None:
     ran_on: Counter[str] = Counter()
     reasons: Counter[str] = Counter()
     async with pa.Collector(gpu="offload") as collector:
-        for number, query in _queries(settings).items():
+        for number, query in queries_of(settings).items():
             expected = query.collect(engine="in-memory")
-            _close_breaker()
+            close_breaker()
             begun = time.perf_counter()
             handle = collector.collect_async(query, engine="gpu")
             try:
@@ -85,7 +85,7 @@ def _agreement(support: pa.GpuSupport, resolution: pa.Resolution) -> str:
 
 async def stall(settings: Settings, _gpu: SimulatedGpu | None) -> None:
     """Measure how long the loop is held up while queries run on the GPU, and on the CPU."""
-    queries = _queries(settings)
+    queries = queries_of(settings)
     async with pa.Collector(gpu="offload") as collector:
 
         async def longest(what: str, busy: Callable[[], Awaitable[int | None]]) -> None:
@@ -101,13 +101,13 @@ async def stall(settings: Settings, _gpu: SimulatedGpu | None) -> None:
             tell_row(row, ok=None if on_gpu is None else on_gpu > 0)
 
         async def on_gpu() -> int:
-            _close_breaker()
-            handles = [await _ended(collector, query, "gpu") for query in queries.values()]
+            close_breaker()
+            handles = [await ended(collector, query, "gpu") for query in queries.values()]
             return sum(handle.resolution.name == "gpu" for handle in handles)
 
         async def in_memory() -> None:
             for query in queries.values():
-                await _ended(collector, query, "in-memory")
+                await ended(collector, query, "in-memory")
 
         await longest("nothing runs", lambda: asyncio.sleep(1))
         await longest("import of cudf_polars, first queries", on_gpu)
@@ -119,7 +119,7 @@ async def stall(settings: Settings, _gpu: SimulatedGpu | None) -> None:
 
 async def speed(settings: Settings, _gpu: SimulatedGpu | None) -> None:
     """Measure each query on each engine."""
-    queries = _queries(settings)
+    queries = queries_of(settings)
     read(data.make(settings.scale, Path(settings.data)))
     end = time.monotonic() + 0.9 * settings.seconds
     longest = 0.0
@@ -129,7 +129,7 @@ async def speed(settings: Settings, _gpu: SimulatedGpu | None) -> None:
         for engine in reversed(_ENGINES):
             await collector.collect_async(grouped(frame(1000)), engine=engine)
         for number, query in queries.items():
-            _close_breaker()
+            close_breaker()
             begun = time.monotonic()
             if begun + longest > end:
                 left = ", ".join(f"q{each}" for each in queries if each >= number)
@@ -147,30 +147,30 @@ async def _race(collector: pa.Collector, number: int, query: pl.LazyFrame) -> bo
     """Measure a query on each engine in turn; return whether the GPU ran all that it was to run."""
     seconds: dict[str, list[float]] = {engine: [] for engine in _ENGINES}
     answers: dict[str, pl.DataFrame] = {}
-    ran_on = set()
+    ran_on: dict[str, set[str]] = {engine: set() for engine in _ENGINES}
     for turn in range(1 + _ROUNDS):
         for engine in _ENGINES[:: -1 if turn % 2 else 1]:
             begun = time.perf_counter()
-            handle = await _ended(collector, query, engine)
+            handle = await ended(collector, query, engine)
             answers[engine] = handle.result()
             seconds[engine].append(time.perf_counter() - begun)
-            if engine == "gpu":
-                ran_on.add(handle.resolution.name)
+            ran_on[engine].add(handle.resolution.name)
     warm = {engine: median(each[1:]) for engine, each in seconds.items()}
     answer = _compared(number, answers["gpu"], answers["in-memory"])
     row = {
         "query": f"q{number}",
-        "ran on": "/".join(sorted(ran_on)),
+        "ran on": "/".join(sorted(ran_on["gpu"])),
+        "adaptive took": "/".join(sorted(ran_on["adaptive"])),
         FIRST: round(seconds["gpu"][0], 4),
         **{f"{engine} s": round(each, 4) for engine, each in warm.items()},
         **{f"{each} / gpu": round(warm[each] / warm["gpu"], 2) for each in _ENGINES[1:]},
         "answer": answer,
     }
     tell_row(row, ok=answer == "right")
-    return ran_on == {"gpu"}
+    return ran_on["gpu"] == {"gpu"}
 
 
-async def _ended(
+async def ended(
     collector: pa.Collector, query: pl.LazyFrame, engine: str
 ) -> pa.QueryHandle[pl.DataFrame]:
     handle = collector.collect_async(query, engine=engine)
@@ -178,12 +178,13 @@ async def _ended(
     return handle
 
 
-def _close_breaker() -> None:
+def close_breaker() -> None:
     """Let the next query try the GPU, whatever the queries before have done to it."""
     breaker.health = Health()
 
 
-def _queries(settings: Settings) -> dict[int, pl.LazyFrame]:
+def queries_of(settings: Settings) -> dict[int, pl.LazyFrame]:
+    """Return the queries of a check, by their numbers; their data is made if it is not there."""
     tables = data.tables(data.make(settings.scale, Path(settings.data)))
     return {number: QUERIES[number](tables) for number in settings.queries}
 

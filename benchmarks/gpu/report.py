@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
 _LAST_LINES: Final = 25
-_TIMES: Final = (FIRST, "gpu s", "in-memory s", "streaming s")
+_TIMES: Final = (FIRST, "gpu s", "in-memory s", "streaming s", "adaptive s")
 _SIMULATED: Final = """\
 > # SIMULATED
 > **No GPU was used, and nothing here says anything about one.** The CPU did the work, behind a

@@ -22,6 +22,7 @@ from benchmarks.gpu.host import facts, make_data
 from benchmarks.gpu.memory import memory
 from benchmarks.gpu.offload import collectors, offload
 from benchmarks.gpu.pdsh import answers, speed, stall
+from benchmarks.gpu.throughput import throughput
 from polars_async.testing import simulate_gpu
 
 if TYPE_CHECKING:
@@ -43,6 +44,7 @@ _CHECKS: Final[Mapping[str, Check]] = {
     "awaited": awaited,
     "running": running,
     "speed": speed,
+    "throughput": throughput,
 }
 _LONGEST_EXIT: Final = 20.0
 
