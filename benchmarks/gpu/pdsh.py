@@ -173,6 +173,7 @@ async def _race(collector: pa.Collector, number: int, query: pl.LazyFrame) -> bo
 async def ended(
     collector: pa.Collector, query: pl.LazyFrame, engine: str
 ) -> pa.QueryHandle[pl.DataFrame]:
+    """Return the handle of a query that has ended."""
     handle = collector.collect_async(query, engine=engine)
     await handle
     return handle
