@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import re
 import subprocess
 import sys
@@ -19,6 +20,9 @@ pytest_plugins = ["polars_async.pytest_plugin", "pytester"]
 
 
 def pytest_configure(config):
+    # Queries that name no engine run on the same one, whatever the default of Polars is. Tests of
+    # that default take this away.
+    os.environ["POLARS_ASYNC_ENGINE"] = "in-memory"
     config.addinivalue_line(
         "markers",
         "everywhere(**elsewhere): what has an `executor` runs in each place where queries may run; "
@@ -210,12 +214,6 @@ def main():
     yield run
     names.clear()
     names.update(before)
-
-
-@pytest.fixture(autouse=True)
-def _same_engine(monkeypatch):
-    """Have queries that name no engine run on the same one, whatever the default of Polars is."""
-    monkeypatch.setenv("POLARS_ASYNC_ENGINE", "in-memory")
 
 
 @pytest.fixture

@@ -51,6 +51,7 @@ def test_every_name_is_polars_own_or_tested_here():
     assert set(upstream.__all__) == {
         "AUTO_ENGINE",
         "BUILT_IN_ENGINES",
+        "DEFAULT_ENGINE",
         "DEFAULT_OPTIMIZATIONS",
         "InProcessQuery",
         "LIBRARY",

@@ -12,12 +12,11 @@ from __future__ import annotations
 from collections import deque
 from dataclasses import replace
 from math import inf
-from typing import TYPE_CHECKING, Any, Final, NamedTuple
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 from polars_async._runtime.fork import new_lock
 from polars_async._runtime.upstream import DEFAULT_ENGINE, memory_held
 from polars_async.resolution import engine_object, runs
-from polars_async.scheduling.counts import State
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -26,7 +25,6 @@ if TYPE_CHECKING:
 
     from polars_async.resolution import Resolution
     from polars_async.scheduling.estimates import CostModel, Sources
-    from polars_async.scheduling.query import Query
 
 _IN_MEMORY: Final = "in-memory"
 _STREAMING: Final = "streaming"
@@ -204,24 +202,21 @@ class Chooser:
             choice = self._times.choose(sources.shape, choice, engines, may_try=may_try)
         return choice, chosen(resolution, choice, there if choice.engine == _GPU else None)
 
-    def note(self, query: Query[Any], *, alone: bool) -> None:
-        """Note how long `query` took, which has ended, `alone` or beside others."""
-        seconds = query.times.run_seconds
-        if query.choice is not None and seconds is not None and query.state is State.COMPLETED:
-            self._times.note(query.choice, seconds, alone=alone)
+    def note(self, choice: Choice, seconds: float, *, alone: bool) -> None:
+        """Note that the query of `choice` took so many `seconds`, `alone` or beside others."""
+        self._times.note(choice, seconds, alone=alone)
 
-    def note_failure(self, query: Query[Any]) -> None:
-        """Note that the chosen engine, the GPU, could not run `query`, and what does so instead."""
-        if query.choice is not None:
-            self._times.note(query.choice, inf, alone=True)
-            query.choice = query.choice._replace(engine=_IN_MEMORY)
+    def instead_of(self, choice: Choice) -> Choice:
+        """Note that the engine of `choice`, the GPU, failed; return what runs the query instead."""
+        self._times.note(choice, inf, alone=True)
+        return choice._replace(engine=_IN_MEMORY)
 
-    def use_quick(self, query: Query[Any]) -> None:
-        """Choose the in-memory engine for `query`, which is known to be quick on it."""
+    def for_quick(self, resolution: Resolution) -> tuple[Choice, Resolution]:
+        """Return the choice for a query known to be quick, and what `resolution` becomes."""
         quick = self._quick
-        if quick is None or quick[0] is not query.resolution:
-            quick = self._quick = query.resolution, chosen(query.resolution, _QUICK)
-        query.choice, query.resolution = _QUICK, quick[1]
+        if quick is None or quick[0] is not resolution:
+            quick = self._quick = resolution, chosen(resolution, _QUICK)
+        return _QUICK, quick[1]
 
 
 def at_first_sight(sources: Sources) -> Choice:

@@ -33,8 +33,7 @@ def fall_back(query: Query[T], operation: Operation[T] | None, admission: Admiss
         return False
     # Its traceback holds the frames of the query, and all of the query with it.
     failure.__traceback__ = failure.__context__ = None
-    if query.chooser is not None:
-        query.chooser.note_failure(query)
+    query.note_failure_of_gpu()
     return query.requeue(
         on_engine(operation, IN_MEMORY, failure.partial_results),
         fallen_back(query.resolution, failure),

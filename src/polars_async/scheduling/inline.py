@@ -458,8 +458,7 @@ def _run_operation(operation: Operation[T], query: Job) -> T:
 
 def _use(query: Query[Any], shape: _Shape) -> None:
     query.estimate = shape.estimate
-    if query.chooser is not None:
-        query.chooser.use_quick(query)
+    query.choose_for_quick()
 
 
 def _is_candidate(query: Query[Any]) -> bool:

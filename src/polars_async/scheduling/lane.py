@@ -169,6 +169,7 @@ class Lane:
 
     def run_inline(self, query: Query[Any], slot: Slot) -> None:
         """Run `query` on the thread that submitted it, one of Polars' own, in `slot`."""
+        query.choose_engine()
         self._run(query, slot)
         if self.admission.closed:
             self._close_executor()
@@ -266,7 +267,13 @@ class Lane:
         goes_on = self.admission.has(slot)
         while goes_on:
             query = slot.query
-            goes_on = self._fill(slot) if query is None else self._run(query, slot)
+            if query is None:
+                goes_on = self._fill(slot)
+            elif query.chooser is not None and self._is_for_gpu(query, slot):
+                assert self.gpu is not None
+                goes_on = self._hand_over(query, slot, self.gpu)
+            else:
+                goes_on = self._run(query, slot)
             del query  # or this frame would keep it alive until the next one has ended
         if self._threads.threads > self.admission.threads_to_keep:
             with self.admission.lock:
@@ -325,10 +332,18 @@ class Lane:
 
     def _run(self, query: Query[Any], slot: Slot) -> bool:
         """Run `query` in `slot`; return False if no query is next and the slot was released."""
-        if query.chooser is not None and (sent := self._choose_engine(query, slot)) is not None:
-            return sent
+        executor = self._executor_of(query)
         operation = None if self.fallback is None else query.operation
-        watch = self._execute(query, slot)
+        watch = None
+        if self.inline is not None and executor is IN_PROCESS and not slot.inline:
+            watch = self.inline.watch(query)
+        if query.label is None or slot.inline:  # Polars' own threads keep their names
+            query.run(executor.run)
+        else:
+            with named_thread(query.label):
+                query.run(executor.run)
+        if watch is not None:
+            watch.stop()
         if self.fallback is not None and fall_back(query, operation, self.fallback.admission):
             query.report_fall_back()
             return self._hand_over(query, slot, self.fallback, fell_back=True)
@@ -359,36 +374,25 @@ class Lane:
             self._observe_cost(query, alone=alone, share=share, away=away)
         if admission.waiters:
             admission.wake_if_empty()
-        del query, operation, waiters  # the frames of an error's traceback may lead back here
+        del (
+            query,
+            operation,
+            waiters,
+            watch,
+        )  # the frames of an error's traceback may lead back here
         return kept
-
-    def _execute(self, query: Query[Any], slot: Slot) -> Watch | None:
-        """Run the operation of `query`, and return what has watched it, if anything has."""
-        executor = self._executor_of(query)
-        watch = None
-        if self.inline is not None and executor is IN_PROCESS and not slot.inline:
-            watch = self.inline.watch(query)
-        if query.label is None or slot.inline:  # Polars' own threads keep their names
-            query.run(executor.run)
-        else:
-            with named_thread(query.label):
-                query.run(executor.run)
-        if watch is not None:
-            watch.stop()
-        return watch
 
     def _learn(self, query: Query[Any], watch: Watch | None, *, alone: bool) -> None:
         """Note what there is to be learned of the run of `query`, which has ended."""
         if watch is not None and self.inline is not None:
             self.inline.learn(watch, query)
-        if query.chooser is not None:
-            query.chooser.note(query, alone=alone)
+        query.note_time_on_engine(alone=alone)
 
-    def _choose_engine(self, query: Query[Any], slot: Slot) -> bool | None:
+    def _is_for_gpu(self, query: Query[Any], slot: Slot) -> bool:
         """
-        Have the engine of `query` chosen, unless it is.
+        Have the engine of `query` chosen, unless it is; return whether that is the GPU.
 
-        If that is the GPU, hand the query over to its lane; then return as `_run` does, else None.
+        The query then belongs to the lane of the GPU, and has to be handed over.
         """
         admission = self.admission
         query.choose_engine(is_idle=admission.running == 1 and not admission.waiting)
@@ -396,11 +400,9 @@ class Lane:
         slot.load = slot.load._replace(pooled=query.is_pooled)
         operation = query.operation
         if self.gpu is None or operation is None or not is_on_gpu(query.resolution):
-            return None
+            return False
         owner = self.gpu.admission.owner
-        if not query.requeue(operation, query.resolution, owner, has_run=False):
-            return None
-        return self._hand_over(query, slot, self.gpu)
+        return query.requeue(operation, query.resolution, owner, has_run=False)
 
     def _release(self, slot: Slot, *, away: bool) -> bool:
         """Release `slot`, with the lock held; return as `_run` does."""

@@ -235,6 +235,24 @@ class Query(Generic[T]):
             self._operation = on_engine(self._operation, resolution.engine)
             self.resolution = resolution
 
+    def choose_for_quick(self) -> None:
+        """Have the engine chosen for a query that is known to be quick, and was not submitted."""
+        if self.chooser is not None:
+            self.choice, self.resolution = self.chooser.for_quick(self.resolution)
+
+    def note_time_on_engine(self, *, alone: bool) -> None:
+        """Have what chose the engine learn the run time of a query that has ended."""
+        seconds = self.times.run_seconds
+        if self.chooser is None or self.choice is None or seconds is None:
+            return
+        if self.state is State.COMPLETED:
+            self.chooser.note(self.choice, seconds, alone=alone)
+
+    def note_failure_of_gpu(self) -> None:
+        """Have what chose the engine learn that the GPU cannot run the query."""
+        if self.chooser is not None and self.choice is not None:
+            self.choice = self.chooser.instead_of(self.choice)
+
     def set_estimate(self, costs: CostModel) -> None:
         """Estimate the cost of the query, unless it has an estimate; never raise."""
         if self.estimate is None:
