@@ -18,6 +18,7 @@ from polars_async.errors import QueryMemoryError
 from polars_async.executors.exports import export
 from polars_async.executors.main_module import POLARS
 from polars_async.executors.message import Message
+from polars_async.executors.outcomes import unpacked_error
 from polars_async.executors.serialization import pack, unpack
 from polars_async.executors.staying import UnsendableError
 
@@ -212,8 +213,10 @@ class WorkerCall:
                 self._worker.is_exiting = True
             elif kind == "gpu_health":
                 self._on_gpu_health(content)
+            elif kind == "gpu_retry":
+                self._query.note_retry(content[0], unpacked_error(content[1]))  # type: ignore[arg-type]  # as sent
             elif kind == "initializer" and self._worker.initializer is not None:
-                transport.send(pack(self._worker.initializer.answer(), in_files=False))
+                transport.send(pack(self._worker.initializer.answer(content), in_files=False))
             elif kind in _BUFFER_METHODS and buffer is not None:
                 enough = getattr(buffer, kind)(content)
                 transport.send(pack(bool(enough), in_files=False))
