@@ -43,7 +43,7 @@ def install(tmp_path, monkeypatch):
 @pytest.fixture
 def gpu():
     """A simulated host whose cudf-polars is the installed one."""
-    with simulate_gpu() as gpu:
+    with simulate_gpu(cudf_polars="26.12.0") as gpu:
         simulated = _cudf.override(_cudf.Override())
         yield gpu
         _cudf.override(simulated)

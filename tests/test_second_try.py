@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import sys
+import threading
 from concurrent.futures import CancelledError, ThreadPoolExecutor
 
 import polars as pl
@@ -106,9 +107,7 @@ def test_second_try_that_succeeds_is_the_result_and_is_told(collector, gpu, even
     assert collector.stats()["fell_back"] == 0
 
 
-def test_query_that_runs_out_of_memory_twice_falls_back_and_tells_of_both(
-    collector, gpu, events
-):
+def test_query_that_runs_out_of_memory_twice_falls_back_and_tells_of_both(collector, gpu, events):
     gpu.fail = "oom"
     handle = collector.collect_async(TINY, engine="gpu")
     assert handle.result(30).item() == 1
@@ -251,7 +250,7 @@ def test_second_try_succeeds_where_the_cpu_is_forbidden(collector, gpu):
     [
         ({}, SMALLER),
         ({"target_partition_size": 800, "fallback_mode": "raise"},
-         {"target_partition_size": 100, "fallback_mode": "raise", "max_rows_per_partition": 125_000}),
+         {**SMALLER, "target_partition_size": 100, "fallback_mode": "raise"}),
         ({"max_rows_per_partition": 8_000, "target_partition_size": 0},
          {"max_rows_per_partition": 1_000, "target_partition_size": 187_500_000}),
         ({"min_device_size": 8_000_000_000},
@@ -340,21 +339,23 @@ def test_query_that_ends_during_its_first_try_is_not_tried_again(
     assert kinds(events) == ["queued", "started", how]
 
 
-def test_query_that_is_cancelled_while_its_second_try_is_told_ends_as_cancelled(gpu):
-    gpu.fail = "oom-once"
-    events, handles = [], []
+def test_query_that_is_cancelled_while_its_second_try_is_told_is_not_tried_again(gpu):
+    gpu.fail = "oom"
+    events, asked = [], threading.Event()
 
     def hook(event):
         events.append(event)
         if event.kind is EventKind.RETRIED:
-            handles[0].cancel()
+            assert asked.wait(30)
+            handle.cancel()
 
     with Collector(gpu="offload", on_event=hook) as collector:
-        with collector._cpu.admission.lock:  # so that the handle is there first
-            handles.append(collector.collect_async(TINY, engine="gpu"))
+        handle = collector.collect_async(TINY, engine="gpu")
+        asked.set()
         with pytest.raises(CancelledError):
-            handles[0].result(30)
+            handle.result(30)
     assert kinds(events) == ["queued", "started", "retried", "cancelled"]
+    assert len(gpu.configs) == 1
 
 
 # Several frames, streams and synchronous queries

@@ -101,9 +101,7 @@ def _limited(
             "allocation_limit": limit,
         },
     }
-    return kind(
-        executor="in-memory", memory_resource_config=resource, raise_on_fail=raise_on_fail
-    )
+    return kind(executor="in-memory", memory_resource_config=resource, raise_on_fail=raise_on_fail)
 
 
 def _too_large() -> pl.LazyFrame:

@@ -32,7 +32,8 @@ class EventKind(enum.StrEnum):
     DOWNGRADED = "downgraded"
     """The GPU engine was requested, and another engine runs."""
     RETRIED = "retried"
-    """The memory of the GPU did not suffice, and it tries the query again, in smaller partitions."""
+    """The memory of the GPU did not suffice, and it tries the query again, with smaller
+    partitions."""
     FELL_BACK = "fell_back"
     """The GPU engine failed, and the in-memory engine runs the query."""
     STARTED = "started"

@@ -92,8 +92,8 @@ class Resolution:
     cause
         The error that the GPU engine raised; None where the query did not fall back.
     retried
-        Whether the memory of the GPU did not suffice, so that it tried the query a second time, in
-        smaller partitions: with success, unless the query fell back. False before that.
+        Whether the memory of the GPU did not suffice, so that it tried the query a second time,
+        with smaller partitions: successfully, unless the query fell back.
     """
 
     requested: EngineRequest

@@ -46,7 +46,7 @@ class Job(Protocol):
         ...
 
     def note_retry(self, how: str, cause: Exception) -> None:
-        """Note that the GPU tries the query once more: how, and why, and the error of the first."""
+        """Note `how` the GPU tries the query once more, and `cause`, the error of the first try."""
         ...
 
     def stop_with(self, stop: Callable[[], object] | None, *, for_sure: bool = True) -> bool:

@@ -58,8 +58,8 @@ class GpuHold:
     A block of code in which this thread holds the GPU: it waits for other queries of the process.
 
     `is_wanted` returns whether the result of the query is still wanted; `waiting` is entered while
-    the thread waits; `on_retry` is as for `report_retries_to`. This is a class and no generator, since that would set the traceback of an
-    error that leaves the block, and errors may be frozen.
+    the thread waits; `on_retry` is as for `report_retries_to`. This is a class and no generator,
+    since that would set the traceback of an error that leaves the block, and errors may be frozen.
     """
 
     def __init__(
@@ -211,7 +211,7 @@ def _collect_holding_gpu(
             _count_failure(text, cause, generation)
         raise outcome if may_fall_back else outcome.raised
     finally:
-        del outcome  # the traceback of a failure holds this frame, and so would hold all of the query
+        del outcome  # a failure's traceback holds this frame, and so would hold all of the query
 
 
 def _try(
@@ -238,9 +238,7 @@ def _try(
 
 def _is_worth_a_second_try(outcome: pl.DataFrame | GpuFailure) -> TypeGuard[GpuFailure]:
     return (
-        isinstance(outcome, GpuFailure)
-        and outcome.reason is Reason.OUT_OF_MEMORY
-        and is_wanted()
+        isinstance(outcome, GpuFailure) and outcome.reason is Reason.OUT_OF_MEMORY and is_wanted()
     )
 
 
@@ -260,6 +258,8 @@ def _try_again(
     first.__traceback__ = None
     how = f"in a second try with smaller partitions ({partitions_of(smaller)})"
     (_this_thread.on_retry or log_retry)(f"{how}, since {first}", first.cause)
+    if not is_wanted():
+        return first
     second = _try(lf, smaller, optimizations, is_second=True)
     if not isinstance(second, GpuFailure):
         return second
