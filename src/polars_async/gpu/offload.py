@@ -260,9 +260,15 @@ def _try_again(
     (_this_thread.on_retry or log_retry)(f"{how}, since {first}", first.cause)
     if not is_wanted():
         return first
-    second = _try(lf, smaller, optimizations, is_second=True)
-    if not isinstance(second, GpuFailure):
-        return second
+    outcome = _try(lf, smaller, optimizations, is_second=True)
+    try:
+        return _of_both(first, outcome, how) if isinstance(outcome, GpuFailure) else outcome
+    finally:
+        del outcome  # a frame of its traceback holds this frame
+
+
+def _of_both(first: GpuFailure, second: GpuFailure, how: str) -> GpuFailure:
+    """Return the failure of a query that was tried twice."""
     # What says nothing of the GPU is due to the second try alone, such as an option that this
     # cudf-polars does not know.
     failure = second if second.reason in OF_THE_GPU else first
