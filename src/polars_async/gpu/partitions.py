@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from copy import copy
 from typing import TYPE_CHECKING, Any, Final
 
 import polars as pl
@@ -41,9 +40,8 @@ def with_smaller_partitions(engine: pl.GPUEngine) -> pl.GPUEngine | None:
         _SIZE: _an_eighth(given, _SIZE, _default_size(given)),
         _ROWS: _an_eighth(given, _ROWS, _DEFAULT_ROWS),
     }
-    smaller = copy(engine)
-    smaller.config = {**engine.config, "executor": "streaming", "executor_options": options}
-    return smaller
+    config: dict[str, Any] = {**engine.config, "executor": "streaming", "executor_options": options}
+    return pl.GPUEngine(device=engine.device, memory_resource=engine.memory_resource, **config)
 
 
 def partitions_of(engine: pl.GPUEngine) -> str:
