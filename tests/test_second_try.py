@@ -17,6 +17,7 @@ import polars_async as pa
 from polars_async import AsyncEngine, Collector, EventKind, Reason
 from polars_async._runtime import upstream
 from polars_async.gpu.breaker import FAILURES, breaker
+from polars_async.gpu.offload import collect_on_gpu
 from polars_async.gpu.partitions import with_smaller_partitions
 from polars_async.testing import simulate_gpu
 
@@ -337,6 +338,7 @@ def test_query_that_ends_during_its_first_try_is_not_tried_again(
     collector.close()
     assert tries == [1]
     assert kinds(events) == ["queued", "started", how]
+    assert not handle.resolution.retried
 
 
 def test_query_that_is_cancelled_while_its_second_try_is_told_is_not_tried_again(gpu):
@@ -401,13 +403,22 @@ def test_synchronous_query_is_tried_again_and_says_so(gpu, engine_log, caplog):
     engine_log.assert_ran_on("gpu")
 
 
-def test_synchronous_query_that_fails_twice_says_so(gpu):
+def test_synchronous_query_that_fails_twice_says_so(gpu, engine_log):
     gpu.fail = "oom"
     with (
         Collector(engine="gpu") as collector,
         pytest.warns(pa.EngineDowngradeWarning, match="nor did it in a second try"),
     ):
         assert TINY.collect(engine=AsyncEngine(collector)).item() == 1
+    assert [(each.fell_back, each.retried) for each in engine_log] == [(True, True)]
+
+
+def test_second_try_is_told_of_the_query_that_runs_and_of_none_before(gpu, caplog):
+    gpu.fail = "oom-once"
+    told = []
+    for on_retry in (lambda *how: told.append(how), None):
+        collect_on_gpu(TINY, pl.GPUEngine(), pl.QueryOptFlags(), on_retry=on_retry)
+    assert len(told) == len(caplog.records) == 1
 
 
 # In other processes
