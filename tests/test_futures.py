@@ -257,8 +257,8 @@ def test_missing_file_is_said_to_be_missing_on_the_worker(collector):
 def test_plan_of_another_polars_is_said_to_be_one(version):
     task = pack([FRAME], in_files=False).data.replace(b"DSL_VERSION", b"DSL_FASHION")
     assert task != pack([FRAME], in_files=False).data
-    kind, packed, batches = unpack(Message(run_task(task, version, {}), []))
-    assert (kind, batches) == ("error", [])
+    kind, packed, batches, retries = unpack(Message(run_task(task, version, {}), []))
+    assert (kind, batches, retries) == ("error", [], [])
     error = unpacked_error(packed)
     other = version != pl.__version__
     assert (type(error) is PolarsAsyncError) == other

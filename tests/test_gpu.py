@@ -809,7 +809,8 @@ def test_polars_that_cudf_polars_does_not_support_is_incompatible(nvml, site):
     assert status.reason is Reason.CUDF_INCOMPATIBLE
     assert status.message == (
         f"cudf-polars-cu13 26.10.2 needs Polars <1.40,>=1.35 and Polars {pl.__version__} is "
-        'installed: install "polars<1.40,>=1.35"'
+        'installed: install "polars<1.40,>=1.35", or a cudf-polars-cu13 that supports Polars '
+        f"{pl.__version__}"
     )
     assert status.cudf_polars_version == "26.10.2"
 

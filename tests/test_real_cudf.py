@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from importlib import import_module
+from importlib.metadata import version
+
 import polars as pl
 import pytest
 from conftest import TINY
@@ -11,6 +14,7 @@ from polars_async.gpu import cudf as _cudf
 from polars_async.gpu import probe
 from polars_async.gpu.breaker import Health, breaker
 from polars_async.gpu.nvml import Host, HostDevice, read_host
+from polars_async.gpu.partitions import with_smaller_partitions
 
 pytestmark = [
     pytest.mark.skipif(
@@ -42,7 +46,7 @@ def collector():
 def test_host_is_taken_for_usable():
     status = gpu_status()
     assert status.usable, status.message
-    assert status.cudf_polars_version.startswith("26.")
+    assert status.cudf_polars_version == version("cudf-polars-cu13")
 
 
 @pytest.mark.parametrize(
@@ -75,6 +79,16 @@ def test_query_falls_back_with_its_reason(collector, engine, query, reason, word
     assert found.reason is reason
     assert words in found.message
     assert found.cause.__traceback__ is None
+
+
+def test_smaller_partitions_are_what_cudf_polars_takes_and_an_eighth_of_its_own():
+    config = import_module("cudf_polars.utils.config").ConfigOptions
+    engine = pl.GPUEngine(**SIZED)
+    before = config.from_polars_engine(engine).executor
+    after = config.from_polars_engine(with_smaller_partitions(engine)).executor
+    assert after.target_partition_size == before.target_partition_size // 8
+    assert after.max_rows_per_partition == before.max_rows_per_partition // 8
+    assert after.fallback_mode == before.fallback_mode
 
 
 def test_original_error_arrives_where_the_cpu_is_forbidden(collector):

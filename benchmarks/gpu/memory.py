@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from collections.abc import Generator
 
     from benchmarks.gpu.findings import Settings
-    from polars_async.testing import SimulatedGpu
+    from polars_async.testing import SimulatedFault, SimulatedGpu
 
 
 async def memory(_settings: Settings, gpu: SimulatedGpu | None) -> None:
@@ -44,7 +44,9 @@ async def memory(_settings: Settings, gpu: SimulatedGpu | None) -> None:
                 answer = await handle
                 tell_right(what, handle.resolution, answer.equals(expected))
 
-        strict, lenient = (_limited(limit, raise_on_fail=strict) for strict in (True, False))
+        strict, lenient = (
+            _limited(limit, _TriedOnce, raise_on_fail=strict) for strict in (True, False)
+        )
         await raised("limit of 16 MiB, raise_on_fail", query, strict)
         await well("next query")
         what = "limit of 16 MiB"
@@ -56,6 +58,11 @@ async def memory(_settings: Settings, gpu: SimulatedGpu | None) -> None:
             fell_back = handle.resolution.reason is pa.Reason.OUT_OF_MEMORY
             tell(what, f"{message}; {answer}", ok=right and fell_back)
         await well("next query after that")
+        what = "limit of 16 MiB, second try with smaller partitions"
+        with telling(what), _failing(gpu, "oom-once"):
+            handle = collector.collect_async(query, engine=_limited(limit, raise_on_fail=True))
+            right = (await handle).equals(expected)
+            tell_right(what, handle.resolution, right and handle.resolution.retried)
         await raised("cross join larger than the GPU, raise_on_fail", _too_large(), STRICT)
         await well("next query after the cross join")
         failures = int(collector.stats()["gpu_failures"])
@@ -63,20 +70,30 @@ async def memory(_settings: Settings, gpu: SimulatedGpu | None) -> None:
 
 
 @contextmanager
-def _failing(gpu: SimulatedGpu | None) -> Generator[None]:
+def _failing(gpu: SimulatedGpu | None, fault: SimulatedFault = "oom") -> Generator[None]:
     """Let the simulated GPU run out of memory; a real one does so by itself."""
     if gpu is None:
         yield
         return
-    gpu.fail = "oom"
+    gpu.fail = fault
     try:
         yield
     finally:
         gpu.fail = None
 
 
-def _limited(limit: int, *, raise_on_fail: bool) -> pl.GPUEngine:
-    """Return an engine with a limit of bytes; only the in-memory executor heeds a resource."""
+class _TriedOnce(pl.GPUEngine):
+    """An engine of a class of its own, with which no query is tried again."""
+
+
+def _limited(
+    limit: int, kind: type[pl.GPUEngine] = pl.GPUEngine, *, raise_on_fail: bool
+) -> pl.GPUEngine:
+    """
+    Return an engine with a limit of bytes, which only the in-memory executor heeds.
+
+    A second try, on the streaming executor, has no limit.
+    """
     resource = {
         "qualname": "rmm.mr.LimitingResourceAdaptor",
         "options": {
@@ -84,9 +101,7 @@ def _limited(limit: int, *, raise_on_fail: bool) -> pl.GPUEngine:
             "allocation_limit": limit,
         },
     }
-    return pl.GPUEngine(
-        executor="in-memory", memory_resource_config=resource, raise_on_fail=raise_on_fail
-    )
+    return kind(executor="in-memory", memory_resource_config=resource, raise_on_fail=raise_on_fail)
 
 
 def _too_large() -> pl.LazyFrame:

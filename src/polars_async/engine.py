@@ -14,8 +14,14 @@ from polars_async.errors import EngineUnavailableError
 from polars_async.events import notify_observers
 from polars_async.executors.operations import CollectAll
 from polars_async.gpu.failure import GpuFailure
-from polars_async.gpu.offload import collect_on_gpu
-from polars_async.resolution import DeferringEngine, is_on_gpu, warn_of, warn_of_unstable
+from polars_async.gpu.offload import collect_on_gpu, log_retry
+from polars_async.resolution import (
+    DeferringEngine,
+    is_on_gpu,
+    tried_again,
+    warn_of,
+    warn_of_unstable,
+)
 from polars_async.scheduling.fallback import fallen_back
 
 if TYPE_CHECKING:
@@ -199,12 +205,19 @@ class _GPUEngineHere(pl.GPUEngine):
             return engine.collect(
                 lf, optimizations=optimizations, post_opt_callback=post_opt_callback
             )
+        found = self._resolution
+
+        def note_retry(how: str, _cause: Exception) -> None:
+            nonlocal found
+            found = tried_again(found, how)
+            log_retry(how)
+
         try:
-            frame = collect_on_gpu(lf, engine, optimizations)
+            frame = collect_on_gpu(lf, engine, optimizations, on_retry=note_retry)
         except GpuFailure as failure:
             resolution = fallen_back(self._resolution, failure)
         else:
-            notify_observers(self._resolution)
+            notify_observers(found)
             return frame
         notify_observers(resolution)
         warn_of(resolution)

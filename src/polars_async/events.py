@@ -31,6 +31,9 @@ class EventKind(enum.StrEnum):
     """The query was submitted to the collector."""
     DOWNGRADED = "downgraded"
     """The GPU engine was requested, and another engine runs."""
+    RETRIED = "retried"
+    """The memory of the GPU did not suffice, and it tries the query again, with smaller
+    partitions."""
     FELL_BACK = "fell_back"
     """The GPU engine failed, and the in-memory engine runs the query."""
     STARTED = "started"
@@ -45,6 +48,7 @@ class EventKind(enum.StrEnum):
 _KINDS_WITH_REASON: Final = frozenset({EventKind.DOWNGRADED, EventKind.FELL_BACK})
 _LEVELS: Final = {
     EventKind.DOWNGRADED: logging.INFO,
+    EventKind.RETRIED: logging.WARNING,
     EventKind.FELL_BACK: logging.WARNING,
     EventKind.TIMED_OUT: logging.INFO,
     EventKind.REJECTED: logging.INFO,
@@ -76,7 +80,7 @@ class QueryEvent:
         without rows.
     error
         The error of a query that failed, timed out or was rejected; that of the GPU engine, if the
-        query fell back; else None.
+        query fell back, or is tried again; else None.
     resolution
         Which engine runs the query, requested by whom, and why.
     inline

@@ -99,6 +99,9 @@ class Resolution:
         that the in-memory engine runs the query: of several frames, those that failed.
     cause
         The error that the GPU engine raised; None where the query did not fall back.
+    retried
+        Whether the memory of the GPU did not suffice, so that it tried the query a second time,
+        with smaller partitions: successfully, unless the query fell back.
     """
 
     requested: EngineRequest
@@ -111,6 +114,7 @@ class Resolution:
     gpu: GpuStatus | None
     fell_back: bool = False
     cause: Exception | None = None
+    retried: bool = False
 
 
 class DeferringEngine(pl.Engine):
@@ -314,6 +318,13 @@ def _gpu_rule(
         message=f"{asks}, but {why}, so {runs(IN_MEMORY.name)}: {remedy}",
         gpu=status,
     )
+
+
+def tried_again(resolution: Resolution, how: str) -> Resolution:
+    """Return the resolution of a query that the GPU tries once more, of frames for the first."""
+    if resolution.retried:
+        return resolution
+    return replace(resolution, retried=True, message=f"{resolution.message}; {how}")
 
 
 def is_on_gpu(resolution: Resolution) -> bool:

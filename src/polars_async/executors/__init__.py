@@ -45,6 +45,10 @@ class Job(Protocol):
         """Return a context manager; the time spent in it does not count as run time."""
         ...
 
+    def note_retry(self, how: str, cause: Exception) -> None:
+        """Note `how` the GPU tries the query once more, and `cause`, the error of the first try."""
+        ...
+
     def stop_with(self, stop: Callable[[], object] | None, *, for_sure: bool = True) -> bool:
         """
         Have `stop` called when the query is cancelled or times out; return False if it was already.

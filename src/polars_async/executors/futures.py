@@ -7,7 +7,7 @@ import platform
 import sys
 from concurrent.futures import BrokenExecutor, CancelledError
 from functools import partial
-from typing import TYPE_CHECKING, Any, Final, TypeVar
+from typing import TYPE_CHECKING, Any, Final, TypeAlias, TypeVar
 
 import polars as pl
 
@@ -19,9 +19,10 @@ from polars_async.executors.exports import export, export_namespaces
 from polars_async.executors.large_plans import warn_if_large
 from polars_async.executors.main_module import POLARS, ResolvingMain, resolve_namespaces
 from polars_async.executors.message import Message
-from polars_async.executors.outcomes import error_of, outcome_of, packed_error
+from polars_async.executors.outcomes import error_of, outcome_of, packed_error, unpacked_error
 from polars_async.executors.serialization import buffer_of, pack, unpack
 from polars_async.executors.staying import StaysHereError, run_here
+from polars_async.gpu.offload import report_retries_to
 
 if TYPE_CHECKING:
     from concurrent.futures import Executor, Future
@@ -29,6 +30,9 @@ if TYPE_CHECKING:
     from polars_async.executors import Job
     from polars_async.executors.main_module import Export, Key
     from polars_async.executors.operations import Operation
+
+    _Retry: TypeAlias = tuple[str, tuple[bytes, str]]
+    _Outcome: TypeAlias = tuple[str, Any, list[pl.DataFrame], list[_Retry]]
 
 T = TypeVar("T")
 
@@ -57,7 +61,9 @@ class FuturesExecutor(QueryExecutor):
             task = _packed(operation, query)
             if isinstance(task, str):
                 return run_here(operation, query, task)
-            kind, content, batches = self._outcome(task, query)
+            kind, content, batches, retries = self._outcome(task, query)
+            for how, cause in retries:
+                query.note_retry(how, unpacked_error(cause))  # type: ignore[arg-type]  # as sent
             if (error := error_of(kind, content)) is not None:
                 raise error
             batches.reverse()
@@ -69,12 +75,12 @@ class FuturesExecutor(QueryExecutor):
             # see QueryExecutor.run
             del self, operation, query, buffer, task, content, batches, error
 
-    def _outcome(self, task: bytes, query: Job) -> tuple[str, Any, list[pl.DataFrame]]:
+    def _outcome(self, task: bytes, query: Job) -> _Outcome:
         exports = export_namespaces()
         try:
             while True:
                 reply = self._reply(task, exports, query)
-                outcome: tuple[str, Any, list[pl.DataFrame]] = unpack(Message(reply, []))
+                outcome: _Outcome = unpack(Message(reply, []))
                 if outcome[0] != "missing":
                     return outcome
                 # The worker lacked names of this program, and cannot ask for them in the midst of
@@ -82,7 +88,7 @@ class FuturesExecutor(QueryExecutor):
                 keys, error = outcome[1]
                 exports |= {key: export(*key) for key in keys}
                 if all(exports[key] is None for key in keys):
-                    return "error", error, []
+                    return "error", error, [], []
         finally:
             del self, task, exports, query  # see QueryExecutor.run
 
@@ -117,6 +123,7 @@ def run_task(task: bytes, version: str, exports: dict[Key, Export], _unique: byt
         The names of the program that the query is known to need.
     """
     batches = _Batches()
+    retries: list[_Retry] = []
     missing: list[Key] = []
     if exports:
         resolve_namespaces()
@@ -138,15 +145,19 @@ def run_task(task: bytes, version: str, exports: dict[Key, Export], _unique: byt
                     f"{_here()} has Polars {pl.__version__}, and cannot read a query of Polars "
                     f"{version}: install the same release everywhere"
                 ) from error
-            return operation()
+            report_retries_to(lambda how, cause: retries.append((how, packed_error(cause))))
+            try:
+                return operation()
+            finally:
+                report_retries_to(None)
 
     kind, content = outcome_of(run, annotate=_add_note)
     if missing and kind == "error":  # a query that succeeds did not need them
         kind, content = "missing", (missing, content)
     try:
-        return pack((kind, content, batches), in_files=False).data
+        return pack((kind, content, batches, retries), in_files=False).data
     except BaseException as error:  # noqa: BLE001  # such as of a column of Python objects
-        return pack(("error", packed_error(error), ()), in_files=False).data
+        return pack(("error", packed_error(error), (), ()), in_files=False).data
 
 
 def _packed(operation: Operation[object], query: Job) -> bytes | str:

@@ -22,7 +22,7 @@ class GpuThreadExecutor(ThreadsExecutor):
         """Wait for the GPU, and run `operation` on this thread; nothing stops it then."""
         try:
             # Queries of other collectors may have the GPU until this one is cancelled.
-            with GpuHold(partial(_is_wanted, query), query.clock_stopped):
+            with GpuHold(partial(_is_wanted, query), query.clock_stopped, query.note_retry):
                 return super().run(operation, query)
         finally:
             del operation, query  # see QueryExecutor.run

@@ -38,7 +38,8 @@ def outcome_of(
         return "value", run()
     except GpuFailure as failure:
         errors = packed_error(failure.cause), packed_error(failure.raised)
-        return "gpu failure", (failure.reason, errors, failure.partial_results, failure.remaining)
+        more = failure.partial_results, failure.remaining, failure.both_tries
+        return "gpu failure", (failure.reason, errors, more)
     except BaseException as error:  # noqa: BLE001  # a panic and SystemExit are outcomes too
         if annotate is not None:
             with suppress(BaseException):  # an error may be frozen
@@ -52,10 +53,10 @@ def error_of(kind: str, found: Any) -> BaseException | None:
         return None
     if kind == "error":
         return unpacked_error(found)
-    reason, errors, results, share = found
+    reason, errors, more = found
     cause, raised = map(unpacked_error, errors)
     failure = GpuFailure(reason, cause, raised)  # type: ignore[arg-type]  # which both were
-    failure.partial_results, failure.remaining = results, share
+    failure.partial_results, failure.remaining, failure.both_tries = more
     return failure
 
 

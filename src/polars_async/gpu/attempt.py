@@ -29,8 +29,9 @@ class _Attempt:
     the query or while it ran it.
     """
 
-    def __init__(self, translate: Callable[..., object]) -> None:
+    def __init__(self, translate: Callable[..., object], *, is_second: bool) -> None:
         self._translate = translate
+        self.is_second = is_second
         self._outer = sys.exception()  # that the caller was handling already: not of this query
         self._taken = False
         self.error: BaseException | None = None
@@ -103,6 +104,11 @@ def is_attempting() -> bool:
     return _this_thread.attempt is not None
 
 
+def is_second_try() -> bool:
+    """Return whether the attempt on this thread is a query's second; for `polars_async.testing`."""
+    return _this_thread.attempt is not None and _this_thread.attempt.is_second
+
+
 def note_error_of_query(error: BaseException) -> None:
     """Record that the query is to blame for `error` on this thread; for `polars_async.testing`."""
     if _this_thread.attempt is not None:
@@ -110,13 +116,17 @@ def note_error_of_query(error: BaseException) -> None:
 
 
 def run_attempt(
-    lf: pl.LazyFrame, engine: pl.GPUEngine, optimizations: pl.QueryOptFlags
+    lf: pl.LazyFrame,
+    engine: pl.GPUEngine,
+    optimizations: pl.QueryOptFlags,
+    *,
+    is_second: bool = False,
 ) -> pl.DataFrame:
     """Collect `lf` with the GPU engine; raise GpuFailure where the query is not to blame."""
     translate = upstream.gpu_callback(engine)
     if translate is None:
         return engine.collect(lf, optimizations=optimizations)
-    running = _this_thread.attempt = _Attempt(translate)
+    running = _this_thread.attempt = _Attempt(translate, is_second=is_second)
     try:
         return engine.collect(lf, optimizations=optimizations, post_opt_callback=running)
     except Exception as error:  # noqa: BLE001  # it is judged there

@@ -15,11 +15,20 @@ from polars_async.reasons import Diagnosis, Reason
 if TYPE_CHECKING:
     from importlib.metadata import Distribution
 
+    from packaging.requirements import Requirement
+    from packaging.specifiers import SpecifierSet
+
 MODULE: Final = "cudf_polars"
 
 
 class Build(NamedTuple):
-    """One of the distributions of cudf-polars, and the oldest GPU and driver that it runs on."""
+    """
+    One of the distributions of cudf-polars, and the oldest GPU and driver that it runs on.
+
+    Its metadata tell the major version of CUDA, in the name, and the Polars that it needs. The rest
+    is from the documentation of RAPIDS. It is not known yet for builds for a later CUDA: they are
+    taken to need the first release of that CUDA, and no newer GPU than the newest build that is.
+    """
 
     name: str
     compute_capability: tuple[int, int]
@@ -28,9 +37,13 @@ class Build(NamedTuple):
 
 CU12: Final = Build("cudf-polars-cu12", (7, 0), (12, 2))
 CU13: Final = Build("cudf-polars-cu13", (7, 5), (13, 0))
+_LATER: Final = tuple(
+    Build(f"cudf-polars-cu{major}", CU13.compute_capability, (major, 0)) for major in (14, 15, 16)
+)
 # Conda's distribution does not say which CUDA it is for, and a module without a distribution says
 # nothing: then the more lenient rules hold, and a query that should not have passed fails later.
 UNKNOWN: Final = Build("cudf-polars", CU12.compute_capability, CU12.cuda_version)
+_BUILDS: Final = (CU12, CU13, *_LATER, UNKNOWN)
 
 
 class CudfPolars(NamedTuple):
@@ -108,7 +121,7 @@ def find_cudf_polars() -> CudfPolars:
         here = _override
         failed = here.diagnosis is None and _import_failure is not None
         return here._replace(diagnosis=diagnose_import(here)) if failed else here
-    builds = [(build, each) for build in (CU12, CU13, UNKNOWN) for each in _distributions(build)]
+    builds = [(build, each) for build in _BUILDS for each in _distributions(build)]
     # Two builds overwrite each other's module, so it is unknown whose is left.
     build = builds[0][0] if len(builds) == 1 else UNKNOWN
     here = CudfPolars(build=build, version=builds[0][1].version if builds else None)
@@ -127,15 +140,20 @@ def find_cudf_polars() -> CudfPolars:
 
 
 def _diagnose(here: CudfPolars, distributions: list[Distribution]) -> Diagnosis | None:
-    for needed in filter(None, map(_unmet_polars, distributions)):
-        return diagnose_incompatible(here, needed)
+    for needed in filter(None, map(_needed_polars, distributions)):
+        if not needed.contains(pl.__version__, prereleases=True):
+            return diagnose_incompatible(here, str(needed))
     return None if _import_failure is None else diagnose_import(here)
 
 
 def diagnose_incompatible(here: CudfPolars, needed: str) -> Diagnosis:
     """Return the diagnosis of a cudf-polars that needs another Polars, such as ``"<1.45"``."""
-    cause = f"{here} needs Polars {needed} and Polars {pl.__version__} is installed"
-    return Diagnosis(Reason.CUDF_INCOMPATIBLE, cause, f'install "polars{needed}"')
+    installed = f"Polars {pl.__version__}"
+    return Diagnosis(
+        Reason.CUDF_INCOMPATIBLE,
+        f"{here} needs Polars {needed} and {installed} is installed",
+        f'install "polars{needed}", or a {here.build.name} that supports {installed}',
+    )
 
 
 def diagnose_import(here: CudfPolars) -> Diagnosis:
@@ -158,19 +176,19 @@ def _distributions(build: Build) -> list[Distribution]:
         return []
 
 
-def _unmet_polars(distribution: Distribution) -> str | None:
-    """Return the versions of Polars that a distribution needs, if the installed one is not one."""
+def _needed_polars(distribution: Distribution) -> SpecifierSet | None:
+    """Return the versions of Polars that a distribution needs; None if that cannot be told."""
     try:
         requirements = importlib.import_module("packaging.requirements")
     except ImportError:
         return None  # cudf-polars imports packaging too: its import will fail, and be recorded
+    found: SpecifierSet | None = None
     for line in distribution.requires or ():
         try:
-            needed = requirements.Requirement(line)
+            needed: Requirement = requirements.Requirement(line)
             applies = needed.marker is None or needed.marker.evaluate()
-            met: bool = needed.specifier.contains(pl.__version__, prereleases=True)
         except ValueError:  # the base of all that packaging raises for what it cannot read
             continue
-        if needed.name == "polars" and applies:
-            return None if met else str(needed.specifier)
-    return None
+        if needed.name.lower() == "polars" and applies:
+            found = needed.specifier if found is None else found & needed.specifier
+    return found

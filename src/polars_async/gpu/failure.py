@@ -64,6 +64,8 @@ _DIAGNOSES: Final = {
     )
 }
 _CUDA_ERROR: Final = re.compile(r"\bcudaError[A-Z]\w*")
+_NO_MEMORY: Final = "cudaErrorMemoryAlloc"
+"""How the name of CUDA's error begins where no memory is left."""
 
 
 class GpuFailure(Exception):  # noqa: N818  # no error for users: it leads to the fallback
@@ -82,6 +84,8 @@ class GpuFailure(Exception):  # noqa: N818  # no error for users: it leads to th
         For several frames, the results of those that succeeded, by their numbers; else None.
     remaining
         How many frames failed, in words, such as ``"2 of 5 frames"``; else None.
+    both_tries
+        How it failed, in words, if it was tried twice; else None.
     """
 
     def __init__(self, reason: Reason, cause: Exception, raised: Exception | None = None) -> None:
@@ -91,10 +95,13 @@ class GpuFailure(Exception):  # noqa: N818  # no error for users: it leads to th
         self.raised = raised or cause
         self.partial_results: dict[int, pl.DataFrame] | None = None
         self.remaining: str | None = None
+        self.both_tries: str | None = None
         if self.raised is not cause:
             self.raised.__cause__ = cause
 
     def __str__(self) -> str:
+        if self.both_tries is not None:
+            return self.both_tries
         if self.reason is Reason.UNSUPPORTED_QUERY:
             details = "; ".join(map(describe_operation, operations_of(self.cause)))
         else:
@@ -146,16 +153,20 @@ def _is_of_the_system(error: BaseException) -> bool:
 
 def reason_of(error: Exception, otherwise: Reason) -> Reason:
     """Return the kind of failure that `error` is, or `otherwise` if it does not show that."""
-    if isinstance(error, MemoryError):
-        return Reason.OUT_OF_MEMORY
     if isinstance(error, NotImplementedError):
         return Reason.UNSUPPORTED_QUERY if operations_of(error) else Reason.CUDA_ERROR
     for each in _leaves(error):
-        if isinstance(each, MemoryError):
+        if isinstance(each, MemoryError) and not _names_other_cuda_error(each):
             return Reason.OUT_OF_MEMORY
         if is_of_the_gpu(each) or _CUDA_ERROR.search(describe(each)):
             return Reason.CUDA_ERROR
     return otherwise
+
+
+def _names_other_cuda_error(error: MemoryError) -> bool:
+    """Return whether `error` is about another error of CUDA, at which an allocation has failed."""
+    names = _CUDA_ERROR.findall(describe(error))
+    return bool(names) and not any(name.startswith(_NO_MEMORY) for name in names)
 
 
 def _leaves(error: BaseException) -> Iterator[BaseException]:

@@ -6,7 +6,7 @@ import importlib
 import sys
 from contextlib import AbstractContextManager, nullcontext, suppress
 from functools import partial
-from typing import TYPE_CHECKING, Final, NoReturn
+from typing import TYPE_CHECKING, Final, NoReturn, TypeGuard
 
 from polars_async._runtime import unpatched, upstream
 from polars_async._runtime.fork import new_lock
@@ -19,6 +19,7 @@ from polars_async.gpu import cudf as _cudf
 from polars_async.gpu.attempt import LeftToCpuError, is_attempting, run_attempt, why_unsupported
 from polars_async.gpu.breaker import breaker
 from polars_async.gpu.failure import GpuFailure
+from polars_async.gpu.partitions import partitions_of, with_smaller_partitions
 from polars_async.reasons import Reason
 
 if TYPE_CHECKING:
@@ -46,6 +47,7 @@ class _ThisThread(unpatched.local):
     has_context = False
     is_wanted: Callable[[], bool] | None = None
     report: Callable[[tuple[str, Exception] | None], object] | None = None
+    on_retry: Callable[[str, Exception], object] | None = None
 
 
 _this_thread: Final = _ThisThread()
@@ -56,30 +58,33 @@ class GpuHold:
     A block of code in which this thread holds the GPU: it waits for other queries of the process.
 
     `is_wanted` returns whether the result of the query is still wanted; `waiting` is entered while
-    the thread waits. This is a class and no generator, since that would set the traceback of an
-    error that leaves the block, and errors may be frozen.
+    the thread waits; `on_retry` is as for `report_retries_to`. This is a class and no generator,
+    since that would set the traceback of an error that leaves the block, and errors may be frozen.
     """
 
     def __init__(
         self,
         is_wanted: Callable[[], bool] | None = None,
         waiting: Callable[[], AbstractContextManager[object]] = nullcontext,
+        on_retry: Callable[[str, Exception], object] | None = None,
     ) -> None:
         self._is_wanted = is_wanted
         self._waiting = waiting
+        self._outer = _this_thread.on_retry
+        self._on_retry = on_retry or self._outer
 
     def __enter__(self) -> None:
         try:
             with self._waiting():
                 wait_for(_gpu_lock)
-            _this_thread.is_wanted = self._is_wanted
+            _this_thread.is_wanted, _this_thread.on_retry = self._is_wanted, self._on_retry
         except BaseException:
             # Ctrl-C may come before this thread has the lock, or right after: only the lock knows.
             self.__exit__()
             raise
 
     def __exit__(self, *_: object) -> None:
-        _this_thread.is_wanted = None
+        _this_thread.is_wanted, _this_thread.on_retry = None, self._outer
         if _holds_gpu():
             _gpu_lock.release()
 
@@ -100,11 +105,14 @@ def collect_on_gpu(
     optimizations: pl.QueryOptFlags,
     *,
     counts: bool = True,
+    on_retry: Callable[[str, Exception], object] | None = None,
 ) -> pl.DataFrame:
     """
     Collect `lf` on the GPU, once this thread holds it.
 
-    With `counts`, a failure counts towards a cooldown of the GPU.
+    A query that runs out of GPU memory is tried once more, with smaller partitions: `on_retry` is
+    then called as by `report_retries_to`. With `counts`, a failure counts towards a cooldown of the
+    GPU: one, where both tries failed.
 
     Raises
     ------
@@ -120,7 +128,7 @@ def collect_on_gpu(
         return _collect_holding_gpu(lf, engine, optimizations, counts=counts)
     if in_gpu_query():
         refuse_nested()
-    with GpuHold():
+    with GpuHold(on_retry=on_retry):
         return _collect_holding_gpu(lf, engine, optimizations, counts=counts)
 
 
@@ -145,6 +153,15 @@ def report_health_to(report: Callable[[tuple[str, Exception] | None], object]) -
     Its argument is what speaks against the GPU, in words and as an error, or None after a success.
     """
     _this_thread.report = report
+
+
+def report_retries_to(report: Callable[[str, Exception], object] | None) -> None:
+    """
+    Call `report` before a query of this thread is tried on the GPU once more; None: log it instead.
+
+    Its arguments tell how, and why, in words, and the error of the first try.
+    """
+    _this_thread.on_retry = report
 
 
 def count_failure(health: Breaker, text: str, cause: Exception, generation: object) -> None:
@@ -173,32 +190,101 @@ def _collect_holding_gpu(
     reports = _this_thread.report is not None
     if may_fall_back and not reports and (cooldown := breaker.cooldown()) is not None:
         raise GpuFailure(Reason.GPU_COOLDOWN, cooldown.cause)
-    failure: GpuFailure | None = None
     generation, outer = breaker.generation, sys.exception()
+    outcome: pl.DataFrame | GpuFailure | None = None
+    try:
+        outcome = _try(lf, engine, optimizations)
+        if _is_worth_a_second_try(outcome):
+            outcome = _try_again(outcome, lf, engine, optimizations, outer)
+        if not isinstance(outcome, GpuFailure):
+            _count_success(generation)
+            return outcome
+        if may_fall_back:
+            outcome.drop_tracebacks(outer)
+        if outcome.reason is Reason.CUDA_ERROR:
+            _note_poisoned_context()
+        if counts and outcome.reason in OF_THE_GPU:
+            # With raise_on_fail the caller gets the error itself, whose traceback holds the query's
+            # memory: the breaker must not keep that.
+            text = str(outcome)
+            cause = outcome.cause if may_fall_back else EngineUnavailableError(text)
+            _count_failure(text, cause, generation)
+        raise outcome if may_fall_back else outcome.raised
+    finally:
+        del outcome  # a failure's traceback holds this frame, and so would hold all of the query
+
+
+def _try(
+    lf: pl.LazyFrame,
+    engine: pl.GPUEngine,
+    optimizations: pl.QueryOptFlags,
+    *,
+    is_second: bool = False,
+) -> pl.DataFrame | GpuFailure:
+    """Try a query on the GPU once; return the failure for which the query is not to blame."""
+    failure: GpuFailure | None = None
     try:
         try:
             _prepare_thread()
-            frame = run_attempt(lf, engine, optimizations)
+            return run_attempt(lf, engine, optimizations, is_second=is_second)
         except GpuFailure as caught:
             failure = caught
-        else:
-            _count_success(generation)
-            return frame
         if isinstance(failure.cause, LeftToCpuError):
-            failure = why_unsupported(lf, engine, optimizations)
-        if may_fall_back:
-            failure.drop_tracebacks(outer)
-        if failure.reason is Reason.CUDA_ERROR:
-            _note_poisoned_context()
-        if counts and failure.reason in OF_THE_GPU:
-            # With raise_on_fail the caller gets the error itself, whose traceback holds the query's
-            # memory: the breaker must not keep that.
-            text = str(failure)
-            cause = failure.cause if may_fall_back else EngineUnavailableError(text)
-            _count_failure(text, cause, generation)
-        raise failure if may_fall_back else failure.raised
+            return why_unsupported(lf, engine, optimizations)
+        return failure
     finally:
-        del failure  # its traceback holds this frame, and so would hold all of the query
+        del failure  # as above
+
+
+def _is_worth_a_second_try(outcome: pl.DataFrame | GpuFailure) -> TypeGuard[GpuFailure]:
+    return (
+        isinstance(outcome, GpuFailure) and outcome.reason is Reason.OUT_OF_MEMORY and is_wanted()
+    )
+
+
+def _try_again(
+    first: GpuFailure,
+    lf: pl.LazyFrame,
+    engine: pl.GPUEngine,
+    optimizations: pl.QueryOptFlags,
+    outer: BaseException | None,
+) -> pl.DataFrame | GpuFailure:
+    """Try a query once more, with smaller partitions, after it has run out of GPU memory."""
+    smaller = with_smaller_partitions(engine)
+    if smaller is None:
+        return first
+    # With raise_on_fail, too: the frames of the first try hold the memory that the second needs.
+    first.drop_tracebacks(outer)
+    first.__traceback__ = None
+    how = f"in a second try with smaller partitions ({partitions_of(smaller)})"
+    (_this_thread.on_retry or log_retry)(f"{how}, since {first}", first.cause)
+    if not is_wanted():
+        return first
+    outcome = _try(lf, smaller, optimizations, is_second=True)
+    try:
+        return _of_both(first, outcome, how) if isinstance(outcome, GpuFailure) else outcome
+    finally:
+        del outcome  # a frame of its traceback holds this frame
+
+
+def _of_both(first: GpuFailure, second: GpuFailure, how: str) -> GpuFailure:
+    """Return the failure of a query that was tried twice."""
+    # What says nothing of the GPU is due to the second try alone, such as an option that this
+    # cudf-polars does not know.
+    failure = second if second.reason in OF_THE_GPU else first
+    failure.both_tries = (
+        f"{first}, nor did it {how}"
+        if second.reason is Reason.OUT_OF_MEMORY
+        else f"{first}, and {how} {second}"
+    )
+    with suppress(Exception):  # an error may be frozen
+        failure.raised.add_note(f"polars-async has tried the query twice: {failure}")
+    return failure
+
+
+def log_retry(how: str, _cause: Exception | None = None) -> None:
+    """Log that a query of no collector is tried on the GPU once more."""
+    deliver(partial(log.warning, "a query runs on the GPU %s", how))
 
 
 def _count_success(generation: object) -> None:

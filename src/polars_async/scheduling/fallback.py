@@ -53,4 +53,5 @@ def fallen_back(resolution: Resolution, failure: GpuFailure) -> Resolution:
         reason=failure.reason,
         message=f"{asks}, but {failure}, so {what_runs}: {failure.remedy}",
         cause=failure.cause,
+        retried=resolution.retried or failure.both_tries is not None,
     )

@@ -15,6 +15,7 @@ from polars_async.bridges.waiting import persist, wake
 from polars_async.errors import QueryTimeoutError
 from polars_async.events import EventKind, QueryEvent, count_rows, notify_observers
 from polars_async.executors.operations import Batches, on_engine
+from polars_async.resolution import tried_again
 from polars_async.scheduling.counts import State
 from polars_async.scheduling.outcome import Outcome
 from polars_async.scheduling.sizes import SMALL, UNKNOWN, Load, size_with
@@ -358,6 +359,11 @@ class Query(Generic[T]):
             self.report(EventKind.QUEUED)
             if self.resolution.downgraded:
                 self.report(EventKind.DOWNGRADED)
+
+    def note_retry(self, how: str, cause: Exception) -> None:
+        """Note that the GPU tries the query once more, after `cause`, and emit RETRIED."""
+        self.resolution = tried_again(self.resolution, how)
+        self._announce(EventKind.RETRIED, cause)
 
     def report_fall_back(self) -> None:
         """Emit FELL_BACK: the GPU engine failed, and another engine runs the query."""

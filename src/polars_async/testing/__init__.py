@@ -59,23 +59,25 @@ def simulate_gpu(
         The version of cudf-polars (of its build for CUDA 13); None where it is not installed.
     fail
         The fault: one of these for every query, or a mapping from the number of a query, counted
-        from 1 in the order in which they reach the GPU, to one of the first five.
+        from 1 in the order in which they reach the GPU, to one of the first six.
 
         - ``"unsupported"``: the query has an operation that the GPU engine does not know
         - ``"translation"``: the engine fails to translate it
-        - ``"oom"``: the memory of the GPU does not suffice
+        - ``"oom"``: the memory of the GPU does not suffice, nor in a second try
+        - ``"oom-once"``: it suffices in a second try, with smaller partitions
         - ``"cuda"``: CUDA fails
         - ``"slow"``: it takes half a second more
         - ``"import"``: cudf-polars is installed, and its import fails
         - ``"incompatible"``: the installed cudf-polars does not support the installed Polars
     fail_on
         The faults of single GPUs, which override `fail`: a mapping from the index of a GPU to one
-        of the first five.
+        of the first six.
 
     Yields
     ------
     SimulatedGpu
-        With the number of ``queries`` so far, and ``fail`` and ``fail_on`` to be set anew.
+        With the number of ``queries`` so far, the ``configs`` of their engines, and ``fail`` and
+        ``fail_on`` to be set anew.
 
     Raises
     ------
@@ -99,8 +101,9 @@ def simulate_gpu(
         same = {"memory": memory, "compute_capability": compute_capability, "driver": driver}
         return {"count": count, "cudf_polars": cudf_polars, "fail": own, **same}
 
-    def next_faults() -> tuple[str | None, dict[int, str]]:
-        return gpu.next_fault(), dict(gpu.fail_on)
+    def next_faults(tried: tuple[dict[str, Any], bool]) -> tuple[str | None, dict[int, str]]:
+        config, again = tried
+        return gpu.next_fault(config, again=again), dict(gpu.fail_on)
 
     host = _host(count, memory, compute_capability, driver)
     in_workers = Initializer(lambda: partial(_simulate_in_worker, arguments()), next_faults)
@@ -119,13 +122,13 @@ def simulate_gpu(
 
 
 @contextmanager
-def _simulate_in_worker(arguments: dict[str, Any], ask: Callable[[], Any]) -> Generator[None]:
+def _simulate_in_worker(arguments: dict[str, Any], ask: Callable[[Any], Any]) -> Generator[None]:
     """Simulate the host of the parent in a worker process; the parent counts the queries."""
 
-    def next_fault() -> SimulatedFault | None:
+    def next_fault(config: Mapping[str, Any], *, again: bool) -> SimulatedFault | None:
         fault: SimulatedFault | None
-        fault, gpu.fail_on = ask()
-        gpu.queries += 1
+        fault, gpu.fail_on = ask((dict(config), again))
+        gpu.queries += not again
         gpu.fail = fault
         return fault
 

@@ -13,7 +13,7 @@ import polars as pl
 
 from polars_async._runtime.unpatched import sleep
 from polars_async.gpu import cudf, probe
-from polars_async.gpu.attempt import note_error_of_query
+from polars_async.gpu.attempt import is_second_try, note_error_of_query
 
 if TYPE_CHECKING:
     from collections.abc import Generator, Sequence
@@ -126,9 +126,12 @@ class _Translator:
 
 def _take(gpu: SimulatedGpu, plan: Any, engine: pl.GPUEngine) -> None:
     """Do with Polars' plan what cudf-polars does, and raise the errors that it raises."""
-    query, fault = _query.get(), gpu.next_fault()
+    query, again = _query.get(), is_second_try()
+    fault = gpu.next_fault(engine.config, again=again)
     index = _index_of(engine.device)
     fault = gpu.fail_on.get(index, fault)
+    if fault == "oom-once":
+        fault = None if again else "oom"
     if fault == "translation":
         raise _translation_error()
     if query is None or fault == "unsupported":

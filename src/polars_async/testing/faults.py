@@ -8,7 +8,7 @@ from typing import Any, Final, Literal, TypeAlias, get_args
 from polars_async._runtime.unpatched import allocate_lock
 
 SimulatedFault: TypeAlias = Literal[
-    "unsupported", "translation", "oom", "cuda", "slow", "import", "incompatible"
+    "unsupported", "translation", "oom", "oom-once", "cuda", "slow", "import", "incompatible"
 ]
 
 Failing: TypeAlias = SimulatedFault | Mapping[int, SimulatedFault] | None
@@ -25,7 +25,11 @@ class SimulatedGpu:
     Attributes
     ----------
     queries
-        How many queries have reached it, those that it failed included.
+        How many queries have reached it, those that it failed included; a second try of one is the
+        same query.
+    configs
+        With which configuration each try of a query has reached it, in that order: what
+        ``pl.GPUEngine`` was made with.
     fail_on
         The faults of single GPUs, as `simulate_gpu` takes them; they may be set anew.
     """
@@ -33,6 +37,7 @@ class SimulatedGpu:
     def __init__(self, fail: Failing, fail_on: Mapping[int, SimulatedFault] | None = None) -> None:
         self._lock = allocate_lock()
         self.queries = 0
+        self.configs: list[Mapping[str, Any]] = []
         self.fail = fail
         self.fail_on = fail_on or {}
 
@@ -54,7 +59,7 @@ class SimulatedGpu:
         if not known:
             raise ValueError(
                 f"fail must be one of {', '.join(map(repr, _FAULTS))}, or None, or a mapping of "
-                f"query numbers to one of the first five, got {fail!r}"
+                f"query numbers to one of the first six, got {fail!r}"
             )
         if fail == "incompatible" and hasattr(self, "_fail"):
             raise ValueError("fail='incompatible' is how a host begins: give it to simulate_gpu")
@@ -80,10 +85,11 @@ class SimulatedGpu:
             )
         self._fail_on = fail_on
 
-    def next_fault(self) -> SimulatedFault | None:
-        """Count one more query, and return its fault, which one in `fail_on` overrides."""
+    def next_fault(self, config: Mapping[str, Any], *, again: bool) -> SimulatedFault | None:
+        """Count one more query, unless one is tried `again`, and return its fault."""
         with self._lock:
-            self.queries += 1
+            self.configs.append(config)
+            self.queries += not again
             return self.fault
 
     @property

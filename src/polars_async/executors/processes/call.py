@@ -18,6 +18,7 @@ from polars_async.errors import QueryMemoryError
 from polars_async.executors.exports import export
 from polars_async.executors.main_module import POLARS
 from polars_async.executors.message import Message
+from polars_async.executors.outcomes import unpacked_error
 from polars_async.executors.serialization import pack, unpack
 from polars_async.executors.staying import UnsendableError
 
@@ -194,6 +195,11 @@ class WorkerCall:
     def _follow(self, message: Message, buffer: Buffer | None) -> tuple[str, Any]:
         """Send `message`; handle what the worker sends until that is the outcome, and return it."""
         transport = self._worker.transport
+        notices = {
+            "log": _log,
+            "gpu_health": self._on_gpu_health,
+            "gpu_retry": self._note_retry,
+        }
         transport.send(message)
         while True:
             self._check_memory()
@@ -204,21 +210,23 @@ class WorkerCall:
             kind, content = unpack(message)
             if kind == "begun":
                 self._has_begun = True
-            elif kind == "log":
-                _log(content)
             elif kind == "load":
                 transport.send(self._export(*content))
             elif kind == "exiting":
                 self._worker.is_exiting = True
-            elif kind == "gpu_health":
-                self._on_gpu_health(content)
+            elif kind in notices:
+                notices[kind](content)
             elif kind == "initializer" and self._worker.initializer is not None:
-                transport.send(pack(self._worker.initializer.answer(), in_files=False))
+                transport.send(pack(self._worker.initializer.answer(content), in_files=False))
             elif kind in _BUFFER_METHODS and buffer is not None:
                 enough = getattr(buffer, kind)(content)
                 transport.send(pack(bool(enough), in_files=False))
             else:
                 return kind, content
+
+    def _note_retry(self, content: tuple[str, Any]) -> None:
+        how, cause = content
+        self._query.note_retry(how, unpacked_error(cause))  # type: ignore[arg-type]  # as sent
 
     def _export(self, module: str, name: str) -> Message:
         """Return the message with what this program calls `name`, and the frames it shares."""

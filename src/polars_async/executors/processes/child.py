@@ -27,7 +27,7 @@ from polars_async.executors.outcomes import outcome_of, packed_error
 from polars_async.executors.processes.surroundings import Follower
 from polars_async.executors.processes.transport import Transport
 from polars_async.executors.serialization import pack, unpack
-from polars_async.gpu.offload import context_is_poisoned, report_health_to
+from polars_async.gpu.offload import context_is_poisoned, report_health_to, report_retries_to
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -78,6 +78,7 @@ def main(socket_file: int, lifeline: int, path: list[str]) -> None:
         logs = _LogSender(transport)
         _set_up_logging(logs, levels)
         report_health_to(partial(_report_health, transport))
+        report_retries_to(partial(_report_retry, transport))
         with nullcontext() if set_up is None else set_up(partial(_ask_initializer, transport)):
             transport.send(pack(("ready", None), in_files=False))
             follower = Follower(path)
@@ -127,9 +128,9 @@ def _run(message: Message, transport: Transport, follower: Follower) -> object:
         close_received()
 
 
-def _ask_initializer(transport: Transport) -> Any:
+def _ask_initializer(transport: Transport, question: object) -> Any:
     """Return what the initializer answers in the parent."""
-    transport.send(pack(("initializer", None), in_files=False))
+    transport.send(pack(("initializer", question), in_files=False))
     return unpack(transport.receive())
 
 
@@ -137,6 +138,11 @@ def _report_health(transport: Transport, failure: tuple[str, Exception] | None) 
     """Report to the parent, which has the breaker of the GPU: that has to outlive the workers."""
     report = None if failure is None else (failure[0], packed_error(failure[1]))
     transport.send(pack(("gpu_health", report), in_files=False))
+
+
+def _report_retry(transport: Transport, how: str, cause: Exception) -> None:
+    """Report to the parent, which has the query, that its GPU tries it once more."""
+    transport.send(pack(("gpu_retry", (how, packed_error(cause))), in_files=False))
 
 
 def _drain_interrupts() -> None:

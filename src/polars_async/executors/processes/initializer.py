@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from contextlib import AbstractContextManager
 
-    SetUp: TypeAlias = Callable[[Callable[[], Any]], AbstractContextManager[object]]
+    SetUp: TypeAlias = Callable[[Callable[[Any], Any]], AbstractContextManager[object]]
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -20,10 +20,10 @@ class Initializer:
     """
     Returns a function that can be pickled.
 
-    A worker calls it with a function that fetches an `answer`, and enters the context manager that
-    it returns, until the worker ends.
+    A worker calls it with a function that fetches the `answer` to a question, and enters the
+    context manager that it returns, until the worker ends.
     """
-    answer: Callable[[], object]
+    answer: Callable[[Any], object]
     """Called in this process when a worker asks, on the slot's thread of the query that it runs."""
 
 
