@@ -225,7 +225,7 @@ def test_nodes_of_a_plan_tell_what_is_read(tmp_path):
     path = tmp_path / "data.parquet"
     WIDE.collect().write_parquet(path)
     assert upstream.plan_nodes(WIDE).frame_bytes == 16_000
-    assert upstream.plan_nodes(WIDE.select(pl.col("b").sum())).frame_bytes == 8_000
+    assert upstream.plan_nodes(WIDE.group_by("a").agg(pl.len())).frame_bytes == 8_000
     joined = upstream.plan_nodes(pl.scan_parquet(path).join(WIDE, on="a"))
     assert (joined.frame_bytes, joined.paths) == (16_000, [str(path)])
 
