@@ -224,10 +224,13 @@ WIDE = pl.select(a=pl.int_range(1000), b=pl.int_range(1000)).lazy()
 def test_nodes_of_a_plan_tell_what_is_read(tmp_path):
     path = tmp_path / "data.parquet"
     WIDE.collect().write_parquet(path)
-    assert upstream.plan_nodes(WIDE).frame_bytes == 16_000
-    assert upstream.plan_nodes(WIDE.group_by("a").agg(pl.len())).frame_bytes == 8_000
+    wider = WIDE.collect().with_columns(c="a").lazy()
+    grouped = wider.group_by(pl.col("a") % 7).agg(pl.col("b").sum())
+    for query, size in ((WIDE, 16_000), (wider, 24_000), (grouped, 16_000)):
+        assert size <= upstream.plan_nodes(query).frame_bytes < size + 100
     joined = upstream.plan_nodes(pl.scan_parquet(path).join(WIDE, on="a"))
-    assert (joined.frame_bytes, joined.paths) == (16_000, [str(path)])
+    assert 16_000 <= joined.frame_bytes < 16_100
+    assert joined.paths == [str(path)]
 
 
 @pytest.mark.parametrize(

@@ -51,7 +51,7 @@ def _read(plan: Any) -> PlanNodes:
         waiting += plan.get_inputs()
         node = _shown(plan.view_current_node, shown)
         if hasattr(node, "df"):
-            size += _size(node.df, node.projection)
+            size += node.df.estimated_size()
         paths += map(str, getattr(node, "paths", ()))
         last = max((last, *(each.node for each in plan.get_exprs())))
     # Parts of an expression come before it. Some of these are of no use any more, which is no harm.
@@ -72,8 +72,3 @@ def _shown(view: Callable[[], Any], shown: list[str]) -> Any:
         return None
     shown.append(f"{type(found).__name__} {getattr(found, 'name', '')}".strip())
     return found
-
-
-def _size(frame: Any, projection: list[str] | None) -> int:
-    read = 1.0 if projection is None else len(projection) / max(1, frame.width())
-    return int(frame.estimated_size() * read)
