@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from benchmarks.gpu.findings import Settings
     from polars_async.testing import SimulatedGpu
 
-_QUERIES: Final = (1, 9, 21, 6, 18)
+_QUERIES: Final[tuple[int, ...]] = (1, 9, 21, 6, 18)
 """Of each kind one, those of most interest first: all of them would take minutes."""
 _RUNS: Final = 2
 
