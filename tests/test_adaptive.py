@@ -12,7 +12,7 @@ from places import until
 import polars_async as pa
 from polars_async import api
 from polars_async._runtime.upstream import DEFAULT_ENGINE
-from polars_async.scheduling import adaptive, adaptive_gpu
+from polars_async.scheduling import adaptive, adaptive_gpu, estimates
 from polars_async.scheduling.adaptive import Choice, EngineTimes, at_first_sight
 from polars_async.scheduling.estimates import CostModel, Sources
 from polars_async.testing import simulate_gpu
@@ -187,12 +187,29 @@ def test_sources_are_what_the_plan_reads(tmp_path):
     assert costs.sources([SMALL.map_batches(lambda frame: frame)]).runs_python is True
 
 
-def test_no_plan_is_read_for_the_choice_while_looks_are_dear(monkeypatch):
+@pytest.mark.parametrize("held", [0, 1 << 30])
+def test_size_and_functions_are_seen_however_large_the_frames_are(monkeypatch, held):
+    monkeypatch.setattr(estimates, "memory_held", lambda: held)
     costs = CostModel()
-    known = costs.sources([SMALL])
-    monkeypatch.setattr(costs, "_dear_until", inf)
-    assert costs.sources([LARGE]).shape is None
-    assert costs.sources([SMALL]) == known
+    for rows in (1, 1 << 12, 1 << 19):
+        frame = pl.select(a=pl.int_range(rows), b=pl.int_range(rows)).lazy()
+        read = costs.sources([frame])
+        assert 0.9 * 16 * rows <= read.size <= 16 * rows + 1000
+        assert read.runs_python is False
+        assert costs.sources([frame.map_batches(lambda frame: frame)]).runs_python is True
+        function = pl.col("a").map_elements(round, return_dtype=pl.Int64)
+        assert costs.sources([frame.select(function)]).runs_python is True
+
+
+def test_large_frames_are_not_copied_to_see_what_a_query_reads(monkeypatch):
+    monkeypatch.setattr(estimates, "memory_held", lambda: 1 << 30)
+    monkeypatch.setattr(estimates, "look_at", None)
+    costs = CostModel()
+    sources = costs.sources([LARGE])
+    assert sources.size == 8 << 19
+    assert sources.shape is not None
+    assert costs.of([LARGE], "streaming").seconds == pytest.approx((8 << 19) / 200e6)
+    assert costs.sources([LARGE.select("nothing")]) == estimates._NO_SOURCES
 
 
 # Queries

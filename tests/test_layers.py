@@ -22,6 +22,7 @@ LAYERS = (
     ("handle", "options", "streams", "sharing"),
     ("collector",),
     ("api", "engine"),
+    ("compare",),
     ("testing", "pytest_plugin", "doctor", "cli", "__main__", "_pytest_entry"),
 )
 """From the lowest to the highest. The package itself names what is public, and is above all."""

@@ -59,6 +59,7 @@ def test_every_name_is_polars_own_or_tested_here():
         "POOL_THREAD",
         "PICKLED",
         "PlanEnd",
+        "PlanNodes",
         "PlanText",
         "SHARED_NAME",
         "affinity_override",
@@ -75,6 +76,7 @@ def test_every_name_is_polars_own_or_tested_here():
         "namespaces_of",
         "optimization_flags",
         "optimizations_of",
+        "plan_nodes",
         "plan_text",
         "sets_affinity",
         "without_warning",
@@ -214,6 +216,54 @@ def test_optimized_plan_of_a_polars_that_hands_out_none_is_none(monkeypatch, clo
     plan, flags = QUERY.sum(), pl.QueryOptFlags()
     monkeypatch.setattr(plan if closed == "_ldf" else flags, closed, object())
     assert upstream.ask_optimized_plan(plan, flags, nodes) is None
+
+
+WIDE = pl.select(a=pl.int_range(1000), b=pl.int_range(1000)).lazy()
+
+
+def test_nodes_of_a_plan_tell_what_is_read(tmp_path):
+    path = tmp_path / "data.parquet"
+    WIDE.collect().write_parquet(path)
+    wider = WIDE.collect().with_columns(c="a").lazy()
+    grouped = wider.group_by(pl.col("a") % 7).agg(pl.col("b").sum())
+    for query, size in ((WIDE, 16_000), (wider, 24_000), (grouped, 16_000)):
+        assert size <= upstream.plan_nodes(query).frame_bytes < size + 100
+    joined = upstream.plan_nodes(pl.scan_parquet(path).join(WIDE, on="a"))
+    assert 16_000 <= joined.frame_bytes < 16_100
+    assert joined.paths == [str(path)]
+
+
+@pytest.mark.parametrize(
+    "runs_python",
+    [
+        WIDE.map_batches(lambda frame: frame),
+        WIDE.map_batches(lambda frame: frame).select("a").sort("a"),
+        WIDE.group_by("a").map_groups(lambda frame: frame, schema=None),
+        WIDE.select(pl.col("a").map_elements(round, return_dtype=pl.Int64) + 1),
+        WIDE.filter(pl.col("a").map_batches(lambda a: a > 3, return_dtype=pl.Boolean)),
+        WIDE.group_by("a").agg(pl.col("b").map_elements(len, return_dtype=pl.Int64)),
+        WIDE.join(WIDE.map_batches(lambda frame: frame), on="a"),
+        pl.io.plugins.register_io_source(lambda *_: iter([]), schema={"a": pl.Int64}),
+    ],
+)
+def test_nodes_of_a_plan_tell_of_python(runs_python):
+    assert upstream.plan_nodes(runs_python).runs_python
+
+
+def test_nodes_of_a_plan_tell_what_is_like_it():
+    plain = WIDE.filter(pl.col("a") > 3).group_by("b").agg(pl.col("a").sum())
+    alike = WIDE.filter(pl.col("a") > 4).group_by("b").agg(pl.col("a").sum())
+    others = (plain.sort("a"), WIDE.filter(pl.col("b") > 3).group_by("a").agg(pl.col("b").sum()))
+    shape = upstream.plan_nodes(plain).shape
+    assert upstream.plan_nodes(alike).shape == shape
+    assert shape not in {upstream.plan_nodes(each).shape for each in others}
+    assert not upstream.plan_nodes(plain).runs_python
+
+
+def test_nodes_of_a_plan_that_polars_cannot_make_or_show_are_none(monkeypatch):
+    assert upstream.plan_nodes(WIDE.select("c")) is None
+    monkeypatch.setattr(WIDE, "_ldf", object())
+    assert upstream.plan_nodes(WIDE) is None
 
 
 def test_callback_of_the_gpu_engine_is_what_polars_would_call(monkeypatch):

@@ -1,9 +1,10 @@
 """
 The 22 PDS-H queries on each engine: one at a time, and all at once.
 
-Every answer is compared with that of the in-memory engine, which `ci/demo` compares with DuckDB.
-The GPU takes part if it is usable. Queries that ran on another engine than the one asked for are
-counted, as their resolutions tell.
+One at a time, each has a process of its own, as `polars-async compare` measures queries. Every
+answer is compared with that of the in-memory engine, which `ci/demo` compares with DuckDB. The GPU
+takes part if it is usable. Queries that ran on another engine than the one asked for are counted,
+as their resolutions tell.
 """
 
 from __future__ import annotations
@@ -11,15 +12,20 @@ from __future__ import annotations
 import asyncio
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
 import polars_async as pa
 from benchmarks.measure.workloads import peak, read
 from benchmarks.pdsh import data, oracle
 from benchmarks.pdsh.queries import QUERIES
 from benchmarks.runner import Case, Metric, NotRun
+from polars_async.compare.contest import Contender, Query, measure
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    import polars as pl
+
     from benchmarks.runner import Options
 
 _ONE_AT_A_TIME: Final = "22 PDS-H queries, one at a time"
@@ -47,32 +53,51 @@ def run(case: str, contender: str, folder: str) -> dict[str, float]:
     read(Path(folder))
     tables = data.tables(Path(folder))
     queries = {number: query(tables) for number, query in QUERIES.items()}
+    return (_at_once if case == _AT_ONCE else _one_at_a_time)(queries, contender)
+
+
+def _one_at_a_time(queries: Mapping[int, pl.LazyFrame], contender: str) -> dict[str, float]:
+    answers: dict[int, pl.DataFrame] = {}
+    runs: dict[int, pa.EngineRun] = {}
+    for number, lf in queries.items():
+        found, answer = measure(Query(f"q{number}", lf), Contender(contender, contender), runs=1)
+        if answer is None:
+            raise RuntimeError(f"query {number} has no answer: {found.message}")
+        runs[number], answers[number] = found, answer
+    seconds = {number: each.seconds[0] for number, each in runs.items()}
+    others = sum(each.ran_on != contender for each in runs.values())
+    most = max(each.peak_memory or 0 for each in runs.values()) / 1e6
+    return {
+        "total": sum(seconds.values()),
+        "peak RSS": most,
+        **_counts(queries, answers, others),
+        **{f"query {number}": each * 1000 for number, each in seconds.items()},
+    }
+
+
+def _at_once(queries: Mapping[int, pl.LazyFrame], contender: str) -> dict[str, float]:
     collector = pa.Collector(gpu="offload")
-    seconds: dict[int, float] = {}
-    handles: dict[int, pa.QueryHandle[Any]] = {}
+    handles: dict[int, pa.QueryHandle[pl.DataFrame]] = {}
 
-    async def one_at_a_time() -> None:
-        for number, query in queries.items():
-            begun = time.perf_counter()
-            handles[number] = collector.collect_async(query, engine=contender)
-            await handles[number]
-            seconds[number] = time.perf_counter() - begun
-
-    async def at_once() -> None:
+    async def collect() -> None:
         for number, query in queries.items():
             handles[number] = collector.collect_async(query, engine=contender)
         await asyncio.gather(*handles.values())
 
     collector.collect_async(queries[6], engine=contender).result()  # starts the threads
     begun = time.perf_counter()
-    asyncio.run(at_once() if case == _AT_ONCE else one_at_a_time())
+    asyncio.run(collect())
     found = {"total": time.perf_counter() - begun, "peak RSS": peak()}
     answers = {number: handle.result() for number, handle in handles.items()}
-    found["on another engine"] = sum(
-        handle.resolution.name != contender for handle in handles.values()
-    )
-    found["wrong answers"] = sum(
+    others = sum(handle.resolution.name != contender for handle in handles.values())
+    return found | _counts(queries, answers, others)
+
+
+def _counts(
+    queries: Mapping[int, pl.LazyFrame], answers: Mapping[int, pl.DataFrame], others: int
+) -> dict[str, float]:
+    wrong = sum(
         oracle.check(number, answer, queries[number].collect(engine="in-memory")) is not None
         for number, answer in answers.items()
     )
-    return found | {f"query {number}": each * 1000 for number, each in seconds.items()}
+    return {"wrong answers": wrong, "on another engine": others}

@@ -32,6 +32,7 @@ Rooms, from the lowest to the highest; each imports only from those before it:
 - ``scheduling``: a query's state, the queue, the slots, estimates, and the fallback to the CPU.
 - ``handle``, ``streams``, ``sharing``, ``options``, ``collector``, ``api``, ``engine``: the API for
   users.
+- ``compare``: queries on several engines, each in a worker process of its own, and their answers.
 - ``testing``, ``pytest_plugin``, ``doctor``, ``cli``: a simulated GPU, and the console script.
 
 Threads: each slot of a lane has at most one worker thread. It takes queries from the queue and runs
@@ -56,7 +57,9 @@ __all__ = [
     "BackgroundQuery",
     "Collector",
     "CollectorClosedError",
+    "Comparison",
     "EngineDowngradeWarning",
+    "EngineRun",
     "EngineUnavailableError",
     "EventKind",
     "ForkedProcessError",
@@ -76,6 +79,7 @@ __all__ = [
     "WorkerDiedError",
     "collect_all_async",
     "collect_async",
+    "compare_engines",
     "configure",
     "dask_executor",
     "default_collector",
@@ -88,6 +92,9 @@ __all__ = [
 if TYPE_CHECKING:
     from polars_async.api import collect_all_async, collect_async, configure, default_collector
     from polars_async.collector import Collector
+    from polars_async.compare.comparison import Comparison
+    from polars_async.compare.engines import compare_engines
+    from polars_async.compare.results import EngineRun
     from polars_async.engine import AsyncEngine
     from polars_async.errors import (
         CollectorClosedError,
@@ -123,7 +130,9 @@ else:
         "BackgroundQuery": "handle",
         "Collector": "collector",
         "CollectorClosedError": "errors",
+        "Comparison": "compare.comparison",
         "EngineDowngradeWarning": "errors",
+        "EngineRun": "compare.results",
         "EngineUnavailableError": "errors",
         "EventKind": "events",
         "ForkedProcessError": "errors",
@@ -143,6 +152,7 @@ else:
         "WorkerDiedError": "errors",
         "collect_all_async": "api",
         "collect_async": "api",
+        "compare_engines": "compare.engines",
         "configure": "api",
         "dask_executor": "executors.dask",
         "default_collector": "api",

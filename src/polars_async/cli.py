@@ -6,11 +6,18 @@ import argparse
 import json
 import os
 import shutil
+import signal
 import sys
 import textwrap
+from contextlib import redirect_stdout
 from functools import partial
-from typing import TYPE_CHECKING, Final
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
 
+from polars_async.compare.charts import check_installed
+from polars_async.compare.engines import DEFAULT_ENGINES, RUNS, compare_file
+from polars_async.compare.file import split_argument
+from polars_async.compare.progress import ProgressLine
 from polars_async.doctor import DISTRIBUTION, diagnose, installed_version
 from polars_async.resolution import AFFINITY_VARIABLE, ENGINE_VARIABLE, GPU_POLICY_VARIABLE
 
@@ -18,6 +25,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
     from polars_async.doctor import Report
+
 
 _INDENT: Final = 16
 _SUPPORT: Final = {
@@ -63,23 +71,72 @@ exit status:
   problems     sentences, each with its remedy
   exit_status  0 or 2
 """
+_COMPARE_USAGE: Final = """\
+polars-async compare FILE[:NAME...] [--engines ENGINE ...] [--runs N]
+                            [--json] [--html PATH] [--png PATH]"""  # with FILE before --engines
+_COMPARE: Final = """\
+Run the queries of a Python file on several engines, and tell how long each
+takes, how much memory, whether the answers agree, and what the GPU engine could
+run, with or without a GPU.
+
+FILE          all queries: its LazyFrames, and its functions that need no
+              arguments and return one. Not what it imports, nor what begins
+              with _, nor main() or what is annotated to return something else.
+FILE:A,B      these alone, in this order; FILE:A:B is the same.
+
+Each query has for each engine a process of its own, which imports FILE.
+Functions are called once here, too, to learn what they return.
+"""
+_COMPARE_DETAILS: Final = """\
+What is measured: the time from the call of collect_async to its result, without
+the import of FILE and the first run, in processes that take turns; the peak of
+the process' memory while the query runs, which has Python, Polars and the
+frames of FILE in it, too; and whether the answer is that of in-memory: floats
+may differ by 1e-9 of their size (1e-5 where they have 32 bits), and the order
+as far as the query leaves it open, as it does unless it ends with a sort by
+columns.
+
+exit status:
+  0  No answer differs.
+  1  An answer differs from that of the reference.
+  2  Wrong arguments, or a FILE without queries, or one that cannot be imported.
+A query that fails on an engine is told, and no reason for another exit status.
+
+--json writes one object; what is unknown or absent is null:
+  versions     polars, polars_async, python
+  processors   that Polars may keep busy
+  runs         of each query on each engine
+  agrees       false if any answer differs
+  gpu_support  of each query: answer (yes, no, unknown), operations, reason,
+               message
+  results      each query, engine, status (ran, failed, not run), seconds (of
+               each run), median, min, max, peak_memory (bytes), rows, ran_on
+               (the engine that ran it in the end), agrees, reordered,
+               compared_with, message
+"""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the console script; return its exit status. None for the command line's arguments."""
-    parser = argparse.ArgumentParser(prog=DISTRIBUTION, description="Look at what would run here.")
+    parser = argparse.ArgumentParser(
+        prog=DISTRIBUTION, description="Look at what would run here, and how fast."
+    )
     version = f"{DISTRIBUTION} {installed_version() or 'of unknown version'}"
     parser.add_argument("--version", action="version", version=version)
-    doctor = parser.add_subparsers(title="commands", dest="command").add_parser(
-        "doctor",
-        help="report which engine would run here, and why",
-        description=_DOCTOR,
-        epilog=_DETAILS,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+    commands = parser.add_subparsers(title="commands", dest="command")
+    doctor = _add_command(
+        commands, "doctor", "report which engine would run here, and why", _DOCTOR, _DETAILS
     )
     doctor.add_argument("--json", action="store_true", help="write one JSON object")
+    compare = _add_command(
+        commands, "compare", "measure queries of a file on each engine", _COMPARE, _COMPARE_DETAILS
+    )
+    compare.usage = _COMPARE_USAGE
+    _add_arguments_of_compare(compare)
     try:
         given = parser.parse_args(arguments)
+        if given.command == "compare":
+            return _compare(given, compare)
     except SystemExit:
         _write("")  # flushes what argparse has written
         raise
@@ -87,10 +144,92 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.print_help(sys.stderr)
         return 2
     report = diagnose()
-    width = max(60, min(shutil.get_terminal_size().columns, 100))
-    text = json.dumps(report, indent=2) if given.json else "\n".join(_render(report, width))
+    text = json.dumps(report, indent=2) if given.json else "\n".join(_render(report, _width()))
     _write(f"{text}\n")
     return int(report["exit_status"])
+
+
+def _add_command(
+    commands: Any, name: str, purpose: str, description: str, details: str
+) -> argparse.ArgumentParser:
+    parser: argparse.ArgumentParser = commands.add_parser(
+        name,
+        help=purpose,
+        description=description,
+        epilog=details,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    return parser
+
+
+def _add_arguments_of_compare(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("file", metavar="FILE[:NAME...]", help="a Python file with queries")
+    parser.add_argument(
+        "--engines",
+        nargs="+",
+        metavar="ENGINE",
+        help="names of engines, or of pl.Engine objects of FILE, separated by spaces or commas "
+        f"(default: {' '.join(DEFAULT_ENGINES)})",
+    )
+    parser.add_argument(
+        "--runs", type=int, default=RUNS, metavar="N", help=f"of each (default: {RUNS})"
+    )
+    parser.add_argument("--json", action="store_true", help="write one JSON object")
+    for kind in ("html", "png"):
+        parser.add_argument(
+            f"--{kind}",
+            type=Path,
+            metavar="PATH",
+            help=f"write a chart to this file as {kind.upper()}; needs polars-async[charts]",
+        )
+
+
+def _compare(given: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
+    """Run the command; `parser` ends it where an argument is wrong."""
+    charts = [path for path in (given.html, given.png) if path is not None]
+    engines = given.engines and [name for each in given.engines for name in each.split(",") if name]
+    progress = ProgressLine(sys.stderr)
+    try:
+        path, names = split_argument(given.file)
+        for chart in charts:  # before the minutes that the queries may take
+            _check_chart(chart)
+        # What the file prints is no part of the report.
+        with redirect_stdout(sys.stderr), progress:
+            found = compare_file(
+                path, names, engines=engines, runs=given.runs, progress=progress.show
+            )
+    except (ValueError, ImportError) as error:
+        parser.error(str(error))
+    except KeyboardInterrupt:
+        _complain("interrupted")
+        return 128 + signal.SIGINT
+    _write(f"{json.dumps(found.to_dict(), indent=2) if given.json else found.render(_width())}\n")
+    if charts and not any(each.seconds for each in found.results):
+        _complain("no chart is written, since no query has run on any engine")
+    elif charts:
+        if given.html is not None:
+            found.save_html(given.html)
+        if given.png is not None:
+            found.save_png(given.png)
+    return 0 if found.agrees else 1
+
+
+def _check_chart(path: Path) -> None:
+    check_installed()
+    fault = "it is a folder; name a file in it" if path.is_dir() else None
+    if not path.absolute().parent.is_dir():
+        fault = "there is no such folder; make it"
+    if fault is not None:
+        raise ValueError(f"a chart cannot be written to {path}: {fault}")
+
+
+def _complain(text: str) -> None:
+    if sys.stderr is not None:
+        sys.stderr.write(f"{DISTRIBUTION}: {text}\n")
+
+
+def _width() -> int:
+    return max(60, min(shutil.get_terminal_size().columns, 100))
 
 
 def _write(text: str) -> None:

@@ -38,6 +38,16 @@ async def awaits() -> None:
     assert_type(await pa.collect_all_async(each for each in (lf, lf)), list[pl.DataFrame])
 
 
+def compares() -> None:
+    found = pa.compare_engines(lf)
+    assert_type(found, pa.Comparison)
+    assert_type(pa.compare_engines({"a": lf, "b": lf.sum, "c": lambda: lf}, runs=3), pa.Comparison)
+    pa.compare_engines(lf, engines=["streaming", pl.GPUEngine()], progress=print)
+    assert_type(found.results, tuple[pa.EngineRun, ...])
+    assert_type(found.results[0].median, float | None)
+    assert_type(found.gpu_support["query"], pa.GpuSupport)
+
+
 async def uses_the_tools_of_asyncio() -> None:
     one, all_ = pa.collect_async(lf), pa.collect_all_async([lf])
 
@@ -255,6 +265,7 @@ def mistakes(frame: pl.DataFrame, collector: pa.Collector) -> None:
     pa.collect_async(lf, "gpu")  # type: ignore[call-arg, arg-type]
     pa.collect_async(lf, engine=None)  # type: ignore[arg-type]
     pa.collect_all_async(lf)  # type: ignore[arg-type]
+    pa.compare_engines([lf])  # type: ignore[arg-type]
     pa.resolve_engine(path="eager")  # type: ignore[arg-type]
     pa.resolve_engine(gpu="always")  # type: ignore[arg-type]
     pa.Collector("gpu")  # type: ignore[call-arg]

@@ -15,6 +15,8 @@ _CGROUPS: Final = Path("/sys/fs/cgroup")
 _OWN_CGROUPS: Final = Path("/proc/self/cgroup")
 _MEMORY: Final = Path("/proc/meminfo")
 _TIMES: Final = Path("/proc/stat")
+_STATUS: Final = Path("/proc/self/status")
+_CLEAR_REFS: Final = Path("/proc/self/clear_refs")
 _TICKS: Final = os.sysconf("SC_CLK_TCK") if hasattr(os, "sysconf") else 100
 """Of the times there, in a second."""
 
@@ -37,6 +39,26 @@ def idle_seconds() -> float | None:
 def available_memory() -> float:
     """Return the share of the memory, from 0 to 1, that is still available; 1 if unknown."""
     return min(_share_of_machine(), _share_of_cgroup())
+
+
+def forget_peak_memory() -> None:
+    """Have `peak_memory` begin anew, at what is resident in this process now."""
+    with suppress(OSError):
+        _CLEAR_REFS.write_text("5")
+
+
+def peak_memory() -> int | None:
+    """
+    Return the most bytes of memory that were resident in this process at a time, if known.
+
+    Not ``ru_maxrss``, which begins at the peak of the process that has started this one.
+    """
+    with suppress(OSError, ValueError):
+        for line in _STATUS.read_text().splitlines():
+            name, _, size = line.partition(":")
+            if name == "VmHWM":
+                return int(size.split()[0]) * 1024
+    return None
 
 
 @cache

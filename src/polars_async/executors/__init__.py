@@ -20,25 +20,12 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 
-class Job(Protocol):
-    """The query of an operation, as far as an executor needs to know it."""
-
-    context: Context
-    """The context of the caller, in which Python functions run in this process."""
-    resolution: Resolution
-    call_site: CallSite | None
-    """The line that asked for the query, if the query may go to another process."""
-    frames: Sequence[pl.LazyFrame]
-    """The frames that are left to collect; empty once their plans are needed no more."""
+class Stoppable(Protocol):
+    """The query of an operation, as far as a call of a worker needs to know it."""
 
     @property
     def named(self) -> str:
         """What to call the query in the middle of a sentence."""
-        ...
-
-    @property
-    def done(self) -> bool:
-        """Whether the query was cancelled, or has timed out, while it runs."""
         ...
 
     def clock_stopped(self) -> AbstractContextManager[None]:
@@ -56,6 +43,23 @@ class Job(Protocol):
         `stop` is called on any thread, or by a signal handler. `for_sure` says whether it stops the
         query, or only tries to.
         """
+        ...
+
+
+class Job(Stoppable, Protocol):
+    """The query of an operation, as far as an executor needs to know it."""
+
+    context: Context
+    """The context of the caller, in which Python functions run in this process."""
+    resolution: Resolution
+    call_site: CallSite | None
+    """The line that asked for the query, if the query may go to another process."""
+    frames: Sequence[pl.LazyFrame]
+    """The frames that are left to collect; empty once their plans are needed no more."""
+
+    @property
+    def done(self) -> bool:
+        """Whether the query was cancelled, or has timed out, while it runs."""
         ...
 
 

@@ -11,7 +11,7 @@ from weakref import ref
 
 from polars_async._runtime.fork import new_lock
 from polars_async._runtime.plans import FAR, NEAR, NOTHING, SENT_RATE, look_at
-from polars_async._runtime.upstream import memory_held
+from polars_async._runtime.upstream import memory_held, plan_nodes
 from polars_async.scheduling.sizes import UNKNOWN, Load, size_of
 
 if TYPE_CHECKING:
@@ -39,6 +39,8 @@ _MOST_KNOWN: Final = 4096
 _MOST_COPIED: Final = 1 << 30
 """Bytes of frames in memory: where there are more, no plan is looked at, since a look may copy one
 of them."""
+_MUCH_HELD: Final = 20 << 20
+"""Bytes that Polars may hold in all for a look to be short. Without any frame it is some 15 MB."""
 _SLOW_LOOK: Final = 0.25
 """Seconds of processor time above which a look took too long, as with a frame of 1 GB."""
 _DEAR_LOOK: Final = 0.005
@@ -103,6 +105,7 @@ class CostModel:
     """
 
     def __init__(self, *, far: bool = False) -> None:
+        self._is_far = far
         self._limit = FAR if far else NEAR
         self._lock = new_lock()
         self._taken: dict[int, float] = {}
@@ -146,11 +149,14 @@ class CostModel:
         return perf_counter() < self._dear_until
 
     def sources(self, frames: Sequence[pl.LazyFrame]) -> Sources:
-        """Return what a query for `frames` reads, unless a look is dear; never raise."""
-        if self.is_look_dear() and not all(map(self._is_known, frames)):
-            return _NO_SOURCES
+        """
+        Return what a query for `frames` reads, and keep it for its estimate; never raise.
+
+        Where Polars holds large frames, or a look does not show all of a plan, it plans the query:
+        in some 20 us, but what it calls to plan a query is then called once more.
+        """
         try:
-            known = [self._known(frame) for frame in frames]
+            known = [self._known(frame, plans_it=not self._is_far) for frame in frames]
         except BaseException:  # noqa: BLE001  # as in `of`
             return _NO_SOURCES
         plans = [each.plan for each in known]
@@ -163,10 +169,6 @@ class CostModel:
             shape=None if NOTHING in plans else hash(_shapes_of(known)),
         )
 
-    def _is_known(self, frame: pl.LazyFrame) -> bool:
-        known = self._plans.get(id(frame))
-        return known is not None and known.frame() is frame
-
     def plan(self, frame: pl.LazyFrame) -> Plan:
         """Return the facts of the plan of `frame`, however long reading it takes; never raise."""
         try:
@@ -178,26 +180,37 @@ class CostModel:
         """Return how long it takes to send a query for `frames` to another process."""
         return sum(self.plan(frame).frame_bytes for frame in frames) / SENT_RATE
 
-    def _known(self, frame: pl.LazyFrame, *, at_any_cost: bool = False) -> _Known:
+    def _known(
+        self, frame: pl.LazyFrame, *, at_any_cost: bool = False, plans_it: bool = False
+    ) -> _Known:
         # A frame that is collected again and again is looked at once.
         key = id(frame)
         plans = self._plans
         known = plans.get(key)
         if known is not None and known.frame() is frame:
             return known
+        plan = _planned(frame) if plans_it and memory_held() > _MUCH_HELD else None
+        if plan is None and (plan := self._look(frame, at_any_cost=at_any_cost)) is None:
+            return _Known(ref(frame), NOTHING, None, UNKNOWN)
+        if plans_it and plan.runs_python is None:
+            plan = _planned(frame) or plan
+        known = _Known(ref(frame, lambda _: plans.pop(key, None)), plan, *_amount(plan))
+        plans[key] = known
+        return known
+
+    def _look(self, frame: pl.LazyFrame, *, at_any_cost: bool) -> Plan | None:
+        """Read the plan of `frame`; return None if that is too dear now."""
         begun = perf_counter()
         too_dear = self._resident > _MOST_COPIED or begun < self._looks_again
         if too_dear and not at_any_cost:
-            return _Known(ref(frame), NOTHING, None, UNKNOWN)
+            return None
         before = thread_time()  # where others keep the processors busy, a look is not slow for that
         plan = look_at(frame, self._limit)
         if (took := thread_time() - before) > _DEAR_LOOK:
             self._dear_until = begun + _LOOK_SHARE * took
             if took > _SLOW_LOOK:
                 self._looks_again = self._dear_until
-        known = _Known(ref(frame, lambda _: plans.pop(key, None)), plan, *_amount(plan))
-        plans[key] = known
-        return known
+        return plan
 
     def observe(
         self,
@@ -251,6 +264,21 @@ class CostModel:
         elif before is not None and not expected.is_exact:  # as with the seconds
             share = max(share, before / 2)
         self._shares[fingerprint] = min(share, 1.0)
+
+
+def _planned(frame: pl.LazyFrame) -> Plan | None:
+    """Return what Polars shows of `frame` when it plans it; None if it does not."""
+    nodes = plan_nodes(frame)
+    if nodes is None:
+        return None
+    return NOTHING._replace(
+        shape=nodes.shape,
+        frame_bytes=nodes.frame_bytes,
+        paths=nodes.paths,
+        is_whole=not nodes.runs_python,
+        is_sized=not nodes.runs_python,
+        runs_python=nodes.runs_python,
+    )
 
 
 def _shapes_of(known: Sequence[_Known]) -> tuple[tuple[int, int], ...]:

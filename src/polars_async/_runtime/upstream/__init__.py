@@ -2,7 +2,7 @@
 Every use of Polars' private API, each guarded; tests/test_upstream.py fails when one has moved.
 
 ``installed`` is about the installed library and its threads, ``engines`` about engines, affinity
-and optimisations, ``serialized`` about plans as text and as bytes, and ``ipc`` about mapped files.
+and optimisations, ``nodes`` and ``serialized`` about plans, and ``ipc`` about mapped files.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ from polars_async._runtime.upstream.installed import (
     namespaces_of,
 )
 from polars_async._runtime.upstream.ipc import map_ipc
+from polars_async._runtime.upstream.nodes import PlanNodes, plan_nodes
 from polars_async._runtime.upstream.serialized import (
     PICKLED,
     PlanEnd,
@@ -55,6 +56,7 @@ __all__ = [
     "SHARED_NAME",
     "InProcessQuery",
     "PlanEnd",
+    "PlanNodes",
     "PlanText",
     "affinity_override",
     "ask_optimized_plan",
@@ -70,6 +72,7 @@ __all__ = [
     "namespaces_of",
     "optimization_flags",
     "optimizations_of",
+    "plan_nodes",
     "plan_text",
     "sets_affinity",
     "without_warning",

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
     from polars_async._runtime.timers import Timer
     from polars_async.bridges.buffer import Buffer
-    from polars_async.executors import Job
+    from polars_async.executors import Stoppable
     from polars_async.executors.main_module import Export
     from polars_async.executors.processes.process import WorkerProcess
 
@@ -65,7 +65,7 @@ class WorkerCall:
     def __init__(
         self,
         worker: WorkerProcess,
-        query: Job,
+        query: Stoppable,
         max_memory: int | None,
         on_gpu_health: Callable[[Any], None] | None,
     ) -> None:

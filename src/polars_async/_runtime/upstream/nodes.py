@@ -1,0 +1,74 @@
+"""What the nodes of an optimised plan show, as cudf-polars reads them."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
+
+from polars_async._runtime.upstream.engines import DEFAULT_OPTIMIZATIONS, ask_optimized_plan
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    import polars as pl
+
+_RUNS_PYTHON: Final = ("anonymousfunction", "python", "apply", "plugin")
+"""Words of the errors by which Polars says that it does not show a function of the user's."""
+
+
+class PlanNodes(NamedTuple):
+    """What a query reads and runs."""
+
+    frame_bytes: int
+    """The size of the frames in memory, without columns that are not read."""
+    paths: list[str]
+    runs_python: bool
+    """Whether it has functions of Python or of a plugin, or a source of Python."""
+    shape: int
+    """A hash of the nodes and expressions, without the numbers in them."""
+
+
+def plan_nodes(lf: pl.LazyFrame) -> PlanNodes | None:
+    """
+    Return what the plan of `lf` shows; None if Polars does not tell, or cannot plan it.
+
+    This takes some 20 us, however large the frames are. But Polars plans the query, as it does when
+    it runs: it opens files, and calls the functions that make a part of a plan or a schema.
+    """
+    try:
+        return ask_optimized_plan(lf, DEFAULT_OPTIMIZATIONS, _read)
+    except Exception:  # noqa: BLE001  # the query will raise it again where it belongs
+        return None
+
+
+def _read(plan: Any) -> PlanNodes:
+    size, last = 0, -1
+    paths: list[str] = []
+    shown: list[str] = []
+    waiting = [plan.get_node()]
+    while waiting:
+        plan.set_node(waiting.pop())
+        waiting += plan.get_inputs()
+        node = _shown(plan.view_current_node, shown)
+        if hasattr(node, "df"):
+            size += node.df.estimated_size()
+        paths += map(str, getattr(node, "paths", ()))
+        last = max((last, *(each.node for each in plan.get_exprs())))
+    # Parts of an expression come before it. Some of these are of no use any more, which is no harm.
+    for number in range(last + 1):
+        _shown(partial(plan.view_expression, number), shown)
+    runs_python = "PythonScan" in shown or any(
+        word in each for each in shown for word in _RUNS_PYTHON
+    )
+    return PlanNodes(size, paths, runs_python, hash(tuple(shown)))
+
+
+def _shown(view: Callable[[], Any], shown: list[str]) -> Any:
+    """Return what `view` returns, and add its kind and name to `shown`."""
+    try:
+        found = view()
+    except NotImplementedError as error:
+        shown.append(str(error).split(" {")[0])
+        return None
+    shown.append(f"{type(found).__name__} {getattr(found, 'name', '')}".strip())
+    return found
