@@ -46,7 +46,7 @@ class GpuSupport:
     """
     Whether the GPU engine could run a query.
 
-    It has no truth value, since unknown is neither: compare its `answer`.
+    Compare its `answer`; ``bool(support)`` is not supported, since the answer may be unknown.
 
     Attributes
     ----------
