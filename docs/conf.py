@@ -32,7 +32,7 @@ copybutton_exclude = ".linenos, .gp, .go"
 default_role = "py:obj"
 autodoc_member_order = "bysource"
 autodoc_typehints = "signature"
-autodoc_default_options = {"members": True, "undoc-members": True, "show-inheritance": False}
+autodoc_default_options = {"members": True, "undoc-members": True}
 napoleon_google_docstring = False
 napoleon_numpy_docstring = True
 napoleon_use_ivar = True
@@ -44,8 +44,9 @@ python_maximum_signature_line_length = 88
 # a parameter, a type variable, or a value.
 nitpicky = True
 nitpick_ignore_regex = [
+    (r"py:obj", r"Reason"),  # where pytest_plugin, which is another module, names it
     (r"py:.*", r"(pl|polars|collections|concurrent|contextlib|asyncio|gevent|abc|os|enum)\..*"),
-    (r"py:(class|obj|data)", r"([a-z_]+|T|Client|Path|Any|Literal|Executor|Self|TracebackType)"),
-    (r"py:class", r".*(EngineRequest|ExecutorRequest|GpuPolicy|QueryPath|EngineSource)"),
-    (r"py:(class|exc)", r"(Exception|BaseException|[A-Z]\w+Error|UserWarning|StrEnum|Sequence|Mapping).*"),
+    (r"py:(class|obj|data)", r"([a-z_]+|.*\bT|Client|Executor|PathLike|Query|QueryResult)"),
+    (r"py:class", r"signal\.Signals|(.*\.)?(DeferringEngine|Failing|Progress|SimulatedFault)"),
+    (r"py:class", r"(.*\.)?(EngineRequest|EngineSource|ExecutorRequest|GpuPolicy|QueryPath|QuerySource)"),
 ]

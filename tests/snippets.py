@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
@@ -42,7 +43,8 @@ class Snippet:
 
     @property
     def is_program(self) -> bool:
-        return self.language == "python" and self.file is None and not self.mark.startswith("not")
+        is_left_out = self.mark.startswith("not run: ")
+        return self.language == "python" and self.file is None and not is_left_out
 
 
 def without_seconds(text: str) -> str:
@@ -52,10 +54,10 @@ def without_seconds(text: str) -> str:
 
 def _snippets(page: Path) -> list[Snippet]:
     blocks = _BLOCK.findall(page.read_text())
-    following = [*[block[1:] for block in blocks[1:]], ("", "")]
+    following = [block[1:] for block in blocks[1:]]
     return [
-        Snippet(page.name, number, *block, next_block)
-        for number, (block, next_block) in enumerate(zip(blocks, following, strict=True), 1)
+        Snippet(page.name, number, *block, next_block or ("", ""))
+        for number, (block, next_block) in enumerate(zip_longest(blocks, following), 1)
     ]
 
 
