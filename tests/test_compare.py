@@ -20,6 +20,7 @@ import pytest
 import polars_async as pa
 from polars_async import cli
 from polars_async.compare import charts, engines
+from polars_async.compare import command as command_module
 from polars_async.compare.agreement import Order, examine, judge
 from polars_async.compare.file import find_queries, import_file, split_argument
 from polars_async.compare.order import order_of
@@ -742,7 +743,7 @@ def test_command_exits_with_1_where_answers_differ(command):
 )
 def test_what_cannot_be_compared_exits_with_2(file, arguments, message, monkeypatch, capsys):
     monkeypatch.chdir(file.parent)
-    monkeypatch.setattr(cli, "check_installed", lambda: None)
+    monkeypatch.setattr(command_module, "check_installed", lambda: None)
     (file.parent / "empty.py").write_text("import polars as pl\n")
     (file.parent / "broken.py").write_text("import no_such_module\n")
     (file.parent / "ends.py").write_text("raise SystemExit(3)\n")
@@ -763,11 +764,25 @@ def test_command_exits_with_2_for_a_file_that_is_not_there(command):
     )
 
 
+@needs_charts
+def test_figures_are_told_though_a_chart_cannot_be_written(file, capsys):
+    file.write_text("import polars as pl\nlf = pl.LazyFrame({'a': [1]}).select('b')\n")
+    path = file.with_name("a.png")
+    arguments = ["--engines", "streaming", "--runs", "1", "--png", str(path)]
+    assert cli.main(["compare", str(file), *arguments]) == 2
+    printed, errors = capsys.readouterr()
+    assert "1 failed: lf on streaming." in printed
+    assert errors.endswith(
+        "no chart is written: there is nothing to draw: no query has run on any engine\n"
+    )
+    assert not path.exists()
+
+
 def test_interrupt_ends_the_command_without_a_traceback(file, monkeypatch, capsys):
     def interrupt(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli, "compare_file", interrupt)
+    monkeypatch.setattr(command_module, "compare_file", interrupt)
     assert cli.main(["compare", str(file)]) == 130
     assert capsys.readouterr() == ("", "polars-async: interrupted\n")
 
@@ -784,7 +799,7 @@ def test_command_writes_charts(command, file):
 
 def test_command_tells_before_it_measures_that_a_chart_cannot_be_written(file, monkeypatch, capsys):
     arguments = ["compare", str(file), "--png"]
-    monkeypatch.setattr(cli, "check_installed", lambda: None)
+    monkeypatch.setattr(command_module, "check_installed", lambda: None)
     with pytest.raises(SystemExit) as stopped:
         cli.main([*arguments, str(file.parent / "no_folder" / "a.png")])
     assert stopped.value.code == 2

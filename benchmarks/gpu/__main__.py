@@ -81,7 +81,7 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
         nargs="*",
         metavar="CHECK",
         help="facts (always runs), offload, answers, memory, collectors, stall, exits, speed, "
-        "throughput (default: all)",
+        "throughput, compare (default: all)",
     )
     parser.add_argument(
         "--simulate",
@@ -93,8 +93,8 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
         type=float,
         action="append",
         metavar="S",
-        help="of the PDS-H data, 1 is 345 MB; may be repeated: speed and throughput run at each "
-        "scale, the other checks at the first (default: 1 and 10)",
+        help="of the PDS-H data, 1 is 345 MB; may be repeated: speed, throughput and compare run "
+        "at each scale, the other checks at the first (default: 1 and 10)",
     )
     parser.add_argument(
         "--queries",
@@ -161,6 +161,7 @@ def _all_checks(scales: Sequence[float]) -> list[Check]:
         checks += [
             Check("speed", f"Speed at scale {scale:g}", 120, scale, needs_data=True),
             Check("throughput", f"Throughput at scale {scale:g}", 75, scale, needs_data=True),
+            Check("compare", f"Engines at scale {scale:g}", 60, scale, needs_data=True),
         ]
     return checks
 

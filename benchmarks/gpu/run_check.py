@@ -16,6 +16,7 @@ from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any, Final
 
 import polars_async as pa
+from benchmarks.gpu.compared import compared
 from benchmarks.gpu.exits import awaited, exits, running
 from benchmarks.gpu.findings import Settings
 from benchmarks.gpu.host import facts, make_data
@@ -45,6 +46,7 @@ _CHECKS: Final[Mapping[str, Check]] = {
     "running": running,
     "speed": speed,
     "throughput": throughput,
+    "compare": compared,
 }
 _LONGEST_EXIT: Final = 20.0
 
