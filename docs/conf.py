@@ -50,5 +50,8 @@ nitpick_ignore_regex = [
     (r"py:.*", r"(pl|polars|collections|concurrent|contextlib|asyncio|gevent|abc|os|enum)\..*"),
     (r"py:(class|obj|data)", r"([a-z_]+|.*\bT|Client|Executor|PathLike|Query|QueryResult)"),
     (r"py:class", r"signal\.Signals|(.*\.)?(DeferringEngine|Failing|Progress|SimulatedFault)"),
-    (r"py:class", r"(.*\.)?(EngineRequest|EngineSource|ExecutorRequest|GpuPolicy|QueryPath|QuerySource)"),
+    (
+        r"py:class",
+        r"(.*\.)?(EngineRequest|EngineSource|ExecutorRequest|GpuPolicy|QueryPath|QuerySource)",
+    ),
 ]
