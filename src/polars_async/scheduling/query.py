@@ -15,7 +15,7 @@ from polars_async.bridges.waiting import persist, wake
 from polars_async.errors import QueryTimeoutError
 from polars_async.events import EventKind, QueryEvent, count_rows, notify_observers
 from polars_async.executors.operations import Batches, on_engine
-from polars_async.resolution import tried_again
+from polars_async.resolution import ADAPTIVE, tried_again
 from polars_async.scheduling.counts import State
 from polars_async.scheduling.outcome import Outcome
 from polars_async.scheduling.sizes import SMALL, UNKNOWN, Load, size_with
@@ -42,6 +42,7 @@ T = TypeVar("T")
 
 _ids: Final = count(1)
 _WORTH_ESTIMATING: Final = 0.01
+_OUTSIDE_THE_POOL: Final = frozenset(("streaming", ADAPTIVE))
 
 
 class Owner(NamedTuple):
@@ -188,7 +189,8 @@ class Query(Generic[T]):
     @property
     def is_pooled(self) -> bool:
         """Whether the query runs in Polars' pool of threads: see `Load.pooled`."""
-        return self.resolution.name != "streaming"
+        # One whose engine is not chosen yet: what is large will be on the streaming engine.
+        return self.resolution.name not in _OUTSIDE_THE_POOL
 
     def expire_in(self, seconds: float) -> None:
         """Have the query time out, unless it is done before."""
