@@ -163,7 +163,7 @@ def _attach(
     own = open_shared(owner, file, identity)
     if own is None:
         raise PolarsAsyncError(
-            f"the frame that process {owner} has shared is not to be had here: share() is for "
+            f"the frame that process {owner} has shared cannot be opened here: share() is for "
             "worker processes on the same machine, of the same user, while that process lives and "
             "stays that user's. Use a file that both can see"
         )
