@@ -43,7 +43,7 @@ _NOT_ON_WINDOWS = {
     select: ("poll",),
 }
 _MODULES_NOT_ON_WINDOWS = ("fcntl", "grp", "pwd", "resource", "termios")
-_NEEDED = ("asyncio", "multiprocessing", "polars", "pytest", "subprocess", "trio")
+_NEEDED = ("asyncio", "gevent", "multiprocessing", "polars", "pytest", "subprocess", "trio")
 """What is imported before: the libraries look at the system when they are imported."""
 
 
