@@ -389,21 +389,6 @@ def test_slot_knows_where_the_chosen_engine_computes(make, block, monkeypatch, r
     handle.result(LIMIT)
 
 
-def test_query_that_is_known_to_be_quick_runs_inline(adapting):
-    lf = pl.DataFrame({"a": [1, 2]}).lazy().select(pl.col("a") + 1)
-
-    def runs_inline():
-        before = adapting.stats()["inline"]
-        handle = adapting.collect_async(lf)
-        assert handle.result(LIMIT)["a"].to_list() == [2, 3]
-        return adapting.stats()["inline"] > before and handle
-
-    until(runs_inline)
-    handle = runs_inline() or runs_inline()
-    assert handle.resolution.name == "in-memory"
-    assert handle.resolution.message == "the in-memory engine runs: it is known to be quick"
-
-
 @pytest.mark.parametrize("executor", ["processes", "auto"])
 def test_workers_run_the_engine_that_was_chosen(make, executor):
     collector = make(engine="adaptive", executor=executor, max_running=1)

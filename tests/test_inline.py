@@ -79,6 +79,14 @@ def test_shape_is_known_after_several_runs_below_the_bound():
         until(lambda: runs_here(collector))
 
 
+def test_a_quick_query_whose_engine_is_chosen_runs_inline():
+    with learned(engine="adaptive") as collector:
+        assert runs_here(collector)
+        found = collector.collect_async(QUICK).resolution
+        assert (found.name, found.source) == ("in-memory", "adaptive")
+        assert found.message == "the in-memory engine runs: it is known to be quick"
+
+
 def test_no_shape_is_known_whose_runs_took_longer_than_the_bound():
     with Collector(inline=1e-9) as collector:
         assert not any(runs_here(collector) for _ in range(100))
