@@ -6,7 +6,7 @@ uv=$cache/uv/bin/uv
 
 find_python() {
     local python recent='import sys; sys.exit(sys.version_info < (3, 11))'
-    for python in ${PYTHON:-} python3.11 python3.12 python3.13 python3; do
+    for python in ${PYTHON:-} python3.11 python3.12 python3.13 python3.14 python3; do
         if "$python" -c "$recent" 2>/dev/null; then
             echo "$python"
             return

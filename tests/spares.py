@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections import defaultdict
 
+from polars_async.executors.initializer import current
 from polars_async.executors.processes import pool
-from polars_async.executors.processes.initializer import current
 from polars_async.executors.processes.process import WorkerProcess, shut_down
 
 MOST = 4

@@ -366,6 +366,29 @@ def test_error_of_a_query_is_its_own(adapting):
     assert handle.resolution.name == "in-memory"
 
 
+def test_time_of_a_query_that_failed_tells_nothing(adapting):
+    failing = pl.DataFrame({"a": ["x"]}).lazy().select(pl.col("a").cast(pl.Int64))
+    with pytest.raises(pl.exceptions.InvalidOperationError):
+        adapting.collect_async(failing).result(LIMIT)
+    until(lambda: not adapting.stats()["running"])
+    assert adapting._chooser._times._shapes == {}
+
+
+@pytest.mark.parametrize(("rows", "pooled"), [(1, True), (1 << 19, False)])
+def test_slot_knows_where_the_chosen_engine_computes(make, block, monkeypatch, rows, pooled):
+    monkeypatch.setattr(estimates, "memory_held", lambda: 1 << 30)
+    collector = make(engine="adaptive")
+    wide = pl.select(b=pl.int_range(rows)).lazy()
+    blocked = block()
+    monkeypatch.setattr(adaptive, "DEFAULT_ENGINE", "in-memory" if pooled else "streaming")
+    handle = collector.collect_async(wide.join(blocked.lf, how="cross"))
+    assert blocked.started.wait(LIMIT)
+    [slot] = collector._cpu.admission._slots
+    assert slot.load.pooled is pooled
+    block.free()
+    handle.result(LIMIT)
+
+
 def test_query_that_is_known_to_be_quick_runs_inline(adapting):
     lf = pl.DataFrame({"a": [1, 2]}).lazy().select(pl.col("a") + 1)
 
@@ -481,3 +504,4 @@ def test_query_that_the_gpu_cannot_run_goes_elsewhere_next_time(make, gpu):
     until(lambda: not collector.stats()["running"])
     again = ran_on(collector)
     assert (again.name, again.fell_back) == ("in-memory", False)
+    assert again.message.endswith("here, gpu failed")

@@ -14,7 +14,7 @@ from types import SimpleNamespace
 import polars as pl
 import pytest
 import uvloop
-from test_readme import BLOCKS, ROOT
+from snippets import ROOT, SNIPPETS
 
 from benchmarks.__main__ import main
 from benchmarks.contenders import (
@@ -110,9 +110,9 @@ def test_suite_measures_every_contender(name, capsys, tmp_path):
     assert own == []
 
 
-def test_suite_is_a_file_as_in_the_readme(tmp_path):
+def test_suite_is_a_file_as_in_the_documentation(tmp_path):
     shutil.copytree(ROOT / "benchmarks", tmp_path / "benchmarks")
-    ((_, code),) = [block for block in BLOCKS if block[0] == "py"]
+    (code,) = [each.code for each in SNIPPETS if each.language == "py"]
     assert len(code.splitlines()) < 30
     (tmp_path / "benchmarks" / "suites" / "sums.py").write_text(code)
     path = tmp_path / "found.json"

@@ -49,8 +49,8 @@ def collector(executor):
 @pytest.fixture
 def few_files(monkeypatch):
     """Let 3 shared frames keep their files."""
-    monkeypatch.setattr("polars_async.sharing._with_descriptor", WeakSet())
-    monkeypatch.setattr("polars_async.sharing.most_files", lambda: 3)
+    monkeypatch.setattr("polars_async.executors.shared_frames._with_descriptor", WeakSet())
+    monkeypatch.setattr("polars_async.executors.shared_frames.most_files", lambda: 3)
 
 
 @pytest.mark.everywhere

@@ -10,7 +10,7 @@ import tomllib
 import polars as pl
 import pytest
 from conftest import TINY
-from test_readme import BLOCKS, FILES, ROOT
+from snippets import FILES, ROOT, SNIPPETS
 
 import polars_async
 from polars_async import Collector, Reason
@@ -775,12 +775,12 @@ def test_suite_of_a_service_needs_nothing_but_the_plugin(pytester):
     assert outcomes["passed"] > 10
 
 
-# The README
+# The documentation
 
-TEST, COMMAND = FILES["test_sales.py"]
+TEST, (_, COMMAND) = FILES["test_sales.py"].code, FILES["test_sales.py"].following
 
 
-def test_test_of_the_readme_passes(pytester):
+def test_test_of_the_documentation_passes(pytester):
     pytester.makepyfile(test_sales=TEST)
     for line in COMMAND.splitlines():
         program, *options = shlex.split(line, comments=True)
@@ -788,8 +788,10 @@ def test_test_of_the_readme_passes(pytester):
         pytester.runpytest("-p", PLUGIN, *options).assert_outcomes(passed=1)
 
 
-def test_failure_looks_as_in_the_readme(pytester):
-    (shown,) = (code for language, code in BLOCKS if language == "console")
+def test_failure_looks_as_in_the_documentation(pytester):
+    (shown,) = (
+        each.code for each in SNIPPETS if (each.page, each.language) == ("testing.md", "console")
+    )
     pytester.makepyfile(
         test_sales=TEST.replace('"in-memory", because="out_of_gpu_memory"', '"gpu"')
     )

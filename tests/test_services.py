@@ -1,4 +1,4 @@
-"""The services of the README, started as it says, answer real requests."""
+"""The services of the documentation, started as it says, answer real requests."""
 
 import contextlib
 import fcntl
@@ -15,7 +15,7 @@ from pathlib import Path
 
 import polars as pl
 import pytest
-from test_readme import FILES
+from snippets import FILES
 
 import polars_async
 
@@ -101,6 +101,23 @@ def app(environ, start_response):
         control.fill_queue(shop.collector)
     start("200 OK", [])
     return [json.dumps(shop.collector.stats()).encode()]
+"""
+
+STARLETTE_ERRORS = """
+import polars_async as pa
+from exports import app
+
+
+async def full(request):
+    raise pa.QueueFullError("full", 2.5)
+
+
+async def late(request):
+    raise pa.QueryTimeoutError("late")
+
+
+app.add_route("/full", full)
+app.add_route("/late", late)
 """
 
 QUERY_AT_IMPORT = """
@@ -201,11 +218,13 @@ def response_on(connection):
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("services")
-    SALES.write_parquet(folder / "sales.parquet")
-    files = {name: code for name, (code, _) in FILES.items()} | {
+    for name in ("sales", "orders"):
+        SALES.write_parquet(folder / f"{name}.parquet")
+    files = {name: snippet.code for name, snippet in FILES.items()} | {
         "control.py": CONTROL,
         "served_fastapi.py": FASTAPI,
         "served_wsgi.py": WSGI,
+        "starlette_errors.py": STARLETTE_ERRORS,
         "query_at_import.py": QUERY_AT_IMPORT,
         "gate": "",
     }
@@ -225,7 +244,7 @@ def gate(folder):
 @contextlib.contextmanager
 def started(folder, name, *options, app):
     """Start what serves the file `name`, with `app` in place of the application that it names."""
-    command = shlex.split(FILES[name][1].replace(f"{Path(name).stem}:app", f"{app}:app"))
+    command = shlex.split(FILES[name].following[1].replace(f"{Path(name).stem}:app", f"{app}:app"))
     server = Server([*command, *options], folder)
     try:
         yield server
@@ -371,6 +390,32 @@ def test_fastapi_ends_while_queries_run_that_nobody_waits_for(folder):
         server.hold()
         server.end()
         assert (server.status(), server.complaints()) == (-signal.SIGTERM, [])
+
+
+def test_service_of_the_start_answers(folder):
+    with started(folder, "orders.py", "--port=0", app="orders") as server:
+        response, body = server.ask("/total?shop=a")
+        total = SALES.filter(pl.col("shop") == "a")["sum"].sum()
+        assert (response.status, json.loads(body)) == (200, {"total": total})
+        assert server.complaints() == []
+
+
+def test_starlette_answers_and_exports(folder):
+    with started(folder, "exports.py", "--port=0", app="exports") as server:
+        response, body = server.ask("/shops")
+        sums = SALES.group_by("shop").agg(pl.col("sum").sum()).sort("shop")
+        assert (response.status, body) == (200, sums.write_json().encode())
+        response, body = server.ask("/export")
+        assert (response.status, pl.read_ndjson(body).equals(SALES)) == (200, True)
+        assert server.complaints() == []
+
+
+def test_starlette_tells_clients_to_come_back_and_that_their_time_is_over(folder):
+    with started(folder, "exports.py", "--port=0", app="starlette_errors") as server:
+        response, _ = server.ask("/full")
+        assert (response.status, response.getheader("Retry-After")) == (503, "3")
+        response, _ = server.ask("/late")
+        assert response.status == 504
 
 
 def test_gunicorn_answers_several_requests_at_once(workers):

@@ -62,7 +62,7 @@ def test_rows_without_columns_come_in_batches(collector):
 def test_frame_whose_file_other_processes_cannot_open_is_shared_all_the_same(
     collector, monkeypatch
 ):
-    monkeypatch.setattr("polars_async.sharing.is_open_to_others", lambda _: False)
+    monkeypatch.setattr("polars_async.executors.shared_frames.is_open_to_others", lambda _: False)
     shared = pa.share(FRAME)
     assert collector.collect_async(shared).result(30).equals(FRAME)
     frames = [shared, *(pa.share(pl.DataFrame({"a": [n]})) for n in range(70))]

@@ -13,16 +13,15 @@ if TYPE_CHECKING:
     from benchmarks.gpu.findings import Settings
     from polars_async.testing import SimulatedGpu
 
-_FIRST: Final[tuple[int, ...]] = (1, 9, 21, 6, 18)
-"""Those of most interest come first: the time may not suffice for all."""
+_QUERIES: Final[tuple[int, ...]] = (1, 9, 21, 6, 18)
+"""Of each kind one, those of most interest first: all of them would take minutes."""
 _RUNS: Final = 2
 
 
 async def compared(settings: Settings, _gpu: SimulatedGpu | None) -> None:
     """Compare the engines as a user would, as far as the time goes."""
     queries = queries_of(settings)
-    order = [number for number in _FIRST if number in queries]
-    order += [number for number in queries if number not in order]
+    order = [number for number in _QUERIES if number in queries] or [*queries]
     end, longest = time.monotonic() + 0.9 * settings.seconds, 0.0
     for position, number in enumerate(order):
         begun = time.monotonic()

@@ -19,7 +19,8 @@ from benchmarks.measure.workloads import peak, read
 from benchmarks.pdsh import data, oracle
 from benchmarks.pdsh.queries import QUERIES
 from benchmarks.runner import Case, Metric, NotRun
-from polars_async.compare.contest import Contender, Query, measure
+from polars_async.compare.contest import measure
+from polars_async.compare.entries import Contender, Query
 from polars_async.resolution import engine_name
 
 if TYPE_CHECKING:

@@ -48,6 +48,9 @@ is held while a query runs, a hook is called or a waiter is woken, and a thread 
 acquires no lock of an admission; a call's lock is acquired before that of its worker or the timers.
 The lock of the GPU (``gpu.offload``) is another matter: the thread of a query on the GPU holds it.
 In a forked child every lock is free, or its owner is made anew (``_runtime.fork``).
+
+For Linux alone, and imported where they are used: ``executors.processes``, ``compare.contest``,
+``executors.shared_frames``, and in ``_runtime`` ``files``, ``descriptors`` and ``mapping``.
 """
 
 from typing import TYPE_CHECKING

@@ -73,7 +73,7 @@ class AsyncEngine(DeferringEngine):
 
     @property
     def asks_for(self) -> EngineRequest:
-        """The engine of queries that name no other: that of the collector."""
+        """The engine of the collector, for queries that name no other."""
         return self.collector.engine
 
     @property

@@ -38,8 +38,8 @@ class Reason(enum.StrEnum):
     INVALID_VISIBLE_DEVICES = "invalid_visible_devices"
     """The first entry of CUDA_VISIBLE_DEVICES names no GPU in a way that cudf-polars accepts."""
     AMBIGUOUS_DEVICE_ORDER = "ambiguous_device_order"
-    """CUDA and NVML number the GPUs differently: CUDA would use one that is ruled out, or it is
-    unknown which GPU a number means."""
+    """CUDA and NVML number the GPUs differently, so that CUDA would use one that is ruled out, or
+    that it is unknown which GPU a number means."""
     UNKNOWN_DEVICE = "unknown_device"
     """No visible GPU has the number in ``pl.GPUEngine(device=...)``."""
     COMPUTE_CAPABILITY = "compute_capability"

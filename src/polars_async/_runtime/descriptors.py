@@ -1,13 +1,15 @@
-"""Keeps the descriptors of our files off the numbers of stdin, stdout and stderr."""
+"""Keeps the descriptors of our files off the numbers of stdin, stdout and stderr, on Linux."""
 
 from __future__ import annotations
 
-import os
 import sys
-from typing import Final
 
-if sys.platform != "win32":
-    import fcntl
+if sys.platform != "linux":
+    raise ImportError(f"files in memory need Linux, and this is {sys.platform}")
+
+import fcntl
+import os
+from typing import Final
 
 STANDARD_FILES: Final = 3
 

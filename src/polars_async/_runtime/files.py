@@ -1,31 +1,31 @@
-"""Files in memory without a name, whose descriptors are sent from process to process."""
+"""
+Files in memory without a name, whose descriptors are sent from process to process.
+
+For Linux alone: the module is imported where a file is made or has come.
+"""
 
 from __future__ import annotations
 
-import os
 import sys
+
+if sys.platform != "linux":
+    raise ImportError(f"files in memory need Linux, and this is {sys.platform}")
+
+import os
+import resource
 from contextlib import suppress
 from functools import partial
-from io import BufferedReader, BufferedWriter, FileIO
-from typing import TYPE_CHECKING, Final, Literal, TypeAlias, TypeVar, overload
+from typing import TYPE_CHECKING, Final, TypeAlias
 
 from polars_async._runtime.descriptors import above_standard_files
-from polars_async._runtime.unpatched import local
-
-if sys.platform != "win32":
-    import resource
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
-
-T = TypeVar("T")
 
 Identity: TypeAlias = tuple[int, int]
 """Device and inode: no other file of this machine has both, while a process has it open or mapped.
 """
 
-MOST_IN_MESSAGE: Final = 64
-"""Files of one kind that go in one message, which carries 253 at most."""
 _PART: Final = 4
 _PIECE: Final = 1 << 30
 """Bytes that are read at once: the kernel returns 2 GB at most."""
@@ -45,22 +45,6 @@ def new_file() -> int:
     return file
 
 
-@overload
-def opened(file: int, mode: Literal["rb"]) -> BufferedReader: ...
-@overload
-def opened(file: int, mode: Literal["wb"]) -> BufferedWriter: ...
-def opened(file: int, mode: Literal["rb", "wb"]) -> BufferedReader | BufferedWriter:
-    """
-    Return a file object for `file`, at its start; to close it leaves the descriptor open.
-
-    It is not opened by its path below /proc: that is refused once this process has changed its
-    user, and /proc need not be there.
-    """
-    os.lseek(file, 0, os.SEEK_SET)
-    raw = FileIO(file, mode, closefd=False)
-    return BufferedReader(raw) if mode == "rb" else BufferedWriter(raw)
-
-
 def content_of(file: int) -> bytes:
     """Read all of `file`, without its position: processes and threads that share it move that."""
     size = os.fstat(file).st_size
@@ -74,36 +58,9 @@ def identity_of(file: int) -> Identity:
     return status.st_dev, status.st_ino
 
 
-class _ThisThread(local):
-    attached: dict[Identity, int] | None = None
-
-
-_this_thread: Final = _ThisThread()
 _received: Final[dict[Identity, int]] = {}
 """The shared files that came to this worker process with its query. Polars unpickles functions in
 expressions while the query runs, on any thread, so they stay open until the query ends."""
-
-
-def attaching(files: dict[Identity, int] | None, do: Callable[[], T]) -> T:
-    """Return what `do` returns; meanwhile `attach_to_message` adds to `files` on this thread."""
-    before, _this_thread.attached = _this_thread.attached, files
-    try:
-        return do()
-    finally:
-        _this_thread.attached = before
-
-
-def attach_to_message(file: int) -> bool:
-    """Send a copy of `file` with the message that this thread packs; return False if it cannot."""
-    attached = _this_thread.attached
-    if attached is None:
-        return False
-    identity = identity_of(file)
-    if identity not in attached:
-        if len(attached) >= min(MOST_IN_MESSAGE, most_files()):
-            return False
-        attached[identity] = above_standard_files(os.dup(file))
-    return True
 
 
 def receive(files: Iterable[int]) -> None:

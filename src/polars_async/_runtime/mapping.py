@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import sys
+
+if sys.platform != "linux":
+    raise ImportError(f"files in memory need Linux, and this is {sys.platform}")
+
 import ctypes
 import mmap
 import os
@@ -39,7 +44,7 @@ class Mapping:
     _undo: Callable[[], object] | None = None
 
     def __init__(self, file: int) -> None:
-        self.size: Final = os.fstat(file).st_size
+        self.size: Final[int] = os.fstat(file).st_size
         address = _libc.mmap(None, self.size, mmap.PROT_READ, mmap.MAP_SHARED, file, 0)
         if address == _FAILED:
             number = ctypes.get_errno()

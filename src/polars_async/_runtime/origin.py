@@ -7,8 +7,9 @@ of a thread, the function with which the thread began. That function lies in the
 started the thread, since each library has Rust's own code compiled in. The offset of this pointer
 in the descriptor is found by means of a thread of our own, whose first function is known.
 
-With glibc that is certain. With another C library, or on another system, the name has to do: a
-wrong yes lets one query too many run, a wrong no may have a query wait for ever for its own slot.
+With glibc that is certain. With another C library, or on macOS, the name has to do, on Windows that
+Python did not start the thread. A wrong yes lets one query too many run, a wrong no may have a
+query wait for ever for its own slot.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import os
 import sys
 from functools import cache
 from pathlib import Path
+from threading import _DummyThread, current_thread  # pyright: ignore[reportPrivateUsage]
 from typing import Final
 
 from polars_async._runtime.unpatched import allocate_lock, start_new_thread
@@ -41,11 +43,14 @@ class _Library(ctypes.Structure):
     )
 
 
-_python.pthread_self.restype = ctypes.c_void_p
+if sys.platform != "win32":
+    _python.pthread_self.restype = ctypes.c_void_p
 
 
 def is_this_of_polars() -> bool:
     """Return whether Polars has started the calling thread."""
+    if sys.platform == "win32":
+        return isinstance(current_thread(), _DummyThread)
     thread, offset = _this_thread(), _offset()
     if offset is None:
         return _has_name_of_polars(thread)
@@ -58,6 +63,7 @@ def is_of_polars(thread: int) -> bool:
 
     The thread may end at any time, and its descriptor is freed then. So it is read by way of the
     kernel, which returns an error for freed memory, where a direct read would end the process.
+    Not to be asked on Windows.
     """
     offset = _offset()
     word = _read_word(thread + (offset or 0))
@@ -68,6 +74,8 @@ def is_of_polars(thread: int) -> bool:
 
 def _read_word(address: int) -> int | None:
     """Read a pointer from the memory of this process; return None where `address` has none."""
+    if sys.platform != "linux":
+        return None
     size = ctypes.sizeof(ctypes.c_void_p)
     try:
         with _MEMORY.open("rb", buffering=0) as memory:

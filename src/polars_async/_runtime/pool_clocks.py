@@ -10,8 +10,8 @@ reads files, computes nothing, and may have hundreds of threads that come and go
 from __future__ import annotations
 
 import sys
+import time
 from pathlib import Path
-from time import clock_gettime_ns
 from typing import Final
 
 from polars_async._runtime.fork import Step, in_child
@@ -63,10 +63,10 @@ def version() -> int:
 def computed() -> int | None:
     """Return how many ns the listed threads have computed; None if there is no list."""
     clocks = _pools.clocks
-    if clocks is None:
+    if sys.platform != "linux" or clocks is None:
         return None
     try:
-        return sum(map(clock_gettime_ns, clocks))
+        return sum(map(time.clock_gettime_ns, clocks))
     except OSError:  # one of them has ended
         _pools.clocks = None
         return None

@@ -20,10 +20,12 @@ from typing import TYPE_CHECKING, Any, Final, TypeVar
 if TYPE_CHECKING:
     from _thread import LockType, RLock, allocate_lock, get_ident, start_new_thread
     from collections.abc import Callable
-    from os import posix_spawn
     from queue import SimpleQueue
     from threading import local
     from time import sleep
+
+    if sys.platform == "linux":
+        from os import posix_spawn
 else:
 
     def _original(module: str, name: str) -> Any:

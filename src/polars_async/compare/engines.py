@@ -12,7 +12,7 @@ import polars as pl
 
 from polars_async._runtime.machine import processors
 from polars_async.compare.comparison import Comparison
-from polars_async.compare.contest import Contender, Query, hold
+from polars_async.compare.entries import Contender, Query
 from polars_async.compare.file import WANTED, find_engine, find_queries, import_file
 from polars_async.errors import describe
 from polars_async.gpu import gpu_status
@@ -23,7 +23,8 @@ if TYPE_CHECKING:
     from pathlib import Path
     from types import ModuleType
 
-    from polars_async.compare.contest import Progress
+    from polars_async.compare.entries import Progress
+    from polars_async.compare.results import EngineRun
     from polars_async.resolution import EngineName, EngineRequest
 
 RUNS: Final = 5
@@ -148,11 +149,7 @@ def _compare(
     if not contenders:
         known = ", ".join(map(repr, DEFAULT_ENGINES))
         raise ValueError(f"engines must name at least one of {known}, or be None for all of them")
-    if sys.platform != "linux":
-        raise ValueError(
-            f"worker processes compare engines, and need Linux: this is {sys.platform}"
-        )
-    results = hold(queries, contenders, runs, progress or _silent)
+    results = _results(queries, contenders, runs, progress or _silent)
     return Comparison(
         results=tuple(results),
         gpu_support={each.name: _support(each) for each in queries},
@@ -163,6 +160,19 @@ def _compare(
             "python": platform.python_version(),
         },
         processors=processors(),
+    )
+
+
+def _results(
+    queries: list[Query], contenders: list[Contender], runs: int, progress: Progress
+) -> list[EngineRun]:
+    if sys.platform == "linux":
+        from polars_async.compare.contest import hold  # noqa: PLC0415  # Linux alone
+
+        return hold(queries, contenders, runs, progress)
+    raise ValueError(
+        f"worker processes compare engines, and need Linux: this is {sys.platform}. Run it in a "
+        "container, or in WSL 2 on Windows"
     )
 
 

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import sys
+
+assert sys.platform == "linux"
+
 import signal
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any, Final

@@ -73,18 +73,18 @@ def make_executor(
             "executor must be 'threads', 'processes', 'auto' or a concurrent.futures.Executor, got "
             f"{executor!r}"
         )
-    if sys.platform != "linux":
-        raise ValueError(
-            f"executor={executor!r} needs Linux, and this is {sys.platform}: give it an executor, "
-            "such as concurrent.futures.ProcessPoolExecutor()"
-        )
-    from polars_async.executors.processes.pool import ProcessExecutor  # noqa: PLC0415  # few programs need it
+    if sys.platform == "linux":
+        from polars_async.executors.processes.pool import ProcessExecutor  # noqa: PLC0415  # few programs need it
 
-    return ProcessExecutor(
-        threads=_threads_each(large_at_once),
-        max_idle=slots,
-        max_memory=max_memory,
-        runs_unsendable_here=executor == "auto",
+        return ProcessExecutor(
+            threads=_threads_each(large_at_once),
+            max_idle=slots,
+            max_memory=max_memory,
+            runs_unsendable_here=executor == "auto",
+        )
+    raise ValueError(
+        f"executor={executor!r} needs Linux, and this is {sys.platform}: use executor='threads', "
+        "or give it an executor, such as concurrent.futures.ProcessPoolExecutor()"
     )
 
 
@@ -94,13 +94,13 @@ def make_gpu_executor(
     """Return the executor of a collector's queries on GPUs; the others have `cpu_executor`."""
     if cpu_executor is IN_PROCESS:
         return GPU_IN_PROCESS
-    if executor not in WITH_WORKERS:
-        return cpu_executor
-    from polars_async.executors.processes.gpu_pool import GpuProcessExecutor  # noqa: PLC0415  # few programs need it
+    if sys.platform == "linux" and executor in WITH_WORKERS:
+        from polars_async.executors.processes.gpu_pool import GpuProcessExecutor  # noqa: PLC0415  # few programs need it
 
-    return GpuProcessExecutor(
-        threads=_threads_each(large_at_once), runs_unsendable_here=executor == "auto"
-    )
+        return GpuProcessExecutor(
+            threads=_threads_each(large_at_once), runs_unsendable_here=executor == "auto"
+        )
+    return cpu_executor
 
 
 def _threads_each(at_once: int) -> int:

@@ -3,10 +3,21 @@
 from __future__ import annotations
 
 import os
+import sys
 from contextlib import suppress
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Final, NamedTuple, TypeVar
 
-from polars_async._runtime.unpatched import RLock, holding
+from polars_async._runtime.unpatched import RLock, holding, local
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from polars_async._runtime.files import Identity
+
+T = TypeVar("T")
+
+MOST_FILES: Final = 64
+"""Files of one kind that go in one message, which carries 253 at most."""
 
 
 class Message(NamedTuple):
@@ -73,7 +84,29 @@ class SerializationAbort:
 
 
 def _stop_growth(file: int) -> None:
-    import fcntl  # noqa: PLC0415  # not to be had on every system
+    if sys.platform == "linux":  # where alone messages have files
+        import fcntl  # noqa: PLC0415
 
-    with suppress(OSError):
-        fcntl.fcntl(file, fcntl.F_ADD_SEALS, fcntl.F_SEAL_GROW)
+        with suppress(OSError):
+            fcntl.fcntl(file, fcntl.F_ADD_SEALS, fcntl.F_SEAL_GROW)
+
+
+class _ThisThread(local):
+    attached: dict[Identity, int] | None = None
+
+
+_this_thread: Final = _ThisThread()
+
+
+def attaching(files: dict[Identity, int] | None, do: Callable[[], T]) -> T:
+    """Return what `do` returns; meanwhile shared frames add to `attached` on this thread."""
+    before, _this_thread.attached = _this_thread.attached, files
+    try:
+        return do()
+    finally:
+        _this_thread.attached = before
+
+
+def attached() -> dict[Identity, int] | None:
+    """Return the files that go with the message that this thread packs; None if none may."""
+    return _this_thread.attached

@@ -6,20 +6,13 @@ import io
 import os
 import pickle
 from functools import partial
-from mmap import PROT_READ, mmap
+from io import BufferedReader, BufferedWriter, FileIO
+from mmap import ACCESS_READ, mmap
 from tempfile import TemporaryFile
-from typing import TYPE_CHECKING, Any, Final, TypeAlias
+from typing import TYPE_CHECKING, Any, Final, Literal, TypeAlias, overload
 
 import polars as pl
 
-from polars_async._runtime.files import (
-    MOST_IN_MESSAGE,
-    Identity,
-    attaching,
-    most_files,
-    new_file,
-    opened,
-)
 from polars_async._runtime.upstream import (
     extensions_of,
     hands_over_here,
@@ -37,18 +30,36 @@ from polars_async.executors.extensions import (
     extensions_known,
     read_extended,
 )
-from polars_async.executors.message import Message, SerializationAbort
+from polars_async.executors.message import MOST_FILES, Message, SerializationAbort, attaching
 from polars_async.executors.operations import Batches
 from polars_async.executors.staying import StaysHereError, UnsendableError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
+    from polars_async._runtime.files import Identity
+
 _FrameInfo: TypeAlias = "tuple[dict[str, pl.DataType] | None, dict[int, bool], set[str]]"
 """Of a frame: the schema if it is to be mapped, the sorted columns, and the extension types."""
 
 _MAX_INLINE: Final = 1 << 18
 """Bytes of a frame up to which it is among the other data: a file to map would take longer."""
+
+
+@overload
+def opened(file: int, mode: Literal["rb"]) -> BufferedReader: ...
+@overload
+def opened(file: int, mode: Literal["wb"]) -> BufferedWriter: ...
+def opened(file: int, mode: Literal["rb", "wb"]) -> BufferedReader | BufferedWriter:
+    """
+    Return a file object for `file`, at its start; to close it leaves the descriptor open.
+
+    It is not opened by its path below /proc: that is refused once this process has changed its
+    user, and /proc need not be there.
+    """
+    os.lseek(file, 0, os.SEEK_SET)
+    raw = FileIO(file, mode, closefd=False)
+    return BufferedReader(raw) if mode == "rb" else BufferedWriter(raw)
 
 
 def sorted_columns(frame: pl.DataFrame) -> dict[int, bool]:
@@ -122,10 +133,14 @@ class _Packer(pickle.Pickler):
     def _has_room(self) -> bool:
         if self._files is None:
             return False
-        return len(self._files) < min(MOST_IN_MESSAGE, most_files())
+        from polars_async._runtime.files import most_files  # noqa: PLC0415  # Linux alone
+
+        return len(self._files) < min(MOST_FILES, most_files())
 
     def _new_file(self) -> tuple[int, int]:
         """Make a file; return its number in the message, and its descriptor."""
+        from polars_async._runtime.files import new_file  # noqa: PLC0415  # Linux alone
+
         assert self._files is not None
         file = new_file()
         self._files.append(file)
@@ -162,7 +177,7 @@ class _Unpacker(pickle.Unpickler):
             if isinstance(packed, bytes):
                 names = extensions_of(packed)
             else:
-                with mmap(self._files[packed], 0, prot=PROT_READ) as plan:
+                with mmap(self._files[packed], 0, access=ACCESS_READ) as plan:
                     names = extensions_of(plan)
             with extensions_known(names):
                 return pl.LazyFrame.deserialize(source)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
@@ -62,6 +63,11 @@ _DIAGNOSES: Final = {
 NO_DEVICE: Final = _DIAGNOSES[28]
 NO_LIBRARY: Final = _DIAGNOSES[_LIBRARY_NOT_FOUND]
 _LOOK_CLOSER: Final = "look into nvidia-smi and the kernel's log for the cause"
+_NOT_LINUX: Final = Diagnosis(
+    Reason.CUDF_MISSING,
+    f"cudf-polars, which is the GPU engine, needs Linux, and this is {sys.platform}",
+    "run the program on Linux, such as that of WSL 2 on Windows",
+)
 _NO_PYNVML: Final = Diagnosis(
     Reason.NO_LIBRARY,
     "the Python package nvidia-ml-py, which asks the NVIDIA driver, cannot be imported",
@@ -106,6 +112,8 @@ class Host:
 
 def read_host() -> Host:
     """Ask NVML for all facts; NVML is shut down after that, and its errors become diagnoses."""
+    if sys.platform != "linux":
+        return Host(diagnosis=_NOT_LINUX)
     try:
         import pynvml  # noqa: PLC0415  # not before the program asks for a GPU
     except ImportError:

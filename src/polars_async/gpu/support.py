@@ -34,9 +34,9 @@ class Support(enum.StrEnum):
     """The three answers of `gpu_support`."""
 
     YES = "yes"
-    """cudf-polars can translate all of the query."""
+    """The GPU engine supports all of the query."""
     NO = "no"
-    """It cannot: at least one operation is not supported."""
+    """The GPU engine does not support at least one operation."""
     UNKNOWN = "unknown"
     """cudf-polars could not be asked."""
 
@@ -46,7 +46,7 @@ class GpuSupport:
     """
     Whether the GPU engine could run a query.
 
-    It has no truth value, since unknown is neither: compare its `answer`.
+    Compare its `answer`; ``bool(support)`` is not supported, since the answer may be unknown.
 
     Attributes
     ----------

@@ -73,7 +73,7 @@ def watch(lane: _Lane) -> None:
     complain that their query was cancelled.
     """
     _Process.lanes.add(lane)
-    if not _Process.prepared and os.name == "posix":
+    if not _Process.prepared and sys.platform != "win32":
         _Process.prepared = True
         atexit.register(_AtExit())
     if _Process.exits:

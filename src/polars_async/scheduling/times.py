@@ -90,7 +90,7 @@ class Times:
         tried = self.gpu_seconds
         words = f"it waited {waited:.3f} s for a slot"
         if tried is not None:
-            words += f", {tried:.3f} s of which the GPU tried it in vain,"
+            words += f", {tried:.3f} s of which the GPU took for a try that failed,"
         if ran is not None:
             return words + ends.format(ran=f"{ran:.3f} s")
         return words + (", and never ran" if tried is None else " and never ran on the CPU")

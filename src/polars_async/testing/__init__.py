@@ -7,8 +7,8 @@ from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from polars_async.executors.processes import initializer
-from polars_async.executors.processes.initializer import Initializer
+from polars_async.executors import initializer
+from polars_async.executors.initializer import Initializer
 from polars_async.gpu import breaker as breakers
 from polars_async.gpu import cudf, nvml, probe
 from polars_async.gpu.breaker import Health, breaker

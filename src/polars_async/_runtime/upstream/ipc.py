@@ -10,8 +10,6 @@ from typing import TYPE_CHECKING, Any, Final
 
 import polars as pl
 
-from polars_async._runtime.files import content_of
-
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
@@ -28,6 +26,8 @@ def map_ipc(file: int, schema: Mapping[str, pl.DataType]) -> pl.DataFrame:
             frame = way(file)
             if dict(frame.schema) == dict(schema):
                 return frame
+    from polars_async._runtime.files import content_of  # noqa: PLC0415  # Linux alone
+
     return pl.read_ipc(io.BytesIO(content_of(file)))
 
 
@@ -38,7 +38,7 @@ def _map_with_polars(file: int) -> pl.DataFrame:
 
 
 def _map_with_pyarrow(file: int) -> pl.DataFrame:
-    from polars_async._runtime.mapping import Mapping  # noqa: PLC0415  # not on every system
+    from polars_async._runtime.mapping import Mapping  # noqa: PLC0415  # Linux alone
 
     arrow: Any = importlib.import_module("pyarrow")
     mapping = Mapping(file)

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import sys
+
+assert sys.platform == "linux"
+
 import enum
 import logging
 import signal
@@ -9,7 +13,6 @@ from functools import partial
 from time import monotonic
 from typing import TYPE_CHECKING, Any, Final
 
-from polars_async._runtime.files import Identity, attaching
 from polars_async._runtime.green import deliver
 from polars_async._runtime.logs import complain
 from polars_async._runtime.timers import start_timer
@@ -17,7 +20,7 @@ from polars_async._runtime.unpatched import RLock, holding
 from polars_async.errors import QueryMemoryError
 from polars_async.executors.exports import export
 from polars_async.executors.main_module import POLARS
-from polars_async.executors.message import Message
+from polars_async.executors.message import Message, attaching
 from polars_async.executors.outcomes import unpacked_error
 from polars_async.executors.serialization import pack, unpack
 from polars_async.executors.staying import UnsendableError
@@ -25,6 +28,7 @@ from polars_async.executors.staying import UnsendableError
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from polars_async._runtime.files import Identity
     from polars_async._runtime.timers import Timer
     from polars_async.bridges.buffer import Buffer
     from polars_async.executors import Stoppable

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import sys
+
+assert sys.platform == "linux"
+
 import fcntl
 import logging
 import marshal
 import os
 import select
 import signal
-import sys
 from _socket import socket
 from contextlib import nullcontext, suppress
 from functools import partial

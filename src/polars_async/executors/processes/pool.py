@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import sys
+
+assert sys.platform == "linux"
+
 import logging
 import signal
 from contextlib import suppress
@@ -12,11 +16,11 @@ from polars_async._runtime.plans import look_at
 from polars_async._runtime.unpatched import RLock, holding
 from polars_async.errors import PolarsAsyncError, WorkerDiedError, signal_of
 from polars_async.executors import QueryExecutor
+from polars_async.executors.initializer import current
 from polars_async.executors.large_plans import warn_if_large
 from polars_async.executors.message import SerializationAbort
 from polars_async.executors.outcomes import error_of
 from polars_async.executors.processes.call import WorkerCall
-from polars_async.executors.processes.initializer import current
 from polars_async.executors.processes.process import WorkerProcess, shut_down
 from polars_async.executors.serialization import buffer_of, pack
 from polars_async.executors.staying import StaysHereError, UnsendableError, log_once, run_here

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import sys
+
+assert sys.platform == "linux"
+
 import logging
 import marshal
 import os
 import signal
-import sys
 from _socket import AF_UNIX, SOCK_STREAM, socketpair
 from _socket import socket as Socket  # noqa: N812  # as in `transport`
 from contextlib import suppress
@@ -19,8 +22,8 @@ from polars_async._runtime.files import new_file
 from polars_async._runtime.fork import Step, in_child
 from polars_async._runtime.green import leaving_no_hub
 from polars_async._runtime.unpatched import RLock, holding, posix_spawn, sleep, start_new_thread
+from polars_async.executors.initializer import current
 from polars_async.executors.processes.child_handle import ChildHandle
-from polars_async.executors.processes.initializer import current
 from polars_async.executors.processes.interpreter import executable
 from polars_async.executors.processes.surroundings import changes, surroundings
 from polars_async.executors.processes.transport import Transport

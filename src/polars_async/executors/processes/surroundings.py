@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import sys
+
+assert sys.platform == "linux"
+
 import os
 import pickle
-import sys
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 import polars as pl

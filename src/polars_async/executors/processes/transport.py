@@ -8,6 +8,10 @@ SIGPIPE to its default; without the other, programs that are started meanwhile i
 
 from __future__ import annotations
 
+import sys
+
+assert sys.platform == "linux"
+
 from array import array
 from contextlib import suppress
 from errno import EMFILE
