@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.metadata
 import json
 import os
 import re
@@ -16,6 +17,7 @@ from nvml_stub import DRIVER_NOT_LOADED, Gpu, compile_stub, describe
 
 from polars_async import Collector, Reason, cli, gpu_status, resolution, resolve_engine
 from polars_async import doctor as doctor_module
+from polars_async._runtime import machine
 from polars_async.gpu import cudf as _cudf
 from polars_async.gpu import probe
 from polars_async.gpu.nvml import Host, HostDevice
@@ -239,7 +241,7 @@ def test_downgrade_by_policy_is_told_and_no_fault(doctor, diagnosis, usable):
     assert status == 0
     assert "  async         in-memory, downgraded\n" in printed
     assert printed.endswith(
-        "\n\nNothing to mend.\n"
+        "\n\nNo problems found.\n"
         "But the GPU is not used on these paths: async, background, batches (see above).\n"
     )
 
@@ -249,7 +251,7 @@ def test_offloaded_gpu_is_told_on_every_path(doctor, usable):
     assert status == 0
     for path in PATHS:
         assert re.search(rf"^  {path} +gpu$", printed, re.MULTILINE)
-    assert printed.endswith("\n\nNothing to mend.\n")
+    assert printed.endswith("\n\nNo problems found.\n")
 
 
 def test_query_that_would_fail_is_told_on_every_path(doctor, diagnosis):
@@ -389,10 +391,124 @@ def test_gpu_that_rests_is_told(diagnosis, doctor):
     )
 
 
+# Extras and limits
+
+
+def found_packages(monkeypatch, **versions):
+    def version(name):
+        if name not in versions:
+            raise importlib.metadata.PackageNotFoundError(name)
+        return versions[name]
+
+    monkeypatch.setattr(importlib.metadata, "version", version)
+
+
+def test_missing_packages_of_worker_processes_are_told(doctor, diagnosis, monkeypatch):
+    found_packages(monkeypatch, cloudpickle="3.1.2")
+    extras = diagnosis()["extras"]
+    assert extras["cloudpickle"] == {"version": "3.1.2", "message": "3.1.2"}
+    assert extras["pyarrow"]["version"] is None
+    status, printed = doctor()
+    assert status == 0
+    text = unwrapped(printed)
+    assert "Worker processes cloudpickle 3.1.2 pyarrow not installed: results of worker" in text
+    assert "mapped. Install polars-async[processes] Limits" in text
+    found_packages(monkeypatch)
+    functions = "cloudpickle not installed: functions of a script or a notebook, and those without"
+    assert functions in unwrapped(doctor()[1])
+
+
+@pytest.fixture
+def limits(monkeypatch):
+    def limits(**values):
+        for name, value in values.items():
+            monkeypatch.setattr(machine, name, lambda value=value: value)
+
+    limits(
+        open_files_limit=1024,
+        processors=1.5,
+        total_memory=8 * GIBIBYTE,
+        memory_limit=None,
+        proc_is_readable=True,
+    )
+    return limits
+
+
+def test_limits_are_told(doctor, diagnosis, limits):
+    assert diagnosis()["limits"] == {
+        "open_files": 1024,
+        "processors": 1.5,
+        "memory_total": 8 * GIBIBYTE,
+        "memory_limit": None,
+        "proc": True,
+    }
+    told = "Limits open files 1024 at most processors 1.5 memory 8.0 GiB /proc can be read No prob"
+    assert told in unwrapped(doctor()[1])
+    limits(open_files_limit=None, memory_limit=GIBIBYTE, total_memory=None, proc_is_readable=None)
+    status, printed = doctor()
+    assert status == 0
+    text = unwrapped(printed)
+    assert "open files any number" in text
+    assert "memory unknown, of which the cgroup allows 1.0 GiB: beyond, the kernel ends" in text
+    assert "/proc not on this system" in text
+
+
+@pytest.mark.parametrize(
+    ("limit", "problem"),
+    [
+        ({"open_files_limit": 255}, "this process may have 255 files open, which"),
+        ({"proc_is_readable": False}, "/proc cannot be read, so that max_memory= and"),
+    ],
+)
+def test_limit_that_is_too_low_is_a_problem(diagnosis, limits, limit, problem):
+    assert diagnosis()["problems"] == []
+    limits(**limit)
+    [told] = diagnosis()["problems"]
+    assert told.startswith(problem)
+
+
+def test_limits_are_those_of_this_process(diagnosis):
+    found = diagnosis()["limits"]
+    assert found["open_files"] == machine.open_files_limit()
+    assert found["proc"] is (True if sys.platform == "linux" else None)
+    if sys.platform == "linux":
+        kibibytes = re.search(r"MemTotal: +(\d+) kB", Path("/proc/meminfo").read_text())
+        assert found["memory_total"] == int(kibibytes[1]) * 1024
+
+
+@pytest.mark.parametrize(
+    ("texts", "limit"),
+    [
+        ({"memory.max": "max"}, None),
+        ({"memory.max": "4096"}, 4096),
+        ({"memory.limit_in_bytes": "9223372036854771712"}, None),
+        ({"memory.limit_in_bytes": "8192"}, 8192),
+    ],
+)
+def test_memory_limit_is_the_least_of_the_cgroups(tmp_path, monkeypatch, texts, limit):
+    inner = tmp_path / "inner"
+    inner.mkdir()
+    for name, text in texts.items():
+        (inner / name).write_text(text)
+    monkeypatch.setattr(machine, "_cgroups", lambda _: [inner, tmp_path])
+    assert machine.memory_limit() == limit
+    (tmp_path / "memory.max").write_text("2048")
+    assert machine.memory_limit() == 2048
+
+
+def test_open_files_are_those_of_the_soft_limit(process):
+    done = process(
+        "doctor", "--json", host=NO_GPU_HERE, before=["sh", "-c", 'ulimit -Sn 200; exec "$@"', "sh"]
+    )
+    assert json.loads(done.stdout)["limits"]["open_files"] == 200
+    assert done.returncode == 2
+
+
 # JSON
 
 KEYS = {
-    "": "versions cudf_polars affinity default_engine gpu_policy paths gpu problems exit_status",
+    "": "versions cudf_polars affinity default_engine gpu_policy paths gpu extras "
+    "limits problems exit_status",
     "versions": "python polars_async polars cudf_polars",
     "cudf_polars": "installed reason message gpu_support",
     "affinity": "value source valid",
@@ -400,6 +516,8 @@ KEYS = {
     "gpu_policy": "value source valid",
     "paths": "sync async background batches",
     "path": "engine downgraded reason message",
+    "extras": "cloudpickle pyarrow",
+    "limits": "open_files processors memory_total memory_limit proc",
     "gpu": "usable reason message devices driver_version cuda_version cudf_polars_version "
     "environment breaker",
     "device": "index uuid name compute_capability memory_total memory_free number selected usable "
@@ -416,6 +534,7 @@ def test_json_has_the_documented_keys(diagnosis, affinity, host):
     path, device = keys.pop("path"), keys.pop("device")
     assert {name: list(report[name]) for name in keys} == keys
     assert all(list(each) == path for each in report["paths"].values())
+    assert all(list(each) == ["version", "message"] for each in report["extras"].values())
     assert all(list(each) == device for each in report["gpu"]["devices"])
     assert len(report["gpu"]["devices"]) == len(host.devices)
 
@@ -574,12 +693,12 @@ NO_GPU_HERE = describe(init=DRIVER_NOT_LOADED)
 @pytest.mark.parametrize(
     ("host", "environment", "status", "last"),
     [
-        (NO_GPU_HERE, {}, 0, "Nothing to mend."),
-        (GPU_HERE, {}, 0, "Nothing to mend."),
+        (NO_GPU_HERE, {}, 0, "No problems found."),
+        (GPU_HERE, {}, 0, "No problems found."),
         (NO_GPU_HERE, {AFFINITY: "gpu"}, 2, "1 problem:"),
         (NO_GPU_HERE, {POLICY: "require"}, 2, "1 problem:"),
         (GPU_HERE, {AFFINITY: "gpu"}, 0, "But the GPU is not used on these paths: "),
-        (GPU_HERE, {AFFINITY: "gpu", POLICY: "require"}, 0, "Nothing to mend."),
+        (GPU_HERE, {AFFINITY: "gpu", POLICY: "require"}, 0, "No problems found."),
         (GPU_HERE, {AFFINITY: "gpu", POLICY: "maybe"}, 2, "1 problem:"),
     ],
 )

@@ -566,10 +566,34 @@ def test_stats_count_what_was_done_and_is_done(telling, blocked, is_given_up, ex
     assert stats["queue_seconds"] > times[0]
 
 
-def test_stats_are_json_where_the_queue_is_bounded(telling):
-    stats = telling.stats()
-    assert json.loads(json.dumps(stats, allow_nan=False)) == stats
-    assert Collector().stats()["max_waiting"] == float("inf")
+def test_stats_are_json(telling):
+    for stats in (telling.stats(), Collector().stats()):
+        assert json.loads(json.dumps(stats, allow_nan=False)) == stats
+    assert telling.stats()["max_waiting"] == 2
+    assert Collector().stats()["max_waiting"] is None
+
+
+def test_counters_only_grow_and_gauges_go_back(telling, blocked):
+    before = telling.stats()
+    assert set(before) > Collector.COUNTERS
+    handles = [telling.collect_async(blocked.lf), telling.collect_async(TINY)]
+    assert blocked.started.wait(30)
+    during = telling.stats()
+    blocked.gate.set()
+    for handle in handles:
+        handle.result(30)
+    until(lambda: telling.stats()["running"] == 0)
+    after = telling.stats()
+    assert all(before[key] <= during[key] <= after[key] for key in Collector.COUNTERS)
+    gauges = set(before) - Collector.COUNTERS
+    assert {key: after[key] for key in gauges} == {key: before[key] for key in gauges}
+    assert during["running"] == during["waiting"] == 1
+
+
+def test_docstring_of_stats_names_each_as_what_it_is():
+    counters, gauges = Collector.stats.__doc__.split("The gauges:")
+    for key in Collector().stats():
+        assert f"``{key}``" in (counters if key in Collector.COUNTERS else gauges)
 
 
 # The label

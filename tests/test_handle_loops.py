@@ -122,16 +122,6 @@ def test_timeout_around_a_task_group_cancels_its_queries(collector, blocked):
         assert_cancelled(handle)
 
 
-def test_create_task_of_a_handle_is_a_type_error_as_of_native(collector):
-    async def main():
-        for handle in (TINY.collect_async(), collector.collect_async(TINY)):
-            with pytest.raises(TypeError, match="a coroutine was expected"):
-                asyncio.create_task(handle)  # noqa: RUF006  # there is none
-            assert (await handle).item() == 1
-
-    asyncio.run(main())
-
-
 def test_cancelled_query_cancels_the_task_that_awaits_it(collector, blocked):
     async def main():
         task = asyncio.create_task(wait(handle))

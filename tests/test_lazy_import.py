@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import ast
+import importlib.metadata
 import pkgutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -16,7 +18,7 @@ import polars_async, polars_async.pytest_plugin
 heavy = {"polars", "numpy", "asyncio", "gevent", "trio", "pynvml", "cudf_polars", "ctypes"}
 print("heavy:", *heavy & set(sys.modules))
 print("own:", *sorted(each for each in sys.modules if each.startswith("polars_async.")))
-print(set(polars_async.__all__) <= set(dir(polars_async)), "Collector" in vars(polars_async))
+print(set(polars_async.__all__) < set(dir(polars_async)), "Collector" in vars(polars_async))
 polars_async.Collector
 print("polars" in sys.modules, "Collector" in vars(polars_async))
 """
@@ -76,12 +78,40 @@ def test_type_checkers_see_what_runs():
     assert list(polars_async._HOMES) == polars_async.__all__ == sorted(polars_async.__all__)
 
 
+ALIASES = {
+    "EngineName",
+    "EngineRequest",
+    "ExecutorRequest",
+    "GpuPolicy",
+    "QueryPath",
+    "Tags",
+}
+
+
 @pytest.mark.parametrize("name", polars_async.__all__)
 def test_name_is_that_of_its_module(name):
     value = getattr(polars_async, name)
-    assert value.__name__ == name
-    assert value.__module__ == f"polars_async.{polars_async._HOMES[name]}"
+    home = f"polars_async.{polars_async._HOMES[name]}"
+    assert getattr(sys.modules[home], name) is value
+    if name not in ALIASES:  # of types, which have no name
+        assert (value.__name__, value.__module__) == (name, home)
     assert vars(polars_async)[name] is value
+
+
+def test_dir_shows_public_names_alone():
+    polars_async.Collector(max_running=1).close()  # by now submodules are attributes
+    assert dir(polars_async) == sorted([*polars_async.__all__, "__version__"])
+
+
+def test_version_is_that_of_the_distribution(monkeypatch):
+    monkeypatch.setattr(importlib.metadata, "version", {"polars-async": "1.2.3"}.get)
+    assert polars_async.__version__ == "1.2.3"
+
+    def version(name):
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(importlib.metadata, "version", version)
+    assert polars_async.__version__ == "0+unknown"
 
 
 def test_no_module_stands_in_the_way_of_a_name():

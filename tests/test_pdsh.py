@@ -1,6 +1,8 @@
 """The PDS-H queries equal DuckDB's answers, and the comparison that says so can fail."""
 
 import asyncio
+import re
+import shutil
 import subprocess
 import sys
 import threading
@@ -9,10 +11,12 @@ from datetime import date
 from decimal import Decimal
 from pathlib import Path
 
+import duckdb
 import polars as pl
 import pytest
 from polars import col
 
+import polars_async as pa
 from benchmarks import demo
 from benchmarks.measure.stall import StallMeter
 from benchmarks.pdsh import data, oracle
@@ -219,7 +223,13 @@ def test_stall_meter_sees_a_loop_held_up_to_the_very_end():
 def test_demo_says_that_all_answers_are_right(pdsh_folder, capsys):
     assert demo.main(["--scale", str(SCALE), "--data", str(pdsh_folder.parent)]) == 0
     printed = capsys.readouterr().out
-    assert "All 22 answers are right, both ways." in printed
+    text = " ".join(printed.split())
+    agree = f"All 22 answers agree with those of DuckDB {duckdb.__version__}, in all four ways."
+    assert agree in text
+    assert "Chosen: the in-memory engine for 22. Each: the in-memory engine runs: nothing" in text
+    for function in ("1 collect_all_async", "22 collect_async"):
+        for library in ("Polars' own", "polars-async"):
+            assert re.search(rf"{function} of {library} +[\d.]+ +[\d.]+", printed)
     assert "\x1b" not in printed
     assert printed.count(" ok ") == 22
 
@@ -228,9 +238,36 @@ def test_demo_names_a_wrong_answer_and_fails(pdsh_folder, capsys, monkeypatch):
     monkeypatch.setitem(demo.QUERIES, 6, lambda t: q6(t).select(revenue=col.revenue * 2))
     assert demo.main(["--scale", str(SCALE), "--data", str(pdsh_folder.parent)]) == 1
     printed = capsys.readouterr().out
-    assert "WRONG: q6 through collect_all_async: row 1, revenue: " in printed
-    assert "WRONG: q6 through collect_async: row 1, revenue: " in printed
+    text = " ".join(printed.split())
+    for function in ("1 collect_all_async", "22 collect_async"):
+        for library in ("Polars' own", "polars-async"):
+            assert f"WRONG: q6 through {function} of {library}: row 1, revenue: " in text
     assert printed.count(" ok ") == 21
+
+
+def test_demo_says_of_each_engine_how_many_queries_it_was_chosen_for():
+    one, other = pa.resolve_engine("streaming"), pa.resolve_engine("in-memory")
+    assert demo._choice({1: one, 2: one}) == f"the streaming engine for 2. Each: {one}"
+    chosen = "the streaming engine for 1, the in-memory engine for 2. For one, q4: "
+    assert demo._choice({4: one, 5: other, 6: other}) == f"{chosen}{one}"
+
+
+def test_script_of_the_demo_says_what_it_does(tmp_path):
+    root = Path(demo.__file__).parents[1]
+    (tmp_path / "ci").mkdir()
+    shutil.copy(root / "ci/demo", tmp_path / "ci")
+    found = (
+        'root=.; cache=.; python=python; make_environment() { environment=.; echo "made" >&2; }\n'
+    )
+    (tmp_path / "ci/environment.sh").write_text(found)
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin/python").symlink_to(shutil.which("true"))
+    done = subprocess.run(
+        ["ci/demo"], cwd=tmp_path, capture_output=True, text=True, check=True, timeout=30
+    )
+    installs, made, collects = done.stderr.splitlines()[-3:]
+    assert installs.startswith("ci/demo: installing polars>=2,<3, polars-async, DuckDB and the ")
+    assert (made, collects[:24]) == ("made", "ci/demo: making the data")
 
 
 def _with_another_value(answer, name, place):

@@ -390,6 +390,18 @@ def test_assertion_without_a_query_says_what_counts():
         EngineLog().assert_ran_on("gpu")
 
 
+def test_assertion_of_another_name_says_which_engines_there_are(engine_log):
+    engines = r"on 'GPU' \(the engines of Polars are 'in-memory', 'streaming', 'gpu'\), but "
+    with pytest.raises(AssertionError, match=f"{engines}none has run"):
+        engine_log.assert_ran_on("GPU")
+    with Collector() as collector:
+        collector.collect_async(TINY, engine="in-memory").result(30)
+    with pytest.raises(AssertionError, match=f"{engines}1 of 1 did not"):
+        engine_log.assert_ran_on("GPU")
+    with pytest.raises(AssertionError, match="on 'streaming', but 1 of 1 did not"):
+        engine_log.assert_ran_on("streaming")
+
+
 @pytest.mark.parametrize("because", ["oom", 3, ""])
 def test_assertion_refuses_what_is_no_reason(because):
     with pytest.raises(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
 import sys
 import threading
 
@@ -157,3 +159,69 @@ def test_what_a_function_of_a_script_can_do_without_is_not_asked_for_in_vain(pro
         return frame * (2 if hasattr(sys.modules["__main__"], "lock") else 3)
 
     assert processes.collect_async(ONE.map_batches(ask)).result(30).item() == 3
+
+
+WITHOUT = """
+import sys
+
+class Missing:
+    @classmethod
+    def find_spec(cls, name, path=None, target=None):
+        if name.partition(".")[0] in {"cloudpickle", "pyarrow"}:
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+sys.meta_path.insert(0, Missing)
+"""
+PROGRAM = """
+import multiprocessing, warnings
+from concurrent.futures import ProcessPoolExecutor
+import polars as pl, polars_async as pa
+
+warnings.simplefilter("ignore")
+
+def named(frame):
+    return frame
+
+def each(value):
+    return value + 1
+
+if __name__ == "__main__":
+    numbers = pl.LazyFrame({"a": [1]})
+    queries = {
+        "plain": numbers,
+        "named": numbers.map_batches(named),
+        "nameless": numbers.map_batches(lambda frame: frame),
+        "expression": numbers.select(pl.col("a").map_elements(each, return_dtype=pl.Int64)),
+    }
+    pool = ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn"))
+    for executor in ("processes", "auto", pool):
+        with pa.Collector(executor=executor, max_running=1) as collector:
+            for name, query in queries.items():
+                try:
+                    collector.collect_async(query).result(100)
+                except pa.PolarsAsyncError as error:
+                    assert "install cloudpickle, or polars-async[processes]" in str(error), error
+                    print(f"{name}-told")
+                else:
+                    print(f"{name}-ran")
+    pool.shutdown()
+"""
+
+
+def test_program_without_the_extra_is_told_of_it_at_each_function(tmp_path):
+    (tmp_path / "sitecustomize.py").write_text(WITHOUT)  # for worker processes, too
+    program = tmp_path / "program.py"
+    program.write_text(PROGRAM)
+    path = os.pathsep.join(filter(None, [str(tmp_path), os.environ.get("PYTHONPATH")]))
+    done = subprocess.run(
+        [sys.executable, program],
+        env={**os.environ, "PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+        timeout=150,
+        check=True,
+    )
+    in_workers = ["plain-ran", "named-told", "nameless-told", "expression-told"]
+    here = [name.replace("told", "ran") for name in in_workers]
+    in_pool = ["plain-ran", "named-ran", *in_workers[2:]]  # it imports the program anew
+    assert done.stdout.split() == [*in_workers, *here, *in_pool]

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 FIRST: Final = "gpu, first s"
 """The column with the first time on the GPU."""
-_ENGINES: Final = ("gpu", "in-memory", "streaming", "adaptive")
+_ENGINES: Final[tuple[pa.EngineName, ...]] = ("gpu", "in-memory", "streaming", "adaptive")
 _ROUNDS: Final = 3
 _AGREED: Final = ("yes", "unknown")
 
@@ -171,7 +171,7 @@ async def _race(collector: pa.Collector, number: int, query: pl.LazyFrame) -> bo
 
 
 async def ended(
-    collector: pa.Collector, query: pl.LazyFrame, engine: str
+    collector: pa.Collector, query: pl.LazyFrame, engine: pa.EngineName
 ) -> pa.QueryHandle[pl.DataFrame]:
     """Return the handle of a query that has ended."""
     handle = collector.collect_async(query, engine=engine)

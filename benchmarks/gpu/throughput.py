@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from polars_async.testing import SimulatedGpu
 
 _STREAMS: Final = 4
-_CONTENDERS: Final[tuple[tuple[str, dict[str, Any]], ...]] = (
+_CONTENDERS: Final[tuple[tuple[pa.EngineName, dict[str, Any]], ...]] = (
     ("gpu", {"gpu": "offload"}),
     ("in-memory", {}),
     ("streaming", {}),
@@ -51,7 +51,7 @@ async def throughput(settings: Settings, _gpu: SimulatedGpu | None) -> None:
 
 
 async def _warmed(
-    collector: pa.Collector, queries: list[pl.LazyFrame], engine: str, seconds: float
+    collector: pa.Collector, queries: list[pl.LazyFrame], engine: pa.EngineName, seconds: float
 ) -> None:
     """Run what is slow the first time, and let `adaptive` see queries, for a fifth of the time."""
     end = time.perf_counter() + seconds / 5
@@ -62,7 +62,7 @@ async def _warmed(
 
 
 async def _measured(
-    collector: pa.Collector, queries: list[pl.LazyFrame], engine: str, seconds: float
+    collector: pa.Collector, queries: list[pl.LazyFrame], engine: pa.EngineName, seconds: float
 ) -> dict[str, Any]:
     ran_on: Counter[str] = Counter()
     begun = time.perf_counter()

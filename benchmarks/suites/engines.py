@@ -21,6 +21,7 @@ from benchmarks.pdsh.queries import QUERIES
 from benchmarks.runner import Case, Metric, NotRun
 from polars_async.compare.contest import measure
 from polars_async.compare.entries import Contender, Query
+from polars_async.resolution import engine_name
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -60,8 +61,9 @@ def run(case: str, contender: str, folder: str) -> dict[str, float]:
 def _one_at_a_time(queries: Mapping[int, pl.LazyFrame], contender: str) -> dict[str, float]:
     answers: dict[int, pl.DataFrame] = {}
     runs: dict[int, pa.EngineRun] = {}
+    engine = engine_name(contender)
     for number, lf in queries.items():
-        found, answer = measure(Query(f"q{number}", lf), Contender(contender, contender), runs=1)
+        found, answer = measure(Query(f"q{number}", lf), Contender(contender, engine), runs=1)
         if answer is None:
             raise RuntimeError(f"query {number} has no answer: {found.message}")
         runs[number], answers[number] = found, answer
@@ -78,14 +80,15 @@ def _one_at_a_time(queries: Mapping[int, pl.LazyFrame], contender: str) -> dict[
 
 def _at_once(queries: Mapping[int, pl.LazyFrame], contender: str) -> dict[str, float]:
     collector = pa.Collector(gpu="offload")
+    engine = engine_name(contender)
     handles: dict[int, pa.QueryHandle[pl.DataFrame]] = {}
 
     async def collect() -> None:
         for number, query in queries.items():
-            handles[number] = collector.collect_async(query, engine=contender)
+            handles[number] = collector.collect_async(query, engine=engine)
         await asyncio.gather(*handles.values())
 
-    collector.collect_async(queries[6], engine=contender).result()  # starts the threads
+    collector.collect_async(queries[6], engine=engine).result()  # starts the threads
     begun = time.perf_counter()
     asyncio.run(collect())
     found = {"total": time.perf_counter() - begun, "peak RSS": peak()}

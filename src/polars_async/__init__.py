@@ -55,6 +55,8 @@ For Linux alone, and imported where they are used: ``executors.processes``, ``co
 
 from typing import TYPE_CHECKING
 
+__version__: str
+
 __all__ = [
     "AsyncEngine",
     "BackgroundQuery",
@@ -62,26 +64,35 @@ __all__ = [
     "CollectorClosedError",
     "Comparison",
     "EngineDowngradeWarning",
+    "EngineName",
+    "EngineRequest",
     "EngineRun",
     "EngineUnavailableError",
     "EventKind",
+    "ExecutorRequest",
     "ForkedProcessError",
     "GpuDevice",
+    "GpuPolicy",
     "GpuStatus",
     "GpuSupport",
     "PolarsAsyncError",
     "QueryEvent",
     "QueryHandle",
     "QueryMemoryError",
+    "QueryPath",
     "QueryTimeoutError",
     "QueueFullError",
     "Reason",
     "Resolution",
     "ResultStream",
     "Support",
+    "Tags",
     "WorkerDiedError",
+    "as_completed",
     "collect_all_async",
     "collect_async",
+    "collect_batches_async",
+    "collect_schema_async",
     "compare_engines",
     "configure",
     "dask_executor",
@@ -90,10 +101,20 @@ __all__ = [
     "gpu_support",
     "resolve_engine",
     "share",
+    "sink_async",
 ]
 
 if TYPE_CHECKING:
-    from polars_async.api import collect_all_async, collect_async, configure, default_collector
+    from polars_async.api import (
+        as_completed,
+        collect_all_async,
+        collect_async,
+        collect_batches_async,
+        collect_schema_async,
+        configure,
+        default_collector,
+        sink_async,
+    )
     from polars_async.collector import Collector
     from polars_async.compare.comparison import Comparison
     from polars_async.compare.engines import compare_engines
@@ -110,14 +131,22 @@ if TYPE_CHECKING:
         QueueFullError,
         WorkerDiedError,
     )
-    from polars_async.events import EventKind, QueryEvent
+    from polars_async.events import EventKind, QueryEvent, Tags
     from polars_async.executors.dask import dask_executor
+    from polars_async.executors.factory import ExecutorRequest
     from polars_async.gpu import gpu_status
     from polars_async.gpu.status import GpuDevice, GpuStatus
     from polars_async.gpu.support import GpuSupport, Support, gpu_support
     from polars_async.handle import BackgroundQuery, QueryHandle
     from polars_async.reasons import Reason
-    from polars_async.resolution import Resolution, resolve_engine
+    from polars_async.resolution import (
+        EngineName,
+        EngineRequest,
+        GpuPolicy,
+        QueryPath,
+        Resolution,
+        resolve_engine,
+    )
     from polars_async.sharing import share
     from polars_async.streams import ResultStream
 else:
@@ -135,26 +164,35 @@ else:
         "CollectorClosedError": "errors",
         "Comparison": "compare.comparison",
         "EngineDowngradeWarning": "errors",
+        "EngineName": "resolution",
+        "EngineRequest": "resolution",
         "EngineRun": "compare.results",
         "EngineUnavailableError": "errors",
         "EventKind": "events",
+        "ExecutorRequest": "executors.factory",
         "ForkedProcessError": "errors",
         "GpuDevice": "gpu.status",
+        "GpuPolicy": "resolution",
         "GpuStatus": "gpu.status",
         "GpuSupport": "gpu.support",
         "PolarsAsyncError": "errors",
         "QueryEvent": "events",
         "QueryHandle": "handle",
         "QueryMemoryError": "errors",
+        "QueryPath": "resolution",
         "QueryTimeoutError": "errors",
         "QueueFullError": "errors",
         "Reason": "reasons",
         "Resolution": "resolution",
         "ResultStream": "streams",
         "Support": "gpu.support",
+        "Tags": "events",
         "WorkerDiedError": "errors",
+        "as_completed": "api",
         "collect_all_async": "api",
         "collect_async": "api",
+        "collect_batches_async": "api",
+        "collect_schema_async": "api",
         "compare_engines": "compare.engines",
         "configure": "api",
         "dask_executor": "executors.dask",
@@ -163,13 +201,24 @@ else:
         "gpu_support": "gpu.support",
         "resolve_engine": "resolution",
         "share": "sharing",
+        "sink_async": "api",
     }
 
     def __getattr__(name: str) -> object:
+        if name == "__version__":
+            return _version()
         if name not in _HOMES:
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
         value = globals()[name] = getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
         return value
 
+    def _version() -> str:
+        from importlib.metadata import PackageNotFoundError, version  # noqa: PLC0415  # takes a while
+
+        try:
+            return version("polars-async")
+        except PackageNotFoundError:
+            return "0+unknown"  # run from a clone that is not installed
+
     def __dir__() -> list[str]:
-        return sorted({*globals(), *__all__})
+        return [*__all__, "__version__"]

@@ -1,4 +1,4 @@
-"""The two drop-in functions, on the default collector, which the whole process shares."""
+"""The functions of the module, on the default collector, which the whole process shares."""
 
 from __future__ import annotations
 
@@ -19,10 +19,11 @@ if TYPE_CHECKING:
 
     import polars as pl
 
-    from polars_async.events import QueryEvent
+    from polars_async.events import QueryEvent, Tags
     from polars_async.executors.factory import ExecutorRequest
     from polars_async.handle import QueryHandle
     from polars_async.resolution import EngineRequest, GpuPolicy
+    from polars_async.streams import ResultStream
 
 
 class _Default:
@@ -39,7 +40,7 @@ def configure(
     max_running: int | None = None,
     max_waiting: int | None = None,
     max_streams: int | None = None,
-    max_memory: int | None = None,
+    max_memory: float | str | None = None,
     inline: float = 100e-6,
     on_event: Callable[[QueryEvent], object] | None = None,
 ) -> Collector:
@@ -56,7 +57,7 @@ def configure(
     Returns
     -------
     Collector
-        The collector that `collect_async` and `collect_all_async` use from now on.
+        The collector that `collect_async` and the other functions here use from now on.
 
     Raises
     ------
@@ -109,11 +110,16 @@ def collect_async(
     gevent: bool = False,
     engine: EngineRequest = "auto",
     optimizations: pl.QueryOptFlags = DEFAULT_OPTIMIZATIONS,
+    timeout: float | None = None,
+    priority: int = 0,
+    label: str | None = None,
+    tags: Tags | None = None,
 ) -> QueryHandle[pl.DataFrame]:
     """
     Collect a LazyFrame without blocking; a drop-in for ``LazyFrame.collect_async``.
 
-    The query is scheduled on the default collector, and its handle is returned, both at once.
+    The query is scheduled on the default collector, and its handle is returned, both at once. What
+    Polars' own does not take, from `timeout` on, is explained at `Collector.collect_async`.
 
     Parameters
     ----------
@@ -132,22 +138,33 @@ def collect_async(
         `EngineDowngradeWarning`.
     optimizations
         The optimisation passes of Polars.
+    timeout
+        Seconds until the query has to be done, its time in the queue included; None sets no limit.
+    priority
+        From -10 to 10; queries of a higher priority start first.
+    label
+        The name of the query in events and errors, and of its thread.
+    tags
+        What else events and the handle are to tell of the query, as ``{"tenant": "a"}``.
 
     Returns
     -------
     QueryHandle
-        Awaitable in asyncio and trio; the result is a DataFrame.
+        Awaitable in asyncio and trio; the result is a DataFrame. Each wait raises
+        `QueryTimeoutError` if the query was not done within `timeout`.
 
     Raises
     ------
     TypeError
-        `lf` is no LazyFrame.
+        `lf` is no LazyFrame, or `label` or `tags` of another type.
     ValueError
-        `engine` is no engine.
+        `engine` is no engine, or `timeout` or `priority` is out of range.
     ImportError
         `gevent` is true, and gevent is not installed.
     EngineUnavailableError
         The GPU engine cannot run, and the CPU is ruled out.
+    QueueFullError
+        ``max_waiting`` queries wait already, if `configure` was given that limit.
     ForkedProcessError
         Polars cannot run in this process.
 
@@ -164,7 +181,16 @@ def collect_async(
     _check_named(engine)
     collector = default_collector()
     warn_of_streaming(collector, engine)
-    return collector.collect_async(lf, engine=engine, optimizations=optimizations, gevent=gevent)
+    return collector.collect_async(
+        lf,
+        engine=engine,
+        optimizations=optimizations,
+        timeout=timeout,
+        priority=priority,
+        label=label,
+        tags=tags,
+        gevent=gevent,
+    )
 
 
 def collect_all_async(
@@ -173,6 +199,10 @@ def collect_all_async(
     gevent: bool = False,
     engine: EngineRequest = "auto",
     optimizations: pl.QueryOptFlags = DEFAULT_OPTIMIZATIONS,
+    timeout: float | None = None,
+    priority: int = 0,
+    label: str | None = None,
+    tags: Tags | None = None,
 ) -> QueryHandle[list[pl.DataFrame]]:
     """
     Collect several LazyFrames as one query; a drop-in for ``polars.collect_all_async``.
@@ -183,7 +213,7 @@ def collect_all_async(
     ----------
     lazy_frames
         The frames; any iterable, read at once.
-    gevent, engine, optimizations
+    gevent, engine, optimizations, timeout, priority, label, tags
         As for `collect_async`.
 
     Returns
@@ -196,13 +226,155 @@ def collect_all_async(
     ------
     TypeError
         One of `lazy_frames` is no LazyFrame; nothing runs then.
-    ValueError, ImportError, EngineUnavailableError, ForkedProcessError
+    ValueError, ImportError, EngineUnavailableError, QueueFullError, ForkedProcessError
         As for `collect_async`.
     """
     _check_named(engine)
-    collector = default_collector()
-    return collector.collect_all_async(
-        lazy_frames, engine=engine, optimizations=optimizations, gevent=gevent
+    return default_collector().collect_all_async(
+        lazy_frames,
+        engine=engine,
+        optimizations=optimizations,
+        timeout=timeout,
+        priority=priority,
+        label=label,
+        tags=tags,
+        gevent=gevent,
+    )
+
+
+def as_completed(
+    lazy_frames: Iterable[pl.LazyFrame],
+    *,
+    engine: EngineRequest = "auto",
+    optimizations: pl.QueryOptFlags = DEFAULT_OPTIMIZATIONS,
+    timeout: float | None = None,
+    priority: int = 0,
+    label: str | None = None,
+    tags: Tags | None = None,
+) -> ResultStream[tuple[int, pl.DataFrame]]:
+    """
+    Collect each frame as a query of its own, and return their results as they come.
+
+    It is `Collector.as_completed` of the default collector, which explains parameters and errors.
+
+    Returns
+    -------
+    ResultStream
+        An iterator, async or not, over pairs ``(position, DataFrame)``, in order of completion.
+
+    Examples
+    --------
+    >>> import polars as pl
+    >>> import polars_async as pa
+    >>> frames = [pl.LazyFrame({"a": [1]}), pl.LazyFrame({"a": [2]})]
+    >>> sorted((position, frame.item()) for position, frame in pa.as_completed(frames))
+    [(0, 1), (1, 2)]
+    """
+    _check_named(engine)
+    return default_collector().as_completed(
+        lazy_frames,
+        engine=engine,
+        optimizations=optimizations,
+        timeout=timeout,
+        priority=priority,
+        label=label,
+        tags=tags,
+    )
+
+
+def collect_batches_async(
+    lf: pl.LazyFrame,
+    *,
+    chunk_size: int | None = None,
+    maintain_order: bool = True,
+    engine: EngineRequest = "auto",
+    optimizations: pl.QueryOptFlags = DEFAULT_OPTIMIZATIONS,
+    timeout: float | None = None,
+    priority: int = 0,
+    label: str | None = None,
+    tags: Tags | None = None,
+) -> ResultStream[pl.DataFrame]:
+    """
+    Collect a LazyFrame in batches, as ``LazyFrame.collect_batches`` does, without blocking.
+
+    It is `Collector.collect_batches_async` of the default collector, which explains parameters and
+    errors.
+
+    Returns
+    -------
+    ResultStream
+        An iterator, async or not, over DataFrames of `chunk_size` rows; the last may have fewer.
+    """
+    _check_named(engine)
+    return default_collector().collect_batches_async(
+        lf,
+        chunk_size=chunk_size,
+        maintain_order=maintain_order,
+        engine=engine,
+        optimizations=optimizations,
+        timeout=timeout,
+        priority=priority,
+        label=label,
+        tags=tags,
+    )
+
+
+def sink_async(
+    sink: pl.LazyFrame,
+    *,
+    gevent: bool = False,
+    engine: EngineRequest = "auto",
+    optimizations: pl.QueryOptFlags = DEFAULT_OPTIMIZATIONS,
+    timeout: float | None = None,
+    priority: int = 0,
+    label: str | None = None,
+    tags: Tags | None = None,
+) -> QueryHandle[None]:
+    """
+    Run a sink, such as ``lf.sink_parquet(path, lazy=True)``, without blocking.
+
+    It is `Collector.sink_async` of the default collector, which explains parameters and errors.
+
+    Returns
+    -------
+    QueryHandle
+        Awaitable in asyncio and trio; the result is None, once all is written.
+    """
+    _check_named(engine)
+    return default_collector().sink_async(
+        sink,
+        engine=engine,
+        optimizations=optimizations,
+        timeout=timeout,
+        priority=priority,
+        label=label,
+        tags=tags,
+        gevent=gevent,
+    )
+
+
+def collect_schema_async(
+    lf: pl.LazyFrame,
+    *,
+    gevent: bool = False,
+    timeout: float | None = None,
+    priority: int = 0,
+    label: str | None = None,
+    tags: Tags | None = None,
+) -> QueryHandle[pl.Schema]:
+    """
+    Look up the schema of a LazyFrame, for which Polars may have to open files, without blocking.
+
+    It is `Collector.collect_schema_async` of the default collector, which explains parameters and
+    errors.
+
+    Returns
+    -------
+    QueryHandle
+        Awaitable in asyncio and trio; the result is a ``pl.Schema``.
+    """
+    return default_collector().collect_schema_async(
+        lf, timeout=timeout, priority=priority, label=label, tags=tags, gevent=gevent
     )
 
 

@@ -12,7 +12,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
 from polars_async.compare import command as comparing
-from polars_async.doctor import DISTRIBUTION, diagnose, installed_version
+from polars_async.doctor import DISTRIBUTION, FEWEST_FILES, diagnose, installed_version
 from polars_async.resolution import AFFINITY_VARIABLE, ENGINE_VARIABLE, GPU_POLICY_VARIABLE
 
 if TYPE_CHECKING:
@@ -30,10 +30,10 @@ _SUPPORT: Final = {
 # Without line breaks in words: a UUID, for one, is there to be copied.
 _fill: Final = partial(textwrap.fill, break_long_words=False, break_on_hyphens=False)
 _DOCTOR: Final = """\
-Report which engine would run a query on each path, and why, and whether the GPU
-engine could run here. The driver is asked; cudf-polars and CUDA are not loaded.
-Settings that a program makes itself, with engine=, a Collector or
-pl.Config.set_engine_affinity, are not seen from here.
+Report which engine would run a query on each path, and why, whether the GPU
+engine could run here, and what limits queries. The driver is asked; cudf-polars
+and CUDA are not loaded. Settings that a program makes itself, with engine=, a
+Collector or pl.Config.set_engine_affinity, are not seen from here.
 """
 _DETAILS: Final = f"""\
 exit status:
@@ -44,7 +44,8 @@ exit status:
      {GPU_POLICY_VARIABLE} is not valid; or no GPU is usable, and
      {AFFINITY_VARIABLE}=gpu asks for one, under any policy, or
      {GPU_POLICY_VARIABLE}=require does, with which every query that asks for one
-     fails. Wrong arguments are 2, too.
+     fails; or fewer than {FEWEST_FILES} files may be open, or /proc cannot be read.
+     Wrong arguments are 2, too.
 
 --json writes one object; what is unknown or absent is null:
   versions     python, polars_async, polars, cudf_polars
@@ -62,6 +63,9 @@ exit status:
                breaker: failures (in a row), cooldown_seconds (left),
                message. All are those of this process, as each has its
                own; see stats()
+  extras       cloudpickle, pyarrow: each version, message
+  limits       open_files (at most), processors, memory_total and memory_limit
+               (of the cgroup; bytes), proc (whether /proc can be read)
   problems     sentences, each with its remedy
   exit_status  0 or 2
 """
@@ -164,13 +168,19 @@ def _render(report: Report, width: int) -> Iterator[str]:
             yield entry("environment", f"{variable}={value!r}")
     for device in gpu["devices"]:
         yield entry(f"GPU {device['index']}", *_describe_device(device))
+    yield "\nWorker processes"
+    for name, extra in report["extras"].items():
+        yield entry(name, extra["message"])
+    yield "\nLimits"
+    for label, text in _describe_limits(report["limits"]):
+        yield entry(label, text)
     yield from _render_conclusion(report, width)
 
 
 def _render_conclusion(report: Report, width: int) -> Iterator[str]:
     problems = report["problems"]
     plural = "" if len(problems) == 1 else "s"
-    yield f"\n{len(problems)} problem{plural}:" if problems else "\nNothing to mend."
+    yield f"\n{len(problems)} problem{plural}:" if problems else "\nNo problems found."
     for number, problem in enumerate(problems, 1):
         yield _fill(problem, width, initial_indent=f"  {number}. ", subsequent_indent=" " * 5)
     downgraded = [path for path, each in report["paths"].items() if each.get("downgraded")]
@@ -203,6 +213,21 @@ def _describe_device(device: Report) -> Iterator[str]:
         yield f"GPUEngine(device={device['number']}) asks for it"
     if device["breaker"]["failures"]:
         yield f"breaker in worker processes {device['breaker']['message']}"
+
+
+def _describe_limits(limits: Report) -> Iterator[tuple[str, str]]:
+    files, total, most = limits["open_files"], limits["memory_total"], limits["memory_limit"]
+    yield "open files", "any number" if files is None else f"{files} at most"
+    yield "processors", f"{limits['processors']:g}"
+    memory = "unknown" if total is None else f"{total / 2**30:.1f} GiB"
+    if most is not None:
+        memory += (
+            f", of which the cgroup allows {most / 2**30:.1f} GiB: beyond, the kernel ends the "
+            "program. In worker processes max_memory= ends one query instead"
+        )
+    yield "memory", memory
+    proc = {True: "can be read", False: "cannot be read", None: "not on this system"}
+    yield "/proc", proc[limits["proc"]]
 
 
 def _dotted(version: tuple[int, int] | None) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from concurrent.futures import Executor
 from functools import partial
-from typing import TYPE_CHECKING, Final, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Final, TypeVar
 
 from polars_async import bridges
 from polars_async._runtime import fork
@@ -30,7 +30,13 @@ from polars_async.executors.threads import ThreadsExecutor
 from polars_async.gpu.breaker import key_of
 from polars_async.gpu.devices import named_device
 from polars_async.handle import BackgroundQuery, QueryHandle
-from polars_async.options import DEFAULT_OPTIMIZATIONS, Options, check_inline, check_limit
+from polars_async.options import (
+    DEFAULT_OPTIMIZATIONS,
+    Options,
+    check_inline,
+    check_limit,
+    checked_bytes,
+)
 from polars_async.resolution import (
     ADAPTIVE,
     decide,
@@ -49,7 +55,7 @@ from polars_async.scheduling.open_streams import MAX_STREAMS
 from polars_async.scheduling.pausing import PausableQuery
 from polars_async.scheduling.query import Query
 from polars_async.scheduling.sizes import Limits, large_at_once
-from polars_async.scheduling.stats import stats_of
+from polars_async.scheduling.stats import COUNTERS, stats_of
 from polars_async.streams import Batches, Completions
 
 if TYPE_CHECKING:
@@ -59,7 +65,7 @@ if TYPE_CHECKING:
 
     import polars as pl
 
-    from polars_async.events import QueryEvent
+    from polars_async.events import QueryEvent, Tags
     from polars_async.executors.factory import ExecutorRequest
     from polars_async.executors.operations import Operation
     from polars_async.resolution import EngineRequest, GpuPolicy, QueryPath, Resolution
@@ -95,7 +101,9 @@ class Collector:
         cancelled queries are stopped, and a crash ends one query alone; ``"auto"``, which runs
         small queries without Python functions on threads and the others in worker processes; or in
         any ``concurrent.futures.Executor``, such as that of a cluster. Queries on an engine object
-        of the caller's own class run on threads in any case.
+        of the caller's own class run on threads in any case. Python functions in queries for other
+        processes need the extra ``polars-async[processes]``, unless they are passed to a method of
+        a LazyFrame and come from a module that can be imported.
     max_running
         How many queries run at once; the others wait in the queue. None means as many as the
         processors have room for: of those that compute a few, since one already uses every thread
@@ -118,8 +126,9 @@ class Collector:
         worker. One more raises `QueueFullError` at once. None means 64. All collectors of a
         process together have at most 256 open, since each may keep one of 512 threads of Polars.
     max_memory
-        How many bytes of memory each worker process may take; a query that needs more is stopped
-        and raises `QueryMemoryError`. None sets no limit.
+        How much memory each worker process may take, as a number of bytes or a text such as
+        ``"4GB"`` (4 * 1000**3 bytes) or ``"4 GiB"`` (4 * 1024**3); a query that needs more is
+        stopped and raises `QueryMemoryError`. None sets no limit.
     inline
         Seconds up to which a query is so quick that handing it to another thread would cost more:
         it then runs on the thread that submits it, and its handle is done at once. It may do so if
@@ -144,6 +153,9 @@ class Collector:
         An unknown engine, policy or executor, or a limit out of range.
     """
 
+    COUNTERS: ClassVar[frozenset[str]] = COUNTERS
+    """The keys of `stats` that only ever grow."""
+
     def __init__(
         self,
         *,
@@ -154,14 +166,13 @@ class Collector:
         max_running: int | None = None,
         max_waiting: int | None = None,
         max_streams: int | None = None,
-        max_memory: int | None = None,
+        max_memory: float | str | None = None,
         inline: float = 100e-6,
         on_event: Callable[[QueryEvent], object] | None = None,
     ) -> None:
         check_limit("max_running", max_running, 1)
         check_limit("max_waiting", max_waiting, 0)
         check_limit("max_streams", max_streams, 1)
-        check_limit("max_memory", max_memory, 1)
         check_inline(inline)
         if on_event is not None and not callable(on_event):
             raise TypeError(f"on_event must be callable, got {on_event!r}")
@@ -178,7 +189,8 @@ class Collector:
         slots, most = (max_running, None) if max_running else default_slots(executor)
         limits = Limits(slots, most, processors())
         at_once = large_at_once(limits.slots)
-        cpu_executor = make_executor(executor, limits.slots, at_once, max_memory)
+        most_bytes = None if max_memory is None else checked_bytes("max_memory", max_memory)
+        cpu_executor = make_executor(executor, limits.slots, at_once, most_bytes)
         self._cpu: Final = Lane(
             limits,
             max_waiting,
@@ -224,6 +236,7 @@ class Collector:
         timeout: float | None = None,
         priority: int = 0,
         label: str | None = None,
+        tags: Tags | None = None,
         gevent: bool = False,
     ) -> QueryHandle[pl.DataFrame]:
         """
@@ -247,6 +260,9 @@ class Collector:
             small, whatever its estimate; below 0, it never does.
         label
             The name of the query in events and errors, and of its thread.
+        tags
+            What else events and the handle are to tell of the query, as ``{"tenant": "a"}``: a
+            mapping of strings to strings, numbers and booleans, which is copied.
         gevent
             Accepted as in Polars: fail now if gevent is not installed. Every handle has
             ``get(block=True, timeout=None)`` for greenlets.
@@ -260,7 +276,7 @@ class Collector:
         Raises
         ------
         TypeError
-            `lf` is no LazyFrame.
+            `lf` is no LazyFrame, or `label` or `tags` of another type.
         ValueError
             `engine` is no engine, or `timeout` or `priority` is out of range.
         ImportError
@@ -274,7 +290,7 @@ class Collector:
         ForkedProcessError
             Polars cannot run in this process.
         """
-        options = Options(engine, optimizations, timeout, priority, label, gevent=gevent)
+        options = Options(engine, optimizations, timeout, priority, label, tags, gevent=gevent)
         return QueryHandle(self._collect(lf, "async", options))
 
     def collect_all_async(
@@ -286,6 +302,7 @@ class Collector:
         timeout: float | None = None,
         priority: int = 0,
         label: str | None = None,
+        tags: Tags | None = None,
         gevent: bool = False,
     ) -> QueryHandle[list[pl.DataFrame]]:
         """
@@ -299,7 +316,7 @@ class Collector:
         ----------
         lazy_frames
             The frames; any iterable, read at once.
-        engine, optimizations, timeout, priority, label, gevent
+        engine, optimizations, timeout, priority, label, tags, gevent
             As for `collect_async`.
 
         Returns
@@ -315,7 +332,7 @@ class Collector:
         ValueError, EngineUnavailableError, QueueFullError, CollectorClosedError, ForkedProcessError
             As for `collect_async`.
         """
-        options = Options(engine, optimizations, timeout, priority, label, gevent=gevent)
+        options = Options(engine, optimizations, timeout, priority, label, tags, gevent=gevent)
         return QueryHandle(self._collect_all(lazy_frames, "async", options))
 
     def as_completed(
@@ -327,6 +344,7 @@ class Collector:
         timeout: float | None = None,
         priority: int = 0,
         label: str | None = None,
+        tags: Tags | None = None,
     ) -> ResultStream[tuple[int, pl.DataFrame]]:
         """
         Schedule each frame as a query of its own, and return their results as they come.
@@ -335,15 +353,15 @@ class Collector:
         ----------
         lazy_frames
             The frames; any iterable, read at once.
-        engine, optimizations, timeout, priority, label
+        engine, optimizations, timeout, priority, label, tags
             As for `collect_async`; each query has the whole `timeout`.
 
         Returns
         -------
         ResultStream
-            An async iterator over pairs ``(position, DataFrame)``, with the position of the frame
-            in `lazy_frames`, in order of completion. The first query that fails raises its error
-            there and ends the iteration; the other queries are cancelled.
+            An iterator, async or not, over pairs ``(position, DataFrame)``, with the position of
+            the frame in `lazy_frames`, in order of completion. The first query that fails raises
+            its error there and ends the iteration; the other queries are cancelled.
 
         Raises
         ------
@@ -352,7 +370,7 @@ class Collector:
         ValueError, EngineUnavailableError, QueueFullError, CollectorClosedError, ForkedProcessError
             As for `collect_async`; the queries of this call are cancelled.
         """
-        options = Options(engine, optimizations, timeout, priority, label)
+        options = Options(engine, optimizations, timeout, priority, label, tags)
         queries: list[Query[pl.DataFrame]] = []
         try:
             for frame in checked_frames(lazy_frames):
@@ -374,6 +392,7 @@ class Collector:
         timeout: float | None = None,
         priority: int = 0,
         label: str | None = None,
+        tags: Tags | None = None,
     ) -> ResultStream[pl.DataFrame]:
         """
         Schedule a query and return its result in batches, as ``LazyFrame.collect_batches`` does.
@@ -391,7 +410,7 @@ class Collector:
             Rows of each batch; None leaves their number to Polars.
         maintain_order
             Whether the batches come in the order of the rows; if not, they may come sooner.
-        engine, optimizations, priority, label
+        engine, optimizations, priority, label, tags
             As for `collect_async`.
         timeout
             As for `collect_async`, until the last batch is ready.
@@ -399,7 +418,8 @@ class Collector:
         Returns
         -------
         ResultStream
-            An async iterator over DataFrames of `chunk_size` rows; the last may have fewer.
+            An iterator, async or not, over DataFrames of `chunk_size` rows; the last may have
+            fewer.
 
         Raises
         ------
@@ -413,7 +433,7 @@ class Collector:
         check_frame(lf)
         if chunk_size is not None and chunk_size < 1:
             raise ValueError(f"chunk_size must be 1 or more rows, got {chunk_size!r}")
-        options = Options(engine, optimizations, timeout, priority, label)
+        options = Options(engine, optimizations, timeout, priority, label, tags)
         resolution = self._resolved(options, "batches")
         buffer = Buffer()
         operation = operations.Batches(
@@ -430,6 +450,7 @@ class Collector:
         timeout: float | None = None,
         priority: int = 0,
         label: str | None = None,
+        tags: Tags | None = None,
         gevent: bool = False,
     ) -> QueryHandle[None]:
         """
@@ -444,7 +465,7 @@ class Collector:
         sink
             The frame that ``sink_parquet``, ``sink_ipc``, ``sink_csv``, ``sink_ndjson`` or another
             sink of Polars returns with ``lazy=True``.
-        engine, optimizations, timeout, priority, label, gevent
+        engine, optimizations, timeout, priority, label, tags, gevent
             As for `collect_async`.
 
         Returns
@@ -465,7 +486,7 @@ class Collector:
                 "since it was not given lazy=True"
             )
         check_frame(sink)
-        options = Options(engine, optimizations, timeout, priority, label, gevent=gevent)
+        options = Options(engine, optimizations, timeout, priority, label, tags, gevent=gevent)
         resolution = self._resolved(options, "batches")
         operation = Sink(sink, resolution.engine, optimizations)
         return QueryHandle(self._submit(operation, resolution, options))
@@ -477,6 +498,7 @@ class Collector:
         timeout: float | None = None,
         priority: int = 0,
         label: str | None = None,
+        tags: Tags | None = None,
         gevent: bool = False,
     ) -> QueryHandle[pl.Schema]:
         """
@@ -486,7 +508,7 @@ class Collector:
         ----------
         lf
             The query.
-        timeout, priority, label, gevent
+        timeout, priority, label, tags, gevent
             As for `collect_async`. Unless `priority` is below 0, the look-up counts as small.
 
         Returns
@@ -501,7 +523,7 @@ class Collector:
         """
         check_frame(lf)
         options = Options(
-            "in-memory", DEFAULT_OPTIMIZATIONS, timeout, priority, label, gevent=gevent
+            "in-memory", DEFAULT_OPTIMIZATIONS, timeout, priority, label, tags, gevent=gevent
         )
         resolution = self._resolved(options, "async")
         return QueryHandle(self._submit(Schema(lf), resolution, options))
@@ -515,6 +537,7 @@ class Collector:
         timeout: float | None = None,
         priority: int = 0,
         label: str | None = None,
+        tags: Tags | None = None,
     ) -> BackgroundQuery[pl.DataFrame]:
         """
         Schedule a query to be fetched by threads, as ``LazyFrame.collect(background=True)``.
@@ -526,7 +549,7 @@ class Collector:
         BackgroundQuery
             With ``fetch()``, ``fetch_blocking()`` and ``cancel()``; the result is a DataFrame.
         """
-        options = Options(engine, optimizations, timeout, priority, label)
+        options = Options(engine, optimizations, timeout, priority, label, tags)
         return BackgroundQuery(self._collect(lf, "background", options))
 
     def collect_all_background(
@@ -538,6 +561,7 @@ class Collector:
         timeout: float | None = None,
         priority: int = 0,
         label: str | None = None,
+        tags: Tags | None = None,
     ) -> BackgroundQuery[list[pl.DataFrame]]:
         """
         Schedule several frames as one query to be fetched by threads.
@@ -549,7 +573,7 @@ class Collector:
         BackgroundQuery
             As for `collect_background`; the result is a list with one DataFrame for each frame.
         """
-        options = Options(engine, optimizations, timeout, priority, label)
+        options = Options(engine, optimizations, timeout, priority, label, tags)
         return BackgroundQuery(self._collect_all(lazy_frames, "background", options))
 
     def resolve_engine(
@@ -577,30 +601,41 @@ class Collector:
         """Whether the collector was closed, and takes no more queries."""
         return self._cpu.admission.closed
 
-    def stats(self) -> dict[str, float]:
+    def stats(self) -> dict[str, Any]:
         """
-        Return the load of this collector and the totals since it was made.
+        Return the load of this collector and the totals since it was made, which JSON can write.
+
+        Counters only ever grow, and are named in `Collector.COUNTERS`. All else are gauges, which
+        rise and fall. Queries on the GPU are counted in both.
 
         Returns
         -------
         dict
-            The load: ``running``, of which ``abandoned`` were cancelled or timed out and hold their
-            slot until they end, and ``paused`` are streams that wait for their consumer, or for a
-            slot after that, and hold none; ``waiting``; ``streams``, those of batches that run or
-            wait. The totals: ``submitted``, ``completed``, ``failed``, ``cancelled``,
-            ``timed_out``, ``rejected``, ``downgraded``, ``fell_back``, and in seconds
-            ``queue_seconds`` and ``run_seconds``. At any time ``submitted`` is the sum of the five
-            outcomes, of ``waiting``, and of ``running`` less ``abandoned``. The limits:
-            ``max_running``, ``max_waiting`` (infinite without a limit) and ``max_streams``.
+            Numbers by flat keys. The counters:
 
-            All of these include the queries on the GPU, which ``gpu_running`` and ``gpu_waiting``
-            count alone. Of the whole process, ``gpu_failures`` counts the failures in a row of the
-            GPU, and ``gpu_cooldown_seconds`` is how long it will not be used for that; of several
-            GPUs, those of the most failures and of the longest cooldown. In worker processes each
-            GPU has its own: ``gpu_0_failures`` and ``gpu_0_cooldown_seconds`` are those of the GPU
-            with NVML's index 0, once it has run a query. ``workers`` counts the worker processes,
-            and ``workers_died`` those that died with a query. ``inline`` counts the queries that
-            ran on the threads that submitted them.
+            - ``submitted``, and the five outcomes ``completed``, ``failed``, ``cancelled``,
+              ``timed_out`` and ``rejected``. At any time ``submitted`` is the sum of these five, of
+              ``waiting``, and of ``running`` less ``abandoned``.
+            - ``downgraded``, ``fell_back``: queries for which another engine ran.
+            - ``inline``: queries that ran on the threads that submitted them.
+            - ``queue_seconds``, ``run_seconds``: how long queries waited and ran, in all.
+            - ``workers_died``: worker processes that died with a query.
+
+            The gauges:
+
+            - ``running``, of which ``abandoned`` were cancelled or timed out and hold their slot
+              until they end; ``paused``, the streams that wait for their consumer, or for a slot
+              after that, and hold none; ``waiting``; ``gpu_running`` and ``gpu_waiting``, those of
+              them on the GPU.
+            - ``streams``: the streams of batches that run or wait.
+            - ``workers``: worker processes.
+            - ``max_running``, ``max_waiting``, ``max_streams``: the limits; None where there is
+              none.
+            - ``gpu_failures``, ``gpu_cooldown_seconds``: of the whole process, the failures in a
+              row of the GPU, and how long it will not be used for that; of several GPUs, those of
+              the most failures and of the longest cooldown. In worker processes each GPU has its
+              own: ``gpu_0_failures`` and ``gpu_0_cooldown_seconds`` are those of the GPU with
+              NVML's index 0, once it has run a query.
         """
         *on_gpus, cpu = (lane.admission for lane in self._lanes)
         stats = stats_of(cpu, on_gpus)
@@ -748,6 +783,7 @@ class Collector:
             lane.admission.owner,
             priority=options.priority,
             label=options.label,
+            tags=options.tags,
             estimate=None if operation.runs_engine else _TINY,
             chooser=self._chooser if resolution.name == ADAPTIVE else None,
         )

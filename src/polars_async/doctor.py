@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Final, TypeAlias, TypeVar, get_args
 import polars as pl
 
 from polars_async import resolution
+from polars_async._runtime import machine
 from polars_async.errors import describe
 from polars_async.gpu import gpu_status
 from polars_async.gpu.breaker import COOLDOWN, FAILURES, breaker, breaker_of
@@ -32,6 +33,14 @@ Report: TypeAlias = dict[str, Any]
 """The report, as ``--json`` writes it."""
 
 DISTRIBUTION: Final = "polars-async"
+EXTRAS: Final = {
+    "cloudpickle": "functions of a script or a notebook, and those without a name, cannot be sent "
+    "to worker processes",
+    "pyarrow": "results of worker processes are copied with Polars 2, and not mapped",
+}
+"""What worker processes and clusters do without each package of the extra ``processes``."""
+FEWEST_FILES: Final = 256
+"""Files that may be open, below which worker processes and a service may soon want for them."""
 GPU_POLICIES: Final = get_args(resolution.GpuPolicy)
 
 
@@ -55,6 +64,8 @@ def diagnose() -> Report:
             "gpu_policy": _setting(GPU_POLICY_VARIABLE, "downgrade", GPU_POLICIES.index),
             "paths": {path: _path(path) for path in get_args(resolution.QueryPath)},
             "gpu": gpu,
+            "extras": {name: _extra(name) for name in EXTRAS},
+            "limits": _limits(),
         }
     problems = _problems(report)
     return {**report, "problems": problems, "exit_status": 2 if problems else 0}
@@ -82,7 +93,19 @@ def _problems(report: Report) -> list[str]:
             problems.append(f"{GPU_POLICY_VARIABLE}=require asks for a GPU, but {gpu['message']}")
     # A path that fails does so for one of these; if there is none, its error is a problem itself.
     errors = [each["error"] for each in report["paths"].values() if "error" in each]
-    return problems or list(dict.fromkeys(errors))
+    problems = problems or list(dict.fromkeys(errors))
+    limits = report["limits"]
+    if limits["open_files"] is not None and limits["open_files"] < FEWEST_FILES:
+        problems.append(
+            f"this process may have {limits['open_files']} files open, which worker processes and "
+            "the connections of a service soon use up: allow for more, as by ulimit -n 4096"
+        )
+    if limits["proc"] is False:
+        problems.append(
+            "/proc cannot be read, so that max_memory= and inline= have no effect, and the load of "
+            "the machine is unknown: mount it"
+        )
+    return problems
 
 
 def _try(ask: Callable[[], _T]) -> _T | str:
@@ -114,6 +137,27 @@ def _cudf() -> Report:
     answers = cudf_polars.installed and cudf_polars.diagnosis is None
     facts = {"installed": cudf_polars.installed, "reason": reason, "message": message}
     return {**facts, "gpu_support": answers}
+
+
+def _extra(name: str) -> Report:
+    try:
+        version = importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return {
+            "version": None,
+            "message": f"not installed: {EXTRAS[name]}. Install {DISTRIBUTION}[processes]",
+        }
+    return {"version": version, "message": version}
+
+
+def _limits() -> Report:
+    return {
+        "open_files": machine.open_files_limit(),
+        "processors": machine.processors(),
+        "memory_total": machine.total_memory(),
+        "memory_limit": machine.memory_limit(),
+        "proc": machine.proc_is_readable(),
+    }
 
 
 def _setting(variable: str, default: str, check: Callable[[Any], object]) -> Report:

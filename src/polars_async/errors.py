@@ -130,6 +130,11 @@ def signal_of(exitcode: int | None) -> Signals | None:
         return None
 
 
+def one_line(text: str) -> str:
+    """Return `text` without its line breaks."""
+    return " ".join(text.split())
+
+
 def describe(error: BaseException) -> str:
     """Return the type and the text of an error, in one line; the type alone if it has no text."""
     try:
@@ -138,4 +143,4 @@ def describe(error: BaseException) -> str:
             text = str(arguments[0])  # cudf-polars puts the errors it sums up beside their text
     except Exception:  # noqa: BLE001  # the __str__ of any library or user
         text = ""
-    return f"{type(error).__name__}: {' '.join(text.split())}".removesuffix(": ")
+    return f"{type(error).__name__}: {one_line(text)}".removesuffix(": ")

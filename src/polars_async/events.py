@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import enum
 import logging
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Final, TypeAlias
 
 import polars as pl
 
@@ -16,6 +17,9 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from polars_async.resolution import Resolution
+
+Tags: TypeAlias = Mapping[str, str | int | float | bool]
+"""What a caller says of a query by ``tags=``: names and their values."""
 
 observers: Final[list[Callable[[Resolution], object]]] = []
 """
@@ -86,6 +90,8 @@ class QueryEvent:
     inline
         Whether the query runs on the thread that submitted it, since it is known to be quick: see
         ``inline=`` of `Collector`. False before STARTED.
+    tags
+        The ``tags=`` of the query; empty without any.
     """
 
     kind: EventKind
@@ -98,6 +104,7 @@ class QueryEvent:
     error: BaseException | None
     resolution: Resolution
     inline: bool = False
+    tags: Tags = field(default_factory=dict, hash=False)
 
     def __str__(self) -> str:
         label = f" {self.label!r}" if self.label is not None else ""
@@ -112,6 +119,7 @@ class QueryEvent:
             parts.append(f"{self.rows} rows")
         if self.error is not None:
             parts.append(describe(self.error))
+        parts += [f"{name}={value!r}" for name, value in self.tags.items()]
         return ", ".join(parts)
 
 

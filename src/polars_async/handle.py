@@ -2,32 +2,52 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Coroutine
 from concurrent.futures import CancelledError
 from importlib import import_module
-from typing import TYPE_CHECKING, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Final, Generic, TypeVar
 
 from polars_async import bridges
+from polars_async._runtime.fork import new_lock
 from polars_async._runtime.upstream import InProcessQuery
 from polars_async.bridges import turns
 from polars_async.bridges.threads import block
 
 if TYPE_CHECKING:
     from collections.abc import Generator
-    from typing import Any
+    from types import TracebackType
 
+    from polars_async.events import Tags
     from polars_async.resolution import Resolution
     from polars_async.scheduling.query import Query
 
 T = TypeVar("T")
 
+_lock: Final = new_lock()
 
-class QueryHandle(Generic[T]):
+
+class _NoWaiter:
+    """Stands for a waiter that was never added: to remove it cancels a query without waiters."""
+
+    survives_fork: ClassVar[bool] = False
+    wake_at_exit: ClassVar[bool] = False
+
+    def wake(self) -> None: ...
+
+
+_NO_WAITER: Final = _NoWaiter()
+
+
+class QueryHandle(Coroutine[Any, Any, T], Generic[T]):
     """
     The handle of a scheduled query.
 
     Await it in asyncio or trio, call `get` in a greenlet of gevent, or `result` in a plain thread:
     any number of times and anywhere, each returns the same result or raises the same error. A
-    handle belongs to no loop: it may be made before one runs, or in another thread.
+    handle belongs to no loop: it may be made before one runs, or in another thread. What runs a
+    coroutine takes a handle, too, such as ``asyncio.TaskGroup.create_task`` and ``asyncio.run``;
+    any number of tasks can be made of one.
 
     When a task that awaits the handle is cancelled, and no other task, greenlet or thread waits for
     it, the query is cancelled too: waiters learn it at once, and the result is dropped. In a worker
@@ -35,7 +55,8 @@ class QueryHandle(Generic[T]):
     collector is free when it really ends.
     """
 
-    __slots__ = ("__weakref__", "_query")
+    # `_awaits` is set only once a task was made of the handle: most handles do without.
+    __slots__ = ("__weakref__", "_awaits", "_query")
 
     def __init__(self, query: Query[T]) -> None:
         self._query = query
@@ -47,6 +68,11 @@ class QueryHandle(Generic[T]):
     def label(self) -> str | None:
         """The ``label=`` of the query; None without one."""
         return self._query.label
+
+    @property
+    def tags(self) -> Tags:
+        """The ``tags=`` of the query; empty without any."""
+        return self._query.tags or {}
 
     @property
     def resolution(self) -> Resolution:
@@ -92,6 +118,60 @@ class QueryHandle(Generic[T]):
             return query.outcome(bridge.CANCELLED)
         finally:
             del self, query  # an error's traceback holds this frame, which else held the error
+
+    def send(self, value: Any, /) -> Any:
+        """Go on with the await of the running task of asyncio, which was made of this handle."""
+        awaiting = self._await_here() or self.__await__()
+        try:
+            step = awaiting.send(value)
+            self._keep(awaiting)  # else it has raised, with the result or an error
+            return step
+        finally:
+            del self, awaiting  # as in __await__
+
+    def throw(
+        self,
+        kind: type[BaseException] | BaseException,
+        value: BaseException | object = None,
+        traceback: TracebackType | None = None,
+        /,
+    ) -> Any:
+        """Raise an error in the await of the running task, as ``asyncio.Task.cancel`` does."""
+        awaiting = self._await_here()
+        try:
+            if awaiting is None:  # the task is cancelled before it has begun
+                self._let_go()
+                awaiting = self.__await__()
+            error: Any = kind if value is None else value
+            step = awaiting.throw(error if traceback is None else error.with_traceback(traceback))
+            self._keep(awaiting)
+            return step
+        finally:
+            del self, awaiting  # as in __await__
+
+    def close(self) -> None:
+        """End the await of the running task; cancel the query, if nothing else waits for it."""
+        awaiting = self._await_here()
+        if awaiting is None:
+            self._let_go()
+        else:
+            awaiting.close()
+
+    def _await_here(self) -> Generator[Any, Any, T] | None:
+        """Return the await of the running task, if that was suspended."""
+        awaits: dict[object, Generator[Any, Any, T]] | None = getattr(self, "_awaits", None)
+        return None if awaits is None else awaits.pop(_running_task(), None)
+
+    def _keep(self, awaiting: Generator[Any, Any, T]) -> None:
+        """Keep the await of the running task, which is suspended, until the task goes on."""
+        task = _running_task()
+        with _lock:  # for the attribute: loops of two threads may come here at once
+            if not hasattr(self, "_awaits"):
+                self._awaits: dict[object, Generator[Any, Any, T]] = {}
+            self._awaits[task] = awaiting
+
+    def _let_go(self) -> None:
+        self._query.remove_waiter(_NO_WAITER, last_cancels=True)
 
     def result(self, timeout: float | None = None) -> T:
         """
@@ -193,6 +273,15 @@ class BackgroundQuery(InProcessQuery, Generic[T]):
     def fetch_blocking(self) -> T:  # type: ignore[override]  # as above
         """Block the calling thread until the query is done; return or raise as ``result``."""
         return self._handle.result()
+
+
+def _running_task() -> object:
+    """Return the task of asyncio that runs on this thread, or None."""
+    tasks = sys.modules.get("asyncio.tasks")
+    try:
+        return None if tasks is None else tasks.current_task()
+    except RuntimeError:  # no loop runs
+        return None
 
 
 def summary(query: Query[Any]) -> str:

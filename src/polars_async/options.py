@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from math import nan
+import re
+from collections.abc import Mapping
+from math import inf, nan
 from typing import TYPE_CHECKING, Any, Final
 
 from polars_async._runtime.upstream import DEFAULT_OPTIMIZATIONS
@@ -12,9 +14,19 @@ from polars_async.scheduling.fair_queue import PRIORITIES
 if TYPE_CHECKING:
     import polars as pl
 
+    from polars_async.events import Tags
     from polars_async.resolution import EngineRequest
 
-__all__ = ["DEFAULT_OPTIMIZATIONS", "Options", "check_inline", "check_limit"]
+_UNITS: Final = {"b": 1} | {
+    f"{prefix}{unit}": base**power
+    for power, prefix in enumerate("kmgt", 1)
+    for unit, base in (("b", 1000), ("ib", 1024))
+}
+_SIZE: Final = re.compile(
+    r"\s*(?P<number>\d+(\.\d+)?)\s*(?P<unit>([kmgt]i?)?b)\s*", re.ASCII | re.IGNORECASE
+)
+
+__all__ = ["DEFAULT_OPTIMIZATIONS", "Options", "check_inline", "check_limit", "checked_bytes"]
 
 
 class Options:
@@ -26,14 +38,14 @@ class Options:
     Raises
     ------
     TypeError
-        `label` is no string.
+        `label` is no string, or `tags` no mapping of strings to strings, numbers and booleans.
     ValueError
         `timeout` or `priority` is out of range.
     ImportError
         `gevent` is true, and gevent is not installed.
     """
 
-    __slots__ = ("engine", "label", "optimizations", "priority", "timeout")
+    __slots__ = ("engine", "label", "optimizations", "priority", "tags", "timeout")
 
     def __init__(
         self,
@@ -42,6 +54,7 @@ class Options:
         timeout: float | None,
         priority: int,
         label: str | None,
+        tags: Tags | None = None,
         *,
         gevent: bool = False,
     ) -> None:
@@ -59,6 +72,7 @@ class Options:
         self.timeout: Final = None if timeout is None else _seconds(timeout)
         self.priority: Final = priority
         self.label: Final = label
+        self.tags: Final = None if tags is None else _checked_tags(tags)
 
 
 def check_limit(name: str, limit: object, least: int) -> None:
@@ -67,12 +81,43 @@ def check_limit(name: str, limit: object, least: int) -> None:
         raise ValueError(f"{name} must be a whole number, {least} or more, or None, got {limit!r}")
 
 
+def checked_bytes(name: str, size: object) -> int:
+    """Return a number of bytes, given as one or as a text with a unit; else raise ValueError."""
+    found = _SIZE.fullmatch(size) if isinstance(size, str) else None
+    number: object = size
+    if found is not None:
+        number = float(found["number"]) * _UNITS[found["unit"].lower()]
+    if isinstance(number, bool) or not isinstance(number, int | float) or not 1 <= number < inf:
+        raise ValueError(
+            f"{name} must be a number of bytes, 1 or more, a text such as '4GB' or '4 GiB', or "
+            f"None, got {size!r}"
+        )
+    return int(number)
+
+
 def check_inline(inline: Any) -> None:
     """Raise ValueError unless `inline` is a number of seconds, 0 or more."""
     if not isinstance(inline, (int, float)) or not inline >= 0:
         raise ValueError(
             f"inline must be a number of seconds, 0 or more (0 turns it off), got {inline!r}"
         )
+
+
+def _checked_tags(tags: object) -> Tags:
+    """Return a copy of `tags`: later changes of the caller's do not reach the events."""
+    if not isinstance(tags, Mapping):
+        raise TypeError(f"tags must be a mapping, such as {{'tenant': 'a'}}, or None, got {tags!r}")
+    checked: dict[str, str | int | float | bool] = {}
+    for name, value in tags.items():
+        if not isinstance(name, str):
+            raise TypeError(f"tags: their names must be strings, got {name!r}")
+        if not isinstance(value, str | int | float):  # a bool is an int
+            raise TypeError(
+                f"tags[{name!r}] must be a string, a number or a boolean, got {value!r}: "
+                "convert it, as by str()"
+            )
+        checked[name] = value
+    return checked
 
 
 def _seconds(timeout: Any) -> float:

@@ -60,6 +60,7 @@ if TYPE_CHECKING:
 __all__ = ["EngineLog", "engine_log", "gpu_host", "no_gpu_host"]
 
 _NO_GPU: Final = {"count": 0, "driver": None, "cudf_polars": None}
+_ENGINES: Final = ("in-memory", "streaming", "gpu")
 _OF_THE_PROGRAM: Final = (
     Reason.ASYNC_PATH,
     Reason.BACKGROUND_PATH,
@@ -99,7 +100,8 @@ class EngineLog(Sequence["Resolution"]):
         Parameters
         ----------
         engine
-            The name of an engine, such as ``"in-memory"`` or ``"gpu"``.
+            The name of the engine: ``"in-memory"``, ``"streaming"``, ``"gpu"``, or the one that an
+            engine of your own has.
         because
             The `Reason`, or its text, for which another engine ran than was asked for; None for any
             reason, or none.
@@ -124,6 +126,8 @@ class EngineLog(Sequence["Resolution"]):
             if each.name != engine or because not in (None, each.reason)
         ]
         expected = f"expected every query of this test to run on {engine!r}"
+        if engine not in _ENGINES:
+            expected += f" (the engines of Polars are {', '.join(map(repr, _ENGINES))})"
         if because is not None:
             expected += f" because of {str(because)!r}"
         if not ran:

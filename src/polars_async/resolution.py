@@ -13,7 +13,7 @@ import polars as pl
 
 from polars_async._runtime import upstream
 from polars_async._runtime.callers import level_of_caller
-from polars_async.errors import EngineDowngradeWarning, EngineUnavailableError
+from polars_async.errors import EngineDowngradeWarning, EngineUnavailableError, one_line
 from polars_async.gpu import gpu_status
 from polars_async.gpu.breaker import breaker, cooldown_of
 from polars_async.gpu.devices import candidates, diagnose_named_device
@@ -24,14 +24,19 @@ if TYPE_CHECKING:
 
     from polars_async.gpu.status import GpuStatus
 
-EngineRequest: TypeAlias = str | pl.Engine
+EngineName: TypeAlias = Literal["auto", "in-memory", "streaming", "gpu", "adaptive"]
+"""The names that ``engine=`` takes."""
+EngineRequest: TypeAlias = EngineName | pl.Engine
+"""What ``engine=`` takes."""
 EngineSource: TypeAlias = Literal["argument", "config", "environment", "default", "adaptive"]
 QueryPath: TypeAlias = Literal["sync", "async", "background", "batches"]
+"""How a query is submitted: ``path=`` of `resolve_engine`."""
 GpuPolicy: TypeAlias = Literal["downgrade", "offload", "require"]
+"""What ``gpu=`` takes."""
 
 ADAPTIVE: Final = "adaptive"
 AFFINITY_NAMES: Final = ("auto", "in-memory", "streaming", "gpu")
-ENGINE_NAMES: Final = (*AFFINITY_NAMES, ADAPTIVE)
+ENGINE_NAMES: Final[tuple[EngineName, ...]] = get_args(EngineName)
 AFFINITY_VARIABLE: Final = "POLARS_ENGINE_AFFINITY"
 ENGINE_VARIABLE: Final = "POLARS_ASYNC_ENGINE"
 GPU_POLICY_VARIABLE: Final = "POLARS_ASYNC_GPU"
@@ -104,7 +109,7 @@ class Resolution:
         with smaller partitions: successfully, unless the query fell back.
     """
 
-    requested: EngineRequest
+    requested: str | pl.Engine
     source: EngineSource
     engine: pl.Engine
     name: str
@@ -115,6 +120,12 @@ class Resolution:
     fell_back: bool = False
     cause: Exception | None = None
     retried: bool = False
+
+    def __str__(self) -> str:
+        return one_line(self.message)
+
+    def __repr__(self) -> str:
+        return f"<Resolution: {self}>"
 
 
 class DeferringEngine(pl.Engine):
@@ -347,7 +358,12 @@ def _checked_policy(name: str, value: str) -> GpuPolicy:
     raise ValueError(f"{name} must be one of {_listed(_POLICIES)}, got {value!r}")
 
 
-def engine_object(engine: EngineRequest | None, parameter: str = "engine") -> pl.Engine:
+def engine_name(name: str) -> EngineName:
+    """Return `name`, which has to be one of `ENGINE_NAMES`."""
+    return next(known for known in ENGINE_NAMES if name == known)
+
+
+def engine_object(engine: str | pl.Engine | None, parameter: str = "engine") -> pl.Engine:
     """Return the engine of a name; an engine is returned as it is."""
     if isinstance(engine, pl.Engine):
         return engine
@@ -413,11 +429,12 @@ def _nothing_requested(path: QueryPath, default: EngineRequest | None) -> Resolu
         return _requested("auto", "default")
     if path == "batches":  # where "auto" is this one in Polars itself
         return _requested("streaming", "default")
-    if default is None:
-        default = engine_of_process(os.environ.get(ENGINE_VARIABLE))
-    elif not isinstance(default, str):
-        default = request_of(default)
-    return _requested(default, "default")
+    wanted: str | pl.Engine | None = default
+    if wanted is None:
+        wanted = engine_of_process(os.environ.get(ENGINE_VARIABLE))
+    elif isinstance(wanted, pl.Engine):
+        wanted = request_of(wanted)
+    return _requested(wanted, "default")
 
 
 def engine_of_process(name: str | None) -> str:
@@ -469,7 +486,7 @@ def _chosen(engine: pl.Engine, name: str, message: str) -> Resolution:
     )
 
 
-def _requested(engine: EngineRequest, source: EngineSource) -> Resolution:
+def _requested(engine: str | pl.Engine, source: EngineSource) -> Resolution:
     if isinstance(engine, str):
         return _requested_by_name(engine, source)
     return _as_requested(engine, source)
@@ -480,7 +497,7 @@ def _requested_by_name(engine: str, source: EngineSource) -> Resolution:
     return _as_requested(engine, source)
 
 
-def _as_requested(request: EngineRequest, source: EngineSource) -> Resolution:
+def _as_requested(request: str | pl.Engine, source: EngineSource) -> Resolution:
     engine = engine_object(request)
     why = f"asked for by {SOURCE_NAMES[source]}"
     if source == "default":

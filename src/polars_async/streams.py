@@ -1,4 +1,4 @@
-"""Async iterators, for asyncio and trio, over results that arrive one after the other."""
+"""Iterators, async and not, over results that arrive one after the other."""
 
 from __future__ import annotations
 
@@ -10,12 +10,13 @@ import polars as pl
 
 from polars_async import bridges
 from polars_async.bridges.buffer import Arrivals, Buffer
+from polars_async.bridges.threads import BLOCKING, drive
 from polars_async.handle import summary
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Coroutine, Sequence
     from types import TracebackType
-    from typing import Self
+    from typing import Any, Self
 
     from polars_async.bridges import Bridge
     from polars_async.resolution import Resolution
@@ -26,11 +27,15 @@ T = TypeVar("T")
 
 class ResultStream(Generic[T]):
     """
-    An async iterator, in asyncio and trio, over results as they come.
+    An iterator over results as they come: ``async for`` in asyncio and trio, ``for`` elsewhere.
+
+    ``for`` blocks the calling thread until the next result has come; where gevent runs on it, the
+    calling greenlet alone. So it would block a loop of asyncio or trio: use ``async for`` there.
 
     If a loop over it ends early, by ``break`` or an exception, the queries that are not done are
-    cancelled once the stream is garbage-collected. ``async with`` and `close` cancel them at once,
-    and so does the cancellation of the task that waits for the next result.
+    cancelled once the stream is garbage-collected. ``with``, ``async with`` and `close` cancel them
+    at once, and so does the cancellation of the task, or the end of the greenlet, that waits for
+    the next result.
     """
 
     __slots__ = ("__weakref__",)
@@ -39,9 +44,26 @@ class ResultStream(Generic[T]):
         """Return the stream itself."""
         return self
 
-    @abstractmethod
-    async def __anext__(self) -> T:
+    def __iter__(self) -> Self:
+        """Return the stream itself."""
+        return self
+
+    def __anext__(self) -> Coroutine[Any, Any, T]:
         """Wait for the next result; an error of its query is raised, and ends the stream."""
+        return self._next()
+
+    def __next__(self) -> T:
+        """Block until the next result has come; an error of its query is raised, and ends it."""
+        try:
+            return drive(self._next(BLOCKING))
+        except StopAsyncIteration:
+            raise StopIteration from None
+        finally:
+            del self  # an error's traceback holds this frame, and so would hold query and error
+
+    @abstractmethod
+    async def _next(self, bridge: Bridge | None = None) -> T:
+        """Wait for the next result, by the `bridge` of the caller, or else of the running loop."""
 
     @abstractmethod
     def close(self) -> None:
@@ -49,6 +71,17 @@ class ResultStream(Generic[T]):
 
     async def aclose(self) -> None:
         """Cancel the queries that are not done, for ``contextlib.aclosing``."""
+        self.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
         self.close()
 
     async def __aenter__(self) -> Self:
@@ -86,9 +119,9 @@ class Completions(ResultStream[tuple[int, T]]):
     def __repr__(self) -> str:
         return f"<ResultStream: {len(self._queries)} results to come>"
 
-    async def __anext__(self) -> tuple[int, T]:
-        """Wait for the next result; an error of its query is raised, and ends the stream."""
-        bridge = bridges.current()
+    async def _next(self, bridge: Bridge | None = None) -> tuple[int, T]:
+        if bridge is None:
+            bridge = bridges.current()
         try:
             while True:
                 number = await self._arrivals.next(bridge)
@@ -137,9 +170,9 @@ class Batches(ResultStream[pl.DataFrame]):
         """Which engine runs the query, where it was asked for, and why."""
         return self._query.resolution
 
-    async def __anext__(self) -> pl.DataFrame:
-        """Wait for the next batch; an error of the query is raised, and ends the stream."""
-        bridge = bridges.current()
+    async def _next(self, bridge: Bridge | None = None) -> pl.DataFrame:
+        if bridge is None:
+            bridge = bridges.current()
         try:
             batch = await self._buffer.take(bridge)
             if batch is None and not self._buffer.closed:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from concurrent.futures import Executor, ThreadPoolExecutor
 from signal import Signals
-from typing import TYPE_CHECKING, assert_type
+from typing import TYPE_CHECKING, Any, assert_type
 
 import polars as pl
 
@@ -57,8 +57,36 @@ async def uses_the_tools_of_asyncio() -> None:
     assert_type(await total(one), int)
 
 
+async def makes_tasks_of_handles() -> None:
+    async with asyncio.TaskGroup() as group:
+        task = group.create_task(pa.collect_async(lf))
+    assert_type(task.result(), pl.DataFrame)
+    assert_type(asyncio.run(pa.collect_all_async([lf])), list[pl.DataFrame])
+
+
 async def total(frame: Awaitable[pl.DataFrame]) -> int:
     return (await frame).height
+
+
+async def takes_options() -> None:
+    tags: pa.Tags = {"tenant": "a", "page": 3, "share": 0.5, "paid": True}
+    one = pa.collect_async(lf, timeout=1.5, priority=-3, label="name", tags=tags)
+    assert_type(one, pa.QueryHandle[pl.DataFrame])
+    assert_type(one.tags, pa.Tags)
+    pa.collect_all_async([lf], timeout=1, priority=1, label="name", tags={"tenant": "a"})
+    async for number, frame in pa.as_completed([lf], timeout=1, tags=tags):
+        assert_type((number, frame), tuple[int, pl.DataFrame])
+    async for batch in pa.collect_batches_async(lf, chunk_size=10, label="name"):
+        assert_type(batch, pl.DataFrame)
+    assert_type(await pa.sink_async(lf.sink_csv("file", lazy=True), priority=1), None)
+    assert_type(await pa.collect_schema_async(lf, gevent=False), pl.Schema)
+
+
+def without_a_loop(collector: pa.Collector) -> None:
+    for batch in collector.collect_batches_async(lf):
+        assert_type(batch, pl.DataFrame)
+    with pa.as_completed([lf]) as results:
+        assert_type(list(results), list[tuple[int, pl.DataFrame]])
 
 
 def greenlets() -> None:
@@ -94,6 +122,19 @@ def configured() -> pa.Collector:
     pa.Collector(executor="auto")
     pa.Collector(executor=ThreadPoolExecutor())
     return pa.Collector(engine="auto", gpu="offload", default_engine="in-memory", max_running=2)
+
+
+def passes_on(
+    engine: pa.EngineRequest,
+    name: pa.EngineName,
+    gpu: pa.GpuPolicy,
+    path: pa.QueryPath,
+    executor: pa.ExecutorRequest,
+) -> pa.Collector:
+    pa.collect_async(lf, engine=name)
+    pa.resolve_engine(engine, gpu=gpu, path=path, default_engine=name)
+    pa.configure(engine=name, executor="processes", max_memory="4 GiB")
+    return pa.Collector(engine=engine, gpu=gpu, executor=executor, max_memory=4e9)
 
 
 def shares(frame: pl.DataFrame) -> None:
@@ -145,7 +186,8 @@ def closes() -> None:
 
 
 def runs_elsewhere(client: Client) -> None:
-    executor = pa.dask_executor(client, resources={"GPU": 1}, retries=0)
+    executor = pa.dask_executor(client, resources={"GPU": 1}, retries=0, workers=["alice"])
+    pa.dask_executor(client, wokers=["alice"])  # type: ignore[call-arg]
     assert_type(executor, Executor)
     pa.Collector(executor=executor)
     pa.Collector(executor="processes")
@@ -275,6 +317,19 @@ def mistakes(frame: pl.DataFrame, collector: pa.Collector) -> None:
     pa.resolve_engine().name = "gpu"  # type: ignore[misc]
     pa.gpu_status().usable = True  # type: ignore[misc]
     collector.engine = "gpu"  # type: ignore[misc]
+    pa.collect_async(lf, engine="stream")  # type: ignore[arg-type]
+    pa.collect_all_async([lf], engine="GPU")  # type: ignore[arg-type]
+    pa.as_completed([lf], engine="stream")  # type: ignore[arg-type]
+    pa.collect_batches_async(lf, engine="stream")  # type: ignore[arg-type]
+    pa.sink_async(lf, engine="stream")  # type: ignore[arg-type]
+    collector.collect_async(lf, engine="stream")  # type: ignore[arg-type]
+    pa.Collector(engine="stream")  # type: ignore[arg-type]
+    pa.Collector(default_engine="stream")  # type: ignore[arg-type]
+    pa.configure(engine="stream")  # type: ignore[arg-type]
+    pa.resolve_engine("stream")  # type: ignore[arg-type]
+    pa.gpu_support(lf, engine="streaming")  # type: ignore[arg-type]
+    pa.collect_async(lf, tags={"ids": [1, 2]})  # type: ignore[dict-item]
+    pa.collect_async(lf, tags="tenant")  # type: ignore[arg-type]
 
 
 async def under_load(collector: pa.Collector) -> None:
@@ -291,11 +346,14 @@ async def under_load(collector: pa.Collector) -> None:
     assert_type(await collector.collect_schema_async(lf), pl.Schema)
     background = collector.collect_all_background([lf], label="name")
     assert_type(background.fetch(), list[pl.DataFrame] | None)
-    assert_type(collector.stats(), dict[str, float])
+    assert_type(collector.stats(), dict[str, Any])
+    assert_type(collector.COUNTERS, frozenset[str])
+    assert_type(pa.__version__, str)
     async with pa.Collector(max_running=1, max_waiting=2, on_event=events.append) as other:
         assert_type(other, pa.Collector)
     assert_type(pa.configure(max_waiting=2), pa.Collector)
     assert_type(events[0].error, BaseException | None)
+    assert_type(events[0].tags, pa.Tags)
 
 
 events: list[pa.QueryEvent] = []

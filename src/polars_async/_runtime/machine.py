@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import os
+import sys
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
+
+if sys.platform != "win32":
+    import resource
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -19,6 +23,8 @@ _STATUS: Final = Path("/proc/self/status")
 _CLEAR_REFS: Final = Path("/proc/self/clear_refs")
 _TICKS: Final = os.sysconf("SC_CLK_TCK") if hasattr(os, "sysconf") else 100
 """Of the times there, in a second."""
+_NO_LIMIT: Final = 1 << 60
+"""Bytes from which on a limit of the first version of cgroups is none."""
 
 
 def processors() -> float:
@@ -39,6 +45,37 @@ def idle_seconds() -> float | None:
 def available_memory() -> float:
     """Return the share of the memory, from 0 to 1, that is still available; 1 if unknown."""
     return min(_share_of_machine(), _share_of_cgroup())
+
+
+def total_memory() -> int | None:
+    """Return the bytes of memory of this machine; None if unknown."""
+    return _sizes_of_memory().get("MemTotal")
+
+
+def memory_limit() -> int | None:
+    """Return the bytes of memory to which a cgroup limits this process; None without a limit."""
+    limits = [
+        limit
+        for folder in _cgroups("memory")
+        for limit in _numbers(folder / "memory.max") or _numbers(folder / "memory.limit_in_bytes")
+        if limit < _NO_LIMIT
+    ]
+    return min(limits, default=None)
+
+
+def open_files_limit() -> int | None:
+    """Return how many files this process may have open, its soft limit; None without one."""
+    if sys.platform == "win32":
+        return None
+    limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return None if limit == resource.RLIM_INFINITY else limit
+
+
+def proc_is_readable() -> bool | None:
+    """Return whether the files of ``/proc`` can be read; None where the system has none."""
+    if sys.platform != "linux":
+        return None
+    return all(os.access(file, os.R_OK) for file in (_TIMES, _MEMORY, "/proc/self/statm"))
 
 
 def forget_peak_memory() -> None:
@@ -81,12 +118,18 @@ def _processors() -> float:
     return count
 
 
-def _share_of_machine() -> float:
+def _sizes_of_memory() -> dict[str, int]:
+    """Return what the kernel tells of the memory of this machine, in bytes."""
     sizes = {}
     with suppress(OSError, ValueError):
         for line in _MEMORY.read_text().splitlines()[:8]:
             name, _, size = line.partition(":")
-            sizes[name] = int(size.split()[0])
+            sizes[name] = int(size.split()[0]) * 1024
+    return sizes
+
+
+def _share_of_machine() -> float:
+    sizes = _sizes_of_memory()
     total = sizes.get("MemTotal", 0)
     return sizes.get("MemAvailable", total) / total if total else 1.0
 

@@ -1,16 +1,23 @@
-"""The bridge to a plain thread, which blocks."""
+"""The bridge to a plain thread, which blocks, and to a greenlet that is not told apart."""
 
 from __future__ import annotations
 
 import sys
+from concurrent.futures import CancelledError
 from contextlib import suppress
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, Final, TypeVar
 
 from polars_async._runtime.green import catch_up
 from polars_async._runtime.unpatched import allocate_lock, wait_for
 
 if TYPE_CHECKING:
+    from collections.abc import Coroutine, Generator
+    from typing import Any
+
+    from polars_async.bridges import Bridge
     from polars_async.bridges.waiting import Awaited
+
+T = TypeVar("T")
 
 
 class _Waiter:
@@ -56,3 +63,57 @@ def block_or_let_run(awaited: Awaited) -> None:
         catch_up()
     else:
         block(awaited)
+
+
+class _Blocking:
+    """The bridge of a caller without a task: what the other ones suspend, this one blocks."""
+
+    CANCELLED: type[BaseException] = CancelledError
+
+    def running(self) -> object | None:
+        return None
+
+    def wait(self, awaited: Awaited) -> Generator[Any, Any, None]:
+        if _other_greenlets_run():
+            from polars_async.bridges.gevent import block_greenlet  # noqa: PLC0415  # optional
+
+            block_greenlet(awaited)
+            catch_up()
+        else:
+            block(awaited)
+        yield from ()
+
+    def may_go_on(self) -> bool:
+        return True
+
+    def checkpoint(self) -> Generator[Any, Any, None]:
+        if _other_greenlets_run():
+            from polars_async.bridges.gevent import let_hub_turn  # noqa: PLC0415  # optional
+
+            let_hub_turn()
+        yield from ()
+
+
+BLOCKING: Final[Bridge] = _Blocking()
+"""Blocks the calling thread; where it has a hub of gevent, the calling greenlet alone."""
+
+
+def drive(coroutine: Coroutine[Any, Any, T]) -> T:
+    """Run a coroutine that waits by way of `BLOCKING` alone, and so never suspends."""
+    try:
+        coroutine.send(None)
+    except StopIteration as ended:
+        result: T = ended.value
+        return result
+    raise AssertionError("a coroutine that blocks has suspended")
+
+
+def _other_greenlets_run() -> bool:
+    """Return whether a hub of gevent would run other greenlets while this one waits."""
+    hubs = sys.modules.get("gevent._hub_local")
+    hub = None if hubs is None else hubs.get_hub_if_exists()
+    if hub is None:
+        return False
+    from gevent import getcurrent  # noqa: PLC0415  # optional
+
+    return getcurrent() is not hub  # whose own callbacks cannot wait

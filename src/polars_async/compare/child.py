@@ -17,6 +17,7 @@ from polars_async._runtime.machine import forget_peak_memory, peak_memory
 from polars_async.collector import Collector
 from polars_async.compare.file import import_file
 from polars_async.compare.values import leaves
+from polars_async.resolution import engine_name
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -59,7 +60,8 @@ class OfFile:
     def load(self) -> tuple[pl.LazyFrame, EngineRequest]:
         """Return the query and the engine."""
         module = import_file(self.path)
-        engine: EngineRequest = getattr(module, self.engine) if self.has_engine else self.engine
+        engine: EngineRequest
+        engine = getattr(module, self.engine) if self.has_engine else engine_name(self.engine)
         query: Any = getattr(module, self.name)
         lf = query() if callable(query) else query
         return cast("pl.LazyFrame", lf), engine

@@ -17,7 +17,7 @@ from polars_async.compare.file import WANTED, find_engine, find_queries, import_
 from polars_async.errors import describe
 from polars_async.gpu import gpu_status
 from polars_async.gpu.support import GpuSupport, Support, gpu_support
-from polars_async.resolution import ENGINE_NAMES, engine_object
+from polars_async.resolution import ENGINE_NAMES, engine_name, engine_object
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -25,11 +25,13 @@ if TYPE_CHECKING:
 
     from polars_async.compare.entries import Progress
     from polars_async.compare.results import EngineRun
-    from polars_async.resolution import EngineRequest
+    from polars_async.resolution import EngineName, EngineRequest
 
 RUNS: Final = 5
 _AUTO: Final = "auto"
-DEFAULT_ENGINES: Final = tuple(name for name in ENGINE_NAMES if name != _AUTO)
+DEFAULT_ENGINES: Final[tuple[EngineName, ...]] = tuple(
+    name for name in ENGINE_NAMES if name != _AUTO
+)
 
 QuerySource: TypeAlias = pl.LazyFrame | Callable[[], pl.LazyFrame]
 
@@ -201,7 +203,9 @@ def _contenders(engines: EngineRequest | Iterable[EngineRequest]) -> list[Conten
     """Return the engines that take part, each by a name of its own."""
     found: list[Contender] = []
     taken: dict[str, int] = {}
-    for each in [engines] if isinstance(engines, str | pl.Engine) else engines:
+    listed: Iterable[EngineRequest]
+    listed = [engines] if isinstance(engines, str | pl.Engine) else engines
+    for each in listed:
         if each not in ENGINE_NAMES:
             engine_object(each, "each of engines")
         name = each if isinstance(each, str) else each.name
@@ -213,12 +217,13 @@ def _contenders(engines: EngineRequest | Iterable[EngineRequest]) -> list[Conten
 
 def _contender_of_file(name: str, module: ModuleType) -> Contender:
     if name in ENGINE_NAMES:
-        return Contender(name, name, not_run=_why_not_run(name))
+        known = engine_name(name)
+        return Contender(name, known, not_run=_why_not_run(known))
     engine = find_engine(module, name)
     if engine is None:
-        known = ", ".join(map(repr, ENGINE_NAMES))
+        names = ", ".join(map(repr, ENGINE_NAMES))
         raise ValueError(
-            f"{name!r} is no engine: name one of {known}, or a pl.Engine of {module.__file__}"
+            f"{name!r} is no engine: name one of {names}, or a pl.Engine of {module.__file__}"
         )
     return Contender(name, engine, is_of_file=True, not_run=_why_not_run(engine))
 

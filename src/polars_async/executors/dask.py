@@ -9,7 +9,7 @@ import polars as pl
 from polars_async.errors import PolarsAsyncError, describe
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Iterable, Mapping
     from concurrent.futures import Executor
 
     from distributed import Client
@@ -18,7 +18,12 @@ _RELEASE_SERIES: Final = pl.__version__.partition(".")[0]
 
 
 def dask_executor(
-    client: Client, *, resources: Mapping[str, float] | None = None, **options: Any
+    client: Client,
+    *,
+    resources: Mapping[str, float] | None = None,
+    workers: str | Iterable[str] | None = None,
+    allow_other_workers: bool = False,
+    retries: int | None = None,
 ) -> Executor:
     """
     Return the executor of a dask cluster, for ``Collector(executor=...)``.
@@ -38,8 +43,12 @@ def dask_executor(
     resources
         The resources that a query takes of its worker, such as ``{"GPU": 1}``: only workers that
         were started with as much run queries, and only as many at once as these suffice for.
-    options
-        Other arguments of ``client.get_executor``, such as ``workers``.
+    workers
+        The addresses or names of the workers that may run queries; None for all.
+    allow_other_workers
+        Whether others may run them, too, where these are busy.
+    retries
+        As ``client.submit`` has it; see above.
 
     Returns
     -------
@@ -77,7 +86,13 @@ def dask_executor(
             f"{_describe(offers)}. Start workers with them, as by dask worker --resources 'GPU=1'"
         )
     make: Callable[..., Executor] = client.get_executor
-    return make(pure=False, resources=resources, **options)
+    return make(
+        pure=False,
+        resources=resources,
+        workers=workers,
+        allow_other_workers=allow_other_workers,
+        retries=retries,
+    )
 
 
 def _version_and_resources(dask_worker: Any) -> tuple[str, dict[str, float]]:

@@ -6,7 +6,7 @@ import os
 import sys
 from concurrent.futures import Executor
 from math import ceil
-from typing import TYPE_CHECKING, Final, Literal
+from typing import TYPE_CHECKING, Final, Literal, TypeAlias
 
 from polars_async._runtime.machine import processors
 from polars_async.executors.gpu_thread import GPU_IN_PROCESS
@@ -15,7 +15,8 @@ from polars_async.executors.threads import IN_PROCESS
 if TYPE_CHECKING:
     from polars_async.executors import QueryExecutor
 
-ExecutorRequest = Literal["threads", "processes", "auto"] | Executor
+ExecutorRequest: TypeAlias = Literal["threads", "processes", "auto"] | Executor
+"""What ``executor=`` takes."""
 
 WITH_WORKERS: Final = ("processes", "auto")
 _MAX_RUNNING_ELSEWHERE: Final = 32

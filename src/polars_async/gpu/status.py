@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from polars_async.errors import one_line
+
 if TYPE_CHECKING:
     from polars_async.reasons import Reason
 
@@ -52,6 +54,16 @@ class GpuDevice:
     reason: Reason | None = None
     message: str
 
+    def __str__(self) -> str:
+        facts = [self.name or "name unknown"]
+        if self.memory_total is not None:
+            facts.append(f"{self.memory_total / 2**30:.0f} GiB")
+        facts += ["selected"] if self.selected else []
+        return one_line(f"GPU {self.index} ({', '.join(facts)}): {self.message}")
+
+    def __repr__(self) -> str:
+        return f"<GpuDevice: {self}>"
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GpuStatus:
@@ -85,3 +97,9 @@ class GpuStatus:
     driver_version: str | None = None
     cuda_version: tuple[int, int] | None = None
     cudf_polars_version: str | None = None
+
+    def __str__(self) -> str:
+        return one_line(f"{'usable' if self.usable else 'not usable'}: {self.message}")
+
+    def __repr__(self) -> str:
+        return f"<GpuStatus: {self}>"

@@ -7,13 +7,13 @@ import importlib
 import os
 import re
 from dataclasses import dataclass
-from typing import Any, Final, NoReturn
+from typing import Any, Final, Literal, NoReturn
 
 import polars as pl
 
 from polars_async._runtime import upstream
 from polars_async._runtime.arguments import check_frame
-from polars_async.errors import describe
+from polars_async.errors import describe, one_line
 from polars_async.gpu import cudf as _cudf
 from polars_async.reasons import Diagnosis, Reason
 
@@ -66,6 +66,12 @@ class GpuSupport:
     reason: Reason | None = None
     message: str
 
+    def __str__(self) -> str:
+        return one_line(f"{self.answer}: {self.message}")
+
+    def __repr__(self) -> str:
+        return f"<GpuSupport: {self}>"
+
     def __bool__(self) -> NoReturn:
         """Raise TypeError."""
         raise TypeError(
@@ -77,7 +83,7 @@ class GpuSupport:
 def gpu_support(
     lf: pl.LazyFrame,
     *,
-    engine: str | pl.Engine = "gpu",
+    engine: Literal["gpu"] | pl.Engine = "gpu",
     optimizations: pl.QueryOptFlags = pl.QueryOptFlags(),  # noqa: B008  # as in Polars
 ) -> GpuSupport:
     """

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from polars_async._runtime.callers import CallSite
     from polars_async._runtime.timers import Timer
     from polars_async.bridges.waiting import Waiter
-    from polars_async.events import Reporter
+    from polars_async.events import Reporter, Tags
     from polars_async.executors.operations import Operation
     from polars_async.resolution import Resolution
     from polars_async.scheduling.adaptive import Choice, Chooser
@@ -103,6 +103,7 @@ class Query(Generic[T]):
         "resolution",
         "runs_engine",
         "state",
+        "tags",
         "times",
     )
 
@@ -116,6 +117,7 @@ class Query(Generic[T]):
         estimate: Estimate | None = None,
         priority: int = 0,
         label: str | None = None,
+        tags: Tags | None = None,
         chooser: Chooser | None = None,
     ) -> None:
         self.id = next(_ids)
@@ -124,6 +126,7 @@ class Query(Generic[T]):
         self.estimate = estimate
         self.priority = priority
         self.label = label
+        self.tags = tags
         self.is_stream = isinstance(operation, Batches)
         self.runs_engine = operation.runs_engine
         self.is_nested = False
@@ -349,6 +352,7 @@ class Query(Generic[T]):
             error=error,
             resolution=self.resolution,
             inline=self.is_inline,
+            tags=self.tags or {},
         )
         if self.delivery is None:
             self._reporter(event)

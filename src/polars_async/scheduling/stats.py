@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from math import inf
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Final
 
 from polars_async._runtime.unpatched import holding
 from polars_async.gpu.breaker import stats as health_of_gpus
+from polars_async.scheduling.counts import State
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -14,13 +14,32 @@ if TYPE_CHECKING:
     from polars_async.scheduling.admission import Admission
 
 
-def stats_of(cpu: Admission, gpus: Sequence[Admission]) -> dict[str, float]:
+COUNTERS: Final = frozenset(
+    {
+        "submitted",
+        *(state.name.lower() for state in list(State)[2:]),
+        "downgraded",
+        "fell_back",
+        "queue_seconds",
+        "run_seconds",
+        "inline",
+        "workers_died",
+    }
+)
+"""The keys of `Collector.stats` that only ever grow; all others are gauges, which rise and fall."""
+
+
+def stats_of(cpu: Admission, gpus: Sequence[Admission]) -> dict[str, Any]:
     """Return the statistics of a collector, as `Collector.stats` explains them."""
-    stats = holding(cpu.lock, _counted, cpu, gpus)  # all of them have that lock
-    stats |= health_of_gpus()
-    stats |= {"streams": len(cpu.streams), "max_streams": cpu.streams.most}
-    limit = inf if cpu.max_waiting is None else cpu.max_waiting
-    return {**stats, "max_running": cpu.max_running, "max_waiting": limit}
+    counted = holding(cpu.lock, _counted, cpu, gpus)  # all of them have that lock
+    return {
+        **counted,
+        **health_of_gpus(),
+        "streams": len(cpu.streams),
+        "max_streams": cpu.streams.most,
+        "max_running": cpu.max_running,
+        "max_waiting": cpu.max_waiting,
+    }
 
 
 def _counted(cpu: Admission, gpus: Sequence[Admission]) -> dict[str, float]:
