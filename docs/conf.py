@@ -47,8 +47,14 @@ python_maximum_signature_line_length = 60
 nitpicky = True
 nitpick_ignore_regex = [
     (r"py:obj", r"Reason"),  # where pytest_plugin, which is another module, names it
-    (r"py:.*", r"(pl|polars|collections|concurrent|contextlib|asyncio|gevent|abc|os|enum)\..*"),
-    (r"py:(class|obj|data)", r"([a-z_]+|.*\bT|Client|Executor|PathLike|Query|QueryResult)"),
+    (
+        r"py:.*",
+        r"(pl|polars|collections|concurrent|contextlib|asyncio|gevent|abc|os|enum|starlette)\..*",
+    ),
+    (
+        r"py:(class|obj|data)",
+        r"([a-z_]+|.*\bT|Client|Executor|PathLike|Query|QueryResult|Request|TracebackType)",
+    ),
     (r"py:class", r"signal\.Signals|(.*\.)?(DeferringEngine|Failing|Progress|SimulatedFault)"),
     (
         r"py:class",
