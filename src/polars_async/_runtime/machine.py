@@ -65,10 +65,11 @@ def memory_limit() -> int | None:
 
 def open_files_limit() -> int | None:
     """Return how many files this process may have open, its soft limit; None without one."""
-    if sys.platform == "win32":
-        return None
-    limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    return None if limit == resource.RLIM_INFINITY else limit
+    if sys.platform != "win32":
+        limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+        if limit != resource.RLIM_INFINITY:
+            return limit
+    return None
 
 
 def proc_is_readable() -> bool | None:
