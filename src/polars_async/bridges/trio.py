@@ -68,14 +68,17 @@ def wait(awaited: Awaited) -> Generator[Any, Any, None]:
         awaited.remove_waiter(waiter, last_cancels=True)
         return trio.lowlevel.Abort.SUCCEEDED
 
+    suspension = trio.lowlevel.wait_task_rescheduled(abort)  # noqa: ASYNC105  # no coroutine here
     try:
         if awaited.add_waiter(waiter):
-            yield from trio.lowlevel.wait_task_rescheduled(abort).__await__()  # noqa: ASYNC105  # no coroutine here
+            yield from suspension.__await__()
             return
     except BaseException:
         if waiter.task is not None:  # Ctrl-C came before trio had suspended the task
             abort(None)
         raise
+    finally:
+        suspension.close()  # else Python would say of such a Ctrl-C that it was never awaited
     yield from checkpoint()
 
 
