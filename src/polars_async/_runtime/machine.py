@@ -9,9 +9,6 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-if sys.platform != "win32":
-    import resource
-
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
@@ -66,9 +63,10 @@ def memory_limit() -> int | None:
 def open_files_limit() -> int | None:
     """Return how many files this process may have open, its soft limit; None without one."""
     if sys.platform != "win32":
+        import resource  # noqa: PLC0415  # Windows has none
+
         limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-        if limit != resource.RLIM_INFINITY:
-            return limit
+        return None if limit == resource.RLIM_INFINITY else limit
     return None
 
 
