@@ -135,7 +135,8 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
 async def _collect(
     queries: Mapping[int, pl.LazyFrame], advance: Callable[[int], object]
 ) -> list[Run]:
-    await queries[6].collect_async()  # starts the threads of Polars, which the first run else would
+    for library in _LIBRARIES.values():  # imports and starts what the first run else would
+        await library.collect_async(queries[6])
     return [
         await collect(queries, name, advance)
         for name in _LIBRARIES
