@@ -114,8 +114,8 @@ def test_query_that_is_late_while_it_runs_is_given_up_and_keeps_its_slot_until_i
     assert error.run_seconds > 0
     assert str(error) == (
         f"the query 'slow one' was not done after 0.5 s: it waited {error.queue_seconds:.3f} s for "
-        f"a slot and ran for {error.run_seconds:.3f} s. Polars cannot stop it, so it keeps its slot "
-        "until it really ends"
+        f"a slot and ran for {error.run_seconds:.3f} s. Polars cannot stop it, so it keeps its "
+        "slot until it really ends"
     )
     stats = collector.stats()
     assert (stats["running"], stats["abandoned"], stats["waiting"]) == (1, 1, 1)

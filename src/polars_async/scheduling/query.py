@@ -618,7 +618,10 @@ class Query(Generic[T]):
 
     def _new_timeout_error(self) -> QueryTimeoutError:
         if self._stop is None:
-            ends = " and ran for {ran}. Polars cannot stop it, so it keeps its slot until it really ends"
+            ends = (
+                " and ran for {ran}. Polars cannot stop it, so it keeps its slot until it really "
+                "ends"
+            )
         elif self._stop_is_sure:
             ends = " and ran for {ran}. It is stopped now"
         else:
