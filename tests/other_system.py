@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import errno
 import importlib
 import mmap
@@ -43,7 +44,7 @@ _NOT_ON_WINDOWS = {
     select: ("poll",),
 }
 _MODULES_NOT_ON_WINDOWS = ("fcntl", "grp", "pwd", "resource", "termios")
-_NEEDED = ("asyncio", "gevent", "multiprocessing", "polars", "pytest", "subprocess", "trio")
+_NEEDED = ("gevent", "multiprocessing", "polars", "pytest", "subprocess", "trio")
 """What is imported before: the libraries look at the system when they are imported."""
 
 
@@ -51,6 +52,7 @@ def pretend(platform: str) -> None:
     """Take away what `platform`, "darwin" or "win32", lacks, and call the system that."""
     for name in _NEEDED:
         importlib.import_module(name)
+    asyncio.new_event_loop().close()  # Python 3.14 chooses the kind of loop at its first use
     missing = [_LINUX_ALONE]
     if platform == "win32":
         missing.append(_NOT_ON_WINDOWS)

@@ -101,7 +101,7 @@ def in_greenlet():
 
 gevent.spawn(in_greenlet).get()
 print(len(pa.collect_all_async([tiny, tiny]).result(30)))
-with ThreadPoolExecutor() as threads, pa.Collector(executor=threads) as collector:
+with ThreadPoolExecutor(1) as threads, pa.Collector(executor=threads) as collector:
     print(collector.collect_async(tiny).result(30).height)
 """
 
