@@ -705,8 +705,8 @@ def test_lambda_without_cloudpickle_says_what_to_install(make, monkeypatch):
         ({"executor": "fibres"}, "executor must be 'threads', 'processes', 'auto' or a"),
         ({"executor": None}, "got None"),
         ({"max_memory": 1000}, "needs executor='processes' or executor='auto'"),
-        ({"executor": "processes", "max_memory": 0}, "max_memory must be a whole number"),
-        ({"executor": "processes", "max_memory": 1.5}, "max_memory must be a whole number"),
+        ({"executor": "processes", "max_memory": 0}, "max_memory must be a number of bytes"),
+        ({"executor": "processes", "max_memory": "4 apples"}, "max_memory must be a number of"),
     ],
 )
 def test_arguments_that_mean_nothing(options, words):
