@@ -12,7 +12,7 @@ from polars_async.bridges import turns
 from polars_async.bridges.mailbox import Mailbox
 
 if TYPE_CHECKING:
-    from collections.abc import Generator
+    from collections.abc import Coroutine, Generator
     from typing import Any, Final
 
     from polars_async.bridges.waiting import Awaited
@@ -68,9 +68,10 @@ def wait(awaited: Awaited) -> Generator[Any, Any, None]:
         awaited.remove_waiter(waiter, last_cancels=True)
         return trio.lowlevel.Abort.SUCCEEDED
 
-    suspension = trio.lowlevel.wait_task_rescheduled(abort)  # noqa: ASYNC105  # no coroutine here
+    suspension: Coroutine[Any, Any, Any] | None = None
     try:
         if awaited.add_waiter(waiter):
+            suspension = trio.lowlevel.wait_task_rescheduled(abort)  # noqa: ASYNC105  # no coroutine here
             yield from suspension.__await__()
             return
     except BaseException:
@@ -78,7 +79,8 @@ def wait(awaited: Awaited) -> Generator[Any, Any, None]:
             abort(None)
         raise
     finally:
-        suspension.close()  # else Python would say of such a Ctrl-C that it was never awaited
+        if suspension is not None:
+            suspension.close()  # else Python would say of such a Ctrl-C that it was never awaited
     yield from checkpoint()
 
 
