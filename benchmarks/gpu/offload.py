@@ -72,7 +72,8 @@ async def offload(_settings: Settings, _gpu: SimulatedGpu | None) -> None:
                 await written
                 answer = read_back(path).cast(expected.schema)
                 tell_right(f"sink_{kind}", written.resolution, answer.equals(expected))
-        tell("stats", str({key: round(value, 3) for key, value in collector.stats().items()}))
+        stats = collector.stats()
+        tell("stats", str({key: value and round(value, 3) for key, value in stats.items()}))
 
 
 async def _several(collector: pa.Collector, query: pl.LazyFrame, expected: pl.DataFrame) -> None:
