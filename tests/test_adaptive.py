@@ -449,9 +449,10 @@ def test_large_query_runs_on_the_gpu_where_it_may(make, gpu):
     "rule", ["policy", "small", "memory", "support", "no GPU", "python", "nested"]
 )
 def test_gpu_is_not_taken_where_a_rule_forbids_it(make, gpu, monkeypatch, rule):
-    lf, options = LARGE, {"gpu": "offload"}
+    lf, options, asked = LARGE, {"gpu": "offload"}, []
     if rule == "policy":
         options = {"gpu": "downgrade"}
+        monkeypatch.setattr(adaptive_gpu, "gpu_status", lambda: asked.append("the driver"))
     elif rule == "small":
         lf = SMALL
     elif rule == "memory":
@@ -477,6 +478,21 @@ def test_gpu_is_not_taken_where_a_rule_forbids_it(make, gpu, monkeypatch, rule):
         assert found == ["streaming"]
     else:
         assert ran_on(collector, lf).name != "gpu"
+    assert gpu.queries == 0
+    assert asked == []
+
+
+@pytest.mark.parametrize("wrong", ["policy", "status", "support"])
+def test_what_fails_about_the_gpu_leaves_the_query_to_the_cpu(make, gpu, monkeypatch, wrong):
+    def fail(*_):
+        raise pl.exceptions.PanicException
+
+    if wrong == "policy":
+        monkeypatch.setenv("POLARS_ASYNC_GPU", "maybe")
+    else:
+        monkeypatch.setattr(adaptive_gpu, f"gpu_{wrong}", fail)
+    collector = make(engine="adaptive", gpu=None if wrong == "policy" else "offload")
+    assert ran_on(collector).name == "streaming"
     assert gpu.queries == 0
 
 

@@ -231,6 +231,7 @@ def test_nodes_of_a_plan_tell_what_is_read(tmp_path):
     joined = upstream.plan_nodes(pl.scan_parquet(path).join(WIDE, on="a"))
     assert 16_000 <= joined.frame_bytes < 16_100
     assert joined.paths == [str(path)]
+    assert 16_000 <= upstream.plan_nodes(pl.concat([WIDE, WIDE])).frame_bytes < 16_100
 
 
 @pytest.mark.parametrize(

@@ -230,9 +230,9 @@ def decide(
     if gpu is not None:
         _checked_policy("gpu", gpu)
     requested = _find_request(engine, path, default_engine)
-    # By name where that suffices: isinstance with an abstract class takes longer than all the rest.
     if requested.engine is _UNCHOSEN:
         return _left_to_library(requested, path)
+    # By name where that suffices: isinstance with an abstract class takes longer than all the rest.
     if requested.name in _ENGINES or not (
         requested.name == "gpu" or isinstance(requested.engine, pl.GPUEngine)
     ):

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 from polars_async._runtime.fork import new_lock
 from polars_async._runtime.upstream import DEFAULT_ENGINE, memory_held
 from polars_async.resolution import engine_object, runs
+from polars_async.scheduling.estimates import MUCH_HELD
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -35,9 +36,6 @@ _LARGE: Final = 1 << 21
 _LARGE_SCAN: Final = 1 << 18
 """Bytes, in memory or in files, from which on the streaming engine is faster or about as fast, and
 below which it takes up to ten times as long."""
-_MUCH_HELD: Final = 20 << 20
-"""Bytes that Polars may hold in all if a query whose plan was not read is taken for small. Without
-any frame it is some 15 MB."""
 _FASTER: Final = 0.8
 """Another engine is chosen if it takes less than this share of the time: those of about the same
 speed take no turns."""
@@ -230,7 +228,7 @@ def at_first_sight(sources: Sources) -> Choice:
     if sources.scans:
         return Choice(_STREAMING, "it scans what may be large")
     unknown = "how much the query reads of what is in memory is unknown"
-    if memory_held() > _MUCH_HELD:
+    if memory_held() > MUCH_HELD:
         return Choice(_STREAMING, f"{unknown}, and much is")
     return Choice(_IN_MEMORY, f"{unknown}, and little is")
 

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import TYPE_CHECKING, Final
 
-from polars_async.errors import EngineUnavailableError
 from polars_async.gpu import gpu_status
 from polars_async.gpu.support import Support, gpu_support
 from polars_async.resolution import decide, gpu_policy
@@ -39,18 +37,27 @@ def on_gpu(
     Return the resolution of a query that may run on the GPU, and may gain by it; else None.
 
     The policy has to allow it, one has to be usable and have the memory, and cudf-polars has to
-    support all of the query. It is asked last, since that takes a millisecond or more.
+    support all of the query. Nobody has asked for the GPU, so what fails here rules it out.
     """
-    if sources.size is None or sources.size < _LARGE or gpu_policy(policy) == "downgrade":
+    if sources.size is None or sources.size < _LARGE:
+        return None
+    try:
+        return _allowed(policy, frames, sources.size, in_workers=in_workers)
+    except BaseException:  # noqa: BLE001  # such as of a policy that is none, or a panic of Polars
+        return None
+
+
+def _allowed(
+    policy: GpuPolicy | None, frames: Sequence[pl.LazyFrame], size: int, *, in_workers: bool
+) -> Resolution | None:
+    if gpu_policy(policy) == "downgrade":  # first: the driver is not to be asked then
         return None
     status = gpu_status()
     free = max((each.memory_free or 0 for each in status.devices if each.usable), default=0)
-    if not status.usable or _MEMORY * sources.size > free:
+    if not status.usable or _MEMORY * size > free:
         return None
-    try:
-        found = decide("gpu", "async", policy, None, gpu_in_workers=in_workers)
-    except EngineUnavailableError:
-        return None
+    found = decide("gpu", "async", policy, None, gpu_in_workers=in_workers)
+    # Last, since asking cudf-polars takes a millisecond or more.
     if found.downgraded or any(gpu_support(each).answer is not Support.YES for each in frames):
         return None
-    return replace(found, gpu=status)
+    return found

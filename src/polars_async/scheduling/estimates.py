@@ -39,7 +39,7 @@ _MOST_KNOWN: Final = 4096
 _MOST_COPIED: Final = 1 << 30
 """Bytes of frames in memory: where there are more, no plan is looked at, since a look may copy one
 of them."""
-_MUCH_HELD: Final = 20 << 20
+MUCH_HELD: Final = 20 << 20
 """Bytes that Polars may hold in all for a look to be short. Without any frame it is some 15 MB."""
 _SLOW_LOOK: Final = 0.25
 """Seconds of processor time above which a look took too long, as with a frame of 1 GB."""
@@ -189,7 +189,7 @@ class CostModel:
         known = plans.get(key)
         if known is not None and known.frame() is frame:
             return known
-        plan = _planned(frame) if plans_it and memory_held() > _MUCH_HELD else None
+        plan = _planned(frame) if plans_it and memory_held() > MUCH_HELD else None
         if plan is None and (plan := self._look(frame, at_any_cost=at_any_cost)) is None:
             return _Known(ref(frame), NOTHING, None, UNKNOWN)
         if plans_it and plan.runs_python is None:

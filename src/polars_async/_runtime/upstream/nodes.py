@@ -45,9 +45,13 @@ def _read(plan: Any) -> PlanNodes:
     size, last = 0, -1
     paths: list[str] = []
     shown: list[str] = []
-    waiting = [plan.get_node()]
+    waiting, seen = [plan.get_node()], set()
     while waiting:
-        plan.set_node(waiting.pop())
+        number = waiting.pop()
+        if number in seen:  # what several parts of a query share is read once
+            continue
+        seen.add(number)
+        plan.set_node(number)
         waiting += plan.get_inputs()
         node = _shown(plan.view_current_node, shown)
         if hasattr(node, "df"):
