@@ -411,7 +411,7 @@ def test_query_on_the_thread_of_polars_that_asks_runs_in_any_executor(collector)
 def test_query_on_the_thread_of_polars_that_asks_does_not_run_alone(monkeypatch):
     learned = []
 
-    def observe(costs, _, __, *, alone, completed, share):  # noqa: ARG001
+    def observe(costs, _, __, *, alone, completed, share, memory):  # noqa: ARG001
         if costs is collector._cpu._costs:  # queries of tests before may still come to their end
             learned.append(alone)
 

@@ -837,6 +837,9 @@ class Admission:
         unknown = len(self._queue) - sum(kinds)
         if newcomer is not None:
             kinds[newcomer.kind] += 1
+        if self.lacks_memory:  # none but small ones, though there are slots
+            kinds[SMALL_SIZE + 1 :] = [0] * (len(kinds) - SMALL_SIZE - 1)
+            unknown = 0
         return room.of_kinds(kinds, unknown)
 
     @property
@@ -858,6 +861,8 @@ class Admission:
                 slots += " (the free slots are reserved for small queries)"
             else:
                 slots = ", as many as the processors have room for"
+            if self.memory is not None and self.lacks_memory:
+                slots = f", as many as max_memory={self.memory.limit:,} bytes let run"
         seconds = self._seconds_of_work()
         return QueueFullError(
             f"the collector is full{for_gpu}: {waiting} waiting, of at most "
