@@ -28,6 +28,18 @@ MB = 10**6
 LIMIT = 640 * MB
 
 
+@pytest.fixture(autouse=True)
+def budget(monkeypatch):
+    """Return what tells Polars' budget of memory, which no other test is to have."""
+    monkeypatch.setattr(spilling, "_ours", None)
+    for variable in (spilling.BUDGET, spilling._OURS):
+        monkeypatch.setenv(variable, "")  # to be restored, whatever a test sets
+        del os.environ[variable]
+    yield lambda: os.environ.get(spilling.BUDGET)
+    monkeypatch.undo()
+    pl.Config.load("{}")
+
+
 class Machine:
     """What Polars holds, and what the process takes beside that."""
 
@@ -325,7 +337,7 @@ def test_a_stream_whose_consumer_is_back_needs_no_more_memory(limited, block):
     with collector.collect_batches_async(rows, chunk_size=1, label="600") as stream:
         until(lambda: collector.stats()["paused"] == 1)
         start(collector, "600", block=block)
-        until(lambda: inside.running(collector) == 1)
+        until(lambda: inside.running(collector) == 2)
         assert [batch.item() for batch in stream] == list(range(10))
 
 
@@ -407,15 +419,6 @@ def test_worker_that_outgrows_the_memory_is_stopped_and_says_what_it_took():
 # Spilling
 
 
-@pytest.fixture
-def budget(monkeypatch):
-    monkeypatch.setattr(spilling, "_ours", None)
-    monkeypatch.delenv(spilling.BUDGET, raising=False)
-    yield lambda: os.environ.get(spilling.BUDGET)
-    monkeypatch.undo()
-    pl.Config.load("{}")
-
-
 def test_smallest_limit_of_this_process_is_the_budget_of_its_streaming_queries(budget):
     pa.Collector(max_memory=1000 << 20).close()
     assert budget() == "800"
@@ -427,6 +430,15 @@ def test_smallest_limit_of_this_process_is_the_budget_of_its_streaming_queries(b
     assert budget() == "400"
 
 
+def test_budget_that_a_process_inherits_of_this_library_is_not_one_of_the_program(
+    budget, monkeypatch
+):
+    pa.Collector(max_memory=500 << 20).close()
+    monkeypatch.setattr(spilling, "_ours", None)  # as in another process
+    pa.Collector(max_memory=1000 << 20).close()
+    assert budget() == "800"
+
+
 @pytest.mark.parametrize("variable", [spilling.BUDGET, "POLARS_OOC_MEMORY_BUDGET_FRACTION"])
 def test_budget_of_the_program_is_left_alone(budget, monkeypatch, variable):
     monkeypatch.setenv(variable, "0.5")
@@ -436,7 +448,6 @@ def test_budget_of_the_program_is_left_alone(budget, monkeypatch, variable):
         assert spilling.BUDGET not in collector._cpu.executor._env
 
 
-@pytest.mark.usefixtures("budget")
 def test_workers_spill_from_half_of_the_limit():
     with pa.Collector(max_memory=1000 << 20, executor="processes") as collector:
         assert collector._cpu.executor._env[spilling.BUDGET] == "500"
