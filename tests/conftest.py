@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import re
@@ -35,6 +36,11 @@ def pytest_configure(config):
     )
     config.addinivalue_line("markers", "slow: it takes seconds; ci/test --quick leaves it out")
     config.addinivalue_line("markers", "smoke: ci/test --quick runs it on both series of Polars")
+    config.addinivalue_line(
+        "markers",
+        "one_series: it tests nothing that differs between the series of Polars; ci/test runs it "
+        "on the newest Polars alone",
+    )
 
 
 def pytest_generate_tests(metafunc):
@@ -82,6 +88,12 @@ def pytest_collection_modifyitems(config, items):
             assert not unknown, f"cannot() of no place: {unknown}"
             if place in mark.args:
                 item.add_marker(_as_xfail(place, **mark.kwargs))
+
+
+def pytest_collection_finish():
+    # What many tests collect is theirs alone: all the modules would take a fifth of a second.
+    gc.collect()
+    gc.freeze()
 
 
 def _parameters(item):
