@@ -69,7 +69,8 @@ def _group_of(test):
     file = test.partition("::")[0]
     if re.search(r"\bdask\b", test) or file.endswith("test_futures.py"):
         return "dask"
-    is_whole = file.endswith(("test_benchmarks.py", "test_processes.py", "test_services.py"))
+    shares = ("test_benchmarks.py", "test_compare.py", "test_processes.py", "test_services.py")
+    is_whole = file.endswith(shares)
     return file if is_whole else test
 
 
