@@ -31,7 +31,7 @@ from benchmarks.measure import mix, open_loop
 from benchmarks.report import charts, table
 from benchmarks.report.results import Environment, Ratio, Report, Result, spread
 from benchmarks.runner import Case, Metric, Options, measure
-from benchmarks.suites import SUITES, latency, load, suite
+from benchmarks.suites import SUITES, engines, latency, load, suite
 from benchmarks.targets import TARGETS
 
 # Before there are threads: two that import at once may fail in pytest's rewriting on Python 3.11.
@@ -52,6 +52,7 @@ SIZES = ["--quick", "--runs=1", "--scale=0.03", f"--data={CACHE}"]
 @pytest.fixture
 def tiny(monkeypatch):
     """Sizes that say nothing, and hardly any time."""
+    monkeypatch.setattr(engines, "QUERIES", {n: engines.QUERIES[n] for n in (1, 6)})
     monkeypatch.setattr(load, "_LOAD_FACTORS", (0.5,))
     monkeypatch.setattr(load, "_MIX_FACTORS", (0.5,))
 
@@ -76,7 +77,8 @@ FORKS = """
 import json, os, runpy, select, signal, sys
 import polars, gevent, trio, uvloop
 import polars_async.api, polars_async.bridges.asyncio, polars_async.bridges.trio
-from benchmarks.suites import faults, latency, load, processes, remote
+from benchmarks.suites import engines, faults, latency, load, processes, remote
+engines.QUERIES = {number: engines.QUERIES[number] for number in (1, 6)}
 for line in sys.stdin:
     out, err, seconds, *arguments = json.loads(line)
     child = os.fork()
