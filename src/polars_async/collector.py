@@ -832,10 +832,13 @@ class Collector:
         warn_of(resolution)
         options = Options(None, optimizations, None, 0, None)
         query = self._submit(operation_on(resolution.engine), resolution, options)
-        result = result_of(query)
-        if query.resolution.fell_back:
-            warn_of(query.resolution)
-        return result
+        try:
+            result = result_of(query)
+            if query.resolution.fell_back:
+                warn_of(query.resolution)
+            return result
+        finally:
+            del query  # an error's traceback holds this frame, which else held the error
 
     def _resolved(self, options: Options, path: QueryPath) -> Resolution:
         fork.check()

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import polars as pl
 
 from polars_async._runtime import fork
 from polars_async._runtime.arguments import checked_frames
 from polars_async._runtime.nesting import in_query
-from polars_async._runtime.upstream import AUTO_ENGINE, is_eager
+from polars_async._runtime.upstream import AUTO_ENGINE, BUILT_IN_ENGINES, is_eager
 from polars_async.api import default_collector, warn_of_streaming
 from polars_async.errors import EngineUnavailableError
 from polars_async.events import notify_observers
@@ -32,8 +32,12 @@ if TYPE_CHECKING:
     from polars.lazyframe import QueryResult
 
     from polars_async.collector import Collector
+    from polars_async.executors.operations import Operation
     from polars_async.handle import BackgroundQuery, QueryHandle
     from polars_async.resolution import EngineRequest, QueryPath, Resolution
+
+
+T = TypeVar("T")
 
 
 class AsyncEngine(DeferringEngine):
@@ -158,7 +162,7 @@ class AsyncEngine(DeferringEngine):
 
     def execute(self, lf: pl.LazyFrame, *, optimizations: pl.QueryOptFlags) -> QueryResult:
         """See ``LazyFrame.execute``."""
-        return self._synchronous(optimizations).execute(lf, optimizations=optimizations)
+        return self._with_own_methods(optimizations).execute(lf, optimizations=optimizations)
 
     def sink_parquet(self, lf: pl.LazyFrame, path: Any, **options: Any) -> Any:
         """See ``LazyFrame.sink_parquet``."""
@@ -184,7 +188,12 @@ class AsyncEngine(DeferringEngine):
         # Polars 1.44 calls engines for lazy sinks, too, which only make a plan.
         if options.get("lazy"):
             return AUTO_ENGINE
-        return self._synchronous(options["optimizations"])
+        return self._with_own_methods(options["optimizations"])
+
+    def _with_own_methods(self, optimizations: pl.QueryOptFlags) -> pl.Engine:
+        # An engine of the caller's own class may have another way than to collect a plan.
+        engine = self.collector.resolve_engine(path="sync", optimizations=optimizations).engine
+        return self._synchronous(optimizations, here=type(engine) not in BUILT_IN_ENGINES)
 
     def _synchronous(self, optimizations: pl.QueryOptFlags, *, here: bool = False) -> pl.Engine:
         # A running query holds a slot, which counts for what it collects itself: in the queue, that
@@ -224,17 +233,20 @@ class _EngineInTurn(pl.InMemoryEngine):
         post_opt_callback: Callable[..., Any] | None = None,  # noqa: ARG002  # None: see AsyncEngine
     ) -> pl.DataFrame:
         """See ``LazyFrame.collect``."""
-        return self._collector._result_in_turn(  # noqa: SLF001  # of the same package
-            partial(Collect, lf, optimizations=optimizations), optimizations
-        )
+        return self._result(partial(Collect, lf, optimizations=optimizations), optimizations)
 
     def collect_all(
         self, lfs: Iterable[pl.LazyFrame], *, optimizations: pl.QueryOptFlags
     ) -> list[pl.DataFrame]:
         """See ``polars.collect_all``."""
-        return self._collector._result_in_turn(  # noqa: SLF001  # as above
-            partial(CollectAll, list(lfs), optimizations=optimizations), optimizations
-        )
+        frames = checked_frames(lfs)
+        return self._result(partial(CollectAll, frames, optimizations=optimizations), optimizations)
+
+    def _result(
+        self, operation_on: Callable[[pl.Engine], Operation[T]], optimizations: pl.QueryOptFlags
+    ) -> T:
+        in_turn = self._collector._result_in_turn  # noqa: SLF001  # pyright: ignore[reportPrivateUsage]  # of this package
+        return in_turn(operation_on, optimizations)
 
 
 class _GPUEngineHere(pl.GPUEngine):
