@@ -688,7 +688,8 @@ class Collector:
         Return the load of this collector and the totals since it was made, which JSON can write.
 
         Counters only ever grow, and are named in `Collector.COUNTERS`. All else are gauges, which
-        rise and fall. Queries on the GPU are counted in both, and functions given to `run` as queries.
+        rise and fall. Queries on the GPU are counted in both; functions given to `run` count as
+        queries.
 
         Returns
         -------
