@@ -15,6 +15,7 @@ from polars_async._runtime.callers import call_site
 from polars_async._runtime.machine import processors
 from polars_async._runtime.nesting import in_query
 from polars_async._runtime.unpatched import holding
+from polars_async._runtime.upstream import memory_held, spilling
 from polars_async.bridges import Suspension
 from polars_async.bridges.buffer import Buffer
 from polars_async.bridges.threads import block_or_let_run
@@ -43,7 +44,7 @@ from polars_async.options import (
     Options,
     check_inline,
     check_limit,
-    checked_bytes,
+    checked_memory,
 )
 from polars_async.resolution import (
     ADAPTIVE,
@@ -60,6 +61,7 @@ from polars_async.scheduling.adaptive_gpu import no_gpu, on_gpu
 from polars_async.scheduling.estimates import CostModel, Estimate
 from polars_async.scheduling.inline import Inline
 from polars_async.scheduling.lane import Lane
+from polars_async.scheduling.memory import Memory
 from polars_async.scheduling.open_streams import MAX_STREAMS
 from polars_async.scheduling.pausing import PausableQuery
 from polars_async.scheduling.query import Query
@@ -84,6 +86,9 @@ T = TypeVar("T")
 Ts = TypeVarTuple("Ts")
 
 _TINY: Final = Estimate(0.0, None)
+_SPILLED_SHARE: Final = 0.8
+"""The share of `max_memory` from which on queries on threads spill: that of Polars of the memory of
+the machine."""
 
 
 class Collector:
@@ -195,11 +200,12 @@ class Collector:
         self._gpu_policy: Final = gpu
         self._default_engine: Final = default_engine
         self._reporter: Final = Reporter(on_event)
-        known = CostModel(far=executor == "auto")
+        most_bytes = None if max_memory is None else checked_memory("max_memory", max_memory)
+        memory = None if most_bytes is None else Memory(most_bytes, memory_held)
+        known = CostModel(far=executor == "auto", memory=memory)
         slots, most = (max_running, None) if max_running else default_slots(executor)
         limits = Limits(slots, most, processors())
         at_once = large_at_once(limits.slots)
-        most_bytes = None if max_memory is None else checked_bytes("max_memory", max_memory)
         cpu_executor = make_executor(executor, limits.slots, at_once, most_bytes)
         self._cpu: Final = Lane(
             limits,
@@ -209,7 +215,10 @@ class Collector:
             tiny_here=executor == "auto",
             max_streams=max_streams or MAX_STREAMS,
             inline=Inline(inline) if inline > 0 and executor in ("threads", "auto") else None,
+            memory=memory,
         )
+        if most_bytes is not None and executor in ("threads", "auto"):
+            spilling.spill_from(int(_SPILLED_SHARE * most_bytes))
         self._where: Final = executor if isinstance(executor, str) else type(executor).__name__
         self._elsewhere: Final = isinstance(executor, Executor)
         self._make_gpu_lane: Final = partial(
@@ -900,7 +909,7 @@ class Collector:
         )
         if isinstance(operation, operations.Batches):
             operation.buffer.bind(PausableQuery(lane, query))
-        if not isinstance(lane.executor, ThreadsExecutor):
+        if not isinstance(lane.executor, ThreadsExecutor) or lane.admission.memory is not None:
             query.call_site = call_site()
         here = lane.submit(query)
         try:

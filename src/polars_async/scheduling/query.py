@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from polars_async.scheduling.adaptive import Choice, Chooser
     from polars_async.scheduling.counts import Counts
     from polars_async.scheduling.estimates import CostModel, Estimate
+    from polars_async.scheduling.memory import Memory
 
 T = TypeVar("T")
 
@@ -99,6 +100,7 @@ class Query(Generic[T]):
         "is_stream",
         "label",
         "lock",
+        "peak_memory",
         "priority",
         "reports",
         "resolution",
@@ -144,6 +146,8 @@ class Query(Generic[T]):
         """What it has chosen."""
         self.call_site: CallSite | None = None
         """The user's line that submitted the query, if it may go to another process."""
+        self.peak_memory: int | None = None
+        """Bytes that it took at its peak, so far; None if that was not measured."""
         self.times = Times()
         self.reports = reporter.listens
         self.delivery = delivery() if self.reports else None
@@ -188,10 +192,10 @@ class Query(Generic[T]):
     @property
     def load(self) -> Load:
         """What the query takes, as far as it is known. A priority overrides the estimate."""
-        seconds, share = UNKNOWN, None
+        seconds, share, memory = UNKNOWN, None, 0
         if self.estimate is not None:
-            seconds, share = self.estimate.seconds, self.estimate.share
-        return Load(size_with(self.priority, seconds), share, self.is_pooled)
+            seconds, _, _, share, memory = self.estimate
+        return Load(size_with(self.priority, seconds), share, self.is_pooled, memory)
 
     @property
     def is_pooled(self) -> bool:
@@ -298,6 +302,10 @@ class Query(Generic[T]):
                 _name_in(error, self.label)
         finally:
             del self, operation  # the frames of the traceback lead back here all the same
+
+    def note_memory(self, peak: int) -> None:
+        """Note that the query has taken so many bytes at once in its worker process."""
+        self.peak_memory = max(self.peak_memory or 0, peak)
 
     def stop_with(self, stop: Callable[[], object] | None, *, for_sure: bool = True) -> bool:
         """
@@ -439,14 +447,23 @@ class Query(Generic[T]):
         elif self.state is State.FAILED:
             self.report(EventKind.FAILED, error=self._outcome.error)
 
+    def keep_result(self, memory: Memory) -> int:
+        """Have `memory` mind the result, as long as somebody has it; return its bytes if many."""
+        return memory.keep(self._outcome.value)
+
     def observe_cost(
-        self, costs: CostModel, *, alone: bool, share: float | None = None
+        self,
+        costs: CostModel,
+        *,
+        alone: bool,
+        share: float | None = None,
+        memory: int | None = None,
     ) -> Estimate | None:
         """
         Update `costs` by the run time, and drop the inputs; return a corrected estimate, if any.
 
         It is off the critical path: the waiters have been woken. `alone` says that no other query
-        ran meanwhile, and `share` is as for `CostModel.observe`.
+        ran meanwhile, and `share` and `memory` are as for `CostModel.observe`.
         """
         if self.is_cancelled:
             self._outcome.drop()
@@ -460,7 +477,9 @@ class Query(Generic[T]):
         if self.estimate is None or seconds is None:
             return None
         completed = self.state is State.COMPLETED  # else it would have taken longer
-        return costs.observe(self.estimate, seconds, alone=alone, completed=completed, share=share)
+        return costs.observe(
+            self.estimate, seconds, alone=alone, completed=completed, share=share, memory=memory
+        )
 
     def fail_in_fork(self, error: BaseException) -> None:
         """End the query with `error` in a forked child, which does not have its thread."""

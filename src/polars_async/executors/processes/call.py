@@ -258,13 +258,16 @@ class WorkerCall:
         if limit is None or self.memory_error is not None or monotonic() < self._next_sample:
             return
         self._next_sample = monotonic() + _SAMPLE_INTERVAL
-        if (memory := self._worker.private_memory()) > limit:
+        memory = self._worker.private_memory()
+        self._query.note_memory(max(0, memory - self._worker.idle_memory))
+        if memory > limit:
             # Before `stop`: the outcome may be that interrupt, which this error then replaces.
             self.memory_error = QueryMemoryError(
                 f"{self._query.named} outgrew the memory of its worker process, and was stopped: "
                 f"it took {memory:,} bytes, of at most max_memory={limit:,}. Ask for less at once, "
                 "try the streaming engine, or allow for more",
                 limit,
+                memory,
             )
             self.stop()
 

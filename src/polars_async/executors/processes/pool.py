@@ -84,6 +84,10 @@ class ProcessExecutor(QueryExecutor):
         """Return the processor time of this process and of the workers that live, in seconds."""
         return process_time() + sum(worker.cpu_seconds() for worker in list(self._workers))
 
+    def memory(self) -> int:
+        """Return the bytes of memory that the workers have, each for itself."""
+        return sum(worker.private_memory() for worker in list(self._workers))
+
     def run(
         self,
         operation: Operation[T],
@@ -235,7 +239,7 @@ class ProcessExecutor(QueryExecutor):
 
     def _retains_memory(self, worker: WorkerProcess) -> bool:
         """Return whether it keeps memory that would count as that of the next query."""
-        return self._max_memory is not None and worker.private_memory() > self._max_memory / 2
+        return self._max_memory is not None and worker.private_memory() > self._max_memory / 4
 
     def _refill(self) -> None:
         """Start a worker in place of one that is gone, so that the next query finds it warm."""
