@@ -22,6 +22,7 @@ from polars_async.executors.operations import Run
 from polars_async.executors.serialization import pack, unpack
 from polars_async.scheduling import query as query_module
 from polars_async.scheduling.estimates import CostModel
+from polars_async.scheduling.memory import Memory
 from polars_async.scheduling.sizes import SMALL, UNKNOWN
 
 loop = loops.fixture_of(loops.Asyncio, loops.Trio, loops.Gevent)
@@ -252,6 +253,15 @@ def test_learned_size_is_that_of_the_next_call():
     assert found.seconds > 1
     assert (found.share, found.is_exact) == (0.1, False)
     assert known.of_function(Run(print, ()).fingerprint).seconds == UNKNOWN
+
+
+def test_memory_of_a_function_is_learned_and_half_of_the_limit_is_not_enough_before():
+    limit = 1 << 30
+    known, fingerprint = CostModel(memory=Memory(limit, int)), Run(len, ()).fingerprint
+    first = known.of_function(fingerprint)
+    assert first.memory > limit / 2
+    known.observe(first, 1.0, alone=True, memory=1 << 20)
+    assert known.of_function(fingerprint).memory < limit / 2
 
 
 def test_calls_that_are_known_to_take_long_leave_a_slot_to_others(make, held):

@@ -165,8 +165,9 @@ class CostModel:
 
     def of_function(self, fingerprint: int) -> Estimate:
         """Return the estimate of a function, of which nothing is known but its earlier calls."""
-        seconds = self._taken.get(fingerprint, UNKNOWN)
-        return Estimate(seconds, fingerprint, is_exact=False, share=self._shares.get(fingerprint))
+        seconds, share = self._taken.get(fingerprint, UNKNOWN), self._shares.get(fingerprint)
+        memory = self._memory_of((), fingerprint)
+        return Estimate(seconds, fingerprint, is_exact=False, share=share, memory=memory)
 
     def is_look_dear(self) -> bool:
         """Return whether looks have taken much time of late."""
