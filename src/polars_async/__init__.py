@@ -101,6 +101,7 @@ __all__ = [
     "gpu_status",
     "gpu_support",
     "resolve_engine",
+    "run",
     "share",
     "sink_async",
 ]
@@ -114,6 +115,7 @@ if TYPE_CHECKING:
         collect_schema_async,
         configure,
         default_collector,
+        run,
         sink_async,
     )
     from polars_async.collector import Collector
@@ -203,6 +205,7 @@ else:
         "gpu_status": "gpu",
         "gpu_support": "gpu.support",
         "resolve_engine": "resolution",
+        "run": "api",
         "share": "sharing",
         "sink_async": "api",
     }

@@ -5,7 +5,8 @@ from __future__ import annotations
 import sys
 from concurrent.futures import Executor
 from functools import partial
-from typing import TYPE_CHECKING, Any, ClassVar, Final, TypeVar
+from inspect import isasyncgenfunction, iscoroutinefunction
+from typing import TYPE_CHECKING, Any, ClassVar, Final, TypeVar, TypeVarTuple
 
 from polars_async import bridges
 from polars_async._runtime import fork
@@ -26,11 +27,18 @@ from polars_async.executors.factory import (
     make_executor,
     make_gpu_executor,
 )
-from polars_async.executors.operations import Collect, CollectAll, Schema, Sink
+from polars_async.executors.operations import (
+    Collect,
+    CollectAll,
+    Run,
+    Schema,
+    Sink,
+    async_function_error,
+)
 from polars_async.executors.threads import ThreadsExecutor
 from polars_async.gpu.breaker import key_of
 from polars_async.gpu.devices import named_device
-from polars_async.handle import BackgroundQuery, QueryHandle
+from polars_async.handle import BackgroundQuery, QueryHandle, result_of
 from polars_async.options import (
     DEFAULT_OPTIMIZATIONS,
     Options,
@@ -40,6 +48,7 @@ from polars_async.options import (
 )
 from polars_async.resolution import (
     ADAPTIVE,
+    OF_FUNCTION,
     decide,
     engine_object,
     gpu_policy,
@@ -74,6 +83,7 @@ if TYPE_CHECKING:
     from polars_async.streams import ResultStream
 
 T = TypeVar("T")
+Ts = TypeVarTuple("Ts")
 
 _TINY: Final = Estimate(0.0, None)
 _SPILLED_SHARE: Final = 0.8
@@ -537,6 +547,67 @@ class Collector:
         resolution = self._resolved(options, "async")
         return QueryHandle(self._submit(Schema(lf), resolution, options))
 
+    def run(
+        self,
+        function: Callable[[*Ts], T],
+        *args: *Ts,
+        timeout: float | None = None,
+        priority: int = 0,
+        label: str | None = None,
+        tags: Tags | None = None,
+    ) -> QueryHandle[T]:
+        """
+        Schedule a call of a function that blocks, and return its handle at once.
+
+        It is for what Polars has no query for, such as ``read_excel``, ``write_database`` and
+        operations on DataFrames. The call waits in the queue with the queries, takes a slot, and
+        counts as one of them in events, statistics and limits. The engine of the collector means
+        nothing to it: what the function collects itself runs on the engine that it names.
+
+        On threads the function sees the context variables of the caller. In other processes it
+        gets copies of its arguments and has to be sent, as the Python functions of queries; with
+        ``executor="auto"`` it goes to a worker process, if it can. A function that has begun in a
+        worker process is never run again, whatever becomes of that.
+
+        Parameters
+        ----------
+        function
+            The function; no coroutine function, and no generator.
+        *args
+            Its arguments. For those with names use ``functools.partial``.
+        timeout, priority, label, tags
+            As for `collect_async`. Without a `priority` the call counts as a query of unknown size
+            at first, and after that by how long earlier calls of the function took.
+
+        Returns
+        -------
+        QueryHandle
+            Awaitable in asyncio and trio; the result is what the function returns. It raises what
+            the function raises, unchanged; but tasks get a RuntimeError for StopIteration, as from
+            any coroutine.
+
+        Raises
+        ------
+        TypeError
+            `function` cannot be called, or is a coroutine function; or as for `collect_async`.
+        ValueError, QueueFullError, CollectorClosedError, ForkedProcessError
+            As for `collect_async`.
+
+        Examples
+        --------
+        >>> import polars as pl
+        >>> import polars_async as pa
+        >>> def count(name: str) -> int:
+        ...     return pl.DataFrame({name: [1, 2, 3]}).height
+        >>> with pa.Collector() as collector:
+        ...     print(collector.run(count, "a", label="a count").result())
+        3
+        """
+        _check_function(function)
+        options = Options(None, DEFAULT_OPTIMIZATIONS, timeout, priority, label, tags)
+        fork.check()
+        return QueryHandle(self._submit(Run(function, args), OF_FUNCTION, options))
+
     def collect_background(
         self,
         lf: pl.LazyFrame,
@@ -593,6 +664,17 @@ class Collector:
         optimizations: pl.QueryOptFlags = DEFAULT_OPTIMIZATIONS,
     ) -> Resolution:
         """Return which engine this collector would run a query on; see `resolve_engine`."""
+        # Synchronous queries run on the thread that asks, whatever the executor.
+        return self._decided(engine, path, optimizations, here=path == "sync")
+
+    def _decided(
+        self,
+        engine: EngineRequest | None,
+        path: QueryPath,
+        optimizations: pl.QueryOptFlags,
+        *,
+        here: bool,
+    ) -> Resolution:
         if engine is None or request_of(engine) == "auto":
             engine = self.engine
         return decide(
@@ -600,8 +682,8 @@ class Collector:
             path,
             self._gpu_policy,
             self._default_engine,
-            gpu_elsewhere=self._elsewhere,
-            gpu_in_workers=self._gpus_in_workers,
+            gpu_elsewhere=self._elsewhere and not here,
+            gpu_in_workers=self._gpus_in_workers and not here,
             optimizations=optimizations,
         )
 
@@ -615,7 +697,8 @@ class Collector:
         Return the load of this collector and the totals since it was made, which JSON can write.
 
         Counters only ever grow, and are named in `Collector.COUNTERS`. All else are gauges, which
-        rise and fall. Queries on the GPU are counted in both.
+        rise and fall. Queries on the GPU are counted in both; functions given to `run` count as
+        queries.
 
         Returns
         -------
@@ -746,6 +829,27 @@ class Collector:
         operation = CollectAll(frames, resolution.engine, options.optimizations)
         return self._submit(operation, resolution, options)
 
+    def _result_in_turn(
+        self, operation_on: Callable[[pl.Engine], Operation[T]], optimizations: pl.QueryOptFlags
+    ) -> T:
+        """
+        Run an operation for a synchronous method of Polars, which blocks until its turn is over.
+
+        `operation_on` makes it for the engine of the synchronous path.
+        """
+        fork.check()
+        resolution = self._decided(None, "sync", optimizations, here=False)
+        warn_of(resolution)
+        options = Options(None, optimizations, None, 0, None)
+        query = self._submit(operation_on(resolution.engine), resolution, options)
+        try:
+            result = result_of(query)
+            if query.resolution.fell_back:
+                warn_of(query.resolution)
+            return result
+        finally:
+            del query  # an error's traceback holds this frame, which else held the error
+
     def _resolved(self, options: Options, path: QueryPath) -> Resolution:
         fork.check()
         resolution = self.resolve_engine(
@@ -785,6 +889,12 @@ class Collector:
         self, operation: Operation[T], resolution: Resolution, options: Options
     ) -> Query[T]:
         lane = self._lane(resolution)
+        estimate, fingerprint = None, None
+        if not operation.runs_engine:
+            if isinstance(operation, Run):
+                fingerprint = operation.fingerprint
+            else:
+                estimate = _TINY
         query = Query(
             operation,
             resolution,
@@ -793,8 +903,9 @@ class Collector:
             priority=options.priority,
             label=options.label,
             tags=options.tags,
-            estimate=None if operation.runs_engine else _TINY,
+            estimate=estimate,
             chooser=self._chooser if resolution.name == ADAPTIVE else None,
+            fingerprint=fingerprint,
         )
         if isinstance(operation, operations.Batches):
             operation.buffer.bind(PausableQuery(lane, query))
@@ -812,6 +923,14 @@ class Collector:
             if here is not None:
                 lane.run_inline(query, here)
         return query
+
+
+def _check_function(function: object) -> None:
+    if not callable(function):
+        raise TypeError(f"function must be callable, got {function!r}")
+    for called in (function, type(function).__call__):
+        if iscoroutinefunction(called) or isasyncgenfunction(called):
+            raise async_function_error(f"{function!r} is an async one")
 
 
 def _check_outside(method: str, remedy: str) -> None:

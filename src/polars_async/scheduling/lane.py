@@ -442,9 +442,12 @@ class Lane:
         Return whether `query` is better off in this process, or cannot run elsewhere.
 
         A query with Python functions goes elsewhere however small it is: they may end the process.
+        So does a function that runs instead of a query.
         If the plan does not show whether it has any, it stays here if its frames in memory would
         take long to send.
         """
+        if query.fingerprint is not None:
+            return False
         known = self._costs
         plans = [known.plan(frame) for frame in query.frames]
         if not all(plan.is_sendable for plan in plans):

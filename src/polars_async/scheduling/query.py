@@ -92,6 +92,7 @@ class Query(Generic[T]):
         "context",
         "delivery",
         "estimate",
+        "fingerprint",
         "frames",
         "id",
         "is_inline",
@@ -121,11 +122,14 @@ class Query(Generic[T]):
         label: str | None = None,
         tags: Tags | None = None,
         chooser: Chooser | None = None,
+        fingerprint: int | None = None,
     ) -> None:
         self.id = next(_ids)
         self.resolution = resolution
         self.state = State.WAITING
         self.estimate = estimate
+        self.fingerprint = fingerprint
+        """That of a function which runs instead of a query, for its estimate; else None."""
         self.priority = priority
         self.label = label
         self.tags = tags
@@ -267,7 +271,10 @@ class Query(Generic[T]):
         """Estimate the cost of the query, unless it has an estimate; never raise."""
         if self.estimate is None:
             self.choose_engine()
-            self.estimate = costs.of(self.frames, self.resolution.name)
+            if self.fingerprint is not None:
+                self.estimate = costs.of_function(self.fingerprint)
+            else:
+                self.estimate = costs.of(self.frames, self.resolution.name)
 
     @property
     def operation(self) -> Operation[T] | None:
@@ -356,7 +363,8 @@ class Query(Generic[T]):
             engine=self.resolution.name,
             queue_seconds=self.times.queue_seconds,
             run_seconds=self.times.run_seconds,
-            rows=count_rows(result),
+            # The operation of a stream returns their number.
+            rows=result if self.is_stream and isinstance(result, int) else count_rows(result),
             error=error,
             resolution=self.resolution,
             inline=self.is_inline,
@@ -414,7 +422,7 @@ class Query(Generic[T]):
         """Whether estimating its cost is cheap compared with its run time."""
         return (
             self.estimate is None
-            and bool(self.frames)
+            and (bool(self.frames) or self.fingerprint is not None)
             and (self.times.run_seconds or 0.0) >= _WORTH_ESTIMATING
         )
 
@@ -460,7 +468,10 @@ class Query(Generic[T]):
         if self.is_cancelled:
             self._outcome.drop()
         if self.is_worth_estimating:
-            self.estimate = costs.of_ended(self.frames, self.resolution.name)
+            if self.fingerprint is not None:
+                self.estimate = costs.of_function(self.fingerprint)
+            else:
+                self.estimate = costs.of_ended(self.frames, self.resolution.name)
         self.frames = ()
         seconds = self.times.run_seconds
         if self.estimate is None or seconds is None:

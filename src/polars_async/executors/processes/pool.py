@@ -19,6 +19,7 @@ from polars_async.executors import QueryExecutor
 from polars_async.executors.initializer import current
 from polars_async.executors.large_plans import warn_if_large
 from polars_async.executors.message import SerializationAbort
+from polars_async.executors.operations import Run
 from polars_async.executors.outcomes import error_of
 from polars_async.executors.processes.call import WorkerCall
 from polars_async.executors.processes.process import WorkerProcess, shut_down
@@ -127,7 +128,8 @@ class ProcessExecutor(QueryExecutor):
                 # If the query was cancelled before this, no thread will call `abort`: call it now.
                 if not query.stop_with(abort):
                     abort()
-                message = pack(operation, in_files=True, abort=abort)
+                by_value = isinstance(operation, Run)
+                message = pack(operation, in_files=True, by_value=by_value, abort=abort)
                 try:
                     warn_if_large(query, message.plan_bytes, same_machine=True)
                     worker = self._take()
