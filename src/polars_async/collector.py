@@ -141,9 +141,15 @@ class Collector:
         worker. One more raises `QueueFullError` at once. None means 64. All collectors of a
         process together have at most 256 open, since each may keep one of 512 threads of Polars.
     max_memory
-        How much memory each worker process may take, as a number of bytes or a text such as
-        ``"4GB"`` (4 * 1000**3 bytes) or ``"4 GiB"`` (4 * 1024**3); a query that needs more is
-        stopped and raises `QueryMemoryError`. None sets no limit.
+        How much memory this process and its worker processes may take together: a number of
+        bytes, a text such as ``"4GB"`` (4 * 1000**3 bytes) or ``"4 GiB"`` (4 * 1024**3), or a share
+        of the memory of the machine or its cgroup, such as ``"75%"``. No query of the CPU starts
+        that is expected to take more than is left, by what its like took, or else by what it reads;
+        small ones go on meanwhile, and one that no large one runs beside starts in any case. If one
+        takes more by itself, it is stopped in a worker process, and raises `QueryMemoryError`; on
+        threads there is a `MemoryLimitWarning`. Streaming queries spill to the disk from 80 % of it
+        on threads, and from half of it in each worker, unless ``POLARS_OOC_MEMORY_BUDGET_MB`` or
+        ``POLARS_OOC_MEMORY_BUDGET_FRACTION`` are set. None sets no limit.
     inline
         Seconds up to which a query is so quick that handing it to another thread would cost more:
         it then runs on the thread that submits it, and its handle is done at once. It may do so if
@@ -711,6 +717,8 @@ class Collector:
             - ``downgraded``, ``fell_back``: queries for which another engine ran.
             - ``inline``: queries that ran on the threads that submitted them.
             - ``queue_seconds``, ``run_seconds``: how long queries waited and ran, in all.
+            - ``memory_waits``, ``memory_seconds``: queries that started later for want of memory
+              alone, and how much later, in all.
             - ``workers_died``: worker processes that died with a query.
 
             The gauges:
@@ -721,8 +729,10 @@ class Collector:
               them on the GPU.
             - ``streams``: the streams of batches that run or wait.
             - ``workers``: worker processes.
-            - ``max_running``, ``max_waiting``, ``max_streams``: the limits; None where there is
-              none.
+            - ``memory``: bytes that this process and its workers take now, as far as they count
+              for ``max_memory``; None without that limit.
+            - ``max_running``, ``max_waiting``, ``max_streams``, ``max_memory``: the limits; None
+              where there is none.
             - ``gpu_failures``, ``gpu_cooldown_seconds``: of the whole process, the failures in a
               row of the GPU, and how long it will not be used for that; of several GPUs, those of
               the most failures and of the longest cooldown. In worker processes each GPU has its
