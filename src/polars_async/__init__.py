@@ -27,7 +27,8 @@ Rooms, from the lowest to the highest; each imports only from those before it:
 - ``_runtime``: the interpreter, gevent, forks, and every private API of Polars (``upstream``).
 - ``bridges``: waiters of each kind of loop, and the buffer between a query and a stream.
 - ``gpu``: whether the GPU engine can run, how it runs a query, and what its failures mean.
-- ``resolution``, ``events``: the decision about the engine, and the events of a query.
+- ``resolution``, ``wording``, ``events``: the decision about the engine, what took a query how
+  long in words, and the events of a query.
 - ``executors``: the operations of queries, and the executors that run them.
 - ``scheduling``: a query's state, the queue, the slots, estimates, and the fallback to the CPU.
 - ``handle``, ``streams``, ``sharing``, ``options``, ``collector``, ``api``, ``engine``: the API for
@@ -78,6 +79,7 @@ __all__ = [
     "PolarsAsyncError",
     "QueryEvent",
     "QueryHandle",
+    "QueryInfo",
     "QueryMemoryError",
     "QueryPath",
     "QueryTimeoutError",
@@ -147,6 +149,7 @@ if TYPE_CHECKING:
         Resolution,
         resolve_engine,
     )
+    from polars_async.scheduling.listing import QueryInfo
     from polars_async.sharing import share
     from polars_async.streams import ResultStream
 else:
@@ -178,6 +181,7 @@ else:
         "PolarsAsyncError": "errors",
         "QueryEvent": "events",
         "QueryHandle": "handle",
+        "QueryInfo": "scheduling.listing",
         "QueryMemoryError": "errors",
         "QueryPath": "resolution",
         "QueryTimeoutError": "errors",

@@ -42,6 +42,7 @@ def configure(
     max_streams: int | None = None,
     max_memory: float | str | None = None,
     inline: float = 100e-6,
+    slow: float | None = None,
     on_event: Callable[[QueryEvent], object] | None = None,
 ) -> Collector:
     """
@@ -51,7 +52,7 @@ def configure(
     ----------
     engine, gpu, default_engine, executor
         As for `Collector`.
-    max_running, max_waiting, max_streams, max_memory, inline, on_event
+    max_running, max_waiting, max_streams, max_memory, inline, slow, on_event
         As for `Collector`.
 
     Returns
@@ -84,6 +85,7 @@ def configure(
             max_streams=max_streams,
             max_memory=max_memory,
             inline=inline,
+            slow=slow,
             on_event=on_event,
         )
         before, _Default.collector = _Default.collector, collector

@@ -62,7 +62,22 @@ class QueryHandle(Coroutine[Any, Any, T], Generic[T]):
         self._query = query
 
     def __repr__(self) -> str:
-        return f"<QueryHandle: {summary(self._query)}>"
+        return f"<QueryHandle: {essence(self._query)}>"
+
+    @property
+    def id(self) -> int:
+        """The number of the query, unique in this process: `Collector.cancel` takes it."""
+        return self._query.id
+
+    @property
+    def summary(self) -> str:
+        """
+        What took the query how long so far, in one sentence.
+
+        It tells what the query waited behind, where it ran, and why on another engine than the one
+        that was asked for, as far as these are known.
+        """
+        return self._query.summary
 
     @property
     def label(self) -> str | None:
@@ -260,7 +275,7 @@ class BackgroundQuery(InProcessQuery, Generic[T]):
         self._handle = QueryHandle(query)
 
     def __repr__(self) -> str:
-        return f"<BackgroundQuery: {summary(self._query)}>"
+        return f"<BackgroundQuery: {essence(self._query)}>"
 
     def cancel(self) -> None:
         """Cancel the query; its result or error is dropped."""
@@ -284,7 +299,7 @@ def _running_task() -> object:
         return None
 
 
-def summary(query: Query[Any]) -> str:
+def essence(query: Query[Any]) -> str:
     """Return the number, label, state and engine of a query in a few words."""
     label = "" if query.label is None else f" {query.label!r}"
     state = query.state.name.lower().replace("_", " ")

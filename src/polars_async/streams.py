@@ -11,7 +11,7 @@ import polars as pl
 from polars_async import bridges
 from polars_async.bridges.buffer import Arrivals, Buffer
 from polars_async.bridges.threads import BLOCKING, drive
-from polars_async.handle import summary
+from polars_async.handle import essence
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Sequence
@@ -163,7 +163,17 @@ class Batches(ResultStream[pl.DataFrame]):
             ending.wake()
 
     def __repr__(self) -> str:
-        return f"<ResultStream: batches of {summary(self._query)}>"
+        return f"<ResultStream: batches of {essence(self._query)}>"
+
+    @property
+    def id(self) -> int:
+        """The number of the query, unique in this process: `Collector.cancel` takes it."""
+        return self._query.id
+
+    @property
+    def summary(self) -> str:
+        """What took the query how long so far, in one sentence: see `QueryHandle.summary`."""
+        return self._query.summary
 
     @property
     def resolution(self) -> Resolution:

@@ -54,6 +54,8 @@ class Job(Stoppable, Protocol):
     resolution: Resolution
     call_site: CallSite | None
     """The line that asked for the query, if the query may go to another process."""
+    place: str | None
+    """Where it runs, such as ``"worker 4711"``, which the executor sets; None for a thread here."""
     frames: Sequence[pl.LazyFrame]
     """The frames that are left to collect; empty once their plans are needed no more."""
 

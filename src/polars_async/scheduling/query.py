@@ -12,7 +12,7 @@ from polars_async._runtime.green import delivery
 from polars_async._runtime.timers import start_timer
 from polars_async._runtime.unpatched import get_ident, holding
 from polars_async.bridges.waiting import persist, wake
-from polars_async.errors import QueryTimeoutError
+from polars_async.errors import QueryTimeoutError, describe
 from polars_async.events import EventKind, QueryEvent, count_rows, notify_observers
 from polars_async.executors.operations import Batches, on_engine
 from polars_async.resolution import ADAPTIVE, tried_again
@@ -20,6 +20,7 @@ from polars_async.scheduling.counts import State
 from polars_async.scheduling.outcome import Outcome
 from polars_async.scheduling.sizes import SMALL, UNKNOWN, Load, size_with
 from polars_async.scheduling.times import Times
+from polars_async.wording import behind, in_bytes, summarize, where
 
 if TYPE_CHECKING:
     from _thread import RLock
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
     from polars_async.scheduling.adaptive import Choice, Chooser
     from polars_async.scheduling.counts import Counts
     from polars_async.scheduling.estimates import CostModel, Estimate
+    from polars_async.wording import Ahead
 
 T = TypeVar("T")
 
@@ -85,6 +87,7 @@ class Query(Generic[T]):
         "_timeout_error",
         "_timer",
         "_waiters",
+        "ahead",
         "call_site",
         "choice",
         "chooser",
@@ -98,6 +101,7 @@ class Query(Generic[T]):
         "is_stream",
         "label",
         "lock",
+        "place",
         "priority",
         "reports",
         "resolution",
@@ -140,6 +144,10 @@ class Query(Generic[T]):
         """What it has chosen."""
         self.call_site: CallSite | None = None
         """The user's line that submitted the query, if it may go to another process."""
+        self.ahead: Ahead | None = None
+        """How many queries were before it, when it was put into the queue."""
+        self.place: str | None = None
+        """Where it runs, or has run; None for a thread of this process."""
         self.times = Times()
         self.reports = reporter.listens
         self.delivery = delivery() if self.reports else None
@@ -175,6 +183,34 @@ class Query(Generic[T]):
     def named(self) -> str:
         """The name of the query for the middle of a sentence."""
         return "the query" if self.label is None else f"the query {self.label!r}"
+
+    @property
+    def peak_memory(self) -> int | None:
+        """The most memory that the query took so far, in bytes; None if that is not known."""
+        return None
+
+    @property
+    def summary(self) -> str:
+        """What took the query how long so far, in one sentence."""
+        end: str | None = None
+        error = self._outcome.error
+        if self.state is State.FAILED and error is not None:
+            end = f"failed by {describe(error)}"
+        elif self.state is State.TIMED_OUT:
+            end = "timed out"
+        elif self.done and self.state is not State.COMPLETED:
+            end = f"was {self.state.name.lower()}"
+        return summarize(
+            waited=self.times.queue_seconds,
+            ran=self.times.run_seconds,
+            resolution=self.resolution,
+            ahead=self.ahead,
+            place=self.place,
+            inline=self.is_inline,
+            peak_memory=self.peak_memory,
+            gpu_seconds=self.times.gpu_seconds,
+            end=end,
+        )
 
     @property
     def is_small(self) -> bool:
@@ -329,6 +365,7 @@ class Query(Generic[T]):
                 return False
             self._operation, self.resolution = operation, resolution
             self.frames = operation.frames
+            self.place = None
             _, self._counts, self._leave_queue = owner
             self.state = State.WAITING
             self.estimate = None
@@ -353,6 +390,9 @@ class Query(Generic[T]):
             resolution=self.resolution,
             inline=self.is_inline,
             tags=self.tags or {},
+            place=self.place,
+            ahead=self.ahead,
+            peak_memory=self.peak_memory,
         )
         if self.delivery is None:
             self._reporter(event)
@@ -619,11 +659,11 @@ class Query(Generic[T]):
     def _new_timeout_error(self) -> QueryTimeoutError:
         if self._stop is None:
             ends = (
-                " and ran for {ran}. Polars cannot stop it, so it keeps its slot until it really "
-                "ends"
+                " and ran for {ran}{where}. Polars cannot stop it, so it keeps its slot until it "
+                "really ends"
             )
         elif self._stop_is_sure:
-            ends = " and ran for {ran}. It is stopped now"
+            ends = " and ran for {ran}{where}. It is stopped now"
         else:
             ends = (
                 " and was with its executor for {ran}, which is asked to drop it and may go on "
@@ -631,8 +671,12 @@ class Query(Generic[T]):
             )
         # Read once: the query may still run, and its text and attributes have to agree.
         waited, ran = self.times.queue_seconds, self.times.run_seconds
-        where = self.times.described(waited, ran, ends)
-        message = f"{self.named} was not done after {self._timeout:g} s: {where}"
+        there = "" if self.place is None else where(self.resolution, self.place)
+        if self.peak_memory is not None:
+            there += f", with {in_bytes(self.peak_memory)} at its peak"
+        ends = ends.replace("{where}", there)
+        spent = self.times.described(waited, ran, behind(self.ahead), ends)
+        message = f"{self.named} was not done after {self._timeout:g} s: {spent}"
         return QueryTimeoutError(message, self._timeout, waited, ran)
 
 

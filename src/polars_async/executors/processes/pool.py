@@ -56,7 +56,9 @@ class ProcessExecutor(QueryExecutor):
         max_memory: int | None = None,
         runs_unsendable_here: bool = False,
         env: Mapping[str, str] | None = None,
+        gpu: str | None = None,
     ) -> None:
+        self._of_gpu: Final = "" if gpu is None else f" ({gpu})"
         self._env: Final = {"POLARS_MAX_THREADS": str(threads), **(env or {})}
         self._max_idle: Final = max_idle
         self._max_memory: Final = max_memory
@@ -133,6 +135,7 @@ class ProcessExecutor(QueryExecutor):
                 # A cancellation from now on still calls `abort`, in vain, until `call.run` replaces
                 # it. `call.run` finds that the query is done then, and leaves the worker alone.
                 call = WorkerCall(worker, query, self._max_memory, on_gpu_health)
+                query.place = f"worker {worker.pid}{self._of_gpu}"
                 try:
                     kind, content = call.run(message, buffer_of(operation))
                 except EOFError:
