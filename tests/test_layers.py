@@ -20,7 +20,7 @@ LAYERS = (
     ("events", "progress"),
     ("executors",),
     ("scheduling",),
-    ("handle", "options", "streams", "sharing"),
+    ("handle", "iteration", "options", "streams", "sharing", "watches"),
     ("collector",),
     ("api", "engine"),
     ("compare",),

@@ -77,6 +77,7 @@ __all__ = [
     "GpuStatus",
     "GpuSupport",
     "PolarsAsyncError",
+    "Progress",
     "QueryEvent",
     "QueryHandle",
     "QueryInfo",
@@ -140,6 +141,8 @@ if TYPE_CHECKING:
     from polars_async.gpu.status import GpuDevice, GpuStatus
     from polars_async.gpu.support import GpuSupport, Support, gpu_support
     from polars_async.handle import BackgroundQuery, QueryHandle
+    from polars_async.iteration import ResultStream
+    from polars_async.progress import Progress
     from polars_async.reasons import Reason
     from polars_async.resolution import (
         EngineName,
@@ -151,7 +154,6 @@ if TYPE_CHECKING:
     )
     from polars_async.scheduling.listing import QueryInfo
     from polars_async.sharing import share
-    from polars_async.streams import ResultStream
 else:
     from importlib import import_module
 
@@ -179,6 +181,7 @@ else:
         "GpuStatus": "gpu.status",
         "GpuSupport": "gpu.support",
         "PolarsAsyncError": "errors",
+        "Progress": "progress",
         "QueryEvent": "events",
         "QueryHandle": "handle",
         "QueryInfo": "scheduling.listing",
@@ -188,7 +191,7 @@ else:
         "QueueFullError": "errors",
         "Reason": "reasons",
         "Resolution": "resolution",
-        "ResultStream": "streams",
+        "ResultStream": "iteration",
         "Support": "gpu.support",
         "Tags": "events",
         "WorkerDiedError": "errors",

@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     from polars_async.events import QueryEvent, Tags
     from polars_async.executors.factory import ExecutorRequest
     from polars_async.handle import QueryHandle
+    from polars_async.iteration import ResultStream
     from polars_async.resolution import EngineRequest, GpuPolicy
-    from polars_async.streams import ResultStream
 
 
 class _Default:
@@ -43,6 +43,7 @@ def configure(
     max_memory: float | str | None = None,
     inline: float = 100e-6,
     slow: float | None = None,
+    progress: bool | None = None,
     on_event: Callable[[QueryEvent], object] | None = None,
 ) -> Collector:
     """
@@ -52,7 +53,7 @@ def configure(
     ----------
     engine, gpu, default_engine, executor
         As for `Collector`.
-    max_running, max_waiting, max_streams, max_memory, inline, slow, on_event
+    max_running, max_waiting, max_streams, max_memory, inline, slow, progress, on_event
         As for `Collector`.
 
     Returns
@@ -86,6 +87,7 @@ def configure(
             max_memory=max_memory,
             inline=inline,
             slow=slow,
+            progress=progress,
             on_event=on_event,
         )
         before, _Default.collector = _Default.collector, collector

@@ -70,9 +70,9 @@ if TYPE_CHECKING:
     from polars_async.events import QueryEvent, Tags
     from polars_async.executors.factory import ExecutorRequest
     from polars_async.executors.operations import Operation
+    from polars_async.iteration import ResultStream
     from polars_async.resolution import EngineRequest, GpuPolicy, QueryPath, Resolution
     from polars_async.scheduling.listing import QueryInfo
-    from polars_async.streams import ResultStream
 
 T = TypeVar("T")
 
@@ -146,6 +146,11 @@ class Collector:
         Seconds, of waiting and running together, from which on a query counts as slow: when it
         ends, also by a time-out or a cancellation, the logger ``polars_async.slow`` says so at
         WARNING, with its `QueryHandle.summary`. None logs none.
+    progress
+        Whether what queries on the streaming engine read is counted, which takes some 30 us for
+        each: see `QueryHandle.progress`. None counts that of queries that start after the first
+        call of ``progress()``, ``watch()`` or `show_progress` for a query of this collector; in an
+        interactive session, such as a notebook, that of all.
     on_event
         Called with a `QueryEvent` for each event of a query, on the thread where it happens, which
         waits for the call: it must be quick, and safe to call from many threads. Errors that it
@@ -176,6 +181,7 @@ class Collector:
         max_memory: float | str | None = None,
         inline: float = 100e-6,
         slow: float | None = None,
+        progress: bool | None = None,
         on_event: Callable[[QueryEvent], object] | None = None,
     ) -> None:
         check_limit("max_running", max_running, 1)
@@ -193,7 +199,7 @@ class Collector:
             gpu_policy(gpu)
         self._gpu_policy: Final = gpu
         self._default_engine: Final = default_engine
-        self._reporter: Final = Reporter(on_event, slow)
+        self._reporter: Final = Reporter(on_event, slow, progress)
         known = CostModel(far=executor == "auto")
         slots, most = (max_running, None) if max_running else default_slots(executor)
         limits = Limits(slots, most, processors())

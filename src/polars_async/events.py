@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import enum
 import logging
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final, TypeAlias
@@ -180,16 +181,27 @@ class Reporter:
     Passes events to the logger and to the hook of one collector.
 
     The logger ``polars_async.slow`` is told, at their end, of queries that took `slow` seconds or
-    more.
+    more. `progress` says whether what queries read is counted: None for from when it is asked for,
+    which in an interactive session is at once.
     """
 
-    __slots__ = ("_on_event", "_slow")
+    __slots__ = ("_may_count", "_on_event", "_slow", "counts")
 
     def __init__(
-        self, on_event: Callable[[QueryEvent], object] | None, slow: float | None = None
+        self,
+        on_event: Callable[[QueryEvent], object] | None,
+        slow: float | None = None,
+        progress: bool | None = None,  # noqa: FBT001
     ) -> None:
         self._on_event = on_event
         self._slow = slow
+        self._may_count = progress is not False
+        self.counts = hasattr(sys, "ps1") if progress is None else progress
+        """Whether what queries read is counted."""
+
+    def want_counts(self) -> None:
+        """Have what queries read be counted, unless that was ruled out."""
+        self.counts = self._may_count
 
     @property
     def listens(self) -> bool:

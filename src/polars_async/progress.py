@@ -3,8 +3,30 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Final, NamedTuple, Protocol
 
 from polars_async.wording import in_bytes, in_seconds
+
+
+class Reading(NamedTuple):
+    """What the operators of a query have done so far."""
+
+    rows: int | None = None
+    bytes: int | None = None
+    fraction: float | None = None
+    """At most 1, which it is when all is read that the query scans."""
+    operator: str | None = None
+
+
+NOTHING_READ: Final = Reading()
+
+
+class Meter(Protocol):
+    """Tells how far one query is."""
+
+    def read(self) -> Reading:
+        """Return what the operators of the query have done so far; any thread may call it."""
+        ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,6 +60,11 @@ class Progress:
     bytes: int | None = None
     fraction: float | None = None
     operator: str | None = None
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether the query is done, well or not."""
+        return self.state not in {"waiting", "running"}
 
     def __str__(self) -> str:
         parts = [self.state.replace("_", " "), in_seconds(self.seconds)]

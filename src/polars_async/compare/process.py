@@ -84,6 +84,10 @@ class _Uncancelled:
         return nullcontext()
 
     @staticmethod
+    def note_reading(reading: tuple[Any, ...]) -> None:
+        """Ignore it: nothing is counted here."""
+
+    @staticmethod
     def note_retry(how: str, cause: Exception) -> None:
         """Do nothing: the collector in the process notes it in the resolution of its query."""
 

@@ -107,7 +107,7 @@ def info_of(query: Query[Any], state: str) -> QueryInfo:
         ran=times.run_seconds,
         place=(query.place or _THREAD) if started else None,
         memory=query.peak_memory,
-        progress=None,
+        progress=None if query.meter is None else query.progress,
     )
 
 

@@ -8,13 +8,17 @@ from functools import partial
 from itertools import count
 from typing import TYPE_CHECKING, Any, Final, Generic, NamedTuple, TypeVar
 
+import polars as pl
+
 from polars_async._runtime.green import delivery
 from polars_async._runtime.timers import start_timer
 from polars_async._runtime.unpatched import get_ident, holding
-from polars_async.bridges.waiting import persist, wake
+from polars_async.bridges.waiting import Onlooker, persist, wake
 from polars_async.errors import QueryTimeoutError, describe
 from polars_async.events import EventKind, QueryEvent, count_rows, notify_observers
+from polars_async.executors.meters import SentMeter
 from polars_async.executors.operations import Batches, on_engine
+from polars_async.progress import NOTHING_READ, Progress
 from polars_async.resolution import ADAPTIVE, tried_again
 from polars_async.scheduling.counts import State
 from polars_async.scheduling.outcome import Outcome
@@ -27,13 +31,12 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
     from contextlib import AbstractContextManager
 
-    import polars as pl
-
     from polars_async._runtime.callers import CallSite
     from polars_async._runtime.timers import Timer
     from polars_async.bridges.waiting import Waiter
     from polars_async.events import Reporter, Tags
     from polars_async.executors.operations import Operation
+    from polars_async.progress import Meter
     from polars_async.resolution import Resolution
     from polars_async.scheduling.adaptive import Choice, Chooser
     from polars_async.scheduling.counts import Counts
@@ -101,6 +104,7 @@ class Query(Generic[T]):
         "is_stream",
         "label",
         "lock",
+        "meter",
         "place",
         "priority",
         "reports",
@@ -148,6 +152,8 @@ class Query(Generic[T]):
         """How many queries were before it, when it was put into the queue."""
         self.place: str | None = None
         """Where it runs, or has run; None for a thread of this process."""
+        self.meter: Meter | None = None
+        """Counts what it reads, if that is wanted."""
         self.times = Times()
         self.reports = reporter.listens
         self.delivery = delivery() if self.reports else None
@@ -190,6 +196,35 @@ class Query(Generic[T]):
         return None
 
     @property
+    def is_counted(self) -> bool:
+        """Whether what it reads is to be counted when it runs, and its engine can."""
+        return self._reporter.counts and type(self.resolution.engine) is pl.StreamingEngine
+
+    def note_reading(self, reading: tuple[Any, ...]) -> None:
+        """Note what its operators have done so far, as its worker process has sent it."""
+        if isinstance(self.meter, SentMeter):
+            self.meter.note(reading)
+
+    def want_progress(self) -> None:
+        """Have what queries of this collector read be counted, those that start from now on."""
+        self._reporter.want_counts()
+
+    @property
+    def progress(self) -> Progress:
+        """How far it is."""
+        # The state first: of a query that ends meanwhile, all is counted then.
+        state = self.state
+        reading = NOTHING_READ if self.meter is None else self.meter.read()
+        return Progress(
+            state=state.name.lower(),
+            seconds=self.times.run_seconds or 0.0,
+            rows=reading.rows,
+            bytes=reading.bytes,
+            fraction=1.0 if state is State.COMPLETED else reading.fraction,
+            operator=None if self.done else reading.operator,
+        )
+
+    @property
     def summary(self) -> str:
         """What took the query how long so far, in one sentence."""
         end: str | None = None
@@ -211,6 +246,13 @@ class Query(Generic[T]):
             gpu_seconds=self.times.gpu_seconds,
             end=end,
         )
+
+    @property
+    def essence(self) -> str:
+        """Its number, label, state and engine, in a few words."""
+        label = "" if self.label is None else f" {self.label!r}"
+        state = self.state.name.lower().replace("_", " ")
+        return f"query {self.id}{label}, {state}, {self.resolution.name} engine"
 
     @property
     def is_small(self) -> bool:
@@ -365,7 +407,7 @@ class Query(Generic[T]):
                 return False
             self._operation, self.resolution = operation, resolution
             self.frames = operation.frames
-            self.place = None
+            self.place = self.meter = None
             _, self._counts, self._leave_queue = owner
             self.state = State.WAITING
             self.estimate = None
@@ -583,7 +625,7 @@ class Query(Generic[T]):
         if self.done:
             return False
         self._waiters.pop(waiter, None)
-        if last_cancels and not self._waiters:
+        if last_cancels and all(isinstance(each, Onlooker) for each in self._waiters):
             # In the same hold of the lock: a waiter that came in between would be cancelled, too.
             self._cancel(State.CANCELLED)
         return True

@@ -26,7 +26,9 @@ from polars_async._runtime.nesting import enter_worker
 from polars_async._runtime.unpatched import RLock
 from polars_async.errors import PolarsAsyncError
 from polars_async.executors.main_module import ResolvingMain, resolve_namespaces
+from polars_async.executors.meters import is_counting
 from polars_async.executors.outcomes import outcome_of, packed_error
+from polars_async.executors.processes.readings import sending_counts
 from polars_async.executors.processes.surroundings import Follower
 from polars_async.executors.processes.transport import Transport
 from polars_async.executors.serialization import pack, unpack
@@ -125,6 +127,8 @@ def _run(message: Message, transport: Transport, follower: Follower) -> object:
     try:
         with ResolvingMain(parent.load):
             operation = unpack(message, _RemoteBuffer(parent))
+            if is_counting(operation):
+                return sending_counts(operation, transport)
             return operation()
     finally:
         parent.end()

@@ -19,6 +19,7 @@ from polars_async.executors import QueryExecutor
 from polars_async.executors.initializer import current
 from polars_async.executors.large_plans import warn_if_large
 from polars_async.executors.message import SerializationAbort
+from polars_async.executors.meters import SentMeter, counting
 from polars_async.executors.outcomes import error_of
 from polars_async.executors.processes.call import WorkerCall
 from polars_async.executors.processes.process import WorkerProcess, shut_down
@@ -120,6 +121,8 @@ class ProcessExecutor(QueryExecutor):
         """Return the outcome in a worker, or as a text the reason why the query stays here."""
         call: WorkerCall | None = None
         try:
+            if query.is_counted:
+                operation, query.meter = counting(operation), SentMeter()
             for _ in range(_MAX_TRIES):
                 abort = SerializationAbort()
                 # If the query was cancelled before this, no thread will call `abort`: call it now.
