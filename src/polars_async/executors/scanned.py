@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import polars as pl
 
+from polars_async._runtime.parquet import share_of_columns
 from polars_async._runtime.plans import look_at
 
 if TYPE_CHECKING:
@@ -40,6 +41,7 @@ class Scan:
         self._first: object = properties.get("first_source")
         self._number: int = properties.get("num_sources") or 0
         self._is_filtered = properties.get("predicate") is not None
+        self._columns: list[str] = properties.get("projected_file_columns") or []
         self._slice: object = properties.get("pre_slice")
         self.is_unsized = self.size_in_rows is None and self._is_local
         """Whether its size is worth looking for, which was not done yet."""
@@ -56,7 +58,7 @@ class Scan:
             return 1.0
         if self.size_in_rows is not None:
             return min(1.0, self.rows / self.size_in_rows) if self.size_in_rows else 1.0
-        if self._size_in_bytes and (self.bytes or not self.rows):
+        if self._size_in_bytes and self.bytes:  # Polars 1.44 counts none of local files
             return min(1.0, self.bytes / self._size_in_bytes)
         return None
 
@@ -78,6 +80,10 @@ class Scan:
                 self.size_in_rows = counted.collect(engine="in-memory").item()
             elif self._kind == "csv":  # which is read from end to end
                 self._size_in_bytes = sum(map(os.path.getsize, files))
+            elif self._kind == "parquet":
+                # The rows that a filter lets pass tell nothing, and the bytes of the columns do.
+                share = share_of_columns(files[0], self._columns)
+                self._size_in_bytes = int(sum(map(os.path.getsize, files)) * (share or 0))
 
     def _files(self, frames: Iterable[pl.LazyFrame]) -> list[str] | None:
         """Return the paths of its files, in their order; None if they are not to be found."""
