@@ -22,7 +22,7 @@ LAYERS = (
     ("scheduling",),
     ("handle", "iteration", "options", "streams", "sharing", "watches"),
     ("collector",),
-    ("api", "engine"),
+    ("api", "drawing", "engine", "showing"),
     ("compare",),
     ("testing", "pytest_plugin", "doctor", "cli", "__main__", "_pytest_entry", "starlette"),
 )

@@ -27,12 +27,12 @@ Rooms, from the lowest to the highest; each imports only from those before it:
 - ``_runtime``: the interpreter, gevent, forks, and every private API of Polars (``upstream``).
 - ``bridges``: waiters of each kind of loop, and the buffer between a query and a stream.
 - ``gpu``: whether the GPU engine can run, how it runs a query, and what its failures mean.
-- ``resolution``, ``wording``, ``events``: the decision about the engine, what took a query how
-  long in words, and the events of a query.
+- ``resolution``, ``wording``, ``events``, ``progress``: the decision about the engine, what took a
+  query how long in words, its events, and how far it is.
 - ``executors``: the operations of queries, and the executors that run them.
 - ``scheduling``: a query's state, the queue, the slots, estimates, and the fallback to the CPU.
-- ``handle``, ``streams``, ``sharing``, ``options``, ``collector``, ``api``, ``engine``: the API for
-  users.
+- ``iteration``, ``watches``, ``handle``, ``streams``, ``sharing``, ``options``, ``collector``,
+  ``api``, ``engine``, ``drawing``, ``showing``: the API for users.
 - ``compare``: queries on several engines, each in a worker process of its own, and their answers.
 - ``testing``, ``pytest_plugin``, ``doctor``, ``cli``: a simulated GPU, and the console script.
 
@@ -104,6 +104,7 @@ __all__ = [
     "gpu_support",
     "resolve_engine",
     "share",
+    "show_progress",
     "sink_async",
 ]
 
@@ -154,6 +155,7 @@ if TYPE_CHECKING:
     )
     from polars_async.scheduling.listing import QueryInfo
     from polars_async.sharing import share
+    from polars_async.showing import show_progress
 else:
     from importlib import import_module
 
@@ -208,6 +210,7 @@ else:
         "gpu_support": "gpu.support",
         "resolve_engine": "resolution",
         "share": "sharing",
+        "show_progress": "showing",
         "sink_async": "api",
     }
 

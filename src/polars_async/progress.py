@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import floor
 from typing import Final, NamedTuple, Protocol
 
 from polars_async.wording import in_bytes, in_seconds
@@ -69,7 +70,7 @@ class Progress:
     def __str__(self) -> str:
         parts = [self.state.replace("_", " "), in_seconds(self.seconds)]
         if self.fraction is not None:
-            parts.insert(0, f"{100 * self.fraction:.0f} %")
+            parts.insert(0, f"{floor(100 * self.fraction)} %")
         if self.rows is not None:
             parts.append(f"{self.rows:,} rows")
         if self.bytes is not None:

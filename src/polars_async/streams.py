@@ -39,6 +39,10 @@ class Completions(ResultStream[tuple[int, T]]):
     def __repr__(self) -> str:
         return f"<ResultStream: {len(self._queries)} results to come>"
 
+    def left(self) -> list[Query[T]]:
+        """Return the queries whose results were not taken yet."""
+        return list(self._queries.values())
+
     async def _next(self, bridge: Bridge | None = None) -> tuple[int, T]:
         if bridge is None:
             bridge = bridges.current()

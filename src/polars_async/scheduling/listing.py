@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
+from math import floor
 from time import perf_counter
 from typing import TYPE_CHECKING, Any, Final, Literal, TypeAlias
 
@@ -76,7 +77,7 @@ class QueryInfo:
         if self.memory is not None:
             parts.append(in_bytes(self.memory))
         if self.progress is not None and self.progress.fraction is not None:
-            parts.append(f"{100 * self.progress.fraction:.0f} % read")
+            parts.append(f"{floor(100 * self.progress.fraction)} % read")
         parts += [f"{name}={value!r}" for name, value in self.tags.items()]
         return ", ".join(parts)
 
