@@ -14,6 +14,7 @@ module of that name is there just while Polars looks for it.
 
 from __future__ import annotations
 
+import logging
 import sys
 from importlib import import_module
 from types import ModuleType
@@ -21,9 +22,7 @@ from typing import TYPE_CHECKING, Any, Final, Protocol, TypeVar
 
 import polars as pl
 
-from polars_async._runtime.fork import new_lock
-from polars_async._runtime.logs import log
-from polars_async._runtime.unpatched import local
+from polars_async._runtime.unpatched import RLock, local
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -32,12 +31,14 @@ __all__ = ["CountingEngine", "counting_engine", "observed"]
 
 T = TypeVar("T")
 
+_log: Final = logging.getLogger("polars_async")
+
 _MODULE: Final = "polars_cloud"
 _FACTORY: Final = "QueryCloudObserver"
 _MOVED: Final = (AttributeError, ImportError, LookupError, TypeError, ValueError, RuntimeError)
 """What a use of the hook raises where it has moved."""
 
-_lock: Final = new_lock()
+_lock: Final = RLock()
 """Held while the module is put in place and removed."""
 _complained: Final[set[str]] = set()
 
@@ -211,7 +212,7 @@ def _complain_once(error: Exception) -> None:
     text = f"{type(error).__name__}: {error}"
     if text not in _complained:
         _complained.add(text)
-        log.debug("the progress of queries cannot be seen: %s", text)
+        _log.debug("the progress of queries cannot be seen: %s", text)
 
 
 _module: Final = ModuleType(_MODULE)
