@@ -12,7 +12,7 @@ from polars_async import bridges
 from polars_async._runtime.fork import new_lock
 from polars_async._runtime.upstream import InProcessQuery
 from polars_async.bridges import turns
-from polars_async.bridges.threads import block
+from polars_async.bridges.threads import block, block_caller
 from polars_async.watches import Watchable
 
 if TYPE_CHECKING:
@@ -276,6 +276,23 @@ class BackgroundQuery(Watchable, InProcessQuery, Generic[T]):
     def fetch_blocking(self) -> T:  # type: ignore[override]  # as above
         """Block the calling thread until the query is done; return or raise as ``result``."""
         return self._handle.result()
+
+
+def result_of(query: Query[T]) -> T:
+    """
+    Block the calling thread, or greenlet, until the query is done; return or raise its outcome.
+
+    What interrupts the wait, such as Ctrl-C, cancels the query: no caller has a handle of it.
+    """
+    try:
+        if not query.done:
+            block_caller(query)
+        return query.outcome(CancelledError)
+    except BaseException:
+        query.cancel()
+        raise
+    finally:
+        del query  # an error's traceback holds this frame, which else held the error
 
 
 def _running_task() -> object:

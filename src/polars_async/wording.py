@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 from polars_async.errors import describe
+from polars_async.resolution import NO_ENGINE
 
 if TYPE_CHECKING:
     from polars_async.resolution import Resolution
@@ -83,7 +84,7 @@ def behind(ahead: Ahead | None) -> str:
 
 def where(resolution: Resolution, place: str | None, *, inline: bool = False) -> str:
     """Return on which engine a query ran, and where, as it follows how long it ran."""
-    engine = f" on the {resolution.name} engine"
+    engine = "" if resolution.name == NO_ENGINE else f" on the {resolution.name} engine"
     if inline:
         return f"{engine}, on the thread that submitted it"
     if place is None:

@@ -9,6 +9,7 @@ from time import perf_counter
 from typing import TYPE_CHECKING, Any, Final, Literal, TypeAlias
 
 from polars_async._runtime.unpatched import holding
+from polars_async.resolution import engine_text
 from polars_async.wording import in_bytes, in_seconds
 
 if TYPE_CHECKING:
@@ -68,7 +69,7 @@ class QueryInfo:
 
     def __str__(self) -> str:
         label = f" {self.label!r}" if self.label is not None else ""
-        parts = [f"query {self.id}{label}, {self.state}, {self.engine} engine"]
+        parts = [f"query {self.id}{label}, {self.state}, {engine_text(self.engine)}"]
         if self.place is not None:
             parts.append(self.place)
         parts.append(f"waited {in_seconds(self.waited)}")

@@ -19,7 +19,7 @@ from polars_async.events import EventKind, QueryEvent, count_rows, notify_observ
 from polars_async.executors.meters import SentMeter
 from polars_async.executors.operations import Batches, on_engine
 from polars_async.progress import NOTHING_READ, Progress
-from polars_async.resolution import ADAPTIVE, tried_again
+from polars_async.resolution import ADAPTIVE, engine_text, tried_again
 from polars_async.scheduling.counts import State
 from polars_async.scheduling.outcome import Outcome
 from polars_async.scheduling.sizes import SMALL, UNKNOWN, Load, size_with
@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from polars_async.scheduling.adaptive import Choice, Chooser
     from polars_async.scheduling.counts import Counts
     from polars_async.scheduling.estimates import CostModel, Estimate
+    from polars_async.scheduling.memory import Memory
     from polars_async.wording import Ahead
 
 T = TypeVar("T")
@@ -97,6 +98,7 @@ class Query(Generic[T]):
         "context",
         "delivery",
         "estimate",
+        "fingerprint",
         "frames",
         "id",
         "is_inline",
@@ -105,6 +107,7 @@ class Query(Generic[T]):
         "label",
         "lock",
         "meter",
+        "peak_memory",
         "place",
         "priority",
         "reports",
@@ -127,11 +130,14 @@ class Query(Generic[T]):
         label: str | None = None,
         tags: Tags | None = None,
         chooser: Chooser | None = None,
+        fingerprint: int | None = None,
     ) -> None:
         self.id = next(_ids)
         self.resolution = resolution
         self.state = State.WAITING
         self.estimate = estimate
+        self.fingerprint = fingerprint
+        """That of a function which runs instead of a query, for its estimate; else None."""
         self.priority = priority
         self.label = label
         self.tags = tags
@@ -154,6 +160,8 @@ class Query(Generic[T]):
         """Where it runs, or has run; None for a thread of this process."""
         self.meter: Meter | None = None
         """Counts what it reads, if that is wanted."""
+        self.peak_memory: int | None = None
+        """Bytes that it took at its peak, so far; None if that was not measured."""
         self.times = Times()
         self.reports = reporter.listens
         self.delivery = delivery() if self.reports else None
@@ -191,14 +199,13 @@ class Query(Generic[T]):
         return "the query" if self.label is None else f"the query {self.label!r}"
 
     @property
-    def peak_memory(self) -> int | None:
-        """The most memory that the query took so far, in bytes; None if that is not known."""
-        return None
-
-    @property
     def is_counted(self) -> bool:
         """Whether what it reads is to be counted when it runs, and its engine can."""
-        return self._reporter.counts and type(self.resolution.engine) is pl.StreamingEngine
+        return (
+            self._reporter.counts
+            and self.runs_engine
+            and type(self.resolution.engine) is pl.StreamingEngine
+        )
 
     def note_reading(self, reading: tuple[Any, ...]) -> None:
         """Note what its operators have done so far, as its worker process has sent it."""
@@ -252,7 +259,7 @@ class Query(Generic[T]):
         """Its number, label, state and engine, in a few words."""
         label = "" if self.label is None else f" {self.label!r}"
         state = self.state.name.lower().replace("_", " ")
-        return f"query {self.id}{label}, {state}, {self.resolution.name} engine"
+        return f"query {self.id}{label}, {state}, {engine_text(self.resolution.name)}"
 
     @property
     def is_small(self) -> bool:
@@ -262,10 +269,10 @@ class Query(Generic[T]):
     @property
     def load(self) -> Load:
         """What the query takes, as far as it is known. A priority overrides the estimate."""
-        seconds, share = UNKNOWN, None
+        seconds, share, memory = UNKNOWN, None, 0
         if self.estimate is not None:
-            seconds, share = self.estimate.seconds, self.estimate.share
-        return Load(size_with(self.priority, seconds), share, self.is_pooled)
+            seconds, _, _, share, memory = self.estimate
+        return Load(size_with(self.priority, seconds), share, self.is_pooled, memory)
 
     @property
     def is_pooled(self) -> bool:
@@ -341,7 +348,10 @@ class Query(Generic[T]):
         """Estimate the cost of the query, unless it has an estimate; never raise."""
         if self.estimate is None:
             self.choose_engine()
-            self.estimate = costs.of(self.frames, self.resolution.name)
+            if self.fingerprint is not None:
+                self.estimate = costs.of_function(self.fingerprint)
+            else:
+                self.estimate = costs.of(self.frames, self.resolution.name)
 
     @property
     def operation(self) -> Operation[T] | None:
@@ -369,6 +379,10 @@ class Query(Generic[T]):
                 _name_in(error, self.label)
         finally:
             del self, operation  # the frames of the traceback lead back here all the same
+
+    def note_memory(self, peak: int) -> None:
+        """Note that the query has taken so many bytes at once in its worker process."""
+        self.peak_memory = max(self.peak_memory or 0, peak)
 
     def stop_with(self, stop: Callable[[], object] | None, *, for_sure: bool = True) -> bool:
         """
@@ -427,7 +441,8 @@ class Query(Generic[T]):
             engine=self.resolution.name,
             queue_seconds=self.times.queue_seconds,
             run_seconds=self.times.run_seconds,
-            rows=count_rows(result),
+            # The operation of a stream returns their number.
+            rows=result if self.is_stream and isinstance(result, int) else count_rows(result),
             error=error,
             resolution=self.resolution,
             inline=self.is_inline,
@@ -488,7 +503,7 @@ class Query(Generic[T]):
         """Whether estimating its cost is cheap compared with its run time."""
         return (
             self.estimate is None
-            and bool(self.frames)
+            and (bool(self.frames) or self.fingerprint is not None)
             and (self.times.run_seconds or 0.0) >= _WORTH_ESTIMATING
         )
 
@@ -513,25 +528,39 @@ class Query(Generic[T]):
         elif self.state is State.FAILED:
             self.report(EventKind.FAILED, error=self._outcome.error)
 
+    def keep_result(self, memory: Memory) -> int:
+        """Have `memory` mind the result, as long as somebody has it; return its bytes if many."""
+        return memory.keep(self._outcome.value)
+
     def observe_cost(
-        self, costs: CostModel, *, alone: bool, share: float | None = None
+        self,
+        costs: CostModel,
+        *,
+        alone: bool,
+        share: float | None = None,
+        memory: int | None = None,
     ) -> Estimate | None:
         """
         Update `costs` by the run time, and drop the inputs; return a corrected estimate, if any.
 
         It is off the critical path: the waiters have been woken. `alone` says that no other query
-        ran meanwhile, and `share` is as for `CostModel.observe`.
+        ran meanwhile, and `share` and `memory` are as for `CostModel.observe`.
         """
         if self.is_cancelled:
             self._outcome.drop()
         if self.is_worth_estimating:
-            self.estimate = costs.of_ended(self.frames, self.resolution.name)
+            if self.fingerprint is not None:
+                self.estimate = costs.of_function(self.fingerprint)
+            else:
+                self.estimate = costs.of_ended(self.frames, self.resolution.name)
         self.frames = ()
         seconds = self.times.run_seconds
         if self.estimate is None or seconds is None:
             return None
         completed = self.state is State.COMPLETED  # else it would have taken longer
-        return costs.observe(self.estimate, seconds, alone=alone, completed=completed, share=share)
+        return costs.observe(
+            self.estimate, seconds, alone=alone, completed=completed, share=share, memory=memory
+        )
 
     def fail_in_fork(self, error: BaseException) -> None:
         """End the query with `error` in a forked child, which does not have its thread."""

@@ -97,7 +97,8 @@ class CountingEngine(pl.StreamingEngine):
 def counting_engine(engine: pl.Engine) -> pl.Engine:
     """Return a copy of a streaming `engine` by which `observed` sees its queries."""
     copy = CountingEngine.__new__(CountingEngine)
-    copy.__dict__.update(getattr(engine, "__dict__", {}))
+    for name, value in vars(engine).items():
+        setattr(copy, name, value)
     return copy
 
 
