@@ -7,7 +7,7 @@ import gc
 import importlib
 import sys
 import threading
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import polars as pl
 import pytest
@@ -150,6 +150,13 @@ def test_fraction_stays_where_more_is_to_be_read_than_it_seemed():
     assert meter.read() == (10, None, pytest.approx(0.5, abs=0.01), None)
 
 
+def test_fraction_is_less_than_1_while_the_query_may_have_more_to_do():
+    pack = pytest.importorskip("msgpack").packb
+    meter = LocalMeter([])
+    meter.planned(Counts(pack, 10), pack(Counts.plan))
+    assert 0.9 < meter.read().fraction < 1
+
+
 def test_query_that_is_not_on_the_streaming_engine_tells_its_state_and_its_time(blocked):
     with Collector(max_running=1, progress=True) as collector:
         running = collector.collect_async(blocked.lf, engine="in-memory")
@@ -232,6 +239,17 @@ def test_readings_of_a_worker_never_come_after_the_outcome():
             assert handle.progress().rows == 1
             workers.add(handle._query.place)
         assert len(workers) == 1
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="worker processes need Linux")
+def test_last_reading_is_the_last():
+    readings = importlib.import_module("polars_async.executors.processes.readings")
+    sent = []
+    sender = readings._Sender(LocalMeter([]), SimpleNamespace(send=sent.append))
+    sender.end()
+    sender.run()
+    sender._send()
+    assert len(sent) == 1
 
 
 # How large a scan is

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 from contextlib import suppress
+from time import sleep
 
 import polars as pl
 import pytest
@@ -174,7 +175,14 @@ def test_what_was_given_is_returned_at_once(blocked):
         blocked.gate.set()
 
 
-def test_end_is_drawn_before_the_waiters_are_woken(drawn, blocked):
+def test_end_is_drawn_before_the_waiters_are_woken(drawn, blocked, monkeypatch):
+    draw = Drawn.draw
+
+    def take_a_while(self, bars):
+        sleep(0.05)
+        draw(self, bars)
+
+    monkeypatch.setattr(Drawn, "draw", take_a_while)
     with Collector() as collector:
         handle = pa.show_progress(collector.collect_async(blocked.lf, label="a"), every=3600)
         assert blocked.started.wait(30)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import re
 from datetime import UTC, datetime, timedelta
+from threading import RLock
 
 import inside
 import polars as pl
@@ -13,6 +14,11 @@ from places import TINY, until
 
 import polars_async as pa
 from polars_async import Collector
+from polars_async.events import Reporter
+from polars_async.executors.operations import Collect
+from polars_async.executors.staying import run_here
+from polars_async.scheduling.counts import Counts
+from polars_async.scheduling.query import Owner, Query
 from polars_async.testing import simulate_gpu
 from polars_async.wording import Ahead, in_bytes, in_seconds
 
@@ -58,6 +64,18 @@ def test_place_of_a_worker_has_its_number(blocked):
         assert re.fullmatch(r"worker \d+", place)
         assert f"in {place}" in handle.summary
         blocked.gate.set()
+
+
+def test_query_that_a_worker_could_not_run_has_its_place_here():
+    query = Query(
+        operation := Collect(TINY, pl.InMemoryEngine(), pl.QueryOptFlags()),
+        pa.resolve_engine("in-memory"),
+        Reporter(None),
+        Owner(RLock(), Counts(), print),
+    )
+    query.place = "worker 4711"
+    assert run_here(operation, query, "it needs this process").item() == 1
+    assert query.place is None
 
 
 def test_query_that_was_given_up_is_listed_as_abandoned_until_it_ends(blocked):
