@@ -36,6 +36,11 @@ def waiters(handle):
     return handle._query._waiters
 
 
+def place(handle):
+    """Return where a query runs, if that is not a thread of this process."""
+    return handle._query.place
+
+
 def let_time_be_up(handle):
     """Have a query that has a time-out be late now, whatever the clock says."""
     handle._query.expire()

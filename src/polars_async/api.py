@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     from polars_async.events import QueryEvent, Tags
     from polars_async.executors.factory import ExecutorRequest
     from polars_async.handle import QueryHandle
+    from polars_async.iteration import ResultStream
     from polars_async.resolution import EngineRequest, GpuPolicy
-    from polars_async.streams import ResultStream
 
 
 T = TypeVar("T")
@@ -46,6 +46,8 @@ def configure(
     max_streams: int | None = None,
     max_memory: float | str | None = None,
     inline: float = 100e-6,
+    slow: float | None = None,
+    progress: bool | None = None,
     on_event: Callable[[QueryEvent], object] | None = None,
 ) -> Collector:
     """
@@ -55,7 +57,7 @@ def configure(
     ----------
     engine, gpu, default_engine, executor
         As for `Collector`.
-    max_running, max_waiting, max_streams, max_memory, inline, on_event
+    max_running, max_waiting, max_streams, max_memory, inline, slow, progress, on_event
         As for `Collector`.
 
     Returns
@@ -88,6 +90,8 @@ def configure(
             max_streams=max_streams,
             max_memory=max_memory,
             inline=inline,
+            slow=slow,
+            progress=progress,
             on_event=on_event,
         )
         before, _Default.collector = _Default.collector, collector

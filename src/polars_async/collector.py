@@ -44,6 +44,7 @@ from polars_async.options import (
     Options,
     check_inline,
     check_limit,
+    check_slow,
     checked_memory,
 )
 from polars_async.resolution import (
@@ -61,6 +62,7 @@ from polars_async.scheduling.adaptive_gpu import no_gpu, on_gpu
 from polars_async.scheduling.estimates import CostModel, Estimate
 from polars_async.scheduling.inline import Inline
 from polars_async.scheduling.lane import Lane
+from polars_async.scheduling.listing import info_of, states_of
 from polars_async.scheduling.memory import Memory
 from polars_async.scheduling.open_streams import MAX_STREAMS
 from polars_async.scheduling.pausing import PausableQuery
@@ -79,8 +81,9 @@ if TYPE_CHECKING:
     from polars_async.events import QueryEvent, Tags
     from polars_async.executors.factory import ExecutorRequest
     from polars_async.executors.operations import Operation
+    from polars_async.iteration import ResultStream
     from polars_async.resolution import EngineRequest, GpuPolicy, QueryPath, Resolution
-    from polars_async.streams import ResultStream
+    from polars_async.scheduling.listing import QueryInfo
 
 T = TypeVar("T")
 Ts = TypeVarTuple("Ts")
@@ -160,6 +163,15 @@ class Collector:
         loop takes more than 1 ms longer for such queries, and of tasks that await one after the
         other, others run in between. 0 turns this off. It needs Linux, the in-memory engine, and
         an `executor` of threads.
+    slow
+        Seconds, of waiting and running together, from which on a query counts as slow: when it
+        ends, also by a time-out or a cancellation, the logger ``polars_async.slow`` says so at
+        WARNING, with its `QueryHandle.summary`. None logs none.
+    progress
+        Whether what queries on the streaming engine read is counted, which takes some 30 us for
+        each: see `QueryHandle.progress`. None counts that of queries that start after the first
+        call of ``progress()``, ``watch()`` or `show_progress` for a query of this collector; in an
+        interactive session, such as a notebook, that of all.
     on_event
         Called with a `QueryEvent` for each event of a query, on the thread where it happens, which
         waits for the call: it must be quick, and safe to call from many threads. Errors that it
@@ -189,12 +201,15 @@ class Collector:
         max_streams: int | None = None,
         max_memory: float | str | None = None,
         inline: float = 100e-6,
+        slow: float | None = None,
+        progress: bool | None = None,
         on_event: Callable[[QueryEvent], object] | None = None,
     ) -> None:
         check_limit("max_running", max_running, 1)
         check_limit("max_waiting", max_waiting, 0)
         check_limit("max_streams", max_streams, 1)
         check_inline(inline)
+        check_slow(slow)
         if on_event is not None and not callable(on_event):
             raise TypeError(f"on_event must be callable, got {on_event!r}")
         engine_object(engine)
@@ -205,7 +220,7 @@ class Collector:
             gpu_policy(gpu)
         self._gpu_policy: Final = gpu
         self._default_engine: Final = default_engine
-        self._reporter: Final = Reporter(on_event)
+        self._reporter: Final = Reporter(on_event, slow, progress)
         most_bytes = None if max_memory is None else checked_memory("max_memory", max_memory)
         memory = None if most_bytes is None else Memory(most_bytes, memory_held)
         known = CostModel(far=executor == "auto", memory=memory)
@@ -747,6 +762,29 @@ class Collector:
         stats["workers_died"] = sum(each.worker_deaths for each in executors)
         return stats
 
+    def queries(self) -> list[QueryInfo]:
+        """
+        Return what waits and runs now, in the order of submission; any thread may call this.
+
+        Returns
+        -------
+        list of QueryInfo
+            A record of each query in the queue or in a slot: with paused streams, those on GPUs,
+            and those that were cancelled or timed out and have not stopped yet.
+        """
+        return [info_of(query, state) for query, state in self._states().items()]
+
+    def cancel(self, query_id: int) -> bool:
+        """
+        Cancel the query of a number that `queries`, a handle or an event tells.
+
+        Returns
+        -------
+        bool
+            False if this collector has no such query, or it is done already.
+        """
+        return any(query.cancel() for query in self._states() if query.id == query_id)
+
     def close(
         self, *, wait: bool = True, cancel_waiting: bool = True, cancel_running: bool = False
     ) -> None:
@@ -867,6 +905,9 @@ class Collector:
         )
         warn_of(resolution)
         return resolution
+
+    def _states(self) -> dict[Query[Any], str]:
+        return states_of([lane.admission for lane in self._lanes])
 
     @property
     def _lanes(self) -> Iterator[Lane]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import enum
 import logging
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final, TypeAlias
@@ -13,14 +14,18 @@ import polars as pl
 from polars_async._runtime.logs import complain, is_ctrl_c, log
 from polars_async.errors import describe
 from polars_async.resolution import engine_text
+from polars_async.wording import summarize
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from polars_async.resolution import Resolution
+    from polars_async.wording import Ahead
 
 Tags: TypeAlias = Mapping[str, str | int | float | bool]
 """What a caller says of a query by ``tags=``: names and their values."""
+
+_slow_log: Final = logging.getLogger("polars_async.slow")
 
 observers: Final[list[Callable[[Resolution], object]]] = []
 """
@@ -50,6 +55,15 @@ class EventKind(enum.StrEnum):
     """The collector was full or closed."""
 
 
+_ENDS: Final = frozenset(
+    {
+        EventKind.FINISHED,
+        EventKind.FAILED,
+        EventKind.CANCELLED,
+        EventKind.TIMED_OUT,
+        EventKind.REJECTED,
+    }
+)
 _KINDS_WITH_REASON: Final = frozenset({EventKind.DOWNGRADED, EventKind.FELL_BACK})
 _LEVELS: Final = {
     EventKind.DOWNGRADED: logging.INFO,
@@ -93,6 +107,14 @@ class QueryEvent:
         ``inline=`` of `Collector`. False before STARTED.
     tags
         The ``tags=`` of the query; empty without any.
+    place
+        Where the query runs: ``"worker 4711"`` of a process; None for a thread of this process, and
+        before it runs.
+    ahead
+        How many queries, running and waiting, were before it when it was put into the queue; None
+        if it was not.
+    peak_memory
+        The most memory that the query took so far, in bytes; None if that is not known.
     """
 
     kind: EventKind
@@ -106,6 +128,28 @@ class QueryEvent:
     resolution: Resolution
     inline: bool = False
     tags: Tags = field(default_factory=dict, hash=False)
+    place: str | None = None
+    ahead: Ahead | None = None
+    peak_memory: int | None = None
+
+    @property
+    def summary(self) -> str:
+        """What took the query how long so far, in one sentence; composed when it is asked for."""
+        end: str | None = None
+        if self.kind is EventKind.FAILED and self.error is not None:
+            end = f"failed by {describe(self.error)}"
+        elif self.kind in _ENDS and self.kind is not EventKind.FINISHED:
+            end = f"was {self.kind}" if self.kind is not EventKind.TIMED_OUT else "timed out"
+        return summarize(
+            waited=self.queue_seconds,
+            ran=self.run_seconds,
+            resolution=self.resolution,
+            ahead=self.ahead,
+            place=self.place,
+            inline=self.inline,
+            peak_memory=self.peak_memory,
+            end=end,
+        )
 
     def __str__(self) -> str:
         label = f" {self.label!r}" if self.label is not None else ""
@@ -134,26 +178,56 @@ def notify_observers(resolution: Resolution) -> None:
 
 
 class Reporter:
-    """Passes events to the logger and to the hook of one collector."""
+    """
+    Passes events to the logger and to the hook of one collector.
 
-    __slots__ = ("_on_event",)
+    The logger ``polars_async.slow`` is told, at their end, of queries that took `slow` seconds or
+    more. `progress` says whether what queries read is counted: None for from when it is asked for,
+    which in an interactive session is at once.
+    """
 
-    def __init__(self, on_event: Callable[[QueryEvent], object] | None) -> None:
+    __slots__ = ("_may_count", "_on_event", "_slow", "counts")
+
+    def __init__(
+        self,
+        on_event: Callable[[QueryEvent], object] | None,
+        slow: float | None = None,
+        progress: bool | None = None,  # noqa: FBT001
+    ) -> None:
         self._on_event = on_event
+        self._slow = slow
+        self._may_count = progress is not False
+        self.counts = hasattr(sys, "ps1") if progress is None else progress
+        """Whether what queries read is counted."""
+
+    def want_counts(self) -> None:
+        """Have what queries read be counted, unless that was ruled out."""
+        self.counts = self._may_count
 
     @property
     def listens(self) -> bool:
-        """Whether a hook, an observer or the logger takes any event; read once for each query."""
-        return self._on_event is not None or bool(observers) or log.isEnabledFor(logging.INFO)
+        """Whether a hook, an observer or a logger takes any event; read once for each query."""
+        return (
+            self._on_event is not None
+            or self._slow is not None
+            or bool(observers)
+            or log.isEnabledFor(logging.INFO)
+        )
 
     def wants(self, kind: EventKind) -> bool:
-        """Return whether the hook or the logger takes events of this `kind`."""
-        return self._on_event is not None or log.isEnabledFor(_level_of(kind))
+        """Return whether the hook or a logger takes events of this `kind`."""
+        return (
+            self._on_event is not None
+            or (self._slow is not None and kind in _ENDS)
+            or log.isEnabledFor(_level_of(kind))
+        )
 
     def __call__(self, event: QueryEvent) -> None:
         """Log `event` and call the hook, with no lock held. Errors of the hook are logged."""
         try:
             log.log(_level_of(event.kind), "%s", event)
+            if self._slow is not None and event.kind in _ENDS:
+                _log_slow(event, self._slow)
             if self._on_event is not None:
                 self._on_event(event)
         except KeyboardInterrupt:
@@ -162,6 +236,14 @@ class Reporter:
             complain("the on_event hook was interrupted at: %s", event)
         except BaseException:  # noqa: BLE001  # SystemExit, too, must not end a worker thread
             complain("the on_event hook raised at: %s", event)
+
+
+def _log_slow(event: QueryEvent, slow: float) -> None:
+    """Log an `event` that is the last of a query, if that took `slow` seconds or more."""
+    if event.queue_seconds + (event.run_seconds or 0.0) >= slow:
+        label = f" {event.label!r}" if event.label is not None else ""
+        tags = "".join(f", {name}={value!r}" for name, value in event.tags.items())
+        _slow_log.warning("query %d%s was slow: %s%s", event.query_id, label, event.summary, tags)
 
 
 def _level_of(kind: EventKind) -> int:

@@ -13,7 +13,7 @@ from polars_async._runtime.fork import new_lock
 from polars_async._runtime.upstream import InProcessQuery
 from polars_async.bridges import turns
 from polars_async.bridges.threads import block, block_caller
-from polars_async.resolution import engine_text
+from polars_async.watches import Watchable
 
 if TYPE_CHECKING:
     from collections.abc import Generator
@@ -40,7 +40,7 @@ class _NoWaiter:
 _NO_WAITER: Final = _NoWaiter()
 
 
-class QueryHandle(Coroutine[Any, Any, T], Generic[T]):
+class QueryHandle(Watchable, Coroutine[Any, Any, T], Generic[T]):
     """
     The handle of a scheduled query.
 
@@ -59,11 +59,13 @@ class QueryHandle(Coroutine[Any, Any, T], Generic[T]):
     # `_awaits` is set only once a task was made of the handle: most handles do without.
     __slots__ = ("__weakref__", "_awaits", "_query")
 
+    _query: Query[T]
+
     def __init__(self, query: Query[T]) -> None:
         self._query = query
 
     def __repr__(self) -> str:
-        return f"<QueryHandle: {summary(self._query)}>"
+        return f"<QueryHandle: {self._query.essence}>"
 
     @property
     def label(self) -> str | None:
@@ -248,7 +250,7 @@ class QueryHandle(Coroutine[Any, Any, T], Generic[T]):
             del self, query  # an error's traceback holds this frame, which else held the error
 
 
-class BackgroundQuery(InProcessQuery, Generic[T]):
+class BackgroundQuery(Watchable, InProcessQuery, Generic[T]):
     """
     A query in the background, with the methods of Polars' own.
 
@@ -261,7 +263,7 @@ class BackgroundQuery(InProcessQuery, Generic[T]):
         self._handle = QueryHandle(query)
 
     def __repr__(self) -> str:
-        return f"<BackgroundQuery: {summary(self._query)}>"
+        return f"<BackgroundQuery: {self._query.essence}>"
 
     def cancel(self) -> None:
         """Cancel the query; its result or error is dropped."""
@@ -300,13 +302,6 @@ def _running_task() -> object:
         return None if tasks is None else tasks.current_task()
     except RuntimeError:  # no loop runs
         return None
-
-
-def summary(query: Query[Any]) -> str:
-    """Return the number, label, state and engine of a query in a few words."""
-    label = "" if query.label is None else f" {query.label!r}"
-    state = query.state.name.lower().replace("_", " ")
-    return f"query {query.id}{label}, {state}, {engine_text(query.resolution.name)}"
 
 
 def check_gevent(what: str) -> None:

@@ -29,7 +29,14 @@ _SIZE: Final = re.compile(
 
 _SHARE: Final = re.compile(r"\s*(?P<percent>\d+(\.\d+)?)\s*%\s*", re.ASCII)
 
-__all__ = ["DEFAULT_OPTIMIZATIONS", "Options", "check_inline", "check_limit", "checked_memory"]
+__all__ = [
+    "DEFAULT_OPTIMIZATIONS",
+    "Options",
+    "check_inline",
+    "check_limit",
+    "check_slow",
+    "checked_memory",
+]
 
 
 class Options:
@@ -126,6 +133,16 @@ def check_inline(inline: Any) -> None:
     if not isinstance(inline, (int, float)) or not inline >= 0:
         raise ValueError(
             f"inline must be a number of seconds, 0 or more (0 turns it off), got {inline!r}"
+        )
+
+
+def check_slow(slow: Any) -> None:
+    """Raise ValueError unless `slow` is a number of seconds, 0 or more, or None."""
+    is_number = isinstance(slow, (int, float)) and not isinstance(slow, bool)
+    if slow is not None and not (is_number and slow >= 0):
+        raise ValueError(
+            f"slow must be a number of seconds, 0 or more, or None, got {slow!r}: queries that "
+            "take as long are logged"
         )
 
 

@@ -62,6 +62,7 @@ class FuturesExecutor(QueryExecutor):
             task = _packed(operation, query)
             if isinstance(task, str):
                 return run_here(operation, query, task)
+            query.place = type(self._executor).__name__
             kind, content, batches, retries = self._outcome(task, query)
             for how, cause in retries:
                 query.note_retry(how, unpacked_error(cause))  # type: ignore[arg-type]  # as sent

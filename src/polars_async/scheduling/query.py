@@ -8,36 +8,41 @@ from functools import partial
 from itertools import count
 from typing import TYPE_CHECKING, Any, Final, Generic, NamedTuple, TypeVar
 
+import polars as pl
+
 from polars_async._runtime.green import delivery
 from polars_async._runtime.timers import start_timer
 from polars_async._runtime.unpatched import get_ident, holding
-from polars_async.bridges.waiting import persist, wake
-from polars_async.errors import QueryTimeoutError
+from polars_async.bridges.waiting import Onlooker, persist, wake
+from polars_async.errors import QueryTimeoutError, describe
 from polars_async.events import EventKind, QueryEvent, count_rows, notify_observers
+from polars_async.executors.meters import SentMeter
 from polars_async.executors.operations import Batches, on_engine
-from polars_async.resolution import ADAPTIVE, tried_again
+from polars_async.progress import NOTHING_READ, Progress
+from polars_async.resolution import ADAPTIVE, engine_text, tried_again
 from polars_async.scheduling.counts import State
 from polars_async.scheduling.outcome import Outcome
 from polars_async.scheduling.sizes import SMALL, UNKNOWN, Load, size_with
 from polars_async.scheduling.times import Times
+from polars_async.wording import behind, in_bytes, summarize, where
 
 if TYPE_CHECKING:
     from _thread import RLock
     from collections.abc import Callable, Iterable, Sequence
     from contextlib import AbstractContextManager
 
-    import polars as pl
-
     from polars_async._runtime.callers import CallSite
     from polars_async._runtime.timers import Timer
     from polars_async.bridges.waiting import Waiter
     from polars_async.events import Reporter, Tags
     from polars_async.executors.operations import Operation
+    from polars_async.progress import Meter
     from polars_async.resolution import Resolution
     from polars_async.scheduling.adaptive import Choice, Chooser
     from polars_async.scheduling.counts import Counts
     from polars_async.scheduling.estimates import CostModel, Estimate
     from polars_async.scheduling.memory import Memory
+    from polars_async.wording import Ahead
 
 T = TypeVar("T")
 
@@ -86,6 +91,7 @@ class Query(Generic[T]):
         "_timeout_error",
         "_timer",
         "_waiters",
+        "ahead",
         "call_site",
         "choice",
         "chooser",
@@ -100,7 +106,9 @@ class Query(Generic[T]):
         "is_stream",
         "label",
         "lock",
+        "meter",
         "peak_memory",
+        "place",
         "priority",
         "reports",
         "resolution",
@@ -146,6 +154,12 @@ class Query(Generic[T]):
         """What it has chosen."""
         self.call_site: CallSite | None = None
         """The user's line that submitted the query, if it may go to another process."""
+        self.ahead: Ahead | None = None
+        """How many queries were before it, when it was put into the queue."""
+        self.place: str | None = None
+        """Where it runs, or has run; None for a thread of this process."""
+        self.meter: Meter | None = None
+        """Counts what it reads, if that is wanted."""
         self.peak_memory: int | None = None
         """Bytes that it took at its peak, so far; None if that was not measured."""
         self.times = Times()
@@ -183,6 +197,69 @@ class Query(Generic[T]):
     def named(self) -> str:
         """The name of the query for the middle of a sentence."""
         return "the query" if self.label is None else f"the query {self.label!r}"
+
+    @property
+    def is_counted(self) -> bool:
+        """Whether what it reads is to be counted when it runs, and its engine can."""
+        return (
+            self._reporter.counts
+            and self.runs_engine
+            and type(self.resolution.engine) is pl.StreamingEngine
+        )
+
+    def note_reading(self, reading: tuple[Any, ...]) -> None:
+        """Note what its operators have done so far, as its worker process has sent it."""
+        if isinstance(self.meter, SentMeter):
+            self.meter.note(reading)
+
+    def want_progress(self) -> None:
+        """Have what queries of this collector read be counted, those that start from now on."""
+        self._reporter.want_counts()
+
+    @property
+    def progress(self) -> Progress:
+        """How far it is."""
+        # The state first: of a query that ends meanwhile, all is counted then.
+        state = self.state
+        reading = NOTHING_READ if self.meter is None else self.meter.read()
+        return Progress(
+            state=state.name.lower(),
+            seconds=self.times.run_seconds or 0.0,
+            rows=reading.rows,
+            bytes=reading.bytes,
+            fraction=1.0 if state is State.COMPLETED else reading.fraction,
+            operator=None if self.done else reading.operator,
+        )
+
+    @property
+    def summary(self) -> str:
+        """What took the query how long so far, in one sentence."""
+        end: str | None = None
+        error = self._outcome.error
+        if self.state is State.FAILED and error is not None:
+            end = f"failed by {describe(error)}"
+        elif self.state is State.TIMED_OUT:
+            end = "timed out"
+        elif self.done and self.state is not State.COMPLETED:
+            end = f"was {self.state.name.lower()}"
+        return summarize(
+            waited=self.times.queue_seconds,
+            ran=self.times.run_seconds,
+            resolution=self.resolution,
+            ahead=self.ahead,
+            place=self.place,
+            inline=self.is_inline,
+            peak_memory=self.peak_memory,
+            gpu_seconds=self.times.gpu_seconds,
+            end=end,
+        )
+
+    @property
+    def essence(self) -> str:
+        """Its number, label, state and engine, in a few words."""
+        label = "" if self.label is None else f" {self.label!r}"
+        state = self.state.name.lower().replace("_", " ")
+        return f"query {self.id}{label}, {state}, {engine_text(self.resolution.name)}"
 
     @property
     def is_small(self) -> bool:
@@ -344,6 +421,7 @@ class Query(Generic[T]):
                 return False
             self._operation, self.resolution = operation, resolution
             self.frames = operation.frames
+            self.place = self.meter = None
             _, self._counts, self._leave_queue = owner
             self.state = State.WAITING
             self.estimate = None
@@ -369,6 +447,9 @@ class Query(Generic[T]):
             resolution=self.resolution,
             inline=self.is_inline,
             tags=self.tags or {},
+            place=self.place,
+            ahead=self.ahead,
+            peak_memory=self.peak_memory,
         )
         if self.delivery is None:
             self._reporter(event)
@@ -573,7 +654,7 @@ class Query(Generic[T]):
         if self.done:
             return False
         self._waiters.pop(waiter, None)
-        if last_cancels and not self._waiters:
+        if last_cancels and all(isinstance(each, Onlooker) for each in self._waiters):
             # In the same hold of the lock: a waiter that came in between would be cancelled, too.
             self._cancel(State.CANCELLED)
         return True
@@ -649,11 +730,11 @@ class Query(Generic[T]):
     def _new_timeout_error(self) -> QueryTimeoutError:
         if self._stop is None:
             ends = (
-                " and ran for {ran}. Polars cannot stop it, so it keeps its slot until it really "
-                "ends"
+                " and ran for {ran}{where}. Polars cannot stop it, so it keeps its slot until it "
+                "really ends"
             )
         elif self._stop_is_sure:
-            ends = " and ran for {ran}. It is stopped now"
+            ends = " and ran for {ran}{where}. It is stopped now"
         else:
             ends = (
                 " and was with its executor for {ran}, which is asked to drop it and may go on "
@@ -661,8 +742,12 @@ class Query(Generic[T]):
             )
         # Read once: the query may still run, and its text and attributes have to agree.
         waited, ran = self.times.queue_seconds, self.times.run_seconds
-        where = self.times.described(waited, ran, ends)
-        message = f"{self.named} was not done after {self._timeout:g} s: {where}"
+        there = "" if self.place is None else where(self.resolution, self.place)
+        if self.peak_memory is not None:
+            there += f", with {in_bytes(self.peak_memory)} at its peak"
+        ends = ends.replace("{where}", there)
+        spent = self.times.described(waited, ran, behind(self.ahead), ends)
+        message = f"{self.named} was not done after {self._timeout:g} s: {spent}"
         return QueryTimeoutError(message, self._timeout, waited, ran)
 
 

@@ -208,6 +208,7 @@ class WorkerCall:
             "log": _log,
             "gpu_health": self._on_gpu_health,
             "gpu_retry": self._note_retry,
+            "reading": self._query.note_reading,
         }
         transport.send(message)
         while True:

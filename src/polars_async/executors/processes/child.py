@@ -27,8 +27,10 @@ from polars_async._runtime.unpatched import RLock
 from polars_async.errors import PolarsAsyncError
 from polars_async.executors.main_module import ResolvingMain, resolve_namespaces
 from polars_async.executors.message import Message
+from polars_async.executors.meters import is_counting
 from polars_async.executors.operations import Run
 from polars_async.executors.outcomes import outcome_of, packed_error
+from polars_async.executors.processes.readings import sending_counts
 from polars_async.executors.processes.surroundings import Follower
 from polars_async.executors.processes.transport import Transport
 from polars_async.executors.serialization import pack, unpack
@@ -133,8 +135,10 @@ def _run(message: Message, transport: Transport, follower: Follower) -> Message:
             is_call = isinstance(operation, Run)
             if is_call:
                 transport.send(pack(("called", None), in_files=False))
+            is_counted = is_counting(operation)
+            result = sending_counts(operation, transport) if is_counted else operation()
             # Here, where the classes of the program are found by their names.
-            return pack(("value", operation()), in_files=True, by_value=is_call)
+            return pack(("value", result), in_files=True, by_value=is_call)
     finally:
         parent.end()
         close_received()
