@@ -60,6 +60,7 @@ __version__: str
 __all__ = [
     "AsyncEngine",
     "BackgroundQuery",
+    "Cache",
     "Collector",
     "CollectorClosedError",
     "Comparison",
@@ -138,6 +139,7 @@ if TYPE_CHECKING:
     from polars_async.gpu.status import GpuDevice, GpuStatus
     from polars_async.gpu.support import GpuSupport, Support, gpu_support
     from polars_async.handle import BackgroundQuery, QueryHandle
+    from polars_async.options import Cache
     from polars_async.reasons import Reason
     from polars_async.resolution import (
         EngineName,
@@ -160,6 +162,7 @@ else:
     _HOMES = {
         "AsyncEngine": "engine",
         "BackgroundQuery": "handle",
+        "Cache": "options",
         "Collector": "collector",
         "CollectorClosedError": "errors",
         "Comparison": "compare.comparison",

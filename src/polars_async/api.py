@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from polars_async.events import QueryEvent, Tags
     from polars_async.executors.factory import ExecutorRequest
     from polars_async.handle import QueryHandle
+    from polars_async.options import Cache
     from polars_async.resolution import EngineRequest, GpuPolicy
     from polars_async.streams import ResultStream
 
@@ -31,7 +32,7 @@ class _Default:
     collector: Collector | None = None
 
 
-def configure(
+def configure(  # noqa: PLR0913  # keywords of the caller's choice
     *,
     engine: EngineRequest = "auto",
     gpu: GpuPolicy | None = None,
@@ -42,6 +43,8 @@ def configure(
     max_streams: int | None = None,
     max_memory: float | str | None = None,
     inline: float = 100e-6,
+    single_flight: bool = False,
+    cache: Cache | None = None,
     on_event: Callable[[QueryEvent], object] | None = None,
 ) -> Collector:
     """
@@ -51,7 +54,7 @@ def configure(
     ----------
     engine, gpu, default_engine, executor
         As for `Collector`.
-    max_running, max_waiting, max_streams, max_memory, inline, on_event
+    max_running, max_waiting, max_streams, max_memory, inline, single_flight, cache, on_event
         As for `Collector`.
 
     Returns
@@ -84,6 +87,8 @@ def configure(
             max_streams=max_streams,
             max_memory=max_memory,
             inline=inline,
+            single_flight=single_flight,
+            cache=cache,
             on_event=on_event,
         )
         before, _Default.collector = _Default.collector, collector
@@ -114,6 +119,7 @@ def collect_async(
     priority: int = 0,
     label: str | None = None,
     tags: Tags | None = None,
+    single_flight: bool | None = None,
 ) -> QueryHandle[pl.DataFrame]:
     """
     Collect a LazyFrame without blocking; a drop-in for ``LazyFrame.collect_async``.
@@ -146,6 +152,8 @@ def collect_async(
         The name of the query in events and errors, and of its thread.
     tags
         What else events and the handle are to tell of the query, as ``{"tenant": "a"}``.
+    single_flight
+        Whether the query may share the run of an equal one; None is as `configure` was told.
 
     Returns
     -------
@@ -156,7 +164,7 @@ def collect_async(
     Raises
     ------
     TypeError
-        `lf` is no LazyFrame, or `label` or `tags` of another type.
+        `lf` is no LazyFrame, or `label`, `tags` or `single_flight` of another type.
     ValueError
         `engine` is no engine, or `timeout` or `priority` is out of range.
     ImportError
@@ -189,6 +197,7 @@ def collect_async(
         priority=priority,
         label=label,
         tags=tags,
+        single_flight=single_flight,
         gevent=gevent,
     )
 
@@ -203,6 +212,7 @@ def collect_all_async(
     priority: int = 0,
     label: str | None = None,
     tags: Tags | None = None,
+    single_flight: bool | None = None,
 ) -> QueryHandle[list[pl.DataFrame]]:
     """
     Collect several LazyFrames as one query; a drop-in for ``polars.collect_all_async``.
@@ -213,7 +223,7 @@ def collect_all_async(
     ----------
     lazy_frames
         The frames; any iterable, read at once.
-    gevent, engine, optimizations, timeout, priority, label, tags
+    gevent, engine, optimizations, timeout, priority, label, tags, single_flight
         As for `collect_async`.
 
     Returns
@@ -238,6 +248,7 @@ def collect_all_async(
         priority=priority,
         label=label,
         tags=tags,
+        single_flight=single_flight,
         gevent=gevent,
     )
 
@@ -251,6 +262,7 @@ def as_completed(
     priority: int = 0,
     label: str | None = None,
     tags: Tags | None = None,
+    single_flight: bool | None = None,
 ) -> ResultStream[tuple[int, pl.DataFrame]]:
     """
     Collect each frame as a query of its own, and return their results as they come.
@@ -279,6 +291,7 @@ def as_completed(
         priority=priority,
         label=label,
         tags=tags,
+        single_flight=single_flight,
     )
 
 

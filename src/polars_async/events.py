@@ -92,6 +92,11 @@ class QueryEvent:
         ``inline=`` of `Collector`. False before STARTED.
     tags
         The ``tags=`` of the query; empty without any.
+    shared_with
+        The ``query_id`` of the equal query whose run, or kept result, this one shares; None of one
+        that runs itself.
+    from_cache
+        Whether that result was kept from before: see ``cache=`` of `Collector`.
     """
 
     kind: EventKind
@@ -105,6 +110,8 @@ class QueryEvent:
     resolution: Resolution
     inline: bool = False
     tags: Tags = field(default_factory=dict, hash=False)
+    shared_with: int | None = None
+    from_cache: bool = False
 
     def __str__(self) -> str:
         label = f" {self.label!r}" if self.label is not None else ""
@@ -115,6 +122,9 @@ class QueryEvent:
         parts.append(f"waited {self.queue_seconds:.3f} s")
         if self.run_seconds is not None:
             parts.append(f"ran {self.run_seconds:.3f} s{' inline' if self.inline else ''}")
+        if self.shared_with is not None:
+            how = "from the cache, by" if self.from_cache else "shared with"
+            parts.append(f"{how} query {self.shared_with}")
         if self.rows is not None:
             parts.append(f"{self.rows} rows")
         if self.error is not None:

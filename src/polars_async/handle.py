@@ -288,7 +288,11 @@ def summary(query: Query[Any]) -> str:
     """Return the number, label, state and engine of a query in a few words."""
     label = "" if query.label is None else f" {query.label!r}"
     state = query.state.name.lower().replace("_", " ")
-    return f"query {query.id}{label}, {state}, {query.resolution.name} engine"
+    shared = ""
+    if query.shared_with is not None:
+        how = "from the cache, by" if query.from_cache else "shared with"
+        shared = f", {how} query {query.shared_with}"
+    return f"query {query.id}{label}, {state}, {query.resolution.name} engine{shared}"
 
 
 def check_gevent(what: str) -> None:

@@ -6,7 +6,7 @@ from contextlib import suppress
 from contextvars import copy_context
 from functools import partial
 from itertools import count
-from typing import TYPE_CHECKING, Any, Final, Generic, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, Final, Generic, NamedTuple, Protocol, TypeVar
 
 from polars_async._runtime.green import delivery
 from polars_async._runtime.timers import start_timer
@@ -56,6 +56,16 @@ class Owner(NamedTuple):
     """Called with the lock held when a query is cancelled or timed out before it has a slot."""
 
 
+class RunOfSeveral(Protocol):
+    """What runs in the place of several queries: see `scheduling.flights`."""
+
+    def leave(self, asker: Any) -> Callable[[], object] | None:
+        """Note, with the lock held, that `asker` waits no more; return what is to follow."""
+
+    def how_it_ends(self, without: Any) -> str:
+        """Return what is to be said of the run when `without` times out."""
+
+
 class Query(Generic[T]):
     """
     One query of a collector.
@@ -91,7 +101,9 @@ class Query(Generic[T]):
         "context",
         "delivery",
         "estimate",
+        "flight",
         "frames",
+        "from_cache",
         "id",
         "is_inline",
         "is_nested",
@@ -102,6 +114,7 @@ class Query(Generic[T]):
         "reports",
         "resolution",
         "runs_engine",
+        "shared_with",
         "state",
         "tags",
         "times",
@@ -138,6 +151,11 @@ class Query(Generic[T]):
         """What chooses the engine, if that is left to this library."""
         self.choice: Choice | None = None
         """What it has chosen."""
+        self.flight: RunOfSeveral | None = None
+        """What runs in its place, for all that ask for the same."""
+        self.shared_with: int | None = None
+        """The number of the query whose run it shares, or whose result was kept for it."""
+        self.from_cache = False
         self.call_site: CallSite | None = None
         """The user's line that submitted the query, if it may go to another process."""
         self.times = Times()
@@ -265,6 +283,22 @@ class Query(Generic[T]):
             self.choose_engine()
             self.estimate = costs.of(self.frames, self.resolution.name)
 
+    def board(
+        self,
+        flight: RunOfSeveral | None,
+        *,
+        shared_with: int | None = None,
+        from_cache: bool = False,
+    ) -> None:
+        """Have `flight` run in its place, or nothing, with the lock held."""
+        self.flight, self.shared_with, self.from_cache = flight, shared_with, from_cache
+        self._operation, self.frames = None, ()
+
+    def land(self, outcome: Outcome[T]) -> Iterable[Waiter]:
+        """End with the `outcome` of another run, with the lock held; return the waiters to wake."""
+        self._outcome, self.flight = outcome, None
+        return self.set_finished()
+
     @property
     def operation(self) -> Operation[T] | None:
         """The operation that the query still has to run; None once it runs."""
@@ -273,7 +307,7 @@ class Query(Generic[T]):
     def run(self, run: Callable[[Operation[T], Query[T]], T]) -> None:
         """Run the operation by `run` and keep its outcome, which `set_finished` makes final."""
         if self.reports:
-            self._announce(EventKind.STARTED)
+            self.announce(EventKind.STARTED)
         operation, self._operation = self._operation, None
         if (
             operation is None or self.state is not State.RUNNING
@@ -353,6 +387,8 @@ class Query(Generic[T]):
             resolution=self.resolution,
             inline=self.is_inline,
             tags=self.tags or {},
+            shared_with=self.shared_with,
+            from_cache=self.from_cache,
         )
         if self.delivery is None:
             self._reporter(event)
@@ -369,11 +405,11 @@ class Query(Generic[T]):
     def note_retry(self, how: str, cause: Exception) -> None:
         """Note that the GPU tries the query once more, after `cause`, and emit RETRIED."""
         self.resolution = tried_again(self.resolution, how)
-        self._announce(EventKind.RETRIED, cause)
+        self.announce(EventKind.RETRIED, cause)
 
     def report_fall_back(self) -> None:
         """Emit FELL_BACK: the GPU engine failed, and another engine runs the query."""
-        self._announce(EventKind.FELL_BACK, self.resolution.cause)
+        self.announce(EventKind.FELL_BACK, self.resolution.cause)
 
     def report_engine(self) -> None:
         """Tell observers which engine ran the query, before a waiter can see that it is done."""
@@ -555,7 +591,7 @@ class Query(Generic[T]):
         changed = self._settle(
             state,
             thread=get_ident(),
-            # While another thread announces an event, this one is left to it: see `_announce`.
+            # While another thread announces an event, this one is left to it: see `announce`.
             owes_event=self.reports and not self._announcing,
             error=self._new_timeout_error() if state is State.TIMED_OUT else None,
         )
@@ -564,7 +600,10 @@ class Query(Generic[T]):
         return changed
 
     def _leave(self) -> None:
-        if self.times.started is None:  # else it really ends when it has stopped
+        if self.flight is not None:
+            self._stop = self.flight.leave(self)
+            self.times.end()
+        elif self.times.started is None:  # else it really ends when it has stopped
             self.times.end()
             self._leave_queue(self)
 
@@ -584,7 +623,7 @@ class Query(Generic[T]):
         self._waiters = {}
         self._canceller = 0
 
-    def _announce(self, kind: EventKind, error: BaseException | None = None) -> None:
+    def announce(self, kind: EventKind, error: BaseException | None = None) -> None:
         """
         Emit `kind`, unless the query is done.
 
@@ -617,23 +656,30 @@ class Query(Generic[T]):
         self.report(kind, error=self._timeout_error)
 
     def _new_timeout_error(self) -> QueryTimeoutError:
+        # Read once: the query may still run, and its text and attributes have to agree.
+        waited, ran = self.times.queue_seconds, self.times.run_seconds
+        if self.flight is None:
+            where = self.times.described(waited, ran, self._how_it_ends())
+        elif self.shared_with is not None:
+            where = f"it waited {waited:.3f} s for query {self.shared_with}, whose run it shared"
+        else:
+            where = self.times.described(waited, ran, self.flight.how_it_ends(without=self))
+        message = f"{self.named} was not done after {self._timeout:g} s: {where}"
+        return QueryTimeoutError(message, self._timeout, waited, ran)
+
+    def _how_it_ends(self) -> str:
+        """Return what is to be said of the run of a query that times out."""
         if self._stop is None:
-            ends = (
+            return (
                 " and ran for {ran}. Polars cannot stop it, so it keeps its slot until it really "
                 "ends"
             )
-        elif self._stop_is_sure:
-            ends = " and ran for {ran}. It is stopped now"
-        else:
-            ends = (
-                " and was with its executor for {ran}, which is asked to drop it and may go on "
-                "with it all the same"
-            )
-        # Read once: the query may still run, and its text and attributes have to agree.
-        waited, ran = self.times.queue_seconds, self.times.run_seconds
-        where = self.times.described(waited, ran, ends)
-        message = f"{self.named} was not done after {self._timeout:g} s: {where}"
-        return QueryTimeoutError(message, self._timeout, waited, ran)
+        if self._stop_is_sure:
+            return " and ran for {ran}. It is stopped now"
+        return (
+            " and was with its executor for {ran}, which is asked to drop it and may go on with it "
+            "all the same"
+        )
 
 
 def _name_in(error: BaseException, label: str) -> None:

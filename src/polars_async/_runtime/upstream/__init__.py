@@ -41,6 +41,8 @@ from polars_async._runtime.upstream.serialized import (
     extensions_of,
     hands_over_here,
     last_pickled,
+    paths_of,
+    plan_bytes,
     plan_text,
 )
 
@@ -72,6 +74,8 @@ __all__ = [
     "namespaces_of",
     "optimization_flags",
     "optimizations_of",
+    "paths_of",
+    "plan_bytes",
     "plan_nodes",
     "plan_text",
     "sets_affinity",
