@@ -418,7 +418,7 @@ def test_each_caller_has_the_error_for_itself(shared, runs):
 
 def test_error_that_cannot_be_copied_is_that_of_all_callers():
     class Own(Exception):  # noqa: N818  # of a library that does as it likes
-        def __init__(self, one, two):
+        def __init__(self, one, two):  # noqa: ARG002  # which no copy is given
             super().__init__(one)
 
     error = Own(1, 2)
@@ -492,7 +492,7 @@ def test_query_of_a_python_function_does_not_wait_for_one_in_the_queue(shared, r
     runs.gate.set()
     asked = Blocked()
 
-    def ask(frame):
+    def ask(_):
         asked.started.set()
         assert asked.gate.wait()
         return shared.collect_async(lf()).result(LIMIT).select("a")

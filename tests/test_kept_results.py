@@ -194,7 +194,7 @@ def test_closed_collector_keeps_and_gives_nothing(made):
         collector.collect_async(lf())
 
 
-def test_timer_does_not_keep_the_results_of_a_dropped_collector(made):
+def test_timer_does_not_keep_the_results_of_a_dropped_collector():
     results = Results(1000.0, 1 << 20)
     results.put("key", lf().collect(), None, 1)
     alive = weakref.ref(results)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 import re
+from itertools import islice
 from stat import S_ISDIR, S_ISREG
 from time import time_ns
 from typing import TYPE_CHECKING, Final, TypeAlias
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterable, Iterator, Sequence
 
 State: TypeAlias = tuple[int, ...]
 """Device, inode, size, and times of change in nanoseconds."""
@@ -33,26 +34,27 @@ def states_of(paths: Sequence[str]) -> tuple[State, ...] | None:
     None if a state cannot be told: a file is elsewhere, is not there, or has changed just now, or
     they are too many.
     """
-    states: list[State] = []
     newest = time_ns() - _SETTLED
     try:
-        for path in paths:
-            for status in _statuses(path):
-                modified, changed = status.st_mtime_ns, status.st_ctime_ns
-                latest = max(modified, changed)
-                if latest > newest or (
-                    modified % _COARSE == 0 and latest > newest - _SETTLED_IF_COARSE
-                ):
-                    return None
-                states.append((status.st_dev, status.st_ino, status.st_size, modified, changed))
-                if len(states) > _MOST_ENTRIES:
-                    return None
+        states = [
+            _state_of(status, newest)
+            for path in paths
+            for status in islice(_statuses(path), _MOST_ENTRIES + 1)
+        ]
     except (OSError, ValueError):
         return None
-    return tuple(states)
+    return tuple(states) if len(states) <= _MOST_ENTRIES else None
 
 
-def _statuses(path: str) -> Iterator[os.stat_result]:
+def _state_of(status: os.stat_result, newest: int) -> State:
+    modified, changed = status.st_mtime_ns, status.st_ctime_ns
+    latest = max(modified, changed)
+    if latest > newest or (modified % _COARSE == 0 and latest > newest - _SETTLED_IF_COARSE):
+        raise ValueError("it has changed just now")
+    return status.st_dev, status.st_ino, status.st_size, modified, changed
+
+
+def _statuses(path: str) -> Iterable[os.stat_result]:
     scheme, found, rest = path.partition("://")
     if found:
         if scheme != "file":
@@ -61,15 +63,13 @@ def _statuses(path: str) -> Iterator[os.stat_result]:
     # Also where a file of that very name is there: Polars takes it for a pattern all the same.
     folder = _folder_of_pattern(path)
     if folder is not None:
-        yield from _below(folder)
-        return
+        return _below(folder)
     status = os.stat(path)  # noqa: PTH116  # quicker, and the path is a text
     if S_ISREG(status.st_mode):
-        yield status
-    elif S_ISDIR(status.st_mode):
-        yield from _below(path)
-    else:
-        raise ValueError("it is neither a file nor a folder")
+        return (status,)
+    if S_ISDIR(status.st_mode):
+        return _below(path)
+    raise ValueError("it is neither a file nor a folder")
 
 
 def _folder_of_pattern(path: str) -> str | None:

@@ -183,7 +183,8 @@ def is_same_each_time(lf: pl.LazyFrame, paths: list[str]) -> bool:
         return False
     if any(each in plan.text for each in (PICKLED, _PYTHON_NODE, _PLUGIN)):
         return False
-    return _paths(plan.text) == paths and is_repeatable(plan.text)
+    # What several parts of a plan share is packed once, and written for each of them.
+    return set(_paths(plan.text)) == set(paths) and is_repeatable(plan.text)
 
 
 def _magnitude(numbers: re.Match[bytes]) -> bytes:

@@ -152,9 +152,9 @@ class Plans:
         return None if known is None else known[1]
 
     def _look_at(self, frame: pl.LazyFrame, line: tuple[str, int] | None) -> Plan | None:
-        before = thread_time()
+        before = None if line is None else thread_time()
         plan = packed(frame, _LARGEST_PLAN)
-        if thread_time() - before > _SLOW and line is not None:
+        if line is not None and before is not None and thread_time() - before > _SLOW:
             self._not_before[line] = perf_counter()
         if plan is None or (paths := paths_of(plan)) is None:
             return None

@@ -69,13 +69,13 @@ class Flight(Query[T]):
         equality: Equality,
         flights: Flights,
     ) -> None:
-        owner = lane.admission.owner
         self.askers: dict[Query[T], None] = {}
+        self._captain: Query[T] | None = None
         super().__init__(
             operation,
             captain.resolution,
             flights.reporter,
-            owner._replace(counts=flights.uncounted),  # it is no query of a caller's
+            flights.owner_in(lane),
             priority=captain.priority,
             label=captain.label,
             chooser=captain.chooser,
@@ -86,7 +86,7 @@ class Flight(Query[T]):
         self.times = captain.times
         self.reports = captain.reports
         self.lane = lane
-        self._captain: Query[T] | None = captain
+        self._captain = captain
         self.equality = equality
         self._first_resolution = captain.resolution
         self._flights = flights
@@ -303,6 +303,7 @@ class Flights:
         self.reporter: Final = reporter
         self.uncounted: Final = Counts()
         """Of the flights themselves, which are not queries of callers."""
+        self._owners: dict[Lane, Owner] = {}
         self.results: Final = results
         self._lock = lock
         self._plans: Final = Plans()
@@ -342,6 +343,14 @@ class Flights:
                     flight.lane.of(flight).use_idle_slots()
                 return None
         return lane.admit(Flight(query, operation, lane, equality, self), then=self._take_off)
+
+    def owner_in(self, lane: Lane) -> Owner:
+        """Return what owns a flight in `lane`: its admission, but for the counts."""
+        owner = self._owners.get(lane)
+        if owner is None:
+            owner = lane.admission.owner._replace(counts=self.uncounted)
+            self._owners[lane] = owner
+        return owner
 
     def forget(self, flight: Flight[Any]) -> None:
         """Have no one board `flight` any more, with the lock held; may be called again."""
