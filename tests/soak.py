@@ -81,6 +81,7 @@ class Soak:
         self.past_queries = 0  # of collectors that are gone
         self.events = Counter()
         self.helpers = self.logged = self.panics = self.inline = 0
+        self.shared = Counter()
         self.hook_faults = 0
         self.rss = []
         self.folder = Path(tempfile.mkdtemp(prefix="soak"))
@@ -207,6 +208,7 @@ class Soak:
         self.check_closed(lasting)
         await self._quiet(threads)
         self.events += lasting.events
+        self.shared += lasting.shared
 
     def _is_over(self):
         if self.queries:
@@ -240,6 +242,7 @@ class Soak:
         for book in short:
             self.past_queries += book.submitted
             self.events += book.events
+            self.shared += book.shared
         del self.books[1:]
 
     async def _act(self, last):
@@ -300,7 +303,7 @@ class Soak:
         if len(own) > threads:
             found.append(f"{len(own)} threads, not {threads}: {own}")
         gc.collect()
-        kept = [each for each in gc.get_objects() if type(each) is Query]
+        kept = [each for each in gc.get_objects() if isinstance(each, Query)]
         if kept:
             found.append(f"{len(kept)} queries are kept, one by {holders(kept)}")
         del kept
@@ -334,6 +337,7 @@ class Soak:
             self.violated("the last", f"RSS grew from {before:.0f} to {after:.0f} MB")
         events = ", ".join(f"{number} {kind}" for kind, number in sorted(self.events.items()))
         events += f", {self.inline} inline"
+        events += "".join(f", {number} {how}" for how, number in sorted(self.shared.items()))
         threads = len(list(Path("/proc/self/task").iterdir()))
         return (
             f"{submitted} queries in {seconds:.1f} s, {submitted / seconds:.0f}/s; {events}; "

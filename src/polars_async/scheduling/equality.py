@@ -158,9 +158,10 @@ class Plans:
             self._not_before[line] = perf_counter()
         if plan is None or (paths := paths_of(plan)) is None:
             return None
+        found = Plan(plan, paths)
         if len(plan) <= _LARGEST_KNOWN:
-            self._note(frame, Plan(plan, paths))
-        return Plan(plan, paths)
+            self._note(frame, found)
+        return found
 
     def _note(self, frame: pl.LazyFrame, plan: Plan) -> None:
         if len(self._known) >= _MOST_KNOWN:
