@@ -42,6 +42,7 @@ from polars_async._runtime import timers
 from polars_async._runtime.unpatched import RLock, start_new_thread
 from polars_async.bridges import turns
 from polars_async.bridges.mailbox import Mailbox
+from polars_async.scheduling import equality
 from polars_async.scheduling import lane as lane_module
 from polars_async.scheduling.query import Query
 
@@ -49,6 +50,7 @@ PATIENCE = 60
 """Seconds without the end of a step that count as a standstill."""
 LONG = 50_000
 """Queries from which on the memory has to stay as it is."""
+MUCH_HELD = equality._MUCH_HELD
 STEPS = {
     one: 50,
     burst: 10,
@@ -224,6 +226,8 @@ class Soak:
         rng = random.Random(f"{self.seed}/round {number}")
         level = rng.choice([logging.NOTSET, logging.NOTSET, logging.DEBUG])
         logging.getLogger("polars_async").setLevel(level)
+        # All queries come from one line here: as if their frames were small, or as it is.
+        equality._MUCH_HELD = rng.choice([1 << 40, MUCH_HELD])
         sys.setswitchinterval(rng.choice([0.005, 0.0005, 0.00001]))
         if not self.books:
             self.books.append(Book(self, 0, rng, lasting=True))

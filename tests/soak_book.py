@@ -42,12 +42,13 @@ class Book:
         self.slow_rate = rng.choice([0, 0, 0.1])
         self.fault_rate = rng.choice([0, 0, 0.02]) if not lasting else 0.001
         self._rng = random.Random(rng.random())  # the hook's, on many threads
+        kept = (pa.Cache(seconds=seconds, max_bytes="1 MB") for seconds in (0.05, 5))
         self.limits = {
             "max_running": rng.choice([None, 1, 2, 3, 4]),
             "max_waiting": None if lasting else rng.choice([None, None, 0, 2, 5, 30]),
             "inline": 0.001 if lasting else rng.choice([0, 100e-6, 0.01]),
             "single_flight": rng.random() < 0.5,
-            "cache": rng.choice([None, None, None, pa.Cache(seconds=0.05, max_bytes="1 MB")]),
+            "cache": rng.choice([None, None, *kept]),
         }
         self.collector = pa.Collector(on_event=self.hear, **self.limits)
         self.lanes = self.collector._cpu, self.collector._gpu

@@ -153,14 +153,15 @@ class Frames:
         cls.heavy_last = cls.heavy["a"].max()
         cls.path = Path(tempfile.mkdtemp(prefix="soak-read")) / "version"
         atexit.register(shutil.rmtree, cls.path.parent)
-        cls.lock, cls.number = RLock(), 10**6
+        cls.lock, cls.number, cls.changed = RLock(), 10**6, -1.0
         cls.version(changes=True)
 
     @classmethod
     def version(cls, *, changes):
-        """Give the number that the file has, or write the next one."""
+        """Give the number that the file has, or write the next one, if the last is old enough."""
         with cls.lock:
-            if changes:
+            if changes and time.monotonic() > cls.changed + 0.15:  # else its state is not known
+                cls.changed = time.monotonic()
                 new = cls.path.with_suffix(".new")
                 new.write_text(f"{cls.number + 1}\n")
                 new.replace(cls.path)
