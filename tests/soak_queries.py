@@ -74,7 +74,7 @@ def heavy(rng):
 
 def scanned(rng):
     """Read a file that changes: what is read is no older than the query."""
-    least = Frames.version(changes=rng.random() < 0.1)
+    least = Frames.version(changes=rng.random() < 0.5)
     lf = pl.scan_csv(Frames.path, schema={"a": pl.Int64}, has_header=False)
     return Plan(lf, partial(gives_at_least, least), "scanned")
 
@@ -184,7 +184,7 @@ FAULTS = [failing, failing_inside, missing]
 
 
 def any_of(rng, *, mostly_tiny, nested_in=None):
-    makers = {tiny: 45, few: 20, scanned: 12, medium: 12, heavy: 2, sleepy: 15, panic: 1, nested: 6}
+    makers = {tiny: 45, few: 20, scanned: 25, medium: 12, heavy: 2, sleepy: 15, panic: 1, nested: 6}
     makers |= dict.fromkeys(FAULTS, 6)
     if mostly_tiny:
         makers |= {tiny: 300, heavy: 0.5}

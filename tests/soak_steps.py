@@ -341,7 +341,7 @@ class Counted:
 async def burst(step):
     """Many tiny queries at once, each awaited by itself, or on threads that submit them, too."""
     rng = step.rng
-    make = rng.choice([tiny, tiny, few, scanned])
+    make = rng.choice([tiny, tiny, few, scanned, scanned])
     plans = [make(rng) for _ in range(rng.choice([3, 10, 40]))]
     options = step.options() if rng.random() < 0.3 else {}
 
