@@ -67,6 +67,11 @@ class Plan(NamedTuple):
     packed: bytes
     paths: list[str]
 
+    @property
+    def known_as(self) -> Hashable:
+        """What it is known as: a hash stands for a large one, which would take much memory."""
+        return self.packed if len(self.packed) <= _LARGEST_KNOWN else hash(self.packed)
+
 
 class Equality(NamedTuple):
     """What equal queries have in common."""
@@ -84,7 +89,7 @@ class Plans:
     def __init__(self) -> None:
         self._known: dict[int, tuple[ref[pl.LazyFrame], Plan]] = {}
         """By the identity of the frame: one that is collected again is looked at once."""
-        self._repeatable: dict[bytes, bool] = {}
+        self._repeatable: dict[Hashable, bool] = {}
         self._resident = inf
         """The least that Polars held while no query ran, in bytes."""
         self._not_before: dict[tuple[str, int], float] = {}
@@ -112,7 +117,7 @@ class Plans:
         plans = []
         for frame in frames:
             plan = self._plan(frame)
-            if plan is None or self._repeatable.get(plan.packed) is False:
+            if plan is None or self._repeatable.get(plan.known_as) is False:
                 return None
             plans.append(plan)
         paths = [path for plan in plans for path in plan.paths]
@@ -206,13 +211,12 @@ class Plans:
             ended.release()
 
     def _is_repeatable(self, plan: Plan, frame: pl.LazyFrame) -> bool:
-        known = self._repeatable.get(plan.packed)
+        known = self._repeatable.get(plan.known_as)
         if known is None:
             known = is_same_each_time(frame, plan.paths)
-            if len(plan.packed) <= _LARGEST_KNOWN:
-                if len(self._repeatable) >= _MOST_KNOWN:
-                    self._repeatable.clear()
-                self._repeatable[plan.packed] = known
+            if len(self._repeatable) >= _MOST_KNOWN:
+                self._repeatable.clear()
+            self._repeatable[plan.known_as] = known
         return known
 
 
