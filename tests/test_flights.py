@@ -301,6 +301,14 @@ def test_large_frame_is_never_copied_to_compare_it(shared, runs, monkeypatch):
     assert shared.stats()["shared"] <= 2
 
 
+def test_plans_that_are_too_long_to_be_compared_are_not_equal(shared, runs, monkeypatch):
+    monkeypatch.setattr(equality, "_LARGEST_PLAN", 100)
+    handles = [shared.collect_async(lf(number)) for number in (1, 2, 2)]
+    runs.gate.set()
+    assert [handle.result()["a"].to_list()[0] for handle in handles] == [1, 2, 2]
+    assert shared.stats()["shared"] == 0
+
+
 def test_line_of_small_frames_is_packed_where_others_are_large(shared, runs, monkeypatch):
     monkeypatch.setattr(equality, "_MUCH_HELD", 0)
     monkeypatch.setattr(equality, "_MOMENT", LIMIT)

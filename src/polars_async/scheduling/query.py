@@ -61,9 +61,11 @@ class RunOfSeveral(Protocol):
 
     def leave(self, asker: Any) -> Callable[[], object] | None:
         """Note, with the lock held, that `asker` waits no more; return what is to follow."""
+        ...
 
     def how_it_ends(self, without: Any) -> str:
         """Return what is to be said of the run when `without` times out."""
+        ...
 
 
 class Query(Generic[T]):

@@ -297,24 +297,6 @@ def _write(serialize: Callable[[_Text], object], target: _Text) -> None:
     serialize(target)
 
 
-class _Packed:
-    """The file to which Polars writes the bytes of one plan, up to a limit."""
-
-    __slots__ = ("_left", "pieces")
-
-    def __init__(self, limit: int) -> None:
-        self._left = limit
-        self.pieces: list[bytes] = []
-
-    def write(self, piece: Any) -> int:
-        size = len(piece)
-        self._left -= size
-        if self._left < 0:
-            raise OSError("the plan is longer than the limit")
-        self.pieces.append(bytes(piece))
-        return size
-
-
 def _import_no_pickler(name: str, *rest: Any) -> Any:
     if name in _PICKLERS:
         raise ImportError("no Python object is to be pickled")
@@ -333,13 +315,15 @@ def plan_bytes(lf: pl.LazyFrame, limit: int) -> bytes | None:
     Return None if it is longer than `limit`, or has something that cannot be packed, or not without
     calling Python. As with `plan_text`, nothing is called or opened, and frames are copied whole.
     """
-    target = _Packed(limit)
+    # No class of our own, as for the text: Polars drops what is raised in the last `write`, as by a
+    # signal handler, and the plan would lack its end.
+    target = io.BytesIO()
     try:
         _write_without_pickler(lf._ldf.serialize_binary, target)  # noqa: SLF001  # pyright: ignore[reportPrivateUsage]
     except (Exception, pl.exceptions.PanicException):  # noqa: BLE001  # such a plan has no equal
         return None
-    pieces = target.pieces
-    return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+    plan = target.getvalue()
+    return plan if len(plan) <= limit else None
 
 
 _SOURCES: Final = b"\xa7sources\x81\xa5Paths"
