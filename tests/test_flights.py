@@ -27,6 +27,7 @@ from polars_async._runtime import file_states
 from polars_async._runtime.plans import is_same_each_time, packed
 from polars_async._runtime.upstream import paths_of
 from polars_async.scheduling import equality, flights
+from polars_async.scheduling.query import Query
 from polars_async.testing import simulate_gpu
 
 OUTCOMES = ("completed", "failed", "cancelled", "timed_out", "rejected")
@@ -89,7 +90,9 @@ def written(path, frame=None):
 
 
 @pytest.fixture(autouse=True)
-def _files_are_old(monkeypatch):
+def _as_a_rule(monkeypatch):
+    """Files are old, and frames in memory small, whatever other tests have left there."""
+    monkeypatch.setattr(equality, "_MUCH_HELD", 1 << 60)
     monkeypatch.setattr(file_states, "_SETTLED", -(10**10))
     monkeypatch.setattr(file_states, "_SETTLED_IF_COARSE", 0)
 
@@ -331,6 +334,7 @@ def test_first_caller_may_let_go_while_others_wait(shared, runs, is_running):
     if is_running:
         begun(runs)
     assert first.cancel()
+    ended = first._query.times.ended
     with pytest.raises(CancelledError):
         first.result()
     assert adds_up(shared)
@@ -339,7 +343,34 @@ def test_first_caller_may_let_go_while_others_wait(shared, runs, is_running):
     if busy is not None:
         busy.gate.set()
     assert second.result().equals(third.result())
+    assert first._query.state.name == "CANCELLED"
+    until(lambda: not inside.running(shared))
+    assert first._query.times.ended == ended < second._query.times.ended
     assert sum(frame is not None for frame in runs) == (1 if is_running else 2)
+
+
+@pytest.mark.parametrize("is_running", [True, False])
+def test_run_that_is_let_go_counts_no_more_at_once(shared, runs, monkeypatch, is_running):
+    busy = None
+    if not is_running:
+        busy = Blocked()
+        shared.collect_async(busy.lf)
+    handle = shared.collect_async(lf())
+    begun(runs)
+    seen = []
+    after_cancel = Query._after_cancel
+
+    def look(query):
+        stats = shared.stats()
+        seen.append((stats["sharing"], stats["waiting"], stats["running"] - stats["abandoned"]))
+        after_cancel(query)
+
+    monkeypatch.setattr(Query, "_after_cancel", look)
+    handle.cancel()
+    assert set(seen) == {(0, 0, int(not is_running))}
+    runs.gate.set()
+    if busy is not None:
+        busy.gate.set()
 
 
 def test_last_caller_that_lets_go_takes_it_out_of_the_queue(shared, runs):

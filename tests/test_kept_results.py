@@ -13,7 +13,7 @@ from places import Blocked, until
 
 from polars_async import Cache, Collector, CollectorClosedError
 from polars_async._runtime import file_states
-from polars_async.scheduling import kept
+from polars_async.scheduling import equality, kept
 from polars_async.scheduling.kept import Results
 
 SIZE = 10_000
@@ -25,7 +25,9 @@ def lf(number=1):
 
 
 @pytest.fixture(autouse=True)
-def _files_are_old(monkeypatch):
+def _as_a_rule(monkeypatch):
+    """Files are old, and frames in memory small, whatever other tests have left there."""
+    monkeypatch.setattr(equality, "_MUCH_HELD", 1 << 60)
     monkeypatch.setattr(file_states, "_SETTLED", -(10**10))
     monkeypatch.setattr(file_states, "_SETTLED_IF_COARSE", 0)
 
