@@ -80,6 +80,8 @@ def test_every_name_is_polars_own_or_tested_here():
         "optimization_flags",
         "optimizations_of",
         "plan_nodes",
+        "paths_of",
+        "plan_bytes",
         "plan_text",
         "sets_affinity",
         "without_warning",
@@ -747,3 +749,39 @@ def test_extension_types_of_a_plan_are_found():
     to = pl.LazyFrame({"a": [1]}).select(pl.col("a").ext.to(pl.Extension("short", pl.Int64)))
     assert upstream.extensions_of(to.serialize()) == {"short"}
     assert upstream.extensions_of(pl.LazyFrame({"Extension": ["name"]}).serialize()) == set()
+
+
+# Packed plans
+
+
+def test_plan_is_packed_in_the_same_bytes_each_time_it_is_made(tmp_path):
+    path = tmp_path / "ä.parquet"
+    pl.DataFrame({"a": [1]}).write_parquet(path)
+
+    def make(number):
+        return pl.scan_parquet([path, str(path) * 3]).select(pl.col("a") + number)
+
+    plan = upstream.plan_bytes(make(1), 10_000)
+    assert plan == make(1).serialize() == upstream.plan_bytes(make(1), 10_000)
+    assert plan != upstream.plan_bytes(make(2), 10_000)
+    assert upstream.paths_of(plan) == [str(path), str(path) * 3]
+    assert upstream.plan_bytes(make(1), 10) is None
+
+
+def test_paths_of_many_files_are_read_in_a_packed_plan():
+    paths = [f"/not/there/{number}" for number in range(100)] + ["x" * 300]
+    lf = pl.concat([pl.scan_parquet(paths, schema={"a": pl.Int64}), pl.LazyFrame({"a": [1]})])
+    plan = upstream.plan_bytes(lf, 100_000)
+    assert upstream.paths_of(plan) == paths
+    assert upstream.paths_of(plan[: plan.index(b"/not/there/50")]) is None
+
+
+def test_plan_with_a_function_is_not_packed_and_nothing_is_pickled():
+    class Function:
+        def __call__(self, frame):
+            return frame
+
+        def __reduce__(self):
+            pytest.fail("it was pickled")
+
+    assert upstream.plan_bytes(QUERY.map_batches(Function()), 100_000) is None

@@ -61,6 +61,7 @@ __version__: str
 __all__ = [
     "AsyncEngine",
     "BackgroundQuery",
+    "Cache",
     "Collector",
     "CollectorClosedError",
     "Comparison",
@@ -147,6 +148,7 @@ if TYPE_CHECKING:
     from polars_async.gpu.support import GpuSupport, Support, gpu_support
     from polars_async.handle import BackgroundQuery, QueryHandle
     from polars_async.iteration import ResultStream
+    from polars_async.options import Cache
     from polars_async.progress import Progress
     from polars_async.reasons import Reason
     from polars_async.resolution import (
@@ -171,6 +173,7 @@ else:
     _HOMES = {
         "AsyncEngine": "engine",
         "BackgroundQuery": "handle",
+        "Cache": "options",
         "Collector": "collector",
         "CollectorClosedError": "errors",
         "Comparison": "compare.comparison",

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from polars_async.executors.factory import ExecutorRequest
     from polars_async.handle import QueryHandle
     from polars_async.iteration import ResultStream
+    from polars_async.options import Cache
     from polars_async.resolution import EngineRequest, GpuPolicy
 
 
@@ -35,7 +36,7 @@ class _Default:
     collector: Collector | None = None
 
 
-def configure(
+def configure(  # keywords of the caller's choice
     *,
     engine: EngineRequest = "auto",
     gpu: GpuPolicy | None = None,
@@ -48,6 +49,8 @@ def configure(
     inline: float = 100e-6,
     slow: float | None = None,
     progress: bool | None = None,
+    single_flight: bool = False,
+    cache: Cache | None = None,
     on_event: Callable[[QueryEvent], object] | None = None,
 ) -> Collector:
     """
@@ -57,7 +60,9 @@ def configure(
     ----------
     engine, gpu, default_engine, executor
         As for `Collector`.
-    max_running, max_waiting, max_streams, max_memory, inline, slow, progress, on_event
+    max_running, max_waiting, max_streams, max_memory, inline, slow, progress, single_flight, cache
+        As for `Collector`.
+    on_event
         As for `Collector`.
 
     Returns
@@ -92,6 +97,8 @@ def configure(
             inline=inline,
             slow=slow,
             progress=progress,
+            single_flight=single_flight,
+            cache=cache,
             on_event=on_event,
         )
         before, _Default.collector = _Default.collector, collector
@@ -122,6 +129,7 @@ def collect_async(
     priority: int = 0,
     label: str | None = None,
     tags: Tags | None = None,
+    single_flight: bool | None = None,
 ) -> QueryHandle[pl.DataFrame]:
     """
     Collect a LazyFrame without blocking; a drop-in for ``LazyFrame.collect_async``.
@@ -154,6 +162,8 @@ def collect_async(
         The name of the query in events and errors, and of its thread.
     tags
         What else events and the handle are to tell of the query, as ``{"tenant": "a"}``.
+    single_flight
+        Whether the query may share the run of an equal one; None is as `configure` was told.
 
     Returns
     -------
@@ -164,7 +174,7 @@ def collect_async(
     Raises
     ------
     TypeError
-        `lf` is no LazyFrame, or `label` or `tags` of another type.
+        `lf` is no LazyFrame, or `label`, `tags` or `single_flight` of another type.
     ValueError
         `engine` is no engine, or `timeout` or `priority` is out of range.
     ImportError
@@ -197,6 +207,7 @@ def collect_async(
         priority=priority,
         label=label,
         tags=tags,
+        single_flight=single_flight,
         gevent=gevent,
     )
 
@@ -211,6 +222,7 @@ def collect_all_async(
     priority: int = 0,
     label: str | None = None,
     tags: Tags | None = None,
+    single_flight: bool | None = None,
 ) -> QueryHandle[list[pl.DataFrame]]:
     """
     Collect several LazyFrames as one query; a drop-in for ``polars.collect_all_async``.
@@ -221,7 +233,7 @@ def collect_all_async(
     ----------
     lazy_frames
         The frames; any iterable, read at once.
-    gevent, engine, optimizations, timeout, priority, label, tags
+    gevent, engine, optimizations, timeout, priority, label, tags, single_flight
         As for `collect_async`.
 
     Returns
@@ -246,6 +258,7 @@ def collect_all_async(
         priority=priority,
         label=label,
         tags=tags,
+        single_flight=single_flight,
         gevent=gevent,
     )
 
@@ -259,6 +272,7 @@ def as_completed(
     priority: int = 0,
     label: str | None = None,
     tags: Tags | None = None,
+    single_flight: bool | None = None,
 ) -> ResultStream[tuple[int, pl.DataFrame]]:
     """
     Collect each frame as a query of its own, and return their results as they come.
@@ -287,6 +301,7 @@ def as_completed(
         priority=priority,
         label=label,
         tags=tags,
+        single_flight=single_flight,
     )
 
 

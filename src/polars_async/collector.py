@@ -42,6 +42,8 @@ from polars_async.handle import BackgroundQuery, QueryHandle, result_of
 from polars_async.options import (
     DEFAULT_OPTIMIZATIONS,
     Options,
+    check_cache,
+    check_flag,
     check_inline,
     check_limit,
     check_slow,
@@ -60,7 +62,9 @@ from polars_async.resolution import (
 from polars_async.scheduling.adaptive import Chooser
 from polars_async.scheduling.adaptive_gpu import no_gpu, on_gpu
 from polars_async.scheduling.estimates import CostModel, Estimate
+from polars_async.scheduling.flights import Flights
 from polars_async.scheduling.inline import Inline
+from polars_async.scheduling.kept import Results
 from polars_async.scheduling.lane import Lane
 from polars_async.scheduling.listing import info_of, states_of
 from polars_async.scheduling.memory import Memory
@@ -82,6 +86,7 @@ if TYPE_CHECKING:
     from polars_async.executors.factory import ExecutorRequest
     from polars_async.executors.operations import Operation
     from polars_async.iteration import ResultStream
+    from polars_async.options import Cache
     from polars_async.resolution import EngineRequest, GpuPolicy, QueryPath, Resolution
     from polars_async.scheduling.listing import QueryInfo
 
@@ -172,6 +177,15 @@ class Collector:
         each: see `QueryHandle.progress`. None counts that of queries that start after the first
         call of ``progress()``, ``watch()`` or `show_progress` for a query of this collector; in an
         interactive session, such as a notebook, that of all.
+    single_flight
+        Whether a query that is equal to one that waits or runs does not run itself, but gets the
+        result of that one; `cancel`, time-outs, labels and events stay its own. Queries are equal
+        if their plans, engines and optimisations are, and they read the same files, which have not
+        changed, and equal frames in memory, of 256 kB at most. Those with Python functions, sinks
+        or random numbers never are.
+    cache
+        How long results are kept for equal queries to come, and how much memory they take, as a
+        `Cache`; None keeps none. It turns `single_flight` on.
     on_event
         Called with a `QueryEvent` for each event of a query, on the thread where it happens, which
         waits for the call: it must be quick, and safe to call from many threads. Errors that it
@@ -181,7 +195,7 @@ class Collector:
     Raises
     ------
     TypeError
-        `on_event` is not callable.
+        `on_event` is not callable, `single_flight` no boolean, or `cache` no `Cache`.
     ValueError
         An unknown engine, policy or executor, or a limit out of range.
     """
@@ -189,7 +203,7 @@ class Collector:
     COUNTERS: ClassVar[frozenset[str]] = COUNTERS
     """The keys of `stats` that only ever grow."""
 
-    def __init__(
+    def __init__(  # keywords of the caller's choice
         self,
         *,
         engine: EngineRequest = "auto",
@@ -203,6 +217,8 @@ class Collector:
         inline: float = 100e-6,
         slow: float | None = None,
         progress: bool | None = None,
+        single_flight: bool = False,
+        cache: Cache | None = None,
         on_event: Callable[[QueryEvent], object] | None = None,
     ) -> None:
         check_limit("max_running", max_running, 1)
@@ -210,6 +226,9 @@ class Collector:
         check_limit("max_streams", max_streams, 1)
         check_inline(inline)
         check_slow(slow)
+        check_flag("single_flight", single_flight)
+        if cache is not None:
+            check_cache(cache)
         if on_event is not None and not callable(on_event):
             raise TypeError(f"on_event must be callable, got {on_event!r}")
         engine_object(engine)
@@ -240,6 +259,9 @@ class Collector:
         )
         if most_bytes is not None and executor in ("threads", "auto"):
             spilling.spill_from(int(_SPILLED_SHARE * most_bytes))
+        results = None if cache is None else Results(cache.seconds, cache.max_bytes)
+        self._flights: Final = Flights(self._reporter, self._cpu.admission.lock, results)
+        self._single_flight: Final = single_flight or cache is not None
         self._where: Final = executor if isinstance(executor, str) else type(executor).__name__
         self._elsewhere: Final = isinstance(executor, Executor)
         self._make_gpu_lane: Final = partial(
@@ -277,6 +299,7 @@ class Collector:
         priority: int = 0,
         label: str | None = None,
         tags: Tags | None = None,
+        single_flight: bool | None = None,
         gevent: bool = False,
     ) -> QueryHandle[pl.DataFrame]:
         """
@@ -303,6 +326,9 @@ class Collector:
         tags
             What else events and the handle are to tell of the query, as ``{"tenant": "a"}``: a
             mapping of strings to strings, numbers and booleans, which is copied.
+        single_flight
+            Whether the query may share the run, or the kept result, of an equal one; None is as the
+            collector says. False runs it anew in any case.
         gevent
             Accepted as in Polars: fail now if gevent is not installed. Every handle has
             ``get(block=True, timeout=None)`` for greenlets.
@@ -316,7 +342,7 @@ class Collector:
         Raises
         ------
         TypeError
-            `lf` is no LazyFrame, or `label` or `tags` of another type.
+            `lf` is no LazyFrame, or `label`, `tags` or `single_flight` of another type.
         ValueError
             `engine` is no engine, or `timeout` or `priority` is out of range.
         ImportError
@@ -330,7 +356,16 @@ class Collector:
         ForkedProcessError
             Polars cannot run in this process.
         """
-        options = Options(engine, optimizations, timeout, priority, label, tags, gevent=gevent)
+        options = Options(
+            engine,
+            optimizations,
+            timeout,
+            priority,
+            label,
+            tags,
+            single_flight=single_flight,
+            gevent=gevent,
+        )
         return QueryHandle(self._collect(lf, "async", options))
 
     def collect_all_async(
@@ -343,6 +378,7 @@ class Collector:
         priority: int = 0,
         label: str | None = None,
         tags: Tags | None = None,
+        single_flight: bool | None = None,
         gevent: bool = False,
     ) -> QueryHandle[list[pl.DataFrame]]:
         """
@@ -356,7 +392,7 @@ class Collector:
         ----------
         lazy_frames
             The frames; any iterable, read at once.
-        engine, optimizations, timeout, priority, label, tags, gevent
+        engine, optimizations, timeout, priority, label, tags, single_flight, gevent
             As for `collect_async`.
 
         Returns
@@ -372,7 +408,16 @@ class Collector:
         ValueError, EngineUnavailableError, QueueFullError, CollectorClosedError, ForkedProcessError
             As for `collect_async`.
         """
-        options = Options(engine, optimizations, timeout, priority, label, tags, gevent=gevent)
+        options = Options(
+            engine,
+            optimizations,
+            timeout,
+            priority,
+            label,
+            tags,
+            single_flight=single_flight,
+            gevent=gevent,
+        )
         return QueryHandle(self._collect_all(lazy_frames, "async", options))
 
     def as_completed(
@@ -385,6 +430,7 @@ class Collector:
         priority: int = 0,
         label: str | None = None,
         tags: Tags | None = None,
+        single_flight: bool | None = None,
     ) -> ResultStream[tuple[int, pl.DataFrame]]:
         """
         Schedule each frame as a query of its own, and return their results as they come.
@@ -393,7 +439,7 @@ class Collector:
         ----------
         lazy_frames
             The frames; any iterable, read at once.
-        engine, optimizations, timeout, priority, label, tags
+        engine, optimizations, timeout, priority, label, tags, single_flight
             As for `collect_async`; each query has the whole `timeout`.
 
         Returns
@@ -410,7 +456,15 @@ class Collector:
         ValueError, EngineUnavailableError, QueueFullError, CollectorClosedError, ForkedProcessError
             As for `collect_async`; the queries of this call are cancelled.
         """
-        options = Options(engine, optimizations, timeout, priority, label, tags)
+        options = Options(
+            engine,
+            optimizations,
+            timeout,
+            priority,
+            label,
+            tags,
+            single_flight=single_flight,
+        )
         queries: list[Query[pl.DataFrame]] = []
         try:
             for frame in checked_frames(lazy_frames):
@@ -639,6 +693,7 @@ class Collector:
         priority: int = 0,
         label: str | None = None,
         tags: Tags | None = None,
+        single_flight: bool | None = None,
     ) -> BackgroundQuery[pl.DataFrame]:
         """
         Schedule a query to be fetched by threads, as ``LazyFrame.collect(background=True)``.
@@ -650,7 +705,15 @@ class Collector:
         BackgroundQuery
             With ``fetch()``, ``fetch_blocking()`` and ``cancel()``; the result is a DataFrame.
         """
-        options = Options(engine, optimizations, timeout, priority, label, tags)
+        options = Options(
+            engine,
+            optimizations,
+            timeout,
+            priority,
+            label,
+            tags,
+            single_flight=single_flight,
+        )
         return BackgroundQuery(self._collect(lf, "background", options))
 
     def collect_all_background(
@@ -663,6 +726,7 @@ class Collector:
         priority: int = 0,
         label: str | None = None,
         tags: Tags | None = None,
+        single_flight: bool | None = None,
     ) -> BackgroundQuery[list[pl.DataFrame]]:
         """
         Schedule several frames as one query to be fetched by threads.
@@ -674,7 +738,15 @@ class Collector:
         BackgroundQuery
             As for `collect_background`; the result is a list with one DataFrame for each frame.
         """
-        options = Options(engine, optimizations, timeout, priority, label, tags)
+        options = Options(
+            engine,
+            optimizations,
+            timeout,
+            priority,
+            label,
+            tags,
+            single_flight=single_flight,
+        )
         return BackgroundQuery(self._collect_all(lazy_frames, "background", options))
 
     def resolve_engine(
@@ -713,6 +785,10 @@ class Collector:
         """Whether the collector was closed, and takes no more queries."""
         return self._cpu.admission.closed
 
+    def clear_cache(self) -> None:
+        """Drop all results that are kept: see `cache`. Any thread may call this."""
+        self._flights.clear()
+
     def stats(self) -> dict[str, Any]:
         """
         Return the load of this collector and the totals since it was made, which JSON can write.
@@ -731,6 +807,8 @@ class Collector:
               ``waiting``, and of ``running`` less ``abandoned``.
             - ``downgraded``, ``fell_back``: queries for which another engine ran.
             - ``inline``: queries that ran on the threads that submitted them.
+            - ``shared``: queries that shared the run of an equal one; ``from_cache``: those whose
+              result was kept from before.
             - ``queue_seconds``, ``run_seconds``: how long queries waited and ran, in all.
             - ``memory_waits``, ``memory_seconds``: queries that started later for want of memory
               alone, and how much later, in all.
@@ -740,14 +818,16 @@ class Collector:
 
             - ``running``, of which ``abandoned`` were cancelled or timed out and hold their slot
               until they end; ``paused``, the streams that wait for their consumer, or for a slot
-              after that, and hold none; ``waiting``; ``gpu_running`` and ``gpu_waiting``, those of
-              them on the GPU.
+              after that, and hold none; ``waiting``, of which ``sharing`` wait for the runs of
+              equal ones, and need no slot; ``gpu_running`` and ``gpu_waiting``, those of them on
+              the GPU.
             - ``streams``: the streams of batches that run or wait.
             - ``workers``: worker processes.
             - ``memory``: bytes that this process and its workers take now, as far as they count
               for ``max_memory``; None without that limit.
             - ``max_running``, ``max_waiting``, ``max_streams``, ``max_memory``: the limits; None
               where there is none.
+            - ``cached``, ``cached_bytes``: the results that are kept, and their size.
             - ``gpu_failures``, ``gpu_cooldown_seconds``: of the whole process, the failures in a
               row of the GPU, and how long it will not be used for that; of several GPUs, those of
               the most failures and of the longest cooldown. In worker processes each GPU has its
@@ -755,7 +835,7 @@ class Collector:
               NVML's index 0, once it has run a query.
         """
         *on_gpus, cpu = (lane.admission for lane in self._lanes)
-        stats = stats_of(cpu, on_gpus)
+        stats = stats_of(cpu, on_gpus, self._flights)
         executors = (self._gpu.executor, self._cpu.executor)  # the lanes of one GPU share the first
         stats["inline"] = 0 if self._cpu.inline is None else self._cpu.inline.ran
         stats["workers"] = sum(each.worker_count for each in executors)
@@ -811,6 +891,7 @@ class Collector:
         if wait:
             _check_outside("close", "pass wait=False")
         _close_lanes(self._lanes, cancel_waiting=cancel_waiting, cancel_running=cancel_running)
+        self._flights.clear()
         if wait:
             for lane in self._lanes:
                 block_or_let_run(lane.admission)
@@ -831,6 +912,7 @@ class Collector:
         """
         _check_outside("aclose", "call close(wait=False)")
         _close_lanes(self._lanes, cancel_waiting=cancel_waiting, cancel_running=cancel_running)
+        self._flights.clear()
         bridge = bridges.current()
         for lane in self._lanes:
             await Suspension(bridge, lane.admission)
@@ -840,6 +922,7 @@ class Collector:
         # No weakref.finalize: it would hold the lanes, whose hook may hold the collector.
         if not is_finalizing() and hasattr(self, "_of_one_gpu"):  # else __init__ has raised
             _close_lanes(self._lanes)
+            self._flights.clear()
 
     def __enter__(self) -> Self:
         return self
@@ -962,7 +1045,10 @@ class Collector:
             operation.buffer.bind(PausableQuery(lane, query))
         if not isinstance(lane.executor, ThreadsExecutor) or lane.admission.memory is not None:
             query.call_site = call_site()
-        here = lane.submit(query)
+        shares = options.single_flight
+        if shares is None:
+            shares = self._single_flight
+        here = lane.submit(query, partial(self._flights.admit, lane) if shares else None)
         try:
             if options.timeout is not None and not query.done:
                 try:

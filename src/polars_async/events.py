@@ -14,7 +14,7 @@ import polars as pl
 from polars_async._runtime.logs import complain, is_ctrl_c, log
 from polars_async.errors import describe
 from polars_async.resolution import engine_text
-from polars_async.wording import summarize
+from polars_async.wording import how_shared, summarize
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -115,6 +115,11 @@ class QueryEvent:
         if it was not.
     peak_memory
         The most memory that the query took so far, in bytes; None if that is not known.
+    shared_with
+        The ``query_id`` of the equal query whose run, or kept result, this one shares; None of one
+        that runs itself.
+    from_cache
+        Whether that result was kept from before: see ``cache=`` of `Collector`.
     """
 
     kind: EventKind
@@ -148,8 +153,12 @@ class QueryEvent:
             place=self.place,
             inline=self.inline,
             peak_memory=self.peak_memory,
+            shared=how_shared(self.shared_with, from_cache=self.from_cache),
             end=end,
         )
+
+    shared_with: int | None = None
+    from_cache: bool = False
 
     def __str__(self) -> str:
         label = f" {self.label!r}" if self.label is not None else ""
@@ -160,6 +169,8 @@ class QueryEvent:
         parts.append(f"waited {self.queue_seconds:.3f} s")
         if self.run_seconds is not None:
             parts.append(f"ran {self.run_seconds:.3f} s{' inline' if self.inline else ''}")
+        if (shared := how_shared(self.shared_with, from_cache=self.from_cache)) is not None:
+            parts.append(shared)
         if self.rows is not None:
             parts.append(f"{self.rows} rows")
         if self.error is not None:

@@ -37,6 +37,8 @@ def summarize(
     inline: bool = False,
     peak_memory: int | None = None,
     gpu_seconds: float | None = None,
+    memory_seconds: float = 0.0,
+    shared: str | None = None,
     end: str | None = None,
 ) -> str:
     """
@@ -58,23 +60,38 @@ def summarize(
         The most memory that it took, in bytes.
     gpu_seconds
         How long the GPU tried it in vain.
+    memory_seconds
+        How much of `waited` it waited for memory alone.
+    shared
+        Whose result it got, instead of running itself.
     end
         How it ended, unless it succeeded.
     """
     parts: list[str] = []
     if ran is None or waited >= _WORTH_TELLING:
         parts.append(f"waited {in_seconds(waited)}{behind(ahead)}")
+    if memory_seconds >= _WORTH_TELLING:
+        parts.append(f"was held up by max_memory for {in_seconds(memory_seconds)} of that")
     if gpu_seconds is not None:
         parts.append(f"was on the GPU in vain for {in_seconds(gpu_seconds)} of that")
     if ran is not None:
         parts.append(f"ran {in_seconds(ran)}{where(resolution, place, inline=inline)}")
     if peak_memory is not None:
         parts.append(f"took {in_bytes(peak_memory)} at its peak")
+    if shared is not None:
+        parts.append(shared)
     if (why := _why_another(resolution)) is not None:
         parts.append(why)
     if end is not None:
         parts.append(end)
     return ", ".join(parts)
+
+
+def how_shared(query_id: int | None, *, from_cache: bool) -> str | None:
+    """Return from which query a result comes that was shared or kept; None if from none."""
+    if query_id is None:
+        return None
+    return f"{'from the cache, by' if from_cache else 'shared with'} query {query_id}"
 
 
 def behind(ahead: Ahead | None) -> str:

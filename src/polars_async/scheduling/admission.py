@@ -555,6 +555,13 @@ class Admission:
                 estimate.fingerprint, estimate.seconds, estimate.share, estimate.memory
             )
 
+    def raise_priority(self, query: Query[Any], priority: int) -> None:
+        """Have `query` wait with a higher `priority`, with the lock held, if it still waits."""
+        if query.state is State.WAITING:
+            self._queue.discard(query)
+            query.priority = priority
+            self._add(query)
+
     def add_waiter(self, waiter: Waiter) -> bool:
         """Have `waiter` woken when no query runs or waits; return False if that is so already."""
         return holding(self.lock, self._add_waiter, waiter)

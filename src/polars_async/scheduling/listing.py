@@ -98,6 +98,7 @@ def info_of(query: Query[Any], state: str) -> QueryInfo:
     times, started = query.times, query.times.started is not None
     age = timedelta(seconds=perf_counter() - times.submitted)
     told: Any = "abandoned" if query.done else state
+    run = query.run_of_it
     return QueryInfo(
         id=query.id,
         label=query.label,
@@ -107,14 +108,15 @@ def info_of(query: Query[Any], state: str) -> QueryInfo:
         submitted=datetime.now(UTC) - age,
         waited=times.queue_seconds,
         ran=times.run_seconds,
-        place=(query.place or _THREAD) if started else None,
-        memory=query.peak_memory,
-        progress=None if query.meter is None else query.progress,
+        place=(run.place or _THREAD) if started else None,
+        memory=run.peak_memory,
+        progress=None if run.meter is None else query.progress,
     )
 
 
 def _states_of(admissions: Sequence[Admission]) -> dict[Query[Any], str]:
     states: dict[Query[Any], str] = {}
     for admission in admissions:
-        states |= admission.states()
+        for query, state in admission.states().items():
+            states |= query.listed(state)
     return states

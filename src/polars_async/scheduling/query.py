@@ -6,7 +6,7 @@ from contextlib import suppress
 from contextvars import copy_context
 from functools import partial
 from itertools import count
-from typing import TYPE_CHECKING, Any, Final, Generic, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, Final, Generic, NamedTuple, Protocol, TypeVar
 
 import polars as pl
 
@@ -24,7 +24,7 @@ from polars_async.scheduling.counts import State
 from polars_async.scheduling.outcome import Outcome
 from polars_async.scheduling.sizes import SMALL, UNKNOWN, Load, size_with
 from polars_async.scheduling.times import Times
-from polars_async.wording import behind, in_bytes, summarize, where
+from polars_async.wording import behind, how_shared, in_bytes, summarize, where
 
 if TYPE_CHECKING:
     from _thread import RLock
@@ -60,6 +60,27 @@ class Owner(NamedTuple):
     """Changed together with the state of a query."""
     leave_queue: Callable[[Query[Any]], None]
     """Called with the lock held when a query is cancelled or timed out before it has a slot."""
+
+
+class Run(Protocol):
+    """What is known of the run of a query."""
+
+    ahead: Ahead | None
+    place: str | None
+    meter: Meter | None
+    peak_memory: int | None
+
+
+class RunOfSeveral(Run, Protocol):
+    """What runs in the place of several queries: see `scheduling.flights`."""
+
+    def leave(self, asker: Any) -> Callable[[], object] | None:
+        """Note, with the lock held, that `asker` waits no more; return what is to follow."""
+        ...
+
+    def how_it_ends(self, without: Any) -> str:
+        """Return what is to be said of the run when `without` times out."""
+        ...
 
 
 class Query(Generic[T]):
@@ -99,7 +120,9 @@ class Query(Generic[T]):
         "delivery",
         "estimate",
         "fingerprint",
+        "flight",
         "frames",
+        "from_cache",
         "id",
         "is_inline",
         "is_nested",
@@ -113,12 +136,13 @@ class Query(Generic[T]):
         "reports",
         "resolution",
         "runs_engine",
+        "shared_with",
         "state",
         "tags",
         "times",
     )
 
-    def __init__(
+    def __init__(  # noqa: PLR0915  # one for each attribute
         self,
         operation: Operation[T],
         resolution: Resolution,
@@ -152,6 +176,11 @@ class Query(Generic[T]):
         """What chooses the engine, if that is left to this library."""
         self.choice: Choice | None = None
         """What it has chosen."""
+        self.flight: RunOfSeveral | None = None
+        """What runs in its place, for all that ask for the same."""
+        self.shared_with: int | None = None
+        """The number of the query whose run it shares, or whose result was kept for it."""
+        self.from_cache = False
         self.call_site: CallSite | None = None
         """The user's line that submitted the query, if it may go to another process."""
         self.ahead: Ahead | None = None
@@ -220,8 +249,8 @@ class Query(Generic[T]):
     def progress(self) -> Progress:
         """How far it is."""
         # The state first: of a query that ends meanwhile, all is counted then.
-        state = self.state
-        reading = NOTHING_READ if self.meter is None else self.meter.read()
+        state, meter = self.state, self.run_of_it.meter
+        reading = NOTHING_READ if meter is None else meter.read()
         return Progress(
             state=state.name.lower(),
             seconds=self.times.run_seconds or 0.0,
@@ -242,24 +271,42 @@ class Query(Generic[T]):
             end = "timed out"
         elif self.done and self.state is not State.COMPLETED:
             end = f"was {self.state.name.lower()}"
+        run = self.run_of_it
         return summarize(
             waited=self.times.queue_seconds,
             ran=self.times.run_seconds,
             resolution=self.resolution,
-            ahead=self.ahead,
-            place=self.place,
+            ahead=run.ahead,
+            place=run.place,
             inline=self.is_inline,
-            peak_memory=self.peak_memory,
+            peak_memory=run.peak_memory,
             gpu_seconds=self.times.gpu_seconds,
+            memory_seconds=self.times.memory_seconds,
+            shared=self.sharing,
             end=end,
         )
+
+    @property
+    def run_of_it(self) -> Run:
+        """What runs for it: itself, or the run that it shares with others."""
+        return self if self.flight is None else self.flight
+
+    @property
+    def sharing(self) -> str | None:
+        """Whose result it gets instead of running itself, in words; None if it runs itself."""
+        return how_shared(self.shared_with, from_cache=self.from_cache)
+
+    def listed(self, state: str) -> dict[Query[Any], str]:
+        """Return the queries of callers that this is, and their states, if it is in a `state`."""
+        return {self: state}
 
     @property
     def essence(self) -> str:
         """Its number, label, state and engine, in a few words."""
         label = "" if self.label is None else f" {self.label!r}"
         state = self.state.name.lower().replace("_", " ")
-        return f"query {self.id}{label}, {state}, {engine_text(self.resolution.name)}"
+        shared = "" if self.sharing is None else f", {self.sharing}"
+        return f"query {self.id}{label}, {state}, {engine_text(self.resolution.name)}{shared}"
 
     @property
     def is_small(self) -> bool:
@@ -353,6 +400,25 @@ class Query(Generic[T]):
             else:
                 self.estimate = costs.of(self.frames, self.resolution.name)
 
+    def board(
+        self,
+        flight: RunOfSeveral | None,
+        *,
+        shared_with: int | None = None,
+        from_cache: bool = False,
+    ) -> None:
+        """Have `flight` run in its place, or nothing, with the lock held."""
+        self.flight, self.shared_with, self.from_cache = flight, shared_with, from_cache
+        self._operation, self.frames = None, ()
+
+    def land(self, outcome: Outcome[T]) -> Iterable[Waiter]:
+        """End with the `outcome` of another run, with the lock held; return the waiters to wake."""
+        run = self.run_of_it
+        self.ahead, self.place = run.ahead, run.place
+        self.meter, self.peak_memory = run.meter, run.peak_memory
+        self._outcome, self.flight = outcome, None
+        return self.set_finished()
+
     @property
     def operation(self) -> Operation[T] | None:
         """The operation that the query still has to run; None once it runs."""
@@ -361,7 +427,7 @@ class Query(Generic[T]):
     def run(self, run: Callable[[Operation[T], Query[T]], T]) -> None:
         """Run the operation by `run` and keep its outcome, which `set_finished` makes final."""
         if self.reports:
-            self._announce(EventKind.STARTED)
+            self.announce(EventKind.STARTED)
         operation, self._operation = self._operation, None
         if (
             operation is None or self.state is not State.RUNNING
@@ -434,6 +500,7 @@ class Query(Generic[T]):
         """Emit the event `kind`, with no lock held, since hooks and log handlers run."""
         if not self._reporter.wants(kind):
             return
+        run = self.run_of_it
         event = QueryEvent(
             kind=kind,
             query_id=self.id,
@@ -447,9 +514,11 @@ class Query(Generic[T]):
             resolution=self.resolution,
             inline=self.is_inline,
             tags=self.tags or {},
-            place=self.place,
-            ahead=self.ahead,
-            peak_memory=self.peak_memory,
+            place=run.place,
+            ahead=run.ahead,
+            peak_memory=run.peak_memory,
+            shared_with=self.shared_with,
+            from_cache=self.from_cache,
         )
         if self.delivery is None:
             self._reporter(event)
@@ -466,11 +535,11 @@ class Query(Generic[T]):
     def note_retry(self, how: str, cause: Exception) -> None:
         """Note that the GPU tries the query once more, after `cause`, and emit RETRIED."""
         self.resolution = tried_again(self.resolution, how)
-        self._announce(EventKind.RETRIED, cause)
+        self.announce(EventKind.RETRIED, cause)
 
     def report_fall_back(self) -> None:
         """Emit FELL_BACK: the GPU engine failed, and another engine runs the query."""
-        self._announce(EventKind.FELL_BACK, self.resolution.cause)
+        self.announce(EventKind.FELL_BACK, self.resolution.cause)
 
     def report_engine(self) -> None:
         """Tell observers which engine ran the query, before a waiter can see that it is done."""
@@ -666,7 +735,7 @@ class Query(Generic[T]):
         changed = self._settle(
             state,
             thread=get_ident(),
-            # While another thread announces an event, this one is left to it: see `_announce`.
+            # While another thread announces an event, this one is left to it: see `announce`.
             owes_event=self.reports and not self._announcing,
             error=self._new_timeout_error() if state is State.TIMED_OUT else None,
         )
@@ -675,7 +744,10 @@ class Query(Generic[T]):
         return changed
 
     def _leave(self) -> None:
-        if self.times.started is None:  # else it really ends when it has stopped
+        if self.flight is not None:
+            self._stop = self.flight.leave(self)
+            self.times.end()
+        elif self.times.started is None:  # else it really ends when it has stopped
             self.times.end()
             self._leave_queue(self)
 
@@ -695,7 +767,7 @@ class Query(Generic[T]):
         self._waiters = {}
         self._canceller = 0
 
-    def _announce(self, kind: EventKind, error: BaseException | None = None) -> None:
+    def announce(self, kind: EventKind, error: BaseException | None = None) -> None:
         """
         Emit `kind`, unless the query is done.
 
@@ -728,27 +800,35 @@ class Query(Generic[T]):
         self.report(kind, error=self._timeout_error)
 
     def _new_timeout_error(self) -> QueryTimeoutError:
+        # Read once: the query may still run, and its text and attributes have to agree.
+        waited, ran = self.times.queue_seconds, self.times.run_seconds
+        if self.flight is not None and self.shared_with is not None:
+            spent = f"it waited {waited:.3f} s for query {self.shared_with}, whose run it shared"
+        else:
+            flight = self.flight
+            ends = self.how_it_ends() if flight is None else flight.how_it_ends(without=self)
+            run = self.run_of_it
+            there = "" if run.place is None else where(self.resolution, run.place)
+            if run.peak_memory is not None:
+                there += f", with {in_bytes(run.peak_memory)} at its peak"
+            ends = ends.replace("{where}", there)
+            spent = self.times.described(waited, ran, behind(run.ahead), ends)
+        message = f"{self.named} was not done after {self._timeout:g} s: {spent}"
+        return QueryTimeoutError(message, self._timeout, waited, ran)
+
+    def how_it_ends(self, without: Query[T] | None = None) -> str:  # noqa: ARG002  # those of several need it
+        """Return what is to be said of the run of a query that times out."""
         if self._stop is None:
-            ends = (
+            return (
                 " and ran for {ran}{where}. Polars cannot stop it, so it keeps its slot until it "
                 "really ends"
             )
-        elif self._stop_is_sure:
-            ends = " and ran for {ran}{where}. It is stopped now"
-        else:
-            ends = (
-                " and was with its executor for {ran}, which is asked to drop it and may go on "
-                "with it all the same"
-            )
-        # Read once: the query may still run, and its text and attributes have to agree.
-        waited, ran = self.times.queue_seconds, self.times.run_seconds
-        there = "" if self.place is None else where(self.resolution, self.place)
-        if self.peak_memory is not None:
-            there += f", with {in_bytes(self.peak_memory)} at its peak"
-        ends = ends.replace("{where}", there)
-        spent = self.times.described(waited, ran, behind(self.ahead), ends)
-        message = f"{self.named} was not done after {self._timeout:g} s: {spent}"
-        return QueryTimeoutError(message, self._timeout, waited, ran)
+        if self._stop_is_sure:
+            return " and ran for {ran}{where}. It is stopped now"
+        return (
+            " and was with its executor for {ran}, which is asked to drop it and may go on with it "
+            "all the same"
+        )
 
 
 def _name_in(error: BaseException, label: str) -> None:

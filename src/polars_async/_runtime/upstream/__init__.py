@@ -43,6 +43,8 @@ from polars_async._runtime.upstream.serialized import (
     extensions_of,
     hands_over_here,
     last_pickled,
+    paths_of,
+    plan_bytes,
     plan_text,
 )
 
@@ -77,6 +79,8 @@ __all__ = [
     "observed",
     "optimization_flags",
     "optimizations_of",
+    "paths_of",
+    "plan_bytes",
     "plan_nodes",
     "plan_text",
     "sets_affinity",
