@@ -316,6 +316,17 @@ def test_fastapi_answers_several_requests_at_once(service):
     assert service.stats()["completed"] == before + len(SHOPS) * 3
 
 
+def test_fastapi_tells_prometheus_what_became_of_its_queries(service):
+    service.ask("/sales?shop=a")
+    stats = service.stats()
+    response, body = service.ask("/metrics")
+    assert response.getheader("Content-Type").startswith("text/plain; version=")
+    counted = re.findall(
+        r'^polars_async_queries_total{.*outcome="completed"} (.*)$', body.decode(), re.MULTILINE
+    )
+    assert sum(map(float, counted)) == stats["completed"]
+
+
 @pytest.mark.parametrize("path", ["/sales?shop=a", "/sales.ndjson"])
 def test_fastapi_tells_clients_to_come_back_when_the_queue_is_full(service, gate, path):
     service.hold()

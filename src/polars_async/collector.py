@@ -184,7 +184,8 @@ class Collector:
             gpu_policy(gpu)
         self._gpu_policy: Final = gpu
         self._default_engine: Final = default_engine
-        self._reporter: Final = Reporter(on_event)
+        self._where: Final = executor if isinstance(executor, str) else type(executor).__name__
+        self._reporter: Final = Reporter(on_event, self._where)
         known = CostModel(far=executor == "auto")
         slots, most = (max_running, None) if max_running else default_slots(executor)
         limits = Limits(slots, most, processors())
@@ -200,7 +201,6 @@ class Collector:
             max_streams=max_streams or MAX_STREAMS,
             inline=Inline(inline) if inline > 0 and executor in ("threads", "auto") else None,
         )
-        self._where: Final = executor if isinstance(executor, str) else type(executor).__name__
         self._elsewhere: Final = isinstance(executor, Executor)
         self._make_gpu_lane: Final = partial(
             Lane,

@@ -10,12 +10,15 @@ from typing import TYPE_CHECKING, Final, TypeAlias
 
 import polars as pl
 
+from polars_async._runtime.instruments import Attached
 from polars_async._runtime.logs import complain, is_ctrl_c, log
 from polars_async.errors import describe
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from contextvars import Context
 
+    from polars_async._runtime.instruments import Listener
     from polars_async.resolution import Resolution
 
 Tags: TypeAlias = Mapping[str, str | int | float | bool]
@@ -92,6 +95,12 @@ class QueryEvent:
         ``inline=`` of `Collector`. False before STARTED.
     tags
         The ``tags=`` of the query; empty without any.
+    operation
+        What the query does: ``"collect"``, ``"collect_all"``, ``"batches"``, ``"sink"`` or
+        ``"schema"``.
+    executor
+        Where its collector runs queries: ``"threads"``, ``"processes"``, ``"auto"``, or the name of
+        the class of an executor of the caller's.
     """
 
     kind: EventKind
@@ -105,6 +114,8 @@ class QueryEvent:
     resolution: Resolution
     inline: bool = False
     tags: Tags = field(default_factory=dict, hash=False)
+    operation: str = "collect"
+    executor: str = "threads"
 
     def __str__(self) -> str:
         label = f" {self.label!r}" if self.label is not None else ""
@@ -133,34 +144,73 @@ def notify_observers(resolution: Resolution) -> None:
 
 
 class Reporter:
-    """Passes events to the logger and to the hook of one collector."""
+    """Passes events to the logger, to the hook of one collector, and to listeners."""
 
-    __slots__ = ("_on_event",)
+    __slots__ = ("_of_collector", "_on_event", "executor")
 
-    def __init__(self, on_event: Callable[[QueryEvent], object] | None) -> None:
+    def __init__(
+        self, on_event: Callable[[QueryEvent], object] | None, executor: str = "threads"
+    ) -> None:
         self._on_event = on_event
+        self._of_collector: tuple[Listener, ...] = ()
+        self.executor = executor
+        """As for `QueryEvent`."""
 
     @property
     def listens(self) -> bool:
-        """Whether a hook, an observer or the logger takes any event; read once for each query."""
-        return self._on_event is not None or bool(observers) or log.isEnabledFor(logging.INFO)
+        """Whether anything takes any event; read once for each query."""
+        return (
+            self._on_event is not None
+            or bool(observers)
+            or bool(Attached.listeners)
+            or bool(self._of_collector)
+            or log.isEnabledFor(logging.INFO)
+        )
+
+    @property
+    def listeners(self) -> tuple[Listener, ...]:
+        """
+        The listeners of the process and of the collector; read once for each query.
+
+        So each listener is told of a query from its first event to its last, or not at all.
+        """
+        return Attached.listeners + self._of_collector
+
+    def add(self, listener: Listener) -> None:
+        """Have `listener` told of the queries that are submitted to the collector from now on."""
+        self._of_collector = (*self._of_collector, listener)
+
+    def remove(self, listener: Listener) -> None:
+        """Have `listener` not told of queries that are submitted from now on."""
+        self._of_collector = tuple(each for each in self._of_collector if each is not listener)
 
     def wants(self, kind: EventKind) -> bool:
         """Return whether the hook or the logger takes events of this `kind`."""
         return self._on_event is not None or log.isEnabledFor(_level_of(kind))
 
-    def __call__(self, event: QueryEvent) -> None:
-        """Log `event` and call the hook, with no lock held. Errors of the hook are logged."""
-        try:
-            log.log(_level_of(event.kind), "%s", event)
-            if self._on_event is not None:
-                self._on_event(event)
-        except KeyboardInterrupt:
-            if is_ctrl_c():
-                raise
-            complain("the on_event hook was interrupted at: %s", event)
-        except BaseException:  # noqa: BLE001  # SystemExit, too, must not end a worker thread
-            complain("the on_event hook raised at: %s", event)
+    def __call__(self, event: QueryEvent, listeners: tuple[Listener, ...], of: Context) -> None:
+        """Tell `event` to the listeners, the logger and the hook, with no lock held."""
+        # The hook is the last: Ctrl-C in it ends this, and listeners would not learn of an end.
+        for listener in listeners:
+            _call("an instrument", listener, event, of)
+        _call("the on_event hook", self._log_and_hook, event)
+
+    def _log_and_hook(self, event: QueryEvent) -> None:
+        log.log(_level_of(event.kind), "%s", event)
+        if self._on_event is not None:
+            self._on_event(event)
+
+
+def _call(what: str, function: Callable[..., object], event: QueryEvent, *more: object) -> None:
+    """Call a function of others, and log its error: it must not cost a query its result."""
+    try:
+        function(event, *more)
+    except KeyboardInterrupt:
+        if is_ctrl_c():
+            raise
+        complain("%s was interrupted at: %s", what, event)
+    except BaseException:  # noqa: BLE001  # SystemExit, too, must not end a worker thread
+        complain("%s raised at: %s", what, event)
 
 
 def _level_of(kind: EventKind) -> int:

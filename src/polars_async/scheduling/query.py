@@ -75,6 +75,7 @@ class Query(Generic[T]):
         "_canceller",
         "_counts",
         "_leave_queue",
+        "_listeners",
         "_operation",
         "_outcome",
         "_owes_event",
@@ -98,6 +99,7 @@ class Query(Generic[T]):
         "is_stream",
         "label",
         "lock",
+        "name",
         "priority",
         "reports",
         "resolution",
@@ -127,6 +129,7 @@ class Query(Generic[T]):
         self.priority = priority
         self.label = label
         self.tags = tags
+        self.name = operation.name
         self.is_stream = isinstance(operation, Batches)
         self.runs_engine = operation.runs_engine
         self.is_nested = False
@@ -142,6 +145,7 @@ class Query(Generic[T]):
         """The user's line that submitted the query, if it may go to another process."""
         self.times = Times()
         self.reports = reporter.listens
+        self._listeners = reporter.listeners if self.reports else ()
         self.delivery = delivery() if self.reports else None
         self.lock, self._counts, self._leave_queue = owner
         self._reporter = reporter
@@ -339,7 +343,7 @@ class Query(Generic[T]):
         self, kind: EventKind, *, result: object = None, error: BaseException | None = None
     ) -> None:
         """Emit the event `kind`, with no lock held, since hooks and log handlers run."""
-        if not self._reporter.wants(kind):
+        if not self._listeners and not self._reporter.wants(kind):
             return
         event = QueryEvent(
             kind=kind,
@@ -353,11 +357,13 @@ class Query(Generic[T]):
             resolution=self.resolution,
             inline=self.is_inline,
             tags=self.tags or {},
+            operation=self.name,
+            executor=self._reporter.executor,
         )
         if self.delivery is None:
-            self._reporter(event)
+            self._reporter(event, self._listeners, self.context)
         else:
-            self.delivery.post(partial(self._reporter, event))
+            self.delivery.post(partial(self._reporter, event, self._listeners, self.context))
 
     def report_queued(self) -> None:
         """Emit the events of a query that is submitted."""
