@@ -6,6 +6,7 @@ import sys
 from concurrent.futures import Executor
 from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar, Final, TypeVar
+from weakref import WeakValueDictionary
 
 from polars_async import bridges
 from polars_async._runtime import fork
@@ -74,6 +75,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 _TINY: Final = Estimate(0.0, None)
+_alive: Final[WeakValueDictionary[int, Collector]] = WeakValueDictionary()
 
 
 class Collector:
@@ -184,8 +186,8 @@ class Collector:
             gpu_policy(gpu)
         self._gpu_policy: Final = gpu
         self._default_engine: Final = default_engine
-        self._where: Final = executor if isinstance(executor, str) else type(executor).__name__
-        self._reporter: Final = Reporter(on_event, self._where)
+        self.executor: Final = executor if isinstance(executor, str) else type(executor).__name__
+        self._reporter: Final = Reporter(on_event, self.executor)
         known = CostModel(far=executor == "auto")
         slots, most = (max_running, None) if max_running else default_slots(executor)
         limits = Limits(slots, most, processors())
@@ -219,13 +221,14 @@ class Collector:
         self._chooser: Final = Chooser(known, ask_gpu)
         self._of_one_gpu: Final[dict[str | int, Lane]] = {}
         """The lanes of queries that name a GPU, where several work side by side."""
+        _alive[id(self)] = self
 
     def __repr__(self) -> str:
         if not hasattr(self, "_of_one_gpu"):  # __init__ has raised, and a debugger looks at it
             return "<Collector>"
         stats = self.stats()
         load = f"{stats['running']} running, {stats['waiting']} waiting"
-        return f"<Collector on {self._where}: {load}{', closed' if self.closed else ''}>"
+        return f"<Collector on {self.executor}: {load}{', closed' if self.closed else ''}>"
 
     def collect_async(
         self,
@@ -803,6 +806,13 @@ class Collector:
             if here is not None:
                 lane.run_inline(query, here)
         return query
+
+
+def stats_of_all() -> list[tuple[str, dict[str, Any]]]:
+    """Return where each collector that is not closed runs queries, and its statistics."""
+    # `valuerefs` copies in one step: other threads make collectors meanwhile.
+    alive = [known() for known in _alive.valuerefs()]
+    return [(each.executor, each.stats()) for each in alive if each is not None and not each.closed]
 
 
 def _check_outside(method: str, remedy: str) -> None:

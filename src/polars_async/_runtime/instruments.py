@@ -29,8 +29,8 @@ class Attached:
 
     listeners: tuple[Listener, ...] = ()
     carriers: tuple[tuple[str, Carrier], ...] = ()
-    """With the name, as ``module:function``, of what the other process calls with the mapping: it
-    returns a context manager, in which the query runs."""
+    """With the name, as ``module:function``, of what the other process calls with the mapping, and
+    which returns what is to be called after the query."""
 
 
 def attach(listener: Listener, carrier: tuple[str, Carrier]) -> None:

@@ -15,6 +15,7 @@ from polars_async._runtime import fork
 from polars_async._runtime.unpatched import SimpleQueue
 from polars_async.errors import ForkedProcessError, PolarsAsyncError, WorkerDiedError, describe
 from polars_async.executors import QueryExecutor
+from polars_async.executors.carried import carried
 from polars_async.executors.exports import export, export_namespaces
 from polars_async.executors.large_plans import warn_if_large
 from polars_async.executors.main_module import POLARS, ResolvingMain, resolve_namespaces
@@ -163,7 +164,7 @@ def run_task(task: bytes, version: str, exports: dict[Key, Export], _unique: byt
 def _packed(operation: Operation[object], query: Job) -> bytes | str:
     """Return the packed `operation`, or as a text the reason why it stays here."""
     try:
-        message = pack(operation, in_files=False)
+        message = pack(carried(operation, query.context), in_files=False)
     except StaysHereError as reason:
         return str(reason)
     warn_if_large(query, message.plan_bytes, same_machine=False)

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from prometheus_client import CollectorRegistry
 
     from polars_async.collector import Collector
-    from polars_async.events import QueryEvent
+    from polars_async.events import QueryEvent, Reporter
 
 __all__ = ["register", "unregister"]
 
@@ -103,7 +103,7 @@ def register(
             )
         _registered[registry] = metrics
         feed = metrics.feeds[collector] = _Feed(metrics, name)
-    collector._reporter.add(feed)  # noqa: SLF001  # of this package
+    _reporter_of(collector).add(feed)
 
 
 def unregister(collector: Collector, registry: CollectorRegistry | None = None) -> None:
@@ -129,11 +129,15 @@ def unregister(collector: Collector, registry: CollectorRegistry | None = None) 
         feed = None if metrics is None else metrics.feeds.pop(collector, None)
         if metrics is None or feed is None:
             raise ValueError(f"{collector!r} is not registered: register() it first")
-        collector._reporter.remove(feed)  # noqa: SLF001  # of this package
+        _reporter_of(collector).remove(feed)
         if not metrics.feeds:
             del _registered[registry]
             for metric in metrics.all:
                 registry.unregister(metric)
+
+
+def _reporter_of(collector: Collector) -> Reporter:
+    return collector._reporter  # noqa: SLF001  # pyright: ignore[reportPrivateUsage]  # one package
 
 
 class _Metrics:

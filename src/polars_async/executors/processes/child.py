@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 import polars as pl
 
+from polars_async._runtime.descriptors import STANDARD_FILES
 from polars_async._runtime.files import close_received, receive
 from polars_async._runtime.fork import Step, in_child
 from polars_async._runtime.nesting import enter_worker
@@ -33,7 +34,7 @@ from polars_async.executors.serialization import pack, unpack
 from polars_async.gpu.offload import context_is_poisoned, report_health_to, report_retries_to
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterable, Mapping
 
     from polars_async.executors.main_module import Export
     from polars_async.executors.message import Message
@@ -53,9 +54,7 @@ def main(socket_file: int, lifeline: int, path: list[str]) -> None:
     nothing: Polars puts its own handler before that one, and with it ends a running query by
     KeyboardInterrupt.
     """
-    os.closerange(3, min(socket_file, lifeline))
-    os.closerange(min(socket_file, lifeline) + 1, max(socket_file, lifeline))
-    os.closerange(max(socket_file, lifeline) + 1, os.sysconf("SC_OPEN_MAX"))
+    _close_inherited({socket_file, lifeline})
     _die_with_parent(lifeline)
     with suppress(OSError):
         _SYSTEM_NAME.write_text("polars-worker")
@@ -88,6 +87,24 @@ def main(socket_file: int, lifeline: int, path: list[str]) -> None:
             resolve_namespaces()
             while not context_is_poisoned():
                 _serve(transport, logs, follower)
+
+
+def _close_inherited(but: set[int]) -> None:
+    """Close the files that this process has of its parent, but for the standard ones and some."""
+    # Not those that were opened here: by sitecustomize, such as that of opentelemetry-instrument,
+    # whose exporter has threads that end the process if their files are gone. Those close on exec.
+    for file in _open_files():
+        if file >= STANDARD_FILES and file not in but:
+            with suppress(OSError):  # that of the listing, or none
+                if not fcntl.fcntl(file, fcntl.F_GETFD) & fcntl.FD_CLOEXEC:
+                    os.close(file)
+
+
+def _open_files() -> Iterable[int]:
+    try:
+        return map(int, os.listdir("/proc/self/fd"))  # noqa: PTH208  # names, and no paths
+    except OSError:  # it need not be mounted
+        return range(os.sysconf("SC_OPEN_MAX"))
 
 
 def _do_nothing(_number: int, _frame: object) -> None: ...

@@ -16,6 +16,7 @@ from polars_async._runtime.plans import look_at
 from polars_async._runtime.unpatched import RLock, holding
 from polars_async.errors import PolarsAsyncError, WorkerDiedError, signal_of
 from polars_async.executors import QueryExecutor
+from polars_async.executors.carried import carried
 from polars_async.executors.initializer import current
 from polars_async.executors.large_plans import warn_if_large
 from polars_async.executors.message import SerializationAbort
@@ -123,7 +124,7 @@ class ProcessExecutor(QueryExecutor):
                 # If the query was cancelled before this, no thread will call `abort`: call it now.
                 if not query.stop_with(abort):
                     abort()
-                message = pack(operation, in_files=True, abort=abort)
+                message = pack(carried(operation, query.context), in_files=True, abort=abort)
                 try:
                     warn_if_large(query, message.plan_bytes, same_machine=True)
                     worker = self._take()
