@@ -76,28 +76,23 @@ def events(span):
 
 
 @pytest.mark.everywhere
-def test_span_of_a_query_is_a_child_of_the_caller(telling, told, executor):
+def test_span_of_a_query_is_a_child_of_the_caller(telling, told):
     with told.tracer.start_as_current_span("caller") as caller:
         telling.collect_async(TINY, label="sales", tags={"shop": "a", "top": 3}).result(30)
     span = told.span("sales")
     assert span.parent.span_id == caller.get_span_context().span_id
     assert (span.kind, span.status.status_code) == (SpanKind.INTERNAL, StatusCode.UNSET)
     assert events(span) == ["queued", "started"]
-    assert span.start_time <= span.events[0].timestamp <= span.events[1].timestamp <= span.end_time
+    assert span.start_time == span.events[0].timestamp < span.events[1].timestamp < span.end_time
     attributes = dict(span.attributes)
     assert 0 <= attributes.pop("polars.queue_seconds") < attributes["polars.run_seconds"] + 60
     assert attributes.pop("polars.run_seconds") > 0
-    assert attributes.pop("polars.query_id") > 0
-    where = executor if isinstance(executor, str) else "ClientExecutor"
     assert attributes == {
         "db.system.name": "polars",
         "db.operation.name": "collect",
         "db.query.summary": "sales",
         "db.response.returned_rows": 1,
         "polars.engine": "in-memory",
-        "polars.engine_requested": "auto",
-        "polars.executor": where,
-        "polars.outcome": "completed",
         "polars.tag.shop": "a",
         "polars.tag.top": 3,
     }
@@ -128,7 +123,6 @@ def test_span_tells_how_its_query_failed(telling, told):
     assert span.status.description.startswith("Failure: no no")
     assert len(span.status.description) < 1000
     assert span.attributes["error.type"] == "places.Failure"
-    assert span.attributes["polars.outcome"] == "failed"
 
 
 def test_span_ends_when_the_query_is_given_up_or_refused(telling, told, blocked):
@@ -144,18 +138,15 @@ def test_span_ends_when_the_query_is_given_up_or_refused(telling, told, blocked)
     found = {}
     for name in ("late", "waiting", "rejected"):
         span = told.span(name)
-        outcome, error = (span.attributes[key] for key in ("polars.outcome", "error.type"))
-        found[name] = outcome, error, span.status.status_code, events(span)
+        found[name] = span.attributes["error.type"], span.status.status_code, events(span)
     assert found == {
         "late": (
-            "timed_out",
             "polars_async.errors.QueryTimeoutError",
             StatusCode.ERROR,
             ["queued", "started"],
         ),
-        "waiting": ("cancelled", "cancelled", StatusCode.UNSET, ["queued"]),
+        "waiting": ("cancelled", StatusCode.UNSET, ["queued"]),
         "rejected": (
-            "rejected",
             "polars_async.errors.QueueFullError",
             StatusCode.ERROR,
             ["queued"],
@@ -328,7 +319,7 @@ def test_nothing_is_told_once_it_is_ended(told, make, blocked):
     blocked.gate.set()
     after.result(30)
     before.result(30)
-    assert told.span("before").attributes["polars.outcome"] == "completed"
+    assert events(told.span("before")) == ["queued", "started"]
     assert told.spans("after") == []
     assert told.points("db.client.connection.max") == {}
     PolarsAsyncInstrumentor().instrument()

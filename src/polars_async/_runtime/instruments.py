@@ -7,16 +7,27 @@ worker process has to set its handler of SIGINT before that import.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Final, TypeAlias
+from typing import TYPE_CHECKING, Any, Final, Protocol, TypeAlias
 
 from polars_async._runtime.fork import new_lock
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Container, Mapping
     from contextvars import Context
 
-Listener: TypeAlias = "Callable[[Any, Context], object]"
-"""Called with each `QueryEvent` of a query, and with the context in which its functions run."""
+
+class Listener(Protocol):
+    """What is told of queries."""
+
+    @property
+    def kinds(self) -> Container[str]:
+        """The kinds of events that it takes, of queries on the CPU; it is told of all on a GPU."""
+        ...
+
+    def __call__(self, event: Any, context: Context, /) -> object:
+        """Take a `QueryEvent` of a query, in whose functions `context` is the current one."""
+        ...
+
 
 Carrier: TypeAlias = "Callable[[], Mapping[str, str]]"
 """Called in the context of a query that goes to another process; returns what goes along."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 import sys
 from importlib.metadata import version
 from pkgutil import resolve_name
-from time import perf_counter
+from time import perf_counter, time_ns
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from opentelemetry import context as contexts
@@ -129,14 +129,20 @@ class PolarsAsyncInstrumentor(BaseInstrumentor):  # type: ignore[misc]  # mypy i
 
 
 class _Running(NamedTuple):
-    """The span of a query that has not ended, and when it began, by `perf_counter`."""
+    """The span of a query that has not ended, and when that was submitted."""
 
     span: Span
-    begun: float
+    submitted: float
+    """By `perf_counter`."""
+    submitted_ns: int
+    """Since the epoch."""
 
 
 class _Telemetry:
     """Makes spans and metrics of the events of queries; called on any thread."""
+
+    kinds: Final = frozenset({"queued", "downgraded", "retried", "fell_back", *_OUTCOMES})
+    """But STARTED: when a query has started on the CPU, its last event tells, too."""
 
     def __init__(self, tracer: Tracer, meter: Meter) -> None:
         self.observes = True
@@ -195,8 +201,10 @@ class _Telemetry:
             except RuntimeError:
                 # The query runs in it by now: under gevent, events come late to the main thread.
                 context.copy().run(self._begin, event)
-        elif (running := self._running.get(event.query_id)) is not None:
-            _add_event(running.span, event)
+        elif event.kind != "started" or event.engine == "gpu":
+            running = self._running.get(event.query_id)
+            if running is not None:
+                _add_event(running.span, event)
 
     def _begin(self, event: QueryEvent) -> None:
         """Begin the span of a query in its context, and make it the current one there."""
@@ -208,20 +216,28 @@ class _Telemetry:
         }
         for name, value in event.tags.items():
             attributes[f"polars.tag.{name}"] = value
-        span = self._tracer.start_span(summary, kind=SpanKind.INTERNAL, attributes=attributes)
+        submitted_ns = time_ns() - int(event.queue_seconds * 1e9)
+        span = self._tracer.start_span(
+            summary, kind=SpanKind.INTERNAL, attributes=attributes, start_time=submitted_ns
+        )
         contexts.attach(trace.set_span_in_context(span))
-        self._running[event.query_id] = _Running(span, perf_counter())
-        _add_event(span, event)
+        submitted = perf_counter() - event.queue_seconds
+        self._running[event.query_id] = _Running(span, submitted, submitted_ns)
+        if span.is_recording():
+            span.add_event("queued", timestamp=submitted_ns)
 
     def _end(self, event: QueryEvent, outcome: str) -> None:
         running = self._running.pop(event.query_id, None)
         if running is None:  # an interrupt came while it was to begin
             return
-        span, begun = running
+        span, submitted, submitted_ns = running
         error = None if outcome == "completed" else _type_of(event, outcome)
-        self._record(event, perf_counter() - begun, error)
+        self._record(event, perf_counter() - submitted, error)
         if span.is_recording():
-            span.set_attributes(_attributes_at_end(event, outcome, error))
+            if event.run_seconds is not None and event.engine != "gpu":
+                started_ns = submitted_ns + int(event.queue_seconds * 1e9)
+                span.add_event("started", timestamp=started_ns)
+            span.set_attributes(_attributes_at_end(event, error))
             if event.error is not None:
                 span.set_status(StatusCode.ERROR, describe(event.error)[:_LONGEST])
         span.end()
@@ -292,31 +308,26 @@ def _pools() -> dict[str, _Pool]:
 def _add_event(span: Span, event: QueryEvent) -> None:
     if not span.is_recording():
         return
-    attributes: dict[str, AttributeValue] = {}
-    if event.kind != "queued":
-        attributes["polars.engine"] = event.engine
+    attributes: dict[str, AttributeValue] = {"polars.engine": event.engine}
     if event.error is not None:
         attributes["exception.type"] = _qualified(type(event.error))
         attributes["exception.message"] = describe(event.error)[:_LONGEST]
     span.add_event(str(event.kind), attributes)
 
 
-def _attributes_at_end(
-    event: QueryEvent, outcome: str, error: str | None
-) -> dict[str, AttributeValue]:
+def _attributes_at_end(event: QueryEvent, error: str | None) -> dict[str, AttributeValue]:
+    # Few, where there is nothing to tell: each takes a microsecond.
     resolution = event.resolution
     attributes: dict[str, AttributeValue] = {
-        "polars.outcome": outcome,
         "polars.engine": event.engine,
-        "polars.engine_requested": str(resolution.requested),
-        "polars.executor": event.executor,
-        "polars.query_id": event.query_id,
         "polars.queue_seconds": event.queue_seconds,
     }
     if event.run_seconds is not None:
         attributes["polars.run_seconds"] = event.run_seconds
     if event.rows is not None:
         attributes["db.response.returned_rows"] = event.rows
+    if resolution.source != "default":
+        attributes["polars.engine_requested"] = str(resolution.requested)
     if resolution.reason is not None:
         attributes["polars.engine_reason"] = str(resolution.reason)
         attributes["polars.engine_message"] = str(resolution)

@@ -1,13 +1,15 @@
 """
 Metrics of collectors for Prometheus.
 
-It needs ``polars-async[prometheus]``. The metrics are fed by the events of queries, and not read
-from `Collector.stats` when they are scraped: so they also work in the multi-process mode of
-prometheus_client, where the process that is scraped has the values of all processes.
+It needs ``polars-async[prometheus]``. Counters and histograms are fed by the events of queries.
+Gauges are read from `Collector.stats` when they are scraped; but not in the multi-process mode of
+prometheus_client, where one process is asked for the values of all: there, events feed them, too.
 """
 
 from __future__ import annotations
 
+import os
+from functools import partial
 from typing import TYPE_CHECKING, Final
 from weakref import WeakKeyDictionary
 
@@ -37,6 +39,7 @@ _OUTCOMES: Final = {
     EventKind.REJECTED: "rejected",
 }
 """The outcomes, named as by `Collector.stats`."""
+_ALL: Final = frozenset(EventKind)
 
 _lock: Final = new_lock()
 
@@ -145,6 +148,7 @@ class _Metrics:
 
     def __init__(self, registry: CollectorRegistry, *, by_label: bool) -> None:
         self.by_label: Final = by_label
+        self.feeds_gauges: Final = "PROMETHEUS_MULTIPROC_DIR" in os.environ
         self.feeds: Final[WeakKeyDictionary[Collector, _Feed]] = WeakKeyDictionary()
         more = ("label",) if by_label else ()
         self.queries: Final = Counter(
@@ -203,6 +207,17 @@ class _Metrics:
             self.run,
         )
 
+    def count(self, name: str, key: str, less: str | None = None) -> float:
+        """Return how many queries all collectors of a `name` have under `key` of `stats`."""
+        total = 0.0
+        for known in self.feeds.keyrefs():  # a copy, made in one step
+            collector = known()
+            feed = None if collector is None else self.feeds.get(collector)
+            if collector is not None and feed is not None and feed.name == name:
+                stats = collector.stats()
+                total += stats[key] - (0 if less is None else stats[less])
+        return total
+
 
 _registered: Final[WeakKeyDictionary[CollectorRegistry, _Metrics]] = WeakKeyDictionary()
 
@@ -223,10 +238,14 @@ class _Feed:
     """Feeds the metrics with the events of one collector; called on any thread."""
 
     def __init__(self, metrics: _Metrics, name: str) -> None:
+        self.kinds = _ALL if metrics.feeds_gauges else _ALL - {EventKind.QUEUED, EventKind.STARTED}
+        self.name = name
         self._metrics = metrics
-        self._name = name
         self._waiting = metrics.waiting.labels(name)
         self._running = metrics.running.labels(name)
+        if not metrics.feeds_gauges:
+            self._waiting.set_function(partial(metrics.count, name, "waiting"))
+            self._running.set_function(partial(metrics.count, name, "running", "abandoned"))
         self._deaths = metrics.deaths.labels(name)
         self._series: dict[tuple[str, ...], _Series] = {}
         """Kept here, since `labels` takes a microsecond to find one."""
@@ -235,16 +254,20 @@ class _Feed:
 
     def __call__(self, event: QueryEvent, _context: Context) -> None:
         kind = event.kind
-        if kind is EventKind.STARTED:
-            self._count(event.query_id, self._running)
-        elif (outcome := _OUTCOMES.get(kind)) is not None:
-            self._count(event.query_id, None)
+        outcome = _OUTCOMES.get(kind)
+        if outcome is not None:
             self._end(event, outcome)
-        else:
-            if kind is not EventKind.QUEUED:
-                self._metrics.changes.labels(self._name, event.engine, str(kind)).inc()
-            if kind is EventKind.QUEUED or kind is EventKind.FELL_BACK:
-                self._count(event.query_id, self._waiting)
+        elif kind is not EventKind.QUEUED and kind is not EventKind.STARTED:
+            self._metrics.changes.labels(self.name, event.engine, str(kind)).inc()
+        if self._metrics.feeds_gauges:
+            self._count(event.query_id, self._gauge_after(kind))
+
+    def _gauge_after(self, kind: EventKind) -> Gauge | None:
+        """Return where a query counts after an event."""
+        if kind in _OUTCOMES:
+            return None
+        is_running = kind is EventKind.STARTED or kind is EventKind.RETRIED
+        return self._running if is_running else self._waiting
 
     def _count(self, query_id: int, gauge: Gauge | None) -> None:
         """Count a query in `gauge`, and no longer where it was counted before."""
@@ -262,7 +285,7 @@ class _Feed:
             key = (*key, event.label or "")
         series = self._series.get(key)
         if series is None:
-            series = self._series[key] = _Series(self._metrics, self._name, key)
+            series = self._series[key] = _Series(self._metrics, self.name, key)
         series.queries.inc()
         if event.run_seconds is not None:
             series.wait.observe(event.queue_seconds)

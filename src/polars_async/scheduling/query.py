@@ -13,9 +13,9 @@ from polars_async._runtime.timers import start_timer
 from polars_async._runtime.unpatched import get_ident, holding
 from polars_async.bridges.waiting import persist, wake
 from polars_async.errors import QueryTimeoutError
-from polars_async.events import EventKind, QueryEvent, count_rows, notify_observers
+from polars_async.events import EventKind, count_rows, new_event, notify_observers
 from polars_async.executors.operations import Batches, on_engine
-from polars_async.resolution import ADAPTIVE, tried_again
+from polars_async.resolution import ADAPTIVE, is_on_gpu, tried_again
 from polars_async.scheduling.counts import State
 from polars_async.scheduling.outcome import Outcome
 from polars_async.scheduling.sizes import SMALL, UNKNOWN, Load, size_with
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     import polars as pl
 
     from polars_async._runtime.callers import CallSite
+    from polars_async._runtime.instruments import Listener
     from polars_async._runtime.timers import Timer
     from polars_async.bridges.waiting import Waiter
     from polars_async.events import Reporter, Tags
@@ -276,7 +277,7 @@ class Query(Generic[T]):
 
     def run(self, run: Callable[[Operation[T], Query[T]], T]) -> None:
         """Run the operation by `run` and keep its outcome, which `set_finished` makes final."""
-        if self.reports:
+        if self.reports and self._tells(EventKind.STARTED):
             self._announce(EventKind.STARTED)
         operation, self._operation = self._operation, None
         if (
@@ -343,27 +344,38 @@ class Query(Generic[T]):
         self, kind: EventKind, *, result: object = None, error: BaseException | None = None
     ) -> None:
         """Emit the event `kind`, with no lock held, since hooks and log handlers run."""
-        if not self._listeners and not self._reporter.wants(kind):
+        listeners = self._listeners_of(kind)
+        if not listeners and not self._reporter.wants(kind):
             return
-        event = QueryEvent(
-            kind=kind,
-            query_id=self.id,
-            label=self.label,
-            engine=self.resolution.name,
-            queue_seconds=self.times.queue_seconds,
-            run_seconds=self.times.run_seconds,
-            rows=count_rows(result),
-            error=error,
-            resolution=self.resolution,
-            inline=self.is_inline,
-            tags=self.tags or {},
-            operation=self.name,
-            executor=self._reporter.executor,
+        times, resolution = self.times, self.resolution
+        event = new_event(
+            kind,
+            self.id,
+            self.label,
+            resolution.name,
+            times.queue_seconds,
+            times.run_seconds,
+            count_rows(result),
+            error,
+            resolution,
+            self.is_inline,
+            self.tags or {},
+            self.name,
+            self._reporter.executor,
         )
         if self.delivery is None:
-            self._reporter(event, self._listeners, self.context)
+            self._reporter(event, listeners, self.context)
         else:
-            self.delivery.post(partial(self._reporter, event, self._listeners, self.context))
+            self.delivery.post(partial(self._reporter, event, listeners, self.context))
+
+    def _tells(self, kind: EventKind) -> bool:
+        return self._reporter.wants(kind) or bool(self._listeners_of(kind))
+
+    def _listeners_of(self, kind: EventKind) -> tuple[Listener, ...]:
+        # On a GPU a query takes some ms, and may start more than once.
+        if not self._listeners or is_on_gpu(self.resolution):
+            return self._listeners
+        return tuple([each for each in self._listeners if kind in each.kinds])
 
     def report_queued(self) -> None:
         """Emit the events of a query that is submitted."""
