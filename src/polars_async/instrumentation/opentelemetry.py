@@ -44,6 +44,8 @@ _OUTCOMES: Final = {
     "rejected": "rejected",
 }
 """The last events, and the outcomes as `Collector.stats` names them."""
+_KINDS: Final = frozenset({"queued", "downgraded", "retried", "fell_back", *_OUTCOMES})
+"""All but STARTED: when a query has started on the CPU, its last event tells, too."""
 _BUCKETS: Final = (0.001, 0.005, 0.01, 0.05, 0.1, 0.5, 1.0, 5.0, 10.0)
 """Seconds, as the conventions have them."""
 _LONGEST: Final = 300
@@ -141,10 +143,8 @@ class _Running(NamedTuple):
 class _Telemetry:
     """Makes spans and metrics of the events of queries; called on any thread."""
 
-    kinds: Final = frozenset({"queued", "downgraded", "retried", "fell_back", *_OUTCOMES})
-    """But STARTED: when a query has started on the CPU, its last event tells, too."""
-
     def __init__(self, tracer: Tracer, meter: Meter) -> None:
+        self.kinds = _KINDS
         self.observes = True
         """Whether the load of collectors is told: a meter cannot forget what it observes."""
         self._tracer: Final = tracer
