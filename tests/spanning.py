@@ -53,7 +53,8 @@ def traced(frame):
 
 def set_up():
     """Set up a worker process, which notes its spans in a file."""
-    out = open(os.environ["SPANS_OF_WORKERS"], "a")  # noqa: PTH123, SIM115  # to the end
+    out = open(os.environ["SPANS_OF_WORKERS"], "a", buffering=1)  # noqa: PTH123, SIM115  # to the end
+    out.write(f"{('set up', 0, None)!r}\n")
     exporter = ConsoleSpanExporter(out=out, formatter=_line)
     provider = TracerProvider()
     provider.add_span_processor(SimpleSpanProcessor(exporter))

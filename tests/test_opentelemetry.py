@@ -229,7 +229,8 @@ def test_worker_is_set_up_once_as_the_program_says(tmp_path, monkeypatch):
         instrumentor.uninstrument()
     found = list(map(literal_eval, spans.read_text().splitlines()))
     made = [each.context for each in told.spans("collect")]
-    assert found == [("function", each.trace_id, each.span_id) for each in made]
+    spans = [("function", each.trace_id, each.span_id) for each in made]
+    assert found == [("set up", 0, None), *spans]
 
 
 def test_set_up_of_workers_has_to_be_found_by_its_name(main):

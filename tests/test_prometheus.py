@@ -193,7 +193,7 @@ def test_death_of_a_worker_is_counted(counted, scraped):
     assert scraped("polars_async_workers_died_total") == 1
 
 
-def test_collectors_of_one_registry_are_told_apart_by_their_names(make, scraped):
+def test_collectors_of_one_registry_are_told_apart_by_their_names(make, scraped, blocked):
     for name, queries in [("one", 1), ("two", 2), ("two", 3)]:
         collector = make()
         register(collector, scraped.registry, name=name)
@@ -202,6 +202,10 @@ def test_collectors_of_one_registry_are_told_apart_by_their_names(make, scraped)
     labels = {"engine": "in-memory", "outcome": "completed"}
     assert scraped(QUERIES, "one", **labels) == 1
     assert scraped(QUERIES, "two", **labels) == 5
+    collector.collect_async(blocked.lf)
+    assert blocked.started.wait(30)
+    assert scraped("polars_async_queries_running", "one") == 0
+    assert scraped("polars_async_queries_running", "two") == 1
 
 
 def test_label_of_a_query_is_one_of_the_metrics_only_if_that_is_wanted(make, scraped):
