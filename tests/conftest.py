@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import re
@@ -35,6 +36,11 @@ def pytest_configure(config):
     )
     config.addinivalue_line("markers", "slow: it takes seconds; ci/test --quick leaves it out")
     config.addinivalue_line("markers", "smoke: ci/test --quick runs it on both series of Polars")
+    config.addinivalue_line(
+        "markers",
+        "one_series: it tests nothing that differs between the series of Polars; ci/test runs it "
+        "on the newest Polars alone",
+    )
 
 
 def pytest_generate_tests(metafunc):
@@ -63,7 +69,8 @@ def _group_of(test):
     file = test.partition("::")[0]
     if re.search(r"\bdask\b", test) or file.endswith("test_futures.py"):
         return "dask"
-    is_whole = file.endswith(("test_benchmarks.py", "test_processes.py", "test_services.py"))
+    shares = ("test_benchmarks.py", "test_compare.py", "test_processes.py", "test_services.py")
+    is_whole = file.endswith(shares)
     return file if is_whole else test
 
 
@@ -82,6 +89,13 @@ def pytest_collection_modifyitems(config, items):
             assert not unknown, f"cannot() of no place: {unknown}"
             if place in mark.args:
                 item.add_marker(_as_xfail(place, **mark.kwargs))
+
+
+def pytest_collection_finish():
+    # So that tests which collect garbage look at what they have made themselves: to look at all
+    # modules takes a fifth of a second each time.
+    gc.collect()
+    gc.freeze()
 
 
 def _parameters(item):

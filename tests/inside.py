@@ -44,3 +44,11 @@ def let_time_be_up(handle):
 def lying_ready(buffer):
     """Return the batches of a stream that its consumer has not taken yet."""
     return buffer._arrivals.items
+
+
+# Of memory
+
+
+def lacks_memory(collector):
+    """Return whether the last look found a query that nothing but memory held up."""
+    return collector._cpu.admission.lacks_memory

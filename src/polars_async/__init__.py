@@ -76,6 +76,7 @@ __all__ = [
     "GpuPolicy",
     "GpuStatus",
     "GpuSupport",
+    "MemoryLimitWarning",
     "PolarsAsyncError",
     "QueryEvent",
     "QueryHandle",
@@ -101,6 +102,7 @@ __all__ = [
     "gpu_status",
     "gpu_support",
     "resolve_engine",
+    "run",
     "share",
     "sink_async",
 ]
@@ -114,6 +116,7 @@ if TYPE_CHECKING:
         collect_schema_async,
         configure,
         default_collector,
+        run,
         sink_async,
     )
     from polars_async.collector import Collector
@@ -126,6 +129,7 @@ if TYPE_CHECKING:
         EngineDowngradeWarning,
         EngineUnavailableError,
         ForkedProcessError,
+        MemoryLimitWarning,
         PolarsAsyncError,
         QueryMemoryError,
         QueryTimeoutError,
@@ -176,6 +180,7 @@ else:
         "GpuPolicy": "resolution",
         "GpuStatus": "gpu.status",
         "GpuSupport": "gpu.support",
+        "MemoryLimitWarning": "errors",
         "PolarsAsyncError": "errors",
         "QueryEvent": "events",
         "QueryHandle": "handle",
@@ -201,6 +206,7 @@ else:
         "gpu_status": "gpu",
         "gpu_support": "gpu.support",
         "resolve_engine": "resolution",
+        "run": "api",
         "share": "sharing",
         "sink_async": "api",
     }

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar, TypeVarTuple
 
 from polars_async._runtime.fork import new_lock
 from polars_async.collector import Collector
@@ -24,6 +24,10 @@ if TYPE_CHECKING:
     from polars_async.handle import QueryHandle
     from polars_async.resolution import EngineRequest, GpuPolicy
     from polars_async.streams import ResultStream
+
+
+T = TypeVar("T")
+Ts = TypeVarTuple("Ts")
 
 
 class _Default:
@@ -375,6 +379,36 @@ def collect_schema_async(
     """
     return default_collector().collect_schema_async(
         lf, timeout=timeout, priority=priority, label=label, tags=tags, gevent=gevent
+    )
+
+
+def run(
+    function: Callable[[*Ts], T],
+    *args: *Ts,
+    timeout: float | None = None,
+    priority: int = 0,
+    label: str | None = None,
+    tags: Tags | None = None,
+) -> QueryHandle[T]:
+    """
+    Run a function that blocks, such as ``pl.read_excel``, in the queue of the queries.
+
+    It is `Collector.run` of the default collector, which explains parameters and errors.
+
+    Returns
+    -------
+    QueryHandle
+        Awaitable in asyncio and trio; the result is what the function returns.
+
+    Examples
+    --------
+    >>> import polars as pl
+    >>> import polars_async as pa
+    >>> pa.run(pl.DataFrame.height.fget, pl.DataFrame({"a": [1, 2]})).result()
+    2
+    """
+    return default_collector().run(
+        function, *args, timeout=timeout, priority=priority, label=label, tags=tags
     )
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import sys
 from concurrent.futures import Executor
 from functools import partial
-from typing import TYPE_CHECKING, Any, ClassVar, Final, TypeVar
+from inspect import isasyncgenfunction, iscoroutinefunction
+from typing import TYPE_CHECKING, Any, ClassVar, Final, TypeVar, TypeVarTuple
 from weakref import WeakValueDictionary
 
 from polars_async import bridges
@@ -15,6 +16,7 @@ from polars_async._runtime.callers import call_site
 from polars_async._runtime.machine import processors
 from polars_async._runtime.nesting import in_query
 from polars_async._runtime.unpatched import holding
+from polars_async._runtime.upstream import memory_held, spilling
 from polars_async.bridges import Suspension
 from polars_async.bridges.buffer import Buffer
 from polars_async.bridges.threads import block_or_let_run
@@ -26,20 +28,28 @@ from polars_async.executors.factory import (
     make_executor,
     make_gpu_executor,
 )
-from polars_async.executors.operations import Collect, CollectAll, Schema, Sink
+from polars_async.executors.operations import (
+    Collect,
+    CollectAll,
+    Run,
+    Schema,
+    Sink,
+    async_function_error,
+)
 from polars_async.executors.threads import ThreadsExecutor
 from polars_async.gpu.breaker import key_of
 from polars_async.gpu.devices import named_device
-from polars_async.handle import BackgroundQuery, QueryHandle
+from polars_async.handle import BackgroundQuery, QueryHandle, result_of
 from polars_async.options import (
     DEFAULT_OPTIMIZATIONS,
     Options,
     check_inline,
     check_limit,
-    checked_bytes,
+    checked_memory,
 )
 from polars_async.resolution import (
     ADAPTIVE,
+    OF_FUNCTION,
     decide,
     engine_object,
     gpu_policy,
@@ -52,6 +62,7 @@ from polars_async.scheduling.adaptive_gpu import no_gpu, on_gpu
 from polars_async.scheduling.estimates import CostModel, Estimate
 from polars_async.scheduling.inline import Inline
 from polars_async.scheduling.lane import Lane
+from polars_async.scheduling.memory import Memory
 from polars_async.scheduling.open_streams import MAX_STREAMS
 from polars_async.scheduling.pausing import PausableQuery
 from polars_async.scheduling.query import Query
@@ -73,9 +84,13 @@ if TYPE_CHECKING:
     from polars_async.streams import ResultStream
 
 T = TypeVar("T")
+Ts = TypeVarTuple("Ts")
 
 _TINY: Final = Estimate(0.0, None)
 _alive: Final[WeakValueDictionary[int, Collector]] = WeakValueDictionary()
+_SPILLED_SHARE: Final = 0.8
+"""The share of `max_memory` from which on queries on threads spill: that of Polars of the memory of
+the machine."""
 
 
 class Collector:
@@ -128,9 +143,15 @@ class Collector:
         worker. One more raises `QueueFullError` at once. None means 64. All collectors of a
         process together have at most 256 open, since each may keep one of 512 threads of Polars.
     max_memory
-        How much memory each worker process may take, as a number of bytes or a text such as
-        ``"4GB"`` (4 * 1000**3 bytes) or ``"4 GiB"`` (4 * 1024**3); a query that needs more is
-        stopped and raises `QueryMemoryError`. None sets no limit.
+        How much memory this process and its worker processes may take together: a number of
+        bytes, a text such as ``"4GB"`` (4 * 1000**3 bytes) or ``"4 GiB"`` (4 * 1024**3), or a share
+        of the memory of the machine or its cgroup, such as ``"75%"``. No query of the CPU starts
+        that is expected to take more than is left, by what its like took, or else by what it reads;
+        small ones go on meanwhile, and one that no large one runs beside starts in any case. If one
+        takes more by itself, it is stopped in a worker process, and raises `QueryMemoryError`; on
+        threads there is a `MemoryLimitWarning`. Streaming queries spill to the disk from 80 % of it
+        on threads, and from half of it in each worker, unless ``POLARS_OOC_MEMORY_BUDGET_MB`` or
+        ``POLARS_OOC_MEMORY_BUDGET_FRACTION`` are set. None sets no limit.
     inline
         Seconds up to which a query is so quick that handing it to another thread would cost more:
         it then runs on the thread that submits it, and its handle is done at once. It may do so if
@@ -188,11 +209,12 @@ class Collector:
         self._default_engine: Final = default_engine
         self.executor: Final = executor if isinstance(executor, str) else type(executor).__name__
         self._reporter: Final = Reporter(on_event, self.executor)
-        known = CostModel(far=executor == "auto")
+        most_bytes = None if max_memory is None else checked_memory("max_memory", max_memory)
+        memory = None if most_bytes is None else Memory(most_bytes, memory_held)
+        known = CostModel(far=executor == "auto", memory=memory)
         slots, most = (max_running, None) if max_running else default_slots(executor)
         limits = Limits(slots, most, processors())
         at_once = large_at_once(limits.slots)
-        most_bytes = None if max_memory is None else checked_bytes("max_memory", max_memory)
         cpu_executor = make_executor(executor, limits.slots, at_once, most_bytes)
         self._cpu: Final = Lane(
             limits,
@@ -202,7 +224,10 @@ class Collector:
             tiny_here=executor == "auto",
             max_streams=max_streams or MAX_STREAMS,
             inline=Inline(inline) if inline > 0 and executor in ("threads", "auto") else None,
+            memory=memory,
         )
+        if most_bytes is not None and executor in ("threads", "auto"):
+            spilling.spill_from(int(_SPILLED_SHARE * most_bytes))
         self._elsewhere: Final = isinstance(executor, Executor)
         self._make_gpu_lane: Final = partial(
             Lane,
@@ -531,6 +556,67 @@ class Collector:
         resolution = self._resolved(options, "async")
         return QueryHandle(self._submit(Schema(lf), resolution, options))
 
+    def run(
+        self,
+        function: Callable[[*Ts], T],
+        *args: *Ts,
+        timeout: float | None = None,
+        priority: int = 0,
+        label: str | None = None,
+        tags: Tags | None = None,
+    ) -> QueryHandle[T]:
+        """
+        Schedule a call of a function that blocks, and return its handle at once.
+
+        It is for what Polars has no query for, such as ``read_excel``, ``write_database`` and
+        operations on DataFrames. The call waits in the queue with the queries, takes a slot, and
+        counts as one of them in events, statistics and limits. The engine of the collector means
+        nothing to it: what the function collects itself runs on the engine that it names.
+
+        On threads the function sees the context variables of the caller. In other processes it
+        gets copies of its arguments and has to be sent, as the Python functions of queries; with
+        ``executor="auto"`` it goes to a worker process, if it can. A function that has begun in a
+        worker process is never run again, whatever becomes of that.
+
+        Parameters
+        ----------
+        function
+            The function; no coroutine function, and no generator.
+        *args
+            Its arguments. For those with names use ``functools.partial``.
+        timeout, priority, label, tags
+            As for `collect_async`. Without a `priority` the call counts as a query of unknown size
+            at first, and after that by how long earlier calls of the function took.
+
+        Returns
+        -------
+        QueryHandle
+            Awaitable in asyncio and trio; the result is what the function returns. It raises what
+            the function raises, unchanged; but tasks get a RuntimeError for StopIteration, as from
+            any coroutine.
+
+        Raises
+        ------
+        TypeError
+            `function` cannot be called, or is a coroutine function; or as for `collect_async`.
+        ValueError, QueueFullError, CollectorClosedError, ForkedProcessError
+            As for `collect_async`.
+
+        Examples
+        --------
+        >>> import polars as pl
+        >>> import polars_async as pa
+        >>> def count(name: str) -> int:
+        ...     return pl.DataFrame({name: [1, 2, 3]}).height
+        >>> with pa.Collector() as collector:
+        ...     print(collector.run(count, "a", label="a count").result())
+        3
+        """
+        _check_function(function)
+        options = Options(None, DEFAULT_OPTIMIZATIONS, timeout, priority, label, tags)
+        fork.check()
+        return QueryHandle(self._submit(Run(function, args), OF_FUNCTION, options))
+
     def collect_background(
         self,
         lf: pl.LazyFrame,
@@ -587,6 +673,17 @@ class Collector:
         optimizations: pl.QueryOptFlags = DEFAULT_OPTIMIZATIONS,
     ) -> Resolution:
         """Return which engine this collector would run a query on; see `resolve_engine`."""
+        # Synchronous queries run on the thread that asks, whatever the executor.
+        return self._decided(engine, path, optimizations, here=path == "sync")
+
+    def _decided(
+        self,
+        engine: EngineRequest | None,
+        path: QueryPath,
+        optimizations: pl.QueryOptFlags,
+        *,
+        here: bool,
+    ) -> Resolution:
         if engine is None or request_of(engine) == "auto":
             engine = self.engine
         return decide(
@@ -594,8 +691,8 @@ class Collector:
             path,
             self._gpu_policy,
             self._default_engine,
-            gpu_elsewhere=self._elsewhere,
-            gpu_in_workers=self._gpus_in_workers,
+            gpu_elsewhere=self._elsewhere and not here,
+            gpu_in_workers=self._gpus_in_workers and not here,
             optimizations=optimizations,
         )
 
@@ -609,7 +706,8 @@ class Collector:
         Return the load of this collector and the totals since it was made, which JSON can write.
 
         Counters only ever grow, and are named in `Collector.COUNTERS`. All else are gauges, which
-        rise and fall. Queries on the GPU are counted in both.
+        rise and fall. Queries on the GPU are counted in both; functions given to `run` count as
+        queries.
 
         Returns
         -------
@@ -622,6 +720,8 @@ class Collector:
             - ``downgraded``, ``fell_back``: queries for which another engine ran.
             - ``inline``: queries that ran on the threads that submitted them.
             - ``queue_seconds``, ``run_seconds``: how long queries waited and ran, in all.
+            - ``memory_waits``, ``memory_seconds``: queries that started later for want of memory
+              alone, and how much later, in all.
             - ``workers_died``: worker processes that died with a query.
 
             The gauges:
@@ -632,8 +732,10 @@ class Collector:
               them on the GPU.
             - ``streams``: the streams of batches that run or wait.
             - ``workers``: worker processes.
-            - ``max_running``, ``max_waiting``, ``max_streams``: the limits; None where there is
-              none.
+            - ``memory``: bytes that this process and its workers take now, as far as they count
+              for ``max_memory``; None without that limit.
+            - ``max_running``, ``max_waiting``, ``max_streams``, ``max_memory``: the limits; None
+              where there is none.
             - ``gpu_failures``, ``gpu_cooldown_seconds``: of the whole process, the failures in a
               row of the GPU, and how long it will not be used for that; of several GPUs, those of
               the most failures and of the longest cooldown. In worker processes each GPU has its
@@ -740,6 +842,27 @@ class Collector:
         operation = CollectAll(frames, resolution.engine, options.optimizations)
         return self._submit(operation, resolution, options)
 
+    def _result_in_turn(
+        self, operation_on: Callable[[pl.Engine], Operation[T]], optimizations: pl.QueryOptFlags
+    ) -> T:
+        """
+        Run an operation for a synchronous method of Polars, which blocks until its turn is over.
+
+        `operation_on` makes it for the engine of the synchronous path.
+        """
+        fork.check()
+        resolution = self._decided(None, "sync", optimizations, here=False)
+        warn_of(resolution)
+        options = Options(None, optimizations, None, 0, None)
+        query = self._submit(operation_on(resolution.engine), resolution, options)
+        try:
+            result = result_of(query)
+            if query.resolution.fell_back:
+                warn_of(query.resolution)
+            return result
+        finally:
+            del query  # an error's traceback holds this frame, which else held the error
+
     def _resolved(self, options: Options, path: QueryPath) -> Resolution:
         fork.check()
         resolution = self.resolve_engine(
@@ -779,6 +902,12 @@ class Collector:
         self, operation: Operation[T], resolution: Resolution, options: Options
     ) -> Query[T]:
         lane = self._lane(resolution)
+        estimate, fingerprint = None, None
+        if not operation.runs_engine:
+            if isinstance(operation, Run):
+                fingerprint = operation.fingerprint
+            else:
+                estimate = _TINY
         query = Query(
             operation,
             resolution,
@@ -787,12 +916,13 @@ class Collector:
             priority=options.priority,
             label=options.label,
             tags=options.tags,
-            estimate=None if operation.runs_engine else _TINY,
+            estimate=estimate,
             chooser=self._chooser if resolution.name == ADAPTIVE else None,
+            fingerprint=fingerprint,
         )
         if isinstance(operation, operations.Batches):
             operation.buffer.bind(PausableQuery(lane, query))
-        if not isinstance(lane.executor, ThreadsExecutor):
+        if not isinstance(lane.executor, ThreadsExecutor) or lane.admission.memory is not None:
             query.call_site = call_site()
         here = lane.submit(query)
         try:
@@ -813,6 +943,14 @@ def stats_of_all() -> list[tuple[str, dict[str, Any]]]:
     # `valuerefs` copies in one step: other threads make collectors meanwhile.
     alive = [known() for known in _alive.valuerefs()]
     return [(each.executor, each.stats()) for each in alive if each is not None and not each.closed]
+
+
+def _check_function(function: object) -> None:
+    if not callable(function):
+        raise TypeError(f"function must be callable, got {function!r}")
+    for called in (function, type(function).__call__):
+        if iscoroutinefunction(called) or isasyncgenfunction(called):
+            raise async_function_error(f"{function!r} is an async one")
 
 
 def _check_outside(method: str, remedy: str) -> None:

@@ -71,20 +71,27 @@ class QueryTimeoutError(PolarsAsyncError, TimeoutError):
 
 class QueryMemoryError(PolarsAsyncError, MemoryError):
     """
-    A query needed more than the ``max_memory=`` of its worker process, and was stopped.
+    A query in a worker process took more than ``max_memory=`` by itself, and was stopped.
 
     Attributes
     ----------
     max_memory
-        The limit of the worker process, in bytes.
+        The limit, in bytes.
+    peak_memory
+        What the worker process took when the query was stopped, in bytes.
     """
 
-    def __init__(self, message: str, max_memory: int = 0) -> None:
+    def __init__(self, message: str, max_memory: int = 0, peak_memory: int = 0) -> None:
         super().__init__(message)
         self.max_memory = max_memory
+        self.peak_memory = peak_memory
 
     def __reduce__(self) -> tuple[type[QueryMemoryError], tuple[object, ...]]:
-        return type(self), (self.args[0], self.max_memory)
+        return type(self), (self.args[0], self.max_memory, self.peak_memory)
+
+
+class MemoryLimitWarning(UserWarning):
+    """A query on a thread takes this process beyond ``max_memory=``, though it runs alone."""
 
 
 class WorkerDiedError(PolarsAsyncError):

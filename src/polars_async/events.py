@@ -13,6 +13,7 @@ import polars as pl
 from polars_async._runtime.instruments import Attached
 from polars_async._runtime.logs import complain, is_ctrl_c, log
 from polars_async.errors import describe
+from polars_async.resolution import engine_text
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -76,7 +77,7 @@ class QueryEvent:
     label
         The ``label=`` of the query; None without one.
     engine
-        The name of the engine that runs the query.
+        The name of the engine that runs the query; ``"none"`` for a function given to ``run``.
     queue_seconds
         How long the query waited for a slot, so far; 0 if it was rejected.
     run_seconds
@@ -96,8 +97,8 @@ class QueryEvent:
     tags
         The ``tags=`` of the query; empty without any.
     operation
-        What the query does: ``"collect"``, ``"collect_all"``, ``"batches"``, ``"sink"`` or
-        ``"schema"``.
+        What the query does: ``"collect"``, ``"collect_all"``, ``"batches"``, ``"sink"``,
+        ``"schema"`` or ``"run"``.
     executor
         Where its collector runs queries: ``"threads"``, ``"processes"``, ``"auto"``, or the name of
         the class of an executor of the caller's.
@@ -120,7 +121,7 @@ class QueryEvent:
     def __str__(self) -> str:
         label = f" {self.label!r}" if self.label is not None else ""
         what = self.kind.replace("_", " ")
-        parts = [f"query {self.query_id}{label} {what}: {self.engine} engine"]
+        parts = [f"query {self.query_id}{label} {what}: {engine_text(self.engine)}"]
         if self.kind in _KINDS_WITH_REASON and self.resolution.reason is not None:
             parts.append(self.resolution.reason)
         parts.append(f"waited {self.queue_seconds:.3f} s")
@@ -232,11 +233,10 @@ def _level_of(kind: EventKind) -> int:
 
 
 def count_rows(result: object) -> int | None:
-    """Return the number of rows of a result, over all its frames; None if it has no rows."""
+    """Return the number of rows of a result, over all its frames; None if it is anything else."""
     if isinstance(result, pl.DataFrame):
         return result.height
-    if isinstance(result, list):
-        return sum(count_rows(frame) or 0 for frame in result)
-    return (
-        result if isinstance(result, int) else None
-    )  # the operation of a stream returns their number
+    if isinstance(result, list) and all(isinstance(each, pl.DataFrame) for each in result):
+        heights: list[int] = [frame.height for frame in result]
+        return sum(heights)
+    return None

@@ -12,7 +12,8 @@ from polars_async import bridges
 from polars_async._runtime.fork import new_lock
 from polars_async._runtime.upstream import InProcessQuery
 from polars_async.bridges import turns
-from polars_async.bridges.threads import block
+from polars_async.bridges.threads import block, block_caller
+from polars_async.resolution import engine_text
 
 if TYPE_CHECKING:
     from collections.abc import Generator
@@ -275,6 +276,23 @@ class BackgroundQuery(InProcessQuery, Generic[T]):
         return self._handle.result()
 
 
+def result_of(query: Query[T]) -> T:
+    """
+    Block the calling thread, or greenlet, until the query is done; return or raise its outcome.
+
+    What interrupts the wait, such as Ctrl-C, cancels the query: no caller has a handle of it.
+    """
+    try:
+        if not query.done:
+            block_caller(query)
+        return query.outcome(CancelledError)
+    except BaseException:
+        query.cancel()
+        raise
+    finally:
+        del query  # an error's traceback holds this frame, which else held the error
+
+
 def _running_task() -> object:
     """Return the task of asyncio that runs on this thread, or None."""
     tasks = sys.modules.get("asyncio.tasks")
@@ -288,7 +306,7 @@ def summary(query: Query[Any]) -> str:
     """Return the number, label, state and engine of a query in a few words."""
     label = "" if query.label is None else f" {query.label!r}"
     state = query.state.name.lower().replace("_", " ")
-    return f"query {query.id}{label}, {state}, {query.resolution.name} engine"
+    return f"query {query.id}{label}, {state}, {engine_text(query.resolution.name)}"
 
 
 def check_gevent(what: str) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from math import inf, nan
 from typing import TYPE_CHECKING, Any, Final
 
+from polars_async._runtime.machine import usable_memory
 from polars_async._runtime.upstream import DEFAULT_OPTIMIZATIONS
 from polars_async.handle import check_gevent
 from polars_async.scheduling.fair_queue import PRIORITIES
@@ -26,7 +27,9 @@ _SIZE: Final = re.compile(
     r"\s*(?P<number>\d+(\.\d+)?)\s*(?P<unit>([kmgt]i?)?b)\s*", re.ASCII | re.IGNORECASE
 )
 
-__all__ = ["DEFAULT_OPTIMIZATIONS", "Options", "check_inline", "check_limit", "checked_bytes"]
+_SHARE: Final = re.compile(r"\s*(?P<percent>\d+(\.\d+)?)\s*%\s*", re.ASCII)
+
+__all__ = ["DEFAULT_OPTIMIZATIONS", "Options", "check_inline", "check_limit", "checked_memory"]
 
 
 class Options:
@@ -81,6 +84,29 @@ def check_limit(name: str, limit: object, least: int) -> None:
         raise ValueError(f"{name} must be a whole number, {least} or more, or None, got {limit!r}")
 
 
+def checked_memory(name: str, size: object) -> int:
+    """
+    Return a number of bytes, given as one, as a text with a unit, or as a share of the memory.
+
+    Raises
+    ------
+    ValueError
+        It is none of these, or the memory of this machine is not known.
+    """
+    found = _SHARE.fullmatch(size) if isinstance(size, str) else None
+    if found is None:
+        return checked_bytes(name, size)
+    share, memory = float(found["percent"]) / 100, usable_memory()
+    if not 0 < share <= 1:
+        raise ValueError(f"{name} must be a share from above 0% to 100%, got {size!r}")
+    if memory is None:
+        raise ValueError(
+            f"{name}={size!r} needs the size of the memory, which this system does not tell: give "
+            "a number of bytes, or a text such as '4GB'"
+        )
+    return int(share * memory)
+
+
 def checked_bytes(name: str, size: object) -> int:
     """Return a number of bytes, given as one or as a text with a unit; else raise ValueError."""
     found = _SIZE.fullmatch(size) if isinstance(size, str) else None
@@ -89,8 +115,8 @@ def checked_bytes(name: str, size: object) -> int:
         number = float(found["number"]) * _UNITS[found["unit"].lower()]
     if isinstance(number, bool) or not isinstance(number, int | float) or not 1 <= number < inf:
         raise ValueError(
-            f"{name} must be a number of bytes, 1 or more, a text such as '4GB' or '4 GiB', or "
-            f"None, got {size!r}"
+            f"{name} must be a number of bytes, 1 or more, a text such as '4GB', '4 GiB' or '75%', "
+            f"or None, got {size!r}"
         )
     return int(number)
 

@@ -84,6 +84,10 @@ class _Uncancelled:
         return nullcontext()
 
     @staticmethod
+    def note_memory(peak: int) -> None:
+        """Do nothing: there is no limit."""
+
+    @staticmethod
     def note_retry(how: str, cause: Exception) -> None:
         """Do nothing: the collector in the process notes it in the resolution of its query."""
 

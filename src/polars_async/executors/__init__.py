@@ -36,6 +36,10 @@ class Stoppable(Protocol):
         """Note `how` the GPU tries the query once more, and `cause`, the error of the first try."""
         ...
 
+    def note_memory(self, peak: int) -> None:
+        """Note that the query has taken so many bytes at once in its worker process."""
+        ...
+
     def stop_with(self, stop: Callable[[], object] | None, *, for_sure: bool = True) -> bool:
         """
         Have `stop` called when the query is cancelled or times out; return False if it was already.
@@ -83,6 +87,10 @@ class QueryExecutor:
     def cpu_seconds(self) -> float:
         """Return the processor time of all that runs the queries so far, in seconds."""
         return process_time()
+
+    def memory(self) -> int:
+        """Return the bytes of memory that its worker processes have, each for itself."""
+        return 0
 
     def prepare(self, gpu: GpuStatus) -> int | None:  # noqa: ARG002  # an executor with GPUs needs it
         """

@@ -36,6 +36,11 @@ class Carried:
                 close()
 
 
+def bare(item: object) -> object:
+    """Return the operation in what `carried` has returned; anything else as it is."""
+    return item.operation if isinstance(item, Carried) else item
+
+
 def carried(operation: Operation[Any], context: Context) -> Operation[Any] | Carried:
     """Return what to send for `operation`, whose query was submitted in `context`."""
     parcels = []

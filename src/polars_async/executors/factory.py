@@ -9,6 +9,7 @@ from math import ceil
 from typing import TYPE_CHECKING, Final, Literal, TypeAlias
 
 from polars_async._runtime.machine import processors
+from polars_async._runtime.upstream import spilling
 from polars_async.executors.gpu_thread import GPU_IN_PROCESS
 from polars_async.executors.threads import IN_PROCESS
 
@@ -28,6 +29,11 @@ _MOST_WORKERS: Final = 8
 as there are processors."""
 
 
+_SPILLED_SHARE: Final = 0.5
+"""The share of `max_memory` from which on a worker spills: not all that Polars holds can be
+spilled, and what is on its way counts as well."""
+
+
 def default_slots(executor: ExecutorRequest) -> tuple[int, int | None]:
     """
     Return the default of ``max_running``: how many queries run at once in any case, and at most.
@@ -44,7 +50,7 @@ def default_slots(executor: ExecutorRequest) -> tuple[int, int | None]:
 
 
 def make_executor(
-    executor: ExecutorRequest, slots: int, large_at_once: int, max_memory: int | None
+    executor: ExecutorRequest, slots: int, large_at_once: int, max_memory: int | None = None
 ) -> QueryExecutor:
     """
     Return the executor of a collector.
@@ -57,14 +63,14 @@ def make_executor(
     ValueError
         `executor` is no executor, or needs another system, or does not support `max_memory`.
     """
-    if max_memory is not None and executor not in WITH_WORKERS:
-        raise ValueError(
-            f"max_memory={max_memory!r} is for worker processes: it needs executor='processes' or "
-            f"executor='auto', and executor is {executor!r}"
-        )
     if executor == "threads":
         return IN_PROCESS
     if isinstance(executor, Executor):
+        if max_memory is not None:
+            raise ValueError(
+                f"max_memory={max_memory!r} is for queries in this process and its own worker "
+                f"processes, and {executor!r} runs them elsewhere: limit its memory there"
+            )
         from polars_async.executors.futures import FuturesExecutor  # noqa: PLC0415  # few programs need it
 
         return FuturesExecutor(executor)
@@ -80,6 +86,7 @@ def make_executor(
             threads=_threads_each(large_at_once),
             max_idle=slots,
             max_memory=max_memory,
+            env=_spilling(max_memory),
             runs_unsendable_here=executor == "auto",
         )
     raise ValueError(
@@ -101,6 +108,13 @@ def make_gpu_executor(
             threads=_threads_each(large_at_once), runs_unsendable_here=executor == "auto"
         )
     return cpu_executor
+
+
+def _spilling(max_memory: int | None) -> dict[str, str]:
+    """Return the variables by which workers spill before they outgrow `max_memory`."""
+    if max_memory is None or spilling.is_chosen():
+        return {}
+    return {spilling.BUDGET: spilling.megabytes(int(_SPILLED_SHARE * max_memory))}
 
 
 def _threads_each(at_once: int) -> int:

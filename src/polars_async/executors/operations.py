@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, ClassVar, Final, Protocol, TypeVar, cast
+from functools import partial
+from types import CodeType, CoroutineType
+from typing import TYPE_CHECKING, Any, ClassVar, Final, Generic, Protocol, TypeVar, cast
 
 import polars as pl
 
@@ -30,7 +32,7 @@ class Operation(Protocol[T_co]):
     name: ClassVar[str]
     """As for `QueryEvent.operation`."""
     runs_engine: ClassVar[bool]
-    """Whether an engine runs it, as for all but a schema."""
+    """Whether an engine runs it, as for all but a schema and a function."""
 
     @property
     def frames(self) -> Sequence[pl.LazyFrame]:
@@ -138,6 +140,52 @@ class Schema:
     def __call__(self) -> pl.Schema:
         """Return the schema."""
         return self.frame.collect_schema()
+
+
+@dataclass(slots=True, eq=False)
+class Run(Generic[T]):
+    """Call a function of the caller's."""
+
+    name: ClassVar = "run"
+    runs_engine: ClassVar = False
+
+    function: Callable[..., T]  # never changed: mypy takes none with a type variable for final
+    args: Final[tuple[Any, ...]]
+
+    @property
+    def frames(self) -> Sequence[pl.LazyFrame]:
+        """No frames: what the function collects is its own business."""
+        return ()
+
+    @property
+    def fingerprint(self) -> int:
+        """The same for all calls of the function, whatever its arguments."""
+        function: Any = self.function
+        while isinstance(function, partial):
+            function = function.func
+        code = getattr(function, "__code__", None)  # several lambdas may have the same name
+        line = code.co_firstlineno if isinstance(code, CodeType) else 0
+        named = function if hasattr(function, "__qualname__") else type(function)
+        return hash(("function", named.__module__, named.__qualname__, line))
+
+    def __call__(self) -> T:
+        """Return what the function returns."""
+        try:
+            result = self.function(*self.args)
+        finally:
+            del self  # an error's traceback holds this frame, and so would hold the arguments
+        if isinstance(result, CoroutineType):
+            result.close()
+            raise async_function_error("what the function returned is a coroutine")
+        return result
+
+
+def async_function_error(why: str) -> TypeError:
+    """Return the error for a function whose calls only make coroutines."""
+    return TypeError(
+        f"run() takes a function that blocks, and {why}: await it in your task, or give run() the "
+        "blocking part of it"
+    )
 
 
 @dataclass(slots=True, eq=False)

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from polars_async.bridges.waiting import Waiter
     from polars_async.scheduling.estimates import Estimate
     from polars_async.scheduling.fair_queue import Entry, Picked
+    from polars_async.scheduling.memory import Memory
     from polars_async.scheduling.query import Query
     from polars_async.scheduling.sizes import Room
 
@@ -68,7 +69,9 @@ class Slot:
         "looks_after",
         "looks_since",
         "overtook",
+        "peak",
         "query",
+        "used_before",
     )
 
     def __init__(self, *, inline: bool = False) -> None:
@@ -84,6 +87,10 @@ class Slot:
         """Of the executor when the query started, if its share of the processors is measured."""
         self.overtook = False
         self.alone = True
+        self.peak: int | None = None
+        """Bytes that the query took at its peak, so far; None if that was not measured."""
+        self.used_before = 0
+        """The bytes that were taken in all when it started."""
 
 
 class Admission:
@@ -119,9 +126,11 @@ class Admission:
         "closed",
         "counts",
         "cpu_seconds",
+        "lacks_memory",
         "limits",
         "lock",
         "max_waiting",
+        "memory",
         "memory_is_short",
         "owner",
         "reserved",
@@ -139,6 +148,7 @@ class Admission:
         is_look_dear: Callable[[], bool] = bool,
         lock: RLock | None = None,
         streams: OpenStreams | None = None,
+        memory: Memory | None = None,
     ) -> None:
         self.lock = lock or new_lock()
         self.limits = limits
@@ -148,6 +158,10 @@ class Admission:
         self._is_look_dear = is_look_dear
         self.spare = 0
         """How many more queries may start, whatever is known of them: see `Limits.spare`."""
+        self.memory = memory
+        """The limit of memory, if there is one."""
+        self.lacks_memory = False
+        """Whether the last look found a query that nothing but memory held up."""
         self.memory_is_short = False
         """Whether no more than ``limits.slots`` queries may run, however idle the processors."""
         self.closed = False
@@ -333,6 +347,25 @@ class Admission:
             self._inline.discard(slot)
             self._free(slot)
 
+    def memory_of(self, slot: Slot) -> int | None:
+        """
+        Return the bytes that the slot's query, which has ended, took at its peak, if that is known.
+
+        Where it was too quick to be measured, return what it may have taken. Its result is minded
+        from now on.
+        """
+        memory, query = self.memory, slot.query
+        if memory is None or query is None:
+            return None
+        result = query.keep_result(memory)
+        if query.peak_memory is not None:  # by its worker, which has also packed the result
+            return query.peak_memory + result
+        if slot.peak is not None:
+            query.peak_memory = slot.peak
+            return slot.peak
+        seconds = query.times.run_seconds or 0.0
+        return min(slot.load.memory, memory.most_within(seconds, self.limits.processors))
+
     def share_of(self, slot: Slot) -> float | None:
         """Return the share of the processors that were busy since the slot's query started."""
         query, before = slot.query, slot.cpu_seconds
@@ -394,7 +427,8 @@ class Admission:
                 if expected is None:
                     queue.rank(entry, UNKNOWN)
                 else:
-                    queue.rank(entry, expected.seconds, expected.fingerprint, expected.share)
+                    seconds, fingerprint, _, share, memory = expected
+                    queue.rank(entry, seconds, fingerprint, share, memory)
             if slot not in self._slots or len(self._slots) > self.max_running:
                 self._free(slot)
                 return False
@@ -404,7 +438,7 @@ class Admission:
                     self._free(slot)
                 return can_look
             room = self._room()
-            while (picked := queue.take(room.fits)) is not None:
+            while (picked := queue.take(room.fits, self._lacks_memory_in(room))) is not None:
                 if self._start_picked(picked, slot, room):
                     return True
             if can_look:
@@ -453,10 +487,11 @@ class Admission:
         if queue and is_free and not (self._returning and self._returning_is_next()):
             room = self._room() if queue.has_ranked or not queue.is_quick else None
             fits = None if room is None else room.fits
-            picked = queue.take_quickly(
-                fits, unestimated=self.limits.may_start_unestimated(self._large_running())
+            unestimated = self.memory is None and self.limits.may_start_unestimated(
+                self._large_running()
             )
-            if picked is None and fits is not None:
+            picked = queue.take_quickly(fits, unestimated=unestimated)
+            if picked is None and fits is not None and self.memory is None:
                 picked = queue.take_single(fits)
             if picked is None and not queue.has_ranked and not self.limits.fixed:
                 picked = queue.take_unpooled(self._starts_unestimated)
@@ -511,7 +546,9 @@ class Admission:
     def re_estimate(self, estimate: Estimate) -> None:
         """Rank anew the queued queries of one shape, by a corrected estimate."""
         with self.lock:
-            self._queue.re_estimate(estimate.fingerprint, estimate.seconds, estimate.share)
+            self._queue.re_estimate(
+                estimate.fingerprint, estimate.seconds, estimate.share, estimate.memory
+            )
 
     def add_waiter(self, waiter: Waiter) -> bool:
         """Have `waiter` woken when no query runs or waits; return False if that is so already."""
@@ -544,15 +581,25 @@ class Admission:
         return lost
 
     def _add(self, query: Query[Any]) -> None:
-        known, pooled = query.estimate, query.is_pooled
-        work, share = (None, None) if known is None else (known.seconds, known.share)
-        self._queue.add(query, priority=query.priority, work=work, share=share, pooled=pooled)
+        work, share, memory = None, None, 0 if self.memory is None else None
+        if query.estimate is not None:
+            work, _, _, share, memory = query.estimate
+        self._queue.add(
+            query,
+            priority=query.priority,
+            work=work,
+            share=share,
+            pooled=query.is_pooled,
+            memory=memory,
+        )
 
     def _starts_unestimated(self, pooled: bool) -> bool:  # noqa: FBT001  # as in `Load`
         """Return whether one more query starts without an estimate, in the pool or not."""
         limits, taken = self.limits, len(self._slots)
         if limits.exclusive:
             return taken < limits.slots
+        if self.memory is not None:
+            return False
         # A slot that is reserved for small queries is not given to one without an estimate.
         if self._queue.is_quick:
             return taken < max(1, limits.slots - 1)
@@ -589,12 +636,58 @@ class Admission:
         limits = self.limits
         running = [slot for slot in self._slots if slot.query is not None]
         if limits.fixed:
-            return limits.room([slot.load for slot in running])
+            room = limits.room([slot.load for slot in running])
+            self._limit_memory(room, running)
+            return room
         pool_is_taken = any(map(_takes_pool, running))
         room = limits.room(map(_load_so_far, running), self.spare, pool_is_taken=pool_is_taken)
         if self.memory_is_short:
             room.total = min(room.total, limits.slots - len(running))
+        self._limit_memory(room, running)
         return room
+
+    def _limit_memory(self, room: Room, running: list[Slot]) -> None:
+        memory = self.memory
+        if memory is not None:
+            room.memory = memory.left([slot.load for slot in running])
+            room.small_memory = memory.small
+
+    def _lacks_memory_in(self, room: Room) -> Callable[[Query[Any], Load], bool] | None:
+        """Return what tells of a query in the queue whether it only lacks memory, and notes it."""
+        if self.memory is None:
+            return None
+        self.lacks_memory = False
+
+        def lacks_memory(query: Query[Any], load: Load) -> bool:
+            if not room.lacks_memory(load):
+                return False
+            self.lacks_memory = True
+            query.times.hold_up()
+            return True
+
+        return lacks_memory
+
+    def too_large(self) -> Query[Any] | None:
+        """Return the query that runs beside none but small ones, and has outgrown the memory."""
+        memory = self.memory
+        if memory is None or memory.used <= memory.limit:
+            return None
+        large = [
+            slot.query
+            for slot in self._slots
+            if slot.query is not None and not memory.is_small(slot.load)
+        ]
+        return large[0] if len(large) == 1 else None
+
+    def sample_memory(self) -> bool:
+        """Note what the queries that run take; return False if none runs that may be large."""
+        with self.lock:
+            memory = self.memory
+            running = [slot for slot in self._slots if slot.query is not None]
+            if memory is None or all(memory.is_small(slot.load) for slot in running):
+                return False
+            memory.sample(running)
+            return True
 
     def _in_slots(self) -> list[Query[Any]]:
         slots = (*self._slots, *self._paused.values(), *self._inline)
@@ -663,6 +756,7 @@ class Admission:
 
     def _next_returning(self) -> Query[Any] | None:
         room = self._room()
+        room.memory = inf  # they have taken it
         return next(
             (query for query, slot in self._returning.items() if room.fits(slot.load)), None
         )
@@ -698,6 +792,13 @@ class Admission:
             for other in (*self._slots, *self._inline):
                 if other.query is not None:
                     slot.alone = other.alone = False
+        memory = self.memory
+        if memory is not None:
+            running = [other.load for other in self._slots if other.query is not None]
+            memory.note_start(slot, alone=all(map(memory.is_small, running)))
+            if (held_up := query.times.memory_seconds) > 0:
+                self.counts.memory_waits += 1
+                self.counts.memory_seconds += held_up
         slot.query = query
         slot.load = load or Load(UNKNOWN_SIZE, None, query.is_pooled)
         slot.overtook = overtook
@@ -736,6 +837,9 @@ class Admission:
         unknown = len(self._queue) - sum(kinds)
         if newcomer is not None:
             kinds[newcomer.kind] += 1
+        if self.lacks_memory:  # none but small ones, though there are slots
+            kinds[SMALL_SIZE + 1 :] = [0] * (len(kinds) - SMALL_SIZE - 1)
+            unknown = 0
         return room.of_kinds(kinds, unknown)
 
     @property
@@ -757,6 +861,8 @@ class Admission:
                 slots += " (the free slots are reserved for small queries)"
             else:
                 slots = ", as many as the processors have room for"
+            if self.memory is not None and self.lacks_memory:
+                slots = f", as many as max_memory={self.memory.limit:,} bytes let run"
         seconds = self._seconds_of_work()
         return QueueFullError(
             f"the collector is full{for_gpu}: {waiting} waiting, of at most "
@@ -791,7 +897,8 @@ def _load_so_far(slot: Slot) -> Load:
     if query is None or query.estimate is not None:
         return load
     size = size_of(query.times.run_seconds or 0.0)
-    return Load(max(load.size, size) if load.pooled else size, None, load.pooled)
+    size = max(load.size, size) if load.pooled else size
+    return Load(size, None, load.pooled, load.memory)
 
 
 def _work_left(slot: Slot) -> float:

@@ -20,13 +20,24 @@ class State(enum.IntEnum):
 class Counts:
     """What became of the queries of one admission so far."""
 
-    __slots__ = ("by_state", "downgraded", "fell_back", "queue_seconds", "run_seconds")
+    __slots__ = (
+        "by_state",
+        "downgraded",
+        "fell_back",
+        "memory_seconds",
+        "memory_waits",
+        "queue_seconds",
+        "run_seconds",
+    )
 
     def __init__(self) -> None:
         self.by_state = [0] * len(State)
         """How many queries have come to each state; only final states are counted."""
         self.downgraded = 0
         self.fell_back = 0
+        self.memory_waits = 0
+        """How many queries have started later for want of memory, and by how much in all:"""
+        self.memory_seconds = 0.0
         self.queue_seconds = 0.0
         self.run_seconds = 0.0
 
@@ -42,6 +53,8 @@ class Counts:
             **final,
             "downgraded": self.downgraded,
             "fell_back": self.fell_back,
+            "memory_waits": self.memory_waits,
+            "memory_seconds": self.memory_seconds,
             "queue_seconds": self.queue_seconds,
             "run_seconds": self.run_seconds,
         }

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     import polars as pl
 
     from polars_async._runtime.plans import Plan
+    from polars_async.scheduling.memory import Memory
 
 _FRAME_RATE: Final = 200e6
 """Bytes per second of a query over a frame in memory: just the order of magnitude."""
@@ -33,6 +34,8 @@ _HELD_UP: Final = 0.02
 loop was busy: a tiny one must not count as large for that."""
 _NO_TIME: Final = 0.001
 """Seconds of work below which estimates make no difference."""
+_NO_MEMORY: Final = 1 << 20
+"""Bytes below which estimates make no difference."""
 _SHARE_OF_REMOTE: Final = 0.25
 """The share of the processors that a query over remote files is expected to take at first."""
 _MOST_KNOWN: Final = 4096
@@ -62,6 +65,8 @@ class Estimate(NamedTuple):
     """Whether the shape is all of the plan: a function hidden in it may make its like slower."""
     share: float | None = None
     """The share of the processors that it keeps busy; None if that is not known: maybe all."""
+    memory: int = 0
+    """Bytes that it takes at its peak; 0 where memory has no limit."""
 
     @property
     def is_light(self) -> bool:
@@ -101,11 +106,13 @@ class CostModel:
 
     Reading a plan takes 10 us to some ms, and another 0.2 ms for each MB of a frame in memory that
     the query reads, since Polars copies it. So it is nothing for the thread of a loop. With `far`
-    more of the plan is read, which is worth it where a query may have to be sent.
+    more of the plan is read, which is worth it where a query may have to be sent. With `memory`
+    what queries take of it is estimated and learned, too.
     """
 
-    def __init__(self, *, far: bool = False) -> None:
+    def __init__(self, *, far: bool = False, memory: Memory | None = None) -> None:
         self._is_far = far
+        self._memory = memory
         self._limit = FAR if far else NEAR
         self._lock = new_lock()
         self._taken: dict[int, float] = {}
@@ -119,10 +126,13 @@ class CostModel:
     def of(self, frames: Sequence[pl.LazyFrame], engine: str) -> Estimate:
         """Return the estimate of a query for `frames`; never raise."""
         try:
-            known = [self._known(frame) for frame in frames]
+            minds_memory = self._memory is not None
+            known = [
+                self._known(frame, plans_it=minds_memory and not self._is_far) for frame in frames
+            ]
             seconds = sum(each.seconds for each in known)
             if any(each.plan is NOTHING for each in known):
-                return Estimate(seconds, None)
+                return Estimate(seconds, None, memory=self._memory_of(known, None))
             fingerprint = hash((engine, *_shapes_of(known)))
             is_exact = all(each.plan.is_whole for each in known)
             seconds, share = self._taken.get(fingerprint, seconds), self._shares.get(fingerprint)
@@ -130,9 +140,18 @@ class CostModel:
                 _is_remote(path) for each in known for path in each.plan.paths
             ):
                 share = _SHARE_OF_REMOTE
-            return Estimate(seconds, fingerprint, is_exact, share)
+            memory = self._memory_of(known, fingerprint)
+            return Estimate(seconds, fingerprint, is_exact, share, memory)
         except BaseException:  # noqa: BLE001  # what is wrong with a plan, the query will tell
-            return Estimate(UNKNOWN, None)
+            return Estimate(UNKNOWN, None, memory=self._memory_of((), None))
+
+    def _memory_of(self, known: Sequence[_Known], fingerprint: int | None) -> int:
+        if self._memory is None:
+            return 0
+        frames = sum(each.plan.frame_bytes for each in known)
+        sizes = [each.size for each in known if each.size is not None]
+        files = sum(sizes) - frames if known and len(sizes) == len(known) else None
+        return self._memory.need(fingerprint, frames, files)
 
     def of_ended(self, frames: Sequence[pl.LazyFrame], engine: str) -> Estimate | None:
         """Return the estimate of a query that has ended, to learn from it; None if that is dear."""
@@ -143,6 +162,12 @@ class CostModel:
         estimate = self.of(frames, engine)
         self._learns_again = now + _LEARN_SHARE * (thread_time() - before)
         return estimate
+
+    def of_function(self, fingerprint: int) -> Estimate:
+        """Return the estimate of a function, of which nothing is known but its earlier calls."""
+        seconds, share = self._taken.get(fingerprint, UNKNOWN), self._shares.get(fingerprint)
+        memory = self._memory_of((), fingerprint)
+        return Estimate(seconds, fingerprint, is_exact=False, share=share, memory=memory)
 
     def is_look_dear(self) -> bool:
         """Return whether looks have taken much time of late."""
@@ -220,6 +245,7 @@ class CostModel:
         alone: bool,
         completed: bool = True,
         share: float | None = None,
+        memory: int | None = None,
     ) -> Estimate | None:
         """
         Correct the estimate `expected` of a query by the `seconds` that it took.
@@ -227,12 +253,19 @@ class CostModel:
         `alone` says that no other query ran meanwhile, so that this is the time that it takes, but
         for waits for the GIL. Beside others the time is an upper bound, and at most some orders of
         magnitude too high. A query that was not `completed` takes at least so long. `share` is that
-        of the processors which this process kept busy meanwhile, if it was measured. Return the new
-        estimate, or None if the old one was not off by half.
+        of the processors which this process kept busy meanwhile, if it was measured; `memory` the
+        bytes that the query took at its peak. Return the new estimate, or None if the old one was
+        not off by half.
         """
         if alone:
             self._resident = memory_held()
-        if expected.fingerprint is None or (seconds <= _NO_TIME and expected.seconds <= _NO_TIME):
+        if expected.fingerprint is None:
+            return None
+        needs = expected.memory
+        if self._memory is not None and memory is not None:
+            needs = self._memory.learn(expected.fingerprint, memory, completed=completed)
+        is_near = 2 / 3 * expected.memory <= needs <= 3 / 2 * max(expected.memory, _NO_MEMORY)
+        if is_near and seconds <= _NO_TIME and expected.seconds <= _NO_TIME:
             return None
         least = seconds - _HELD_UP if alone else seconds / _SLOWDOWN
         with self._lock:
@@ -251,8 +284,8 @@ class CostModel:
             if share is not None:
                 self._learn_share(expected, share, alone=alone)
             share = self._shares.get(expected.fingerprint, expected.share)
-        new = expected._replace(seconds=now, share=share)
-        fits = fits and new.is_light == expected.is_light
+        new = expected._replace(seconds=now, share=share, memory=needs)
+        fits = fits and is_near and new.is_light == expected.is_light
         return None if fits else new
 
     def _learn_share(self, expected: Estimate, share: float, *, alone: bool) -> None:

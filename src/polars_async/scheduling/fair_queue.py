@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from heapq import heapify, heappop, heappush
+from math import inf
 from typing import TYPE_CHECKING, Final, Generic, NamedTuple, TypeVar
 
 from polars_async.scheduling.sizes import (
@@ -139,9 +140,9 @@ class FairQueue(Generic[T]):
     )
 
     def __init__(self) -> None:
-        # The overtaking work before each, its number, and whether it is pooled; it gets an entry to
-        # be ranked.
-        self._unestimated: OrderedDict[T, tuple[float, int, bool]] = OrderedDict()
+        # The overtaking work before each, its number, whether it is pooled, and its priority; it
+        # gets an entry to be ranked.
+        self._unestimated: OrderedDict[T, tuple[float, int, bool, int]] = OrderedDict()
         self._entries: OrderedDict[T, Entry[T]] = OrderedDict()
         self._oldest: list[tuple[int, Entry[T]]] = []  # a heap by number
         self._heaps: dict[tuple[int, int], list[_HeapItem[T]]] = {}
@@ -200,14 +201,19 @@ class FairQueue(Generic[T]):
         work: float | None = None,
         share: float | None = None,
         pooled: bool = False,
+        memory: int | None = 0,
     ) -> None:
-        """Add `item`, without an estimate unless it has a priority or known `work`."""
+        """
+        Add `item`, without an estimate unless it has a priority or known `work`.
+
+        With None for its `memory`, a priority alone is not enough.
+        """
         self._number += 1
-        came = self._overtaken, self._number, pooled
-        if priority or work is not None:
+        came = self._overtaken, self._number, pooled, priority
+        if memory is not None and (priority or work is not None):
             # A priority says enough without an estimate: among equal ones the first is next.
-            entry = self._enter(item, priority, *came)
-            self._set_key(entry, UNKNOWN if work is None else work, share)
+            entry = self._enter(item, *came)
+            self._set_key(entry, UNKNOWN if work is None else work, share, memory)
         else:
             self._unestimated[item] = came
 
@@ -227,7 +233,7 @@ class FairQueue(Generic[T]):
             item, came = found
             if came[1] <= since:
                 return None
-            entry = self._enter(item, 0, *came)
+            entry = self._enter(item, *came)
             if self._unestimated.pop(item, None) is not None:
                 return entry
             self.discard(item)  # again: a signal handler did so before the item had its entry
@@ -236,10 +242,10 @@ class FairQueue(Generic[T]):
     def _enter(
         self,
         item: T,
-        priority: int,
         overtaken: float,
         number: int,
         pooled: bool,  # noqa: FBT001
+        priority: int,
     ) -> Entry[T]:
         entry = self._entries[item] = Entry(item, priority, overtaken, number, pooled=pooled)
         if len(self._oldest) > 2 * len(self._entries) + 64:  # most of them have left
@@ -254,28 +260,41 @@ class FairQueue(Generic[T]):
         work: float,
         fingerprint: Hashable = None,
         share: float | None = None,
+        memory: int = 0,
     ) -> None:
         """
         Let the item of `entry` take part in the order.
 
-        `work` is the estimate in seconds, and `share` that of the processors which the item keeps
-        busy, if it is known. `fingerprint` is what all items of the same estimate have in common;
-        None if that is not known.
+        `work` is the estimate in seconds, `share` that of the processors which the item keeps busy,
+        if it is known, and `memory` the bytes that it takes. `fingerprint` is what all items of the
+        same estimate have in common; None if that is not known.
         """
         if entry.left:
             return
         entry.fingerprint = fingerprint
-        self._set_key(entry, work, share)
+        self._set_key(entry, work, share, memory)
 
-    def re_estimate(self, fingerprint: Hashable, work: float, share: float | None = None) -> None:
+    def re_estimate(
+        self, fingerprint: Hashable, work: float, share: float | None = None, memory: int = 0
+    ) -> None:
         """Rank all items of `fingerprint` anew by a corrected estimate, as those to come will."""
         for entry in list(self._entries.values()):
             if entry.fingerprint == fingerprint and entry.version:
-                self._set_key(entry, work, share)
+                self._set_key(entry, work, share, memory)
 
-    def take(self, fits: Callable[[Load], bool]) -> Picked[T] | None:
-        """Remove and return the next item of those whose load `fits`; None if there is none."""
+    def take(
+        self,
+        fits: Callable[[Load], bool],
+        lacks_memory: Callable[[T, Load], bool] | None = None,
+    ) -> Picked[T] | None:
+        """
+        Remove and return the next item of those whose load `fits`; None if there is none.
+
+        `lacks_memory` says whether all that an item wants for is memory. Of those that would be
+        next but for that, none is overtaken but by small items: it might never have room else.
+        """
         while True:
+            held_up = inf if lacks_memory is None else self._first_without_memory(lacks_memory)
             first: tuple[int, float, int] | None = None  # of the highest priority
             lowest: tuple[float, int, int] | None = None
             best = fair = None
@@ -288,6 +307,8 @@ class FairQueue(Generic[T]):
                 if not heap or not fits(heap[0][3].load):
                     continue
                 key, number = heap[0][:2]
+                if key > held_up and kind > SMALL_SIZE:
+                    continue
                 if first is None or (-priority, key, number) < first:
                     first, best = (-priority, key, number), heap
                 if lowest is None or (key, number, kind) < lowest:
@@ -306,6 +327,20 @@ class FairQueue(Generic[T]):
                 # count of both could leave all the fair picks to one of them.
                 self._passed_over[kind] = self._passed_over[kind] + 1 if passes else 0
                 return Picked(item, entry.load, self._is_overtaking(entry))
+
+    def _first_without_memory(self, lacks_memory: Callable[[T, Load], bool]) -> float:
+        """Return the lowest key of the items that want for memory alone, if there are any."""
+        lowest = inf
+        for heap in self._heaps.values():
+            while heap and _is_stale(heap[0]):
+                heappop(heap)
+                self._heap_items -= 1
+            if heap:
+                entry = heap[0][3]
+                item = entry.item
+                if item is not None and lacks_memory(item, entry.load):
+                    lowest = min(lowest, heap[0][0])
+        return lowest
 
     def has_fitting(self, fits: Callable[[Load], bool]) -> bool:
         """Return whether an item may be taken, or has no estimate yet."""
@@ -349,7 +384,7 @@ class FairQueue(Generic[T]):
 
     def _take_unestimated(self) -> Picked[T] | None:
         try:
-            item, (_, _, pooled) = self._unestimated.popitem(last=False)
+            item, (_, _, pooled, _) = self._unestimated.popitem(last=False)
         except KeyError:  # there is none
             return None
         return Picked(item, Load(UNKNOWN_SIZE, None, pooled), overtook=False)
@@ -387,10 +422,10 @@ class FairQueue(Generic[T]):
         self._heaps.clear()
         self._heap_items = 0
 
-    def _set_key(self, entry: Entry[T], work: float, share: float | None) -> None:
+    def _set_key(self, entry: Entry[T], work: float, share: float | None, memory: int) -> None:
         self._ranked[entry.load.kind].pop(entry, None)
         size = size_with(entry.priority, work)
-        entry.load = Load(size, share, entry.pooled)
+        entry.load = Load(size, share, entry.pooled, memory)
         entry.work = work
         entry.version += 1
         key = entry.overtaken + OVERTAKING_LIMIT * min(max(_LEAST_WORK, work), _MOST_WORK)

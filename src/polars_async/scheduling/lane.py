@@ -24,6 +24,7 @@ from polars_async.scheduling.counts import State
 from polars_async.scheduling.fallback import fall_back
 from polars_async.scheduling.inline import register
 from polars_async.scheduling.load import LoadMeter
+from polars_async.scheduling.memory_watch import MemoryWatch
 from polars_async.scheduling.open_streams import MAX_STREAMS, OpenStreams
 from polars_async.scheduling.sizes import Limits
 
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
     from polars_async.scheduling.admission import Slot
     from polars_async.scheduling.estimates import CostModel
     from polars_async.scheduling.inline import Inline, Watch
+    from polars_async.scheduling.memory import Memory
     from polars_async.scheduling.query import Query
 
 
@@ -75,6 +77,7 @@ class Lane:
         "__weakref__",
         "_costs",
         "_here",
+        "_memory_watch",
         "_meter",
         "_threads",
         "_tiny_here",
@@ -96,6 +99,7 @@ class Lane:
         fallback: Lane | None = None,
         max_streams: int = MAX_STREAMS,
         inline: Inline | None = None,
+        memory: Memory | None = None,
     ) -> None:
         # One lock for both, so that a query is in exactly one of them while it falls back.
         lock = fallback.admission.lock if fallback is not None else None
@@ -107,6 +111,7 @@ class Lane:
             is_look_dear=costs.is_look_dear,
             lock=lock,
             streams=both,
+            memory=memory,
         )
         self.fallback = fallback
         self._threads = ThreadPool(for_gpu=limits.exclusive)
@@ -119,6 +124,12 @@ class Lane:
         """The lane of queries for which the GPU is chosen on a thread of this lane."""
         register(self.admission)
         self._meter = LoadMeter(self.admission)
+        self._memory_watch: MemoryWatch | None = None
+        if memory is not None:
+            self._memory_watch = MemoryWatch(
+                self.admission, executor.memory, stoppable=executor is not IN_PROCESS
+            )
+            self._memory_watch.measure()
         _lanes.add(self)
         shutdown.watch(self)
 
@@ -212,6 +223,8 @@ class Lane:
         self._threads = ThreadPool(for_gpu=self.admission.exclusive)
         self.executor.reset_after_fork()
         self._meter.reset_after_fork()
+        if self._memory_watch is not None:
+            self._memory_watch.reset_after_fork()
         for query in self.admission.reset():
             query.fail_in_fork(error)
 
@@ -334,9 +347,7 @@ class Lane:
         """Run `query` in `slot`; return False if no query is next and the slot was released."""
         executor = self._executor_of(query)
         operation = None if self.fallback is None else query.operation
-        watch = None
-        if self.inline is not None and executor is IN_PROCESS and not slot.inline:
-            watch = self.inline.watch(query)
+        watch = self._watch(query, slot, executor)
         if query.label is None or slot.inline:  # Polars' own threads keep their names
             query.run(executor.run)
         else:
@@ -354,7 +365,7 @@ class Lane:
         # there, and a fork in between would lose the query. The waiters are woken last: one that
         # submits its next query at once finds the slot free, or given to the next in the queue.
         admission = self.admission
-        share = admission.share_of(slot)
+        share, memory = admission.share_of(slot), admission.memory_of(slot)
         with admission.lock:
             alone = slot.alone
             waiters = query.set_finished()
@@ -371,7 +382,7 @@ class Lane:
         wake(waiters)
         self._learn(query, watch, alone=alone)
         if not query.drop_inputs():
-            self._observe_cost(query, alone=alone, share=share, away=away)
+            self._observe_cost(query, alone=alone, share=share, memory=memory, away=away)
         if admission.waiters:
             admission.wake_if_empty()
         del (
@@ -381,6 +392,14 @@ class Lane:
             watch,
         )  # the frames of an error's traceback may lead back here
         return kept
+
+    def _watch(self, query: Query[Any], slot: Slot, executor: QueryExecutor) -> Watch | None:
+        """Begin to measure what `query` takes, which starts now."""
+        if self._memory_watch is not None and not query.is_small:
+            self._memory_watch.start(self._use_idle_slots)
+        if self.inline is not None and executor is IN_PROCESS and not slot.inline:
+            return self.inline.watch(query)
+        return None
 
     def _learn(self, query: Query[Any], watch: Watch | None, *, alone: bool) -> None:
         """Note what there is to be learned of the run of `query`, which has ended."""
@@ -423,9 +442,12 @@ class Lane:
         Return whether `query` is better off in this process, or cannot run elsewhere.
 
         A query with Python functions goes elsewhere however small it is: they may end the process.
+        So does a function that runs instead of a query.
         If the plan does not show whether it has any, it stays here if its frames in memory would
         take long to send.
         """
+        if query.fingerprint is not None:
+            return False
         known = self._costs
         plans = [known.plan(frame) for frame in query.frames]
         if not all(plan.is_sendable for plan in plans):
@@ -480,11 +502,17 @@ class Lane:
         return None
 
     def _observe_cost(
-        self, query: Query[Any], *, alone: bool, share: float | None, away: bool
+        self,
+        query: Query[Any],
+        *,
+        alone: bool,
+        share: float | None,
+        memory: int | None,
+        away: bool,
     ) -> None:
         """Update the cost model from a finished query, off the critical path."""
         admission = self.admission
-        corrected = query.observe_cost(self._costs, alone=alone, share=share)
+        corrected = query.observe_cost(self._costs, alone=alone, share=share, memory=memory)
         if away:
             with admission.lock:
                 self._threads.step_in()

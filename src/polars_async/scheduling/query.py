@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from polars_async.scheduling.adaptive import Choice, Chooser
     from polars_async.scheduling.counts import Counts
     from polars_async.scheduling.estimates import CostModel, Estimate
+    from polars_async.scheduling.memory import Memory
 
 T = TypeVar("T")
 
@@ -93,6 +94,7 @@ class Query(Generic[T]):
         "context",
         "delivery",
         "estimate",
+        "fingerprint",
         "frames",
         "id",
         "is_inline",
@@ -101,6 +103,7 @@ class Query(Generic[T]):
         "label",
         "lock",
         "name",
+        "peak_memory",
         "priority",
         "reports",
         "resolution",
@@ -122,11 +125,14 @@ class Query(Generic[T]):
         label: str | None = None,
         tags: Tags | None = None,
         chooser: Chooser | None = None,
+        fingerprint: int | None = None,
     ) -> None:
         self.id = next(_ids)
         self.resolution = resolution
         self.state = State.WAITING
         self.estimate = estimate
+        self.fingerprint = fingerprint
+        """That of a function which runs instead of a query, for its estimate; else None."""
         self.priority = priority
         self.label = label
         self.tags = tags
@@ -144,6 +150,8 @@ class Query(Generic[T]):
         """What it has chosen."""
         self.call_site: CallSite | None = None
         """The user's line that submitted the query, if it may go to another process."""
+        self.peak_memory: int | None = None
+        """Bytes that it took at its peak, so far; None if that was not measured."""
         self.times = Times()
         self.reports = reporter.listens
         self._listeners = reporter.listeners if self.reports else ()
@@ -189,10 +197,10 @@ class Query(Generic[T]):
     @property
     def load(self) -> Load:
         """What the query takes, as far as it is known. A priority overrides the estimate."""
-        seconds, share = UNKNOWN, None
+        seconds, share, memory = UNKNOWN, None, 0
         if self.estimate is not None:
-            seconds, share = self.estimate.seconds, self.estimate.share
-        return Load(size_with(self.priority, seconds), share, self.is_pooled)
+            seconds, _, _, share, memory = self.estimate
+        return Load(size_with(self.priority, seconds), share, self.is_pooled, memory)
 
     @property
     def is_pooled(self) -> bool:
@@ -268,7 +276,10 @@ class Query(Generic[T]):
         """Estimate the cost of the query, unless it has an estimate; never raise."""
         if self.estimate is None:
             self.choose_engine()
-            self.estimate = costs.of(self.frames, self.resolution.name)
+            if self.fingerprint is not None:
+                self.estimate = costs.of_function(self.fingerprint)
+            else:
+                self.estimate = costs.of(self.frames, self.resolution.name)
 
     @property
     def operation(self) -> Operation[T] | None:
@@ -296,6 +307,10 @@ class Query(Generic[T]):
                 _name_in(error, self.label)
         finally:
             del self, operation  # the frames of the traceback lead back here all the same
+
+    def note_memory(self, peak: int) -> None:
+        """Note that the query has taken so many bytes at once in its worker process."""
+        self.peak_memory = max(self.peak_memory or 0, peak)
 
     def stop_with(self, stop: Callable[[], object] | None, *, for_sure: bool = True) -> bool:
         """
@@ -355,7 +370,8 @@ class Query(Generic[T]):
             resolution.name,
             times.queue_seconds,
             times.run_seconds,
-            count_rows(result),
+            # The operation of a stream returns their number.
+            result if self.is_stream and isinstance(result, int) else count_rows(result),
             error,
             resolution,
             self.is_inline,
@@ -424,7 +440,7 @@ class Query(Generic[T]):
         """Whether estimating its cost is cheap compared with its run time."""
         return (
             self.estimate is None
-            and bool(self.frames)
+            and (bool(self.frames) or self.fingerprint is not None)
             and (self.times.run_seconds or 0.0) >= _WORTH_ESTIMATING
         )
 
@@ -449,25 +465,39 @@ class Query(Generic[T]):
         elif self.state is State.FAILED:
             self.report(EventKind.FAILED, error=self._outcome.error)
 
+    def keep_result(self, memory: Memory) -> int:
+        """Have `memory` mind the result, as long as somebody has it; return its bytes if many."""
+        return memory.keep(self._outcome.value)
+
     def observe_cost(
-        self, costs: CostModel, *, alone: bool, share: float | None = None
+        self,
+        costs: CostModel,
+        *,
+        alone: bool,
+        share: float | None = None,
+        memory: int | None = None,
     ) -> Estimate | None:
         """
         Update `costs` by the run time, and drop the inputs; return a corrected estimate, if any.
 
         It is off the critical path: the waiters have been woken. `alone` says that no other query
-        ran meanwhile, and `share` is as for `CostModel.observe`.
+        ran meanwhile, and `share` and `memory` are as for `CostModel.observe`.
         """
         if self.is_cancelled:
             self._outcome.drop()
         if self.is_worth_estimating:
-            self.estimate = costs.of_ended(self.frames, self.resolution.name)
+            if self.fingerprint is not None:
+                self.estimate = costs.of_function(self.fingerprint)
+            else:
+                self.estimate = costs.of_ended(self.frames, self.resolution.name)
         self.frames = ()
         seconds = self.times.run_seconds
         if self.estimate is None or seconds is None:
             return None
         completed = self.state is State.COMPLETED  # else it would have taken longer
-        return costs.observe(self.estimate, seconds, alone=alone, completed=completed, share=share)
+        return costs.observe(
+            self.estimate, seconds, alone=alone, completed=completed, share=share, memory=memory
+        )
 
     def fail_in_fork(self, error: BaseException) -> None:
         """End the query with `error` in a forked child, which does not have its thread."""

@@ -9,7 +9,7 @@ pile up: each keeps all processors busy, and two of them take twice the memory a
 from __future__ import annotations
 
 from bisect import bisect_left
-from math import ceil
+from math import ceil, inf
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 if TYPE_CHECKING:
@@ -70,6 +70,8 @@ class Load(NamedTuple):
     """Whether it runs in Polars' pool of threads, as on the in-memory engine: there the tasks of
     one large query hold up those of another until they are done, while threads of the streaming
     engine share the processors."""
+    memory: int = 0
+    """Bytes that it is expected to take at its peak; 0 where memory has no limit."""
 
     @property
     def is_small(self) -> bool:
@@ -168,7 +170,7 @@ class Limits:
 class Room:
     """What may start beside the queries that run."""
 
-    __slots__ = ("_left", "_left_for_large", "_share", "spare", "total")
+    __slots__ = ("_left", "_left_for_large", "_share", "memory", "small_memory", "spare", "total")
 
     def __init__(
         self, limits: Limits, running: Iterable[Load], spare: int, *, pool_is_taken: bool = False
@@ -179,6 +181,10 @@ class Room:
         # One of several slots is left for small queries, however the large ones differ in size.
         self._left_for_large = limits.most - (limits.most > 1 and not limits.exclusive)
         self.spare = spare
+        self.memory = inf
+        """Bytes that one more query may take."""
+        self.small_memory = 0
+        """Bytes that a small one may take in any case."""
         for load in running:
             self.total -= 1
             self._left_for_large -= not load.is_small
@@ -191,7 +197,11 @@ class Room:
 
     def fits(self, load: Load) -> bool:
         """Return whether a query with this load may start."""
-        return self.fits_by_kind(load) or (self.spare > 0 and self._is_open(load))
+        return self._has_slot(load) and not self._needs_more_memory(load)
+
+    def lacks_memory(self, load: Load) -> bool:
+        """Return whether a query with this load may not start for want of memory alone."""
+        return self._needs_more_memory(load) and self._has_slot(load)
 
     def fits_by_kind(self, load: Load) -> bool:
         """Return whether it may start by what is known of it, without the `spare` ones."""
@@ -213,6 +223,14 @@ class Room:
         large = sum(found) - small + min(unknown, max(0, left))
         large = max(large, min(unknown + sum(kinds[SMALL_SIZE + 1 :]), self.spare))
         return max(0, min(self.total, small + min(large, max(0, self._left_for_large))))
+
+    def _has_slot(self, load: Load) -> bool:
+        return self.fits_by_kind(load) or (self.spare > 0 and self._is_open(load))
+
+    def _needs_more_memory(self, load: Load) -> bool:
+        if load.memory <= self.memory:
+            return False
+        return not load.is_small or load.memory > self.small_memory
 
     def _is_open(self, load: Load) -> bool:
         return self.total > 0 and (load.is_small or self._left_for_large > 0)

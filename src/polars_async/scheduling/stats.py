@@ -20,6 +20,8 @@ COUNTERS: Final = frozenset(
         *(state.name.lower() for state in list(State)[2:]),
         "downgraded",
         "fell_back",
+        "memory_waits",
+        "memory_seconds",
         "queue_seconds",
         "run_seconds",
         "inline",
@@ -39,6 +41,8 @@ def stats_of(cpu: Admission, gpus: Sequence[Admission]) -> dict[str, Any]:
         "max_streams": cpu.streams.most,
         "max_running": cpu.max_running,
         "max_waiting": cpu.max_waiting,
+        "memory": None if cpu.memory is None else cpu.memory.used,
+        "max_memory": None if cpu.memory is None else cpu.memory.limit,
     }
 
 

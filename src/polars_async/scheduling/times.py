@@ -23,6 +23,7 @@ class Times:
         "_submitted",
         "ended",
         "gpu_seconds",
+        "held_up_since",
         "paused_seconds",
         "started",
     )
@@ -31,6 +32,8 @@ class Times:
         self._submitted = perf_counter()
         self._requeued: float | None = None
         self._paused_since: float | None = None
+        self.held_up_since: float | None = None
+        """Since when nothing but memory was wanting for its start."""
         self.started: float | None = None
         self.ended: float | None = None
         self.paused_seconds = 0.0
@@ -42,6 +45,18 @@ class Times:
     def queue_seconds(self) -> float:
         """Seconds from submission to start, or to now; includes a try of the GPU in vain."""
         return (self.started or self.ended or perf_counter()) - self._submitted
+
+    @property
+    def memory_seconds(self) -> float:
+        """Seconds of `queue_seconds` in which nothing but memory was wanting, so far or in all."""
+        if self.held_up_since is None:
+            return 0.0
+        return (self.started or self.ended or perf_counter()) - self.held_up_since
+
+    def hold_up(self) -> None:
+        """Note that from now on nothing but memory is wanting, unless that is so already."""
+        if self.held_up_since is None:
+            self.held_up_since = perf_counter()
 
     @property
     def run_seconds(self) -> float | None:

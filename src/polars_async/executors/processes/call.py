@@ -82,6 +82,7 @@ class WorkerCall:
         self._interrupts = 0
         self._timer: Timer | None = None
         self._has_begun = False
+        self._has_called = False
         self._next_sample = monotonic() + _SAMPLE_INTERVAL
         """When to sample the worker's memory, even if messages come all the time."""
         self.stopped = False
@@ -133,8 +134,12 @@ class WorkerCall:
         return may_start and not self._has_begun and not self.stopped
 
     def check_sendable(self, kind: str) -> None:
-        """Raise if the query failed for want of a name whose value could not be sent."""
-        if kind == "error" and self._unsendable is not None:
+        """
+        Raise if the query failed for want of a name whose value could not be sent.
+
+        Not if it is a function that was called by then: it must not run once more, here.
+        """
+        if kind == "error" and self._unsendable is not None and not self._has_called:
             raise self._unsendable
 
     def stop(self) -> None:
@@ -214,6 +219,8 @@ class WorkerCall:
             kind, content = unpack(message)
             if kind == "begun":
                 self._has_begun = True
+            elif kind == "called":
+                self._has_called = True
             elif kind == "load":
                 transport.send(self._export(*content))
             elif kind == "exiting":
@@ -251,13 +258,16 @@ class WorkerCall:
         if limit is None or self.memory_error is not None or monotonic() < self._next_sample:
             return
         self._next_sample = monotonic() + _SAMPLE_INTERVAL
-        if (memory := self._worker.private_memory()) > limit:
+        memory = self._worker.private_memory()
+        self._query.note_memory(max(0, memory - self._worker.idle_memory))
+        if memory > limit:
             # Before `stop`: the outcome may be that interrupt, which this error then replaces.
             self.memory_error = QueryMemoryError(
                 f"{self._query.named} outgrew the memory of its worker process, and was stopped: "
                 f"it took {memory:,} bytes, of at most max_memory={limit:,}. Ask for less at once, "
                 "try the streaming engine, or allow for more",
                 limit,
+                memory,
             )
             self.stop()
 

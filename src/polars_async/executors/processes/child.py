@@ -26,7 +26,10 @@ from polars_async._runtime.fork import Step, in_child
 from polars_async._runtime.nesting import enter_worker
 from polars_async._runtime.unpatched import RLock
 from polars_async.errors import PolarsAsyncError
+from polars_async.executors.carried import bare
 from polars_async.executors.main_module import ResolvingMain, resolve_namespaces
+from polars_async.executors.message import Message
+from polars_async.executors.operations import Run
 from polars_async.executors.outcomes import outcome_of, packed_error
 from polars_async.executors.processes.surroundings import Follower
 from polars_async.executors.processes.transport import Transport
@@ -37,7 +40,6 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
     from polars_async.executors.main_module import Export
-    from polars_async.executors.message import Message
 
 _SYSTEM_NAME = Path("/proc/self/comm")
 _OOM_SCORE = Path("/proc/self/oom_score_adj")
@@ -121,28 +123,36 @@ def _serve(transport: Transport, logs: _LogSender, follower: Follower) -> None:
         return
     transport.send(pack(("begun", None), in_files=False))
     logs.enabled = True
-    outcome = outcome_of(partial(_run, message, transport, follower))
+    kind, content = outcome_of(partial(_run, message, transport, follower))
     with suppress(Exception):  # else what a Python function has printed would be kept back
         sys.stdout.flush()
     # All else goes before the outcome: after that, the parent reads nothing until its next query.
     logs.enabled = False
     if context_is_poisoned():
         transport.send(pack(("exiting", None), in_files=False))
+    transport.send(content if isinstance(content, Message) else _packed(kind, content))
+
+
+def _packed(kind: str, error: object) -> Message:
     try:
-        reply = pack(outcome, in_files=True)
-    except BaseException as error:  # noqa: BLE001  # such as of a column of Python objects
-        reply = pack(("error", packed_error(error)), in_files=False)
-    transport.send(reply)
+        return pack((kind, error), in_files=True)
+    except BaseException as unsendable:  # noqa: BLE001  # such as of a column of Python objects
+        return pack(("error", packed_error(unsendable)), in_files=False)
 
 
-def _run(message: Message, transport: Transport, follower: Follower) -> object:
+def _run(message: Message, transport: Transport, follower: Follower) -> Message:
+    """Run the query of `message`, and return the message with its result."""
     parent = _Parent(transport)
     follower.enter_folder()
     receive(message.take_shared())
     try:
         with ResolvingMain(parent.load):
             operation = unpack(message, _RemoteBuffer(parent))
-            return operation()
+            is_call = isinstance(bare(operation), Run)
+            if is_call:
+                transport.send(pack(("called", None), in_files=False))
+            # Here, where the classes of the program are found by their names.
+            return pack(("value", operation()), in_files=True, by_value=is_call)
     finally:
         parent.end()
         close_received()

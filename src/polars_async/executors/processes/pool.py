@@ -20,6 +20,7 @@ from polars_async.executors.carried import carried
 from polars_async.executors.initializer import current
 from polars_async.executors.large_plans import warn_if_large
 from polars_async.executors.message import SerializationAbort
+from polars_async.executors.operations import Run
 from polars_async.executors.outcomes import error_of
 from polars_async.executors.processes.call import WorkerCall
 from polars_async.executors.processes.process import WorkerProcess, shut_down
@@ -84,6 +85,10 @@ class ProcessExecutor(QueryExecutor):
         """Return the processor time of this process and of the workers that live, in seconds."""
         return process_time() + sum(worker.cpu_seconds() for worker in list(self._workers))
 
+    def memory(self) -> int:
+        """Return the bytes of memory that the workers have, each for itself."""
+        return sum(worker.private_memory() for worker in list(self._workers))
+
     def run(
         self,
         operation: Operation[T],
@@ -124,7 +129,13 @@ class ProcessExecutor(QueryExecutor):
                 # If the query was cancelled before this, no thread will call `abort`: call it now.
                 if not query.stop_with(abort):
                     abort()
-                message = pack(carried(operation, query.context), in_files=True, abort=abort)
+                by_value = isinstance(operation, Run)
+                message = pack(
+                    carried(operation, query.context),
+                    in_files=True,
+                    by_value=by_value,
+                    abort=abort,
+                )
                 try:
                     warn_if_large(query, message.plan_bytes, same_machine=True)
                     worker = self._take()
@@ -234,7 +245,7 @@ class ProcessExecutor(QueryExecutor):
 
     def _retains_memory(self, worker: WorkerProcess) -> bool:
         """Return whether it keeps memory that would count as that of the next query."""
-        return self._max_memory is not None and worker.private_memory() > self._max_memory / 2
+        return self._max_memory is not None and worker.private_memory() > self._max_memory / 4
 
     def _refill(self) -> None:
         """Start a worker in place of one that is gone, so that the next query finds it warm."""

@@ -21,6 +21,7 @@ from polars_async._runtime.descriptors import STANDARD_FILES, above_standard_fil
 from polars_async._runtime.files import new_file
 from polars_async._runtime.fork import Step, in_child
 from polars_async._runtime.green import leaving_no_hub
+from polars_async._runtime.machine import private_memory
 from polars_async._runtime.unpatched import RLock, holding, posix_spawn, sleep, start_new_thread
 from polars_async.executors.initializer import current
 from polars_async.executors.processes.child_handle import ChildHandle
@@ -44,7 +45,6 @@ _BOOTSTRAP: Final = (
 """Leaves no names in the child's ``__main__``: names of the parent's are resolved there."""
 _OF_PROCESS: Final = 2
 """In the number of a clock of Linux: the processor time of all threads of a process."""
-_PAGE: Final = os.sysconf("SC_PAGE_SIZE")
 
 
 class WorkerProcess:
@@ -65,6 +65,8 @@ class WorkerProcess:
         self._reaped = False
         self.initializer = current()
         self.is_ready = False
+        self.idle_memory = 0
+        """The bytes that it took before its first query."""
         self.is_exiting = False
         """Whether it will end by itself after this query."""
         try:
@@ -130,6 +132,7 @@ class WorkerProcess:
         set_up = None if self.initializer is None else self.initializer.set_up()
         self.transport.send(pack((_levels(), set_up), in_files=False))
         unpack(self.transport.receive())
+        self.idle_memory = self.private_memory()
         self.is_ready = True
 
     def sync_surroundings(self) -> None:
@@ -165,12 +168,7 @@ class WorkerProcess:
 
     def private_memory(self) -> int:
         """Return the bytes of memory that the worker shares with no process; 0 if it is gone."""
-        try:
-            with open(f"/proc/{self.pid}/statm", "rb") as file:  # noqa: PTH123  # a fifth of the time
-                _, resident, shared = file.read().split()[:3]
-        except OSError:
-            return 0
-        return (int(resident) - int(shared)) * _PAGE
+        return private_memory(self.pid)
 
     def kill(self) -> int | None:
         """Kill the worker, if it lives, and wait for its end; return its exit code, if known."""
