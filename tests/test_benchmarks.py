@@ -602,4 +602,4 @@ def test_steps_of_a_query_are_measured():
     ]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
     assert not done.returncode, done.stdout
-    assert re.search(r"^=+ 15 passed in", done.stdout, re.MULTILINE)
+    assert re.search(r"^=+ 21 passed in", done.stdout, re.MULTILINE)

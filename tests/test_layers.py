@@ -24,7 +24,16 @@ LAYERS = (
     ("collector",),
     ("api", "drawing", "engine", "showing"),
     ("compare",),
-    ("testing", "pytest_plugin", "doctor", "cli", "__main__", "_pytest_entry", "starlette"),
+    (
+        "testing",
+        "pytest_plugin",
+        "doctor",
+        "cli",
+        "__main__",
+        "_pytest_entry",
+        "starlette",
+        "instrumentation",
+    ),
 )
 """From the lowest to the highest. The package itself names what is public, and is above all."""
 LAYER_OF = {room: number for number, rooms in enumerate(LAYERS) for room in rooms}

@@ -228,7 +228,7 @@ class Told:
 
 
 class Value:
-    runs_engine, frames = True, ()
+    name, runs_engine, frames = "value", True, ()
 
     def __init__(self, value):
         self.value = value

@@ -174,12 +174,12 @@ def until(found):
 class Server:
     """A process of its own, and its log."""
 
-    def __init__(self, command, folder):
+    def __init__(self, command, folder, program=(sys.executable, "-m")):
         self._log = folder / f"{time.monotonic_ns()}.log"
         self._read = 0
         with self._log.open("w") as log:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", *command],
+                [*program, *command],
                 cwd=folder,
                 # gunicorn has a socket in the home folder
                 env={key: value for key, value in os.environ.items() if key != "XDG_RUNTIME_DIR"}
@@ -347,6 +347,17 @@ def test_fastapi_answers_several_requests_at_once(service):
     before = service.stats()["completed"]
     assert_all_are_answered(service, "/sales?shop=")
     assert service.stats()["completed"] == before + len(SHOPS) * 3
+
+
+def test_fastapi_tells_prometheus_what_became_of_its_queries(service):
+    service.ask("/sales?shop=a")
+    stats = service.stats()
+    response, body = service.ask("/metrics")
+    assert response.getheader("Content-Type").startswith("text/plain; version=")
+    counted = re.findall(
+        r'^polars_async_queries_total{.*outcome="completed"} (.*)$', body.decode(), re.MULTILINE
+    )
+    assert sum(map(float, counted)) == stats["completed"]
 
 
 @pytest.mark.parametrize("path", ["/sales?shop=a", "/sales.ndjson"])

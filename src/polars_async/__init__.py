@@ -35,6 +35,7 @@ Rooms, from the lowest to the highest; each imports only from those before it:
   ``api``, ``engine``, ``drawing``, ``showing``: the API for users.
 - ``compare``: queries on several engines, each in a worker process of its own, and their answers.
 - ``testing``, ``pytest_plugin``, ``doctor``, ``cli``: a simulated GPU, and the console script.
+- ``starlette``, ``instrumentation``: for those who import them, with what they need.
 
 Threads: each slot of a lane has at most one worker thread. It takes queries from the queue and runs
 them, or waits for the worker process that runs them; that of a paused stream waits beyond the

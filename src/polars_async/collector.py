@@ -7,6 +7,7 @@ from concurrent.futures import Executor
 from functools import partial
 from inspect import isasyncgenfunction, iscoroutinefunction
 from typing import TYPE_CHECKING, Any, ClassVar, Final, TypeVar, TypeVarTuple
+from weakref import WeakValueDictionary
 
 from polars_async import bridges
 from polars_async._runtime import fork
@@ -94,6 +95,7 @@ T = TypeVar("T")
 Ts = TypeVarTuple("Ts")
 
 _TINY: Final = Estimate(0.0, None)
+_alive: Final[WeakValueDictionary[int, Collector]] = WeakValueDictionary()
 _SPILLED_SHARE: Final = 0.8
 """The share of `max_memory` from which on queries on threads spill: that of Polars of the memory of
 the machine."""
@@ -239,7 +241,8 @@ class Collector:
             gpu_policy(gpu)
         self._gpu_policy: Final = gpu
         self._default_engine: Final = default_engine
-        self._reporter: Final = Reporter(on_event, slow, progress)
+        self.executor: Final = executor if isinstance(executor, str) else type(executor).__name__
+        self._reporter: Final = Reporter(on_event, self.executor, slow, progress)
         most_bytes = None if max_memory is None else checked_memory("max_memory", max_memory)
         memory = None if most_bytes is None else Memory(most_bytes, memory_held)
         known = CostModel(far=executor == "auto", memory=memory)
@@ -262,7 +265,6 @@ class Collector:
         results = None if cache is None else Results(cache.seconds, cache.max_bytes)
         self._flights: Final = Flights(self._reporter, self._cpu.admission.lock, results)
         self._single_flight: Final = single_flight or cache is not None
-        self._where: Final = executor if isinstance(executor, str) else type(executor).__name__
         self._elsewhere: Final = isinstance(executor, Executor)
         self._make_gpu_lane: Final = partial(
             Lane,
@@ -281,13 +283,14 @@ class Collector:
         self._chooser: Final = Chooser(known, ask_gpu)
         self._of_one_gpu: Final[dict[str | int, Lane]] = {}
         """The lanes of queries that name a GPU, where several work side by side."""
+        _alive[id(self)] = self
 
     def __repr__(self) -> str:
         if not hasattr(self, "_of_one_gpu"):  # __init__ has raised, and a debugger looks at it
             return "<Collector>"
         stats = self.stats()
         load = f"{stats['running']} running, {stats['waiting']} waiting"
-        return f"<Collector on {self._where}: {load}{', closed' if self.closed else ''}>"
+        return f"<Collector on {self.executor}: {load}{', closed' if self.closed else ''}>"
 
     def collect_async(
         self,
@@ -1060,6 +1063,13 @@ class Collector:
             if here is not None:
                 lane.run_inline(query, here)
         return query
+
+
+def stats_of_all() -> list[tuple[str, dict[str, Any]]]:
+    """Return where each collector that is not closed runs queries, and its statistics."""
+    # `valuerefs` copies in one step: other threads make collectors meanwhile.
+    alive = [known() for known in _alive.valuerefs()]
+    return [(each.executor, each.stats()) for each in alive if each is not None and not each.closed]
 
 
 def _check_function(function: object) -> None:

@@ -6,11 +6,12 @@ import enum
 import logging
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Final, TypeAlias
+from dataclasses import dataclass, field, fields, make_dataclass
+from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
 import polars as pl
 
+from polars_async._runtime.instruments import Attached
 from polars_async._runtime.logs import complain, is_ctrl_c, log
 from polars_async.errors import describe
 from polars_async.resolution import engine_text
@@ -18,7 +19,9 @@ from polars_async.wording import how_shared, summarize
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from contextvars import Context
 
+    from polars_async._runtime.instruments import Listener
     from polars_async.resolution import Resolution
     from polars_async.wording import Ahead
 
@@ -120,6 +123,12 @@ class QueryEvent:
         that runs itself.
     from_cache
         Whether that result was kept from before: see ``cache=`` of `Collector`.
+    operation
+        What the query does: ``"collect"``, ``"collect_all"``, ``"batches"``, ``"sink"``,
+        ``"schema"`` or ``"run"``.
+    executor
+        Where its collector runs queries: ``"threads"``, ``"processes"``, ``"auto"``, or the name of
+        the class of an executor of the caller's.
     """
 
     kind: EventKind
@@ -136,6 +145,10 @@ class QueryEvent:
     place: str | None = None
     ahead: Ahead | None = None
     peak_memory: int | None = None
+    shared_with: int | None = None
+    from_cache: bool = False
+    operation: str = "collect"
+    executor: str = "threads"
 
     @property
     def summary(self) -> str:
@@ -157,9 +170,6 @@ class QueryEvent:
             end=end,
         )
 
-    shared_with: int | None = None
-    from_cache: bool = False
-
     def __str__(self) -> str:
         label = f" {self.label!r}" if self.label is not None else ""
         what = self.kind.replace("_", " ")
@@ -179,6 +189,20 @@ class QueryEvent:
         return ", ".join(parts)
 
 
+_Draft: Final[Any] = make_dataclass(
+    "_Draft", [each.name for each in fields(QueryEvent)], slots=True
+)
+
+
+def new_event(*values: object) -> QueryEvent:
+    """Return an event with the `values` of all its fields, in their order."""
+    # In 0.3 us, and not in 1.4: the initializer of a frozen class sets each field by a call. A
+    # class with the same slots, which is not frozen, can become it.
+    event = _Draft(*values)
+    event.__class__ = QueryEvent
+    return event  # type: ignore[no-any-return]
+
+
 def notify_observers(resolution: Resolution) -> None:
     """Call the observers with the `resolution` of a query that has run."""
     for observer in tuple(observers):
@@ -190,22 +214,26 @@ def notify_observers(resolution: Resolution) -> None:
 
 class Reporter:
     """
-    Passes events to the logger and to the hook of one collector.
+    Passes events to the logger, to the hook of one collector, and to listeners.
 
     The logger ``polars_async.slow`` is told, at their end, of queries that took `slow` seconds or
     more. `progress` says whether what queries read is counted: None for from when it is asked for,
     which in an interactive session is at once.
     """
 
-    __slots__ = ("_may_count", "_on_event", "_slow", "counts")
+    __slots__ = ("_may_count", "_of_collector", "_on_event", "_slow", "counts", "executor")
 
     def __init__(
         self,
         on_event: Callable[[QueryEvent], object] | None,
+        executor: str = "threads",
         slow: float | None = None,
         progress: bool | None = None,  # noqa: FBT001
     ) -> None:
         self._on_event = on_event
+        self._of_collector: tuple[Listener, ...] = ()
+        self.executor = executor
+        """As for `QueryEvent`."""
         self._slow = slow
         self._may_count = progress is not False
         self.counts = hasattr(sys, "ps1") if progress is None else progress
@@ -217,13 +245,32 @@ class Reporter:
 
     @property
     def listens(self) -> bool:
-        """Whether a hook, an observer or a logger takes any event; read once for each query."""
+        """Whether anything takes any event; read once for each query."""
         return (
             self._on_event is not None
             or self._slow is not None
             or bool(observers)
+            or bool(Attached.listeners)
+            or bool(self._of_collector)
             or log.isEnabledFor(logging.INFO)
         )
+
+    @property
+    def listeners(self) -> tuple[Listener, ...]:
+        """
+        The listeners of the process and of the collector; read once for each query.
+
+        So each listener is told of a query from its first event to its last, or not at all.
+        """
+        return Attached.listeners + self._of_collector
+
+    def add(self, listener: Listener) -> None:
+        """Have `listener` told of the queries that are submitted to the collector from now on."""
+        self._of_collector = (*self._of_collector, listener)
+
+    def remove(self, listener: Listener) -> None:
+        """Have `listener` not told of queries that are submitted from now on."""
+        self._of_collector = tuple(each for each in self._of_collector if each is not listener)
 
     def wants(self, kind: EventKind) -> bool:
         """Return whether the hook or a logger takes events of this `kind`."""
@@ -233,20 +280,31 @@ class Reporter:
             or log.isEnabledFor(_level_of(kind))
         )
 
-    def __call__(self, event: QueryEvent) -> None:
-        """Log `event` and call the hook, with no lock held. Errors of the hook are logged."""
-        try:
-            log.log(_level_of(event.kind), "%s", event)
-            if self._slow is not None and event.kind in _ENDS:
-                _log_slow(event, self._slow)
-            if self._on_event is not None:
-                self._on_event(event)
-        except KeyboardInterrupt:
-            if is_ctrl_c():
-                raise
-            complain("the on_event hook was interrupted at: %s", event)
-        except BaseException:  # noqa: BLE001  # SystemExit, too, must not end a worker thread
-            complain("the on_event hook raised at: %s", event)
+    def __call__(self, event: QueryEvent, listeners: tuple[Listener, ...], of: Context) -> None:
+        """Tell `event` to the listeners, the loggers and the hook, with no lock held."""
+        # The hook is the last: Ctrl-C in it ends this, and listeners would not learn of an end.
+        for listener in listeners:
+            _call("an instrument", listener, event, of)
+        _call("the on_event hook", self._log_and_hook, event)
+
+    def _log_and_hook(self, event: QueryEvent) -> None:
+        log.log(_level_of(event.kind), "%s", event)
+        if self._slow is not None and event.kind in _ENDS:
+            _log_slow(event, self._slow)
+        if self._on_event is not None:
+            self._on_event(event)
+
+
+def _call(what: str, function: Callable[..., object], event: QueryEvent, *more: object) -> None:
+    """Call a function of others, and log its error: it must not cost a query its result."""
+    try:
+        function(event, *more)
+    except KeyboardInterrupt:
+        if is_ctrl_c():
+            raise
+        complain("%s was interrupted at: %s", what, event)
+    except BaseException:  # noqa: BLE001  # SystemExit, too, must not end a worker thread
+        complain("%s raised at: %s", what, event)
 
 
 def _log_slow(event: QueryEvent, slow: float) -> None:

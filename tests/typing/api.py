@@ -11,12 +11,15 @@ from typing import TYPE_CHECKING, Any, assert_type
 import polars as pl
 
 import polars_async as pa
+from polars_async.instrumentation.opentelemetry import PolarsAsyncInstrumentor
+from polars_async.instrumentation.prometheus import register, unregister
 from polars_async.testing import simulate_gpu
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Iterable, Iterator
 
     from distributed import Client
+    from prometheus_client import CollectorRegistry
 
     from polars_async.pytest_plugin import EngineLog
     from polars_async.testing import SimulatedGpu
@@ -386,3 +389,21 @@ def simulated() -> None:
         return 1
 
     assert_type(slow(), int)
+
+
+# Instruments
+
+
+def watches(collector: pa.Collector, registry: CollectorRegistry) -> None:
+    register(collector)
+    register(collector, registry, name="exports", by_label=True)
+    unregister(collector, registry)
+    PolarsAsyncInstrumentor().instrument()
+    PolarsAsyncInstrumentor().instrument(in_workers=lambda: None)
+    PolarsAsyncInstrumentor().instrument(in_workers="name")  # type: ignore[arg-type]
+    PolarsAsyncInstrumentor().uninstrument()
+
+
+def tells_what_it_was(event: pa.QueryEvent) -> None:
+    assert_type(event.operation, str)
+    assert_type(event.executor, str)

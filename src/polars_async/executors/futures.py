@@ -15,6 +15,7 @@ from polars_async._runtime import fork
 from polars_async._runtime.unpatched import SimpleQueue
 from polars_async.errors import ForkedProcessError, PolarsAsyncError, WorkerDiedError, describe
 from polars_async.executors import QueryExecutor
+from polars_async.executors.carried import bare, carried
 from polars_async.executors.exports import export, export_namespaces
 from polars_async.executors.large_plans import warn_if_large
 from polars_async.executors.main_module import POLARS, ResolvingMain, resolve_namespaces
@@ -150,7 +151,7 @@ def run_task(task: bytes, version: str, exports: dict[Key, Export], _unique: byt
                     f"{version}: install the same release everywhere"
                 ) from error
             report_retries_to(lambda how, cause: retries.append((how, packed_error(cause))))
-            is_call = isinstance(operation, Run)
+            is_call = isinstance(bare(operation), Run)
             may_run_again = not is_call  # what a function does, such as a write, it is to do once
             try:
                 result = operation()
@@ -174,7 +175,8 @@ def run_task(task: bytes, version: str, exports: dict[Key, Export], _unique: byt
 def _packed(operation: Operation[object], query: Job) -> bytes | str:
     """Return the packed `operation`, or as a text the reason why it stays here."""
     try:
-        message = pack(operation, in_files=False, by_value=isinstance(operation, Run))
+        by_value = isinstance(operation, Run)
+        message = pack(carried(operation, query.context), in_files=False, by_value=by_value)
     except StaysHereError as reason:
         return str(reason)
     warn_if_large(query, message.plan_bytes, same_machine=False)

@@ -29,6 +29,8 @@ _GPU_BATCH: Final = 100_000
 class Operation(Protocol[T_co]):
     """What to do for one query. It is pickled by its fields, for other processes."""
 
+    name: ClassVar[str]
+    """As for `QueryEvent.operation`."""
     runs_engine: ClassVar[bool]
     """Whether an engine runs it, as for all but a schema and a function."""
 
@@ -47,6 +49,7 @@ class Operation(Protocol[T_co]):
 class Collect:
     """Collect one frame."""
 
+    name: ClassVar = "collect"
     runs_engine: ClassVar = True
 
     frame: Final[pl.LazyFrame]
@@ -67,6 +70,7 @@ class Collect:
 class CollectAll:
     """Collect frames as one query, or one by one on an engine that has no other way."""
 
+    name: ClassVar = "collect_all"
     runs_engine: ClassVar = True
 
     all_frames: Final[Sequence[pl.LazyFrame]]
@@ -102,6 +106,7 @@ class CollectAll:
 class Sink:
     """Run a sink, whose result is an empty frame."""
 
+    name: ClassVar = "sink"
     runs_engine: ClassVar = True
 
     sink: Final[pl.LazyFrame]
@@ -122,6 +127,7 @@ class Sink:
 class Schema:
     """Resolve the schema of a frame."""
 
+    name: ClassVar = "schema"
     runs_engine: ClassVar = False
 
     frame: Final[pl.LazyFrame]
@@ -140,6 +146,7 @@ class Schema:
 class Run(Generic[T]):
     """Call a function of the caller's."""
 
+    name: ClassVar = "run"
     runs_engine: ClassVar = False
 
     function: Callable[..., T]  # never changed: mypy takes none with a type variable for final
@@ -190,6 +197,7 @@ class Batches:
     ``collect_batches``, which loses panics.
     """
 
+    name: ClassVar = "batches"
     runs_engine: ClassVar = True
 
     frame: Final[pl.LazyFrame]

@@ -25,6 +25,7 @@ from polars_async._runtime.upstream import (
 from polars_async.bridges.buffer import Buffer
 from polars_async.errors import PolarsAsyncError, describe
 from polars_async.executors.blame import culprit_of, unsendable_error
+from polars_async.executors.carried import bare
 from polars_async.executors.exports import can_be_pickled
 from polars_async.executors.extensions import (
     LOSES_EXTENSIONS,
@@ -285,7 +286,7 @@ def _dump(
 def _dump_by_value(
     item: object, files: list[int] | None, abort: SerializationAbort | None, refused: Exception
 ) -> tuple[bytes, int]:
-    is_call = isinstance(item, Run)
+    is_call = isinstance(bare(item), Run)
     try:
         packer = _packer_by_value()
     except ImportError:
@@ -306,7 +307,7 @@ def _dump_by_value(
         if abort is not None and abort.is_aborted:
             raise
         if is_call:
-            raise unsendable_error(item, describe(error), can_be_pickled) from error
+            raise unsendable_error(bare(item), describe(error), can_be_pickled) from error
         raise PolarsAsyncError(
             "the result of the function cannot be sent back from its process: "
             f"{culprit_of(item, can_be_pickled)} cannot be pickled ({describe(error)}). Return "

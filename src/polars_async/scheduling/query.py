@@ -15,11 +15,11 @@ from polars_async._runtime.timers import start_timer
 from polars_async._runtime.unpatched import get_ident, holding
 from polars_async.bridges.waiting import Onlooker, persist, wake
 from polars_async.errors import QueryTimeoutError, describe
-from polars_async.events import EventKind, QueryEvent, count_rows, notify_observers
+from polars_async.events import EventKind, count_rows, new_event, notify_observers
 from polars_async.executors.meters import SentMeter
 from polars_async.executors.operations import Batches, on_engine
 from polars_async.progress import NOTHING_READ, Progress
-from polars_async.resolution import ADAPTIVE, engine_text, tried_again
+from polars_async.resolution import ADAPTIVE, engine_text, is_on_gpu, tried_again
 from polars_async.scheduling.counts import State
 from polars_async.scheduling.outcome import Outcome
 from polars_async.scheduling.sizes import SMALL, UNKNOWN, Load, size_with
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from contextlib import AbstractContextManager
 
     from polars_async._runtime.callers import CallSite
+    from polars_async._runtime.instruments import Listener
     from polars_async._runtime.timers import Timer
     from polars_async.bridges.waiting import Waiter
     from polars_async.events import Reporter, Tags
@@ -102,6 +103,7 @@ class Query(Generic[T]):
         "_canceller",
         "_counts",
         "_leave_queue",
+        "_listeners",
         "_operation",
         "_outcome",
         "_owes_event",
@@ -130,6 +132,7 @@ class Query(Generic[T]):
         "label",
         "lock",
         "meter",
+        "name",
         "peak_memory",
         "place",
         "priority",
@@ -165,6 +168,7 @@ class Query(Generic[T]):
         self.priority = priority
         self.label = label
         self.tags = tags
+        self.name = operation.name
         self.is_stream = isinstance(operation, Batches)
         self.runs_engine = operation.runs_engine
         self.is_nested = False
@@ -193,6 +197,7 @@ class Query(Generic[T]):
         """Bytes that it took at its peak, so far; None if that was not measured."""
         self.times = Times()
         self.reports = reporter.listens
+        self._listeners = reporter.listeners if self.reports else ()
         self.delivery = delivery() if self.reports else None
         self.lock, self._counts, self._leave_queue = owner
         self._reporter = reporter
@@ -426,7 +431,7 @@ class Query(Generic[T]):
 
     def run(self, run: Callable[[Operation[T], Query[T]], T]) -> None:
         """Run the operation by `run` and keep its outcome, which `set_finished` makes final."""
-        if self.reports:
+        if self.reports and self._tells(EventKind.STARTED):
             self.announce(EventKind.STARTED)
         operation, self._operation = self._operation, None
         if (
@@ -498,32 +503,44 @@ class Query(Generic[T]):
         self, kind: EventKind, *, result: object = None, error: BaseException | None = None
     ) -> None:
         """Emit the event `kind`, with no lock held, since hooks and log handlers run."""
-        if not self._reporter.wants(kind):
+        listeners = self._listeners_of(kind)
+        if not listeners and not self._reporter.wants(kind):
             return
-        run = self.run_of_it
-        event = QueryEvent(
-            kind=kind,
-            query_id=self.id,
-            label=self.label,
-            engine=self.resolution.name,
-            queue_seconds=self.times.queue_seconds,
-            run_seconds=self.times.run_seconds,
+        times, resolution, run = self.times, self.resolution, self.run_of_it
+        event = new_event(
+            kind,
+            self.id,
+            self.label,
+            resolution.name,
+            times.queue_seconds,
+            times.run_seconds,
             # The operation of a stream returns their number.
-            rows=result if self.is_stream and isinstance(result, int) else count_rows(result),
-            error=error,
-            resolution=self.resolution,
-            inline=self.is_inline,
-            tags=self.tags or {},
-            place=run.place,
-            ahead=run.ahead,
-            peak_memory=run.peak_memory,
-            shared_with=self.shared_with,
-            from_cache=self.from_cache,
+            result if self.is_stream and isinstance(result, int) else count_rows(result),
+            error,
+            resolution,
+            self.is_inline,
+            self.tags or {},
+            run.place,
+            run.ahead,
+            run.peak_memory,
+            self.shared_with,
+            self.from_cache,
+            self.name,
+            self._reporter.executor,
         )
         if self.delivery is None:
-            self._reporter(event)
+            self._reporter(event, listeners, self.context)
         else:
-            self.delivery.post(partial(self._reporter, event))
+            self.delivery.post(partial(self._reporter, event, listeners, self.context))
+
+    def _tells(self, kind: EventKind) -> bool:
+        return self._reporter.wants(kind) or bool(self._listeners_of(kind))
+
+    def _listeners_of(self, kind: EventKind) -> tuple[Listener, ...]:
+        # On a GPU a query takes some ms, and may start more than once.
+        if not self._listeners or is_on_gpu(self.resolution):
+            return self._listeners
+        return tuple([each for each in self._listeners if kind in each.kinds])
 
     def report_queued(self) -> None:
         """Emit the events of a query that is submitted."""

@@ -20,11 +20,13 @@ from typing import TYPE_CHECKING, Any
 
 import polars as pl
 
+from polars_async._runtime.descriptors import STANDARD_FILES
 from polars_async._runtime.files import close_received, receive
 from polars_async._runtime.fork import Step, in_child
 from polars_async._runtime.nesting import enter_worker
 from polars_async._runtime.unpatched import RLock
 from polars_async.errors import PolarsAsyncError
+from polars_async.executors.carried import bare
 from polars_async.executors.main_module import ResolvingMain, resolve_namespaces
 from polars_async.executors.message import Message
 from polars_async.executors.meters import is_counting
@@ -37,7 +39,7 @@ from polars_async.executors.serialization import pack, unpack
 from polars_async.gpu.offload import context_is_poisoned, report_health_to, report_retries_to
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterable, Mapping
 
     from polars_async.executors.main_module import Export
 
@@ -56,9 +58,7 @@ def main(socket_file: int, lifeline: int, path: list[str]) -> None:
     nothing: Polars puts its own handler before that one, and with it ends a running query by
     KeyboardInterrupt.
     """
-    os.closerange(3, min(socket_file, lifeline))
-    os.closerange(min(socket_file, lifeline) + 1, max(socket_file, lifeline))
-    os.closerange(max(socket_file, lifeline) + 1, os.sysconf("SC_OPEN_MAX"))
+    _close_inherited({socket_file, lifeline})
     _die_with_parent(lifeline)
     with suppress(OSError):
         _SYSTEM_NAME.write_text("polars-worker")
@@ -91,6 +91,24 @@ def main(socket_file: int, lifeline: int, path: list[str]) -> None:
             resolve_namespaces()
             while not context_is_poisoned():
                 _serve(transport, logs, follower)
+
+
+def _close_inherited(but: set[int]) -> None:
+    """Close the files that this process has of its parent, but for the standard ones and some."""
+    # Not those that were opened here: by sitecustomize, such as that of opentelemetry-instrument,
+    # whose exporter has threads that end the process if their files are gone. Those close on exec.
+    for file in _open_files():
+        if file >= STANDARD_FILES and file not in but:
+            with suppress(OSError):  # that of the listing, or none
+                if not fcntl.fcntl(file, fcntl.F_GETFD) & fcntl.FD_CLOEXEC:
+                    os.close(file)
+
+
+def _open_files() -> Iterable[int]:
+    try:
+        return map(int, os.listdir("/proc/self/fd"))  # noqa: PTH208  # names, and no paths
+    except OSError:  # it need not be mounted
+        return range(os.sysconf("SC_OPEN_MAX"))
 
 
 def _do_nothing(_number: int, _frame: object) -> None: ...
@@ -132,7 +150,7 @@ def _run(message: Message, transport: Transport, follower: Follower) -> Message:
     try:
         with ResolvingMain(parent.load):
             operation = unpack(message, _RemoteBuffer(parent))
-            is_call = isinstance(operation, Run)
+            is_call = isinstance(bare(operation), Run)
             if is_call:
                 transport.send(pack(("called", None), in_files=False))
             is_counted = is_counting(operation)

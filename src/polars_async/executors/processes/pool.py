@@ -16,6 +16,7 @@ from polars_async._runtime.plans import look_at
 from polars_async._runtime.unpatched import RLock, holding
 from polars_async.errors import PolarsAsyncError, WorkerDiedError, signal_of
 from polars_async.executors import QueryExecutor
+from polars_async.executors.carried import carried
 from polars_async.executors.initializer import current
 from polars_async.executors.large_plans import warn_if_large
 from polars_async.executors.message import SerializationAbort
@@ -134,7 +135,12 @@ class ProcessExecutor(QueryExecutor):
                 if not query.stop_with(abort):
                     abort()
                 by_value = isinstance(operation, Run)
-                message = pack(operation, in_files=True, by_value=by_value, abort=abort)
+                message = pack(
+                    carried(operation, query.context),
+                    in_files=True,
+                    by_value=by_value,
+                    abort=abort,
+                )
                 try:
                     warn_if_large(query, message.plan_bytes, same_machine=True)
                     worker = self._take()
