@@ -231,6 +231,13 @@ def main():
 
 
 @pytest.fixture
+def pytester(pytester, monkeypatch):
+    """Run pytest as usual, without the plug-ins that pyproject.toml leaves out here."""
+    monkeypatch.setenv("PYTEST_ADDOPTS", "-p no:dash -p no:faker")
+    return pytester
+
+
+@pytest.fixture
 def run_script():
     """Run a program of its own, and give what it printed; it must print no error."""
 

@@ -20,8 +20,8 @@ class Snippet:
     """
     A fenced block of code.
 
-    A `mark` is the HTML comment before it: ``notebook``, where it may await outside of a function,
-    or ``not run: REASON``. `following` is the language and the code of the next block.
+    A `mark` is the HTML comment before it: ``notebook``, where it is one of Jupyter, or
+    ``not run: REASON``. `following` is the language and the code of the next block.
     """
 
     page: str
@@ -43,8 +43,7 @@ class Snippet:
 
     @property
     def is_program(self) -> bool:
-        is_left_out = self.mark.startswith("not run: ")
-        return self.language == "python" and self.file is None and not is_left_out
+        return self.language == "python" and self.file is None and not self.mark
 
 
 def without_seconds(text: str) -> str:

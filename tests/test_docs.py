@@ -1,8 +1,8 @@
 """
 Every snippet of the README and of the pages in docs/ runs, and prints what stands below it.
 
-test_services serves those that begin with the name of a file, below which stands the command that
-serves it.
+test_services and test_recipes run those that begin with the name of a file, below which stands the
+command that runs it, and the notebook.
 """
 
 import ast
@@ -21,13 +21,6 @@ from polars_async.gpu.cudf import find_cudf_polars
 README = (ROOT / "README.md").read_text()
 DOCS = ROOT / "docs"
 
-# As a cell of a notebook runs it.
-NOTEBOOK = """
-import ast, asyncio, inspect
-code = compile({!r}, "cell", "exec", ast.PyCF_ALLOW_TOP_LEVEL_AWAIT)
-asyncio.run(eval(code)) if code.co_flags & inspect.CO_COROUTINE else eval(code)
-"""
-
 
 def environment():
     """Give the variables of a user, who has set none of those of polars-async and Polars."""
@@ -44,9 +37,7 @@ def test_snippet_prints_what_stands_below_it(snippet, tmp_path):
     if output.startswith("unknown") and find_cudf_polars().installed:
         pytest.skip("the page shows a host without cudf-polars")
     program = tmp_path / "snippet.py"
-    program.write_text(
-        NOTEBOOK.format(snippet.code) if snippet.mark == "notebook" else snippet.code
-    )
+    program.write_text(snippet.code)
     done = subprocess.run(
         [sys.executable, "-W", "error", program],
         cwd=tmp_path,  # some write files
@@ -66,7 +57,8 @@ def test_every_program_is_followed_by_its_output_and_every_file_by_its_command()
     for snippet in SNIPPETS:
         following, _ = snippet.following
         if snippet.language == "python":
-            assert snippet.is_program == (following == "text"), snippet.name
+            prints = snippet.is_program or snippet.mark == "notebook"
+            assert prints == (following == "text"), snippet.name
         assert snippet.file is None or following == "sh", snippet.name
         assert snippet.mark in ("", "notebook") or re.match("not run: .+", snippet.mark)
 

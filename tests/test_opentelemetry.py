@@ -24,9 +24,9 @@ from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTrace
 from opentelemetry.sdk.trace import SpanProcessor
 from opentelemetry.trace import SpanKind, StatusCode
 from places import TINY, Failure, Notes, until
+from servers import Server
 from snippets import FILES
 from spanning import Told
-from test_services import Server
 
 import polars_async
 from polars_async import (

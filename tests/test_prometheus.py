@@ -15,8 +15,9 @@ import pytest
 from places import TINY, Failure, until
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
+from servers import Server
 from snippets import FILES, SNIPPETS
-from test_services import Server, stopped
+from test_services import stopped
 
 from polars_async import (
     Collector,

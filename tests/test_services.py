@@ -7,17 +7,12 @@ import os
 import re
 import shlex
 import signal
-import subprocess
-import sys
-import time
-from http.client import HTTPConnection
 from pathlib import Path
 
 import polars as pl
 import pytest
+from servers import Server, response_on, until
 from snippets import FILES
-
-import polars_async
 
 pytestmark = pytest.mark.slow
 
@@ -113,6 +108,37 @@ async def stats():
     return collector.stats() | {"most": most}
 """
 
+LITESTAR = """
+import asyncio
+from branches import app
+from control import fill_queue, take_slots
+from litestar import get
+
+
+@get("/hold")
+async def hold() -> None:
+    take_slots(app.state.collector)
+
+
+@get("/fill")
+async def fill() -> None:
+    fill_queue(app.state.collector)
+
+
+@get("/tasks")
+async def tasks() -> int:
+    return len(asyncio.all_tasks())
+
+
+@get("/stats")
+async def stats() -> dict[str, object]:
+    return app.state.collector.stats()
+
+
+for handler in (hold, fill, tasks, stats):
+    app.register(handler)
+"""
+
 WSGI = """
 import json
 import os
@@ -133,6 +159,24 @@ def app(environ, start_response):
         control.fill_queue(shop.collector)
     start("200 OK", [])
     return [json.dumps(shop.collector.stats()).encode()]
+"""
+
+DASH = """
+import json
+import control
+import dashboard
+
+
+def app(environ, start_response):
+    dashboard.TIMEOUT = float(environ.get("HTTP_TIMEOUT", "10"))
+    if environ["PATH_INFO"] not in ("/hold", "/fill", "/stats"):
+        return dashboard.server(environ, start_response)
+    if environ["PATH_INFO"] == "/hold":
+        control.take_slots(dashboard.collector)
+    if environ["PATH_INFO"] == "/fill":
+        control.fill_queue(dashboard.collector)
+    start_response("200 OK", [])
+    return [json.dumps(dashboard.collector.stats()).encode()]
 """
 
 STARLETTE_ERRORS = """
@@ -161,90 +205,7 @@ shop.SALES.first().collect()
 
 def sales_of(name):
     days = SALES.filter(pl.col("shop") == name).group_by("day").agg(pl.col("sum").sum())
-    return days.sort("day").write_json().encode()
-
-
-def until(found):
-    """Give what `found` gives, once that is true; the time-out of the test is the only limit."""
-    while not (value := found()):
-        time.sleep(0.01)
-    return value
-
-
-class Server:
-    """A process of its own, and its log."""
-
-    def __init__(self, command, folder, program=(sys.executable, "-m")):
-        self._log = folder / f"{time.monotonic_ns()}.log"
-        self._read = 0
-        with self._log.open("w") as log:
-            self._process = subprocess.Popen(
-                [*program, *command],
-                cwd=folder,
-                # gunicorn has a socket in the home folder
-                env={key: value for key, value in os.environ.items() if key != "XDG_RUNTIME_DIR"}
-                | {"HOME": str(folder), "PYTHONPATH": str(Path(polars_async.__file__).parents[1])},
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-            )
-
-    def kill(self):
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self._process.pid, signal.SIGKILL)
-        self._process.wait()
-
-    def logged(self, pattern, count=1):
-        """Wait for `count` lines with `pattern`, and give what its group found in each."""
-
-        def found():
-            matches = re.findall(pattern, self._log.read_text())
-            assert self._process.poll() is None, self._log.read_text()
-            return matches if len(matches) >= count else None
-
-        return until(found)
-
-    def complaints(self):
-        """Give what was logged since this was last asked, and is no mere information."""
-        lines = self._log.read_text().splitlines()
-        new, self._read = lines[self._read :], len(lines)
-        return [line for line in new if not re.match(r"INFO: |\[.*\] \[INFO\]", line)]
-
-    def send(self, path, **headers):
-        """Send a request, and give the connection, on which the response will come."""
-        (port,) = self.logged(r"http://127\.0\.0\.1:(\d+)")
-        connection = HTTPConnection("127.0.0.1", int(port))
-        connection.request("GET", path, headers=headers)
-        return connection
-
-    def ask(self, path, **headers):
-        return response_on(self.send(path, **headers))
-
-    def stats(self):
-        return json.loads(self.ask("/stats")[1])
-
-    def until(self, **expected):
-        """Wait until the collector's statistics are as expected."""
-        return until(lambda: expected.items() <= (stats := self.stats()).items() and stats)
-
-    def hold(self):
-        """Have every slot taken by a query that runs until the gate opens."""
-        self.ask("/hold")
-        return self.until(running=self.stats()["max_running"])
-
-    def end(self):
-        """Tell the server to end."""
-        self._process.terminate()
-
-    def status(self):
-        """Wait for the end, and give the exit status."""
-        return self._process.wait()
-
-
-def response_on(connection):
-    with contextlib.closing(connection):
-        response = connection.getresponse()
-        return response, response.read()
+    return days.sort("day")
 
 
 @pytest.fixture(scope="module")
@@ -254,8 +215,10 @@ def folder(tmp_path_factory):
         SALES.write_parquet(folder / f"{name}.parquet")
     files = {name: snippet.code for name, snippet in FILES.items()} | {
         "control.py": CONTROL,
+        "served_dash.py": DASH,
         "served_fastapi.py": FASTAPI,
         "served_totals.py": TOTALS,
+        "served_litestar.py": LITESTAR,
         "served_wsgi.py": WSGI,
         "starlette_errors.py": STARLETTE_ERRORS,
         "query_at_import.py": QUERY_AT_IMPORT,
@@ -277,28 +240,42 @@ def gate(folder):
 @contextlib.contextmanager
 def started(folder, name, *options, app):
     """Start what serves the file `name`, with `app` in place of the application that it names."""
-    command = shlex.split(FILES[name].following[1].replace(f"{Path(name).stem}:app", f"{app}:app"))
-    server = Server([*command, *options], folder)
+    command = re.sub(rf"\b{Path(name).stem}:\w+", f"{app}:app", FILES[name].following[1])
+    server = Server([*shlex.split(command), *options], folder)
     try:
         yield server
     finally:
         server.kill()
 
 
-@pytest.fixture(scope="module")
-def fastapi_server(folder):
-    with started(folder, "service.py", "--port=0", app="served_fastapi") as server:
+UVICORN = {
+    "fastapi": ("service.py", "served_fastapi"),
+    "litestar": ("branches.py", "served_litestar"),
+}
+BOTH = ["fastapi", pytest.param("litestar", marks=pytest.mark.one_series)]
+
+
+@contextlib.contextmanager
+def uvicorn(folder, framework):
+    name, app = UVICORN[framework]
+    with started(folder, name, "--port=0", app=app) as server:
+        yield server
+
+
+@pytest.fixture(scope="module", params=BOTH)
+def uvicorn_server(folder, request):
+    with uvicorn(folder, request.param) as server:
         yield server
 
 
 @pytest.fixture
-def service(fastapi_server):
+def service(uvicorn_server):
     """Serve with uvicorn; with nothing left to do afterwards, and nothing to complain about."""
-    before = fastapi_server.stats()
-    yield fastapi_server
-    after = fastapi_server.until(running=0, waiting=0)
+    before = uvicorn_server.stats()
+    yield uvicorn_server
+    after = uvicorn_server.until(running=0, waiting=0)
     assert after["failed"] == before["failed"]
-    assert fastapi_server.complaints() == []
+    assert uvicorn_server.complaints() == []
 
 
 @pytest.fixture(scope="module")
@@ -334,7 +311,7 @@ def worker(workers):
 
 def assert_is_sales_of(shop, connection):
     response, body = response_on(connection)
-    assert (response.status, body) == (200, sales_of(shop))
+    assert (response.status, body) == (200, sales_of(shop).write_json().encode())
 
 
 def assert_all_are_answered(server, path):
@@ -343,7 +320,7 @@ def assert_all_are_answered(server, path):
         assert_is_sales_of(shop, connection)
 
 
-def test_fastapi_answers_several_requests_at_once(service):
+def test_service_answers_several_requests_at_once(service):
     before = service.stats()["completed"]
     assert_all_are_answered(service, "/sales?shop=")
     assert service.stats()["completed"] == before + len(SHOPS) * 3
@@ -361,19 +338,19 @@ def test_fastapi_tells_prometheus_what_became_of_its_queries(service):
 
 
 @pytest.mark.parametrize("path", ["/sales?shop=a", "/sales.ndjson"])
-def test_fastapi_tells_clients_to_come_back_when_the_queue_is_full(service, gate, path):
+def test_service_tells_clients_to_come_back_when_the_queue_is_full(service, gate, path):
     service.hold()
     service.ask("/fill")
     response, _ = service.ask(path)
     assert response.status == 503
-    assert int(response.getheader("Retry-After")) > 1
+    assert int(response.getheader("Retry-After")) >= 1
     gate.close()
     service.until(waiting=0)
     response, _ = service.ask(path)
     assert response.status == 200
 
 
-def test_fastapi_tells_a_client_that_its_time_is_over(service, gate):
+def test_service_tells_a_client_that_its_time_is_over(service, gate):
     before = service.hold()["timed_out"]
     response, _ = service.ask("/sales?shop=a&timeout=0.01")
     assert response.status == 504
@@ -382,7 +359,7 @@ def test_fastapi_tells_a_client_that_its_time_is_over(service, gate):
 
 
 @pytest.mark.parametrize("path", ["/sales?shop=a", "/sales.ndjson"])
-def test_fastapi_takes_the_query_of_a_client_that_goes_away_out_of_the_queue(service, gate, path):
+def test_service_takes_the_query_of_a_client_that_goes_away_out_of_the_queue(service, gate, path):
     before = service.hold()
     tasks = service.ask("/tasks")[1]
     leaving = service.send(path)
@@ -395,7 +372,7 @@ def test_fastapi_takes_the_query_of_a_client_that_goes_away_out_of_the_queue(ser
     until(lambda: service.ask("/tasks")[1] == tasks)
 
 
-def test_fastapi_streams_all_rows_and_the_first_before_the_end(service):
+def test_service_streams_all_rows_and_the_first_before_the_end(service):
     before = service.stats()["completed"]
     with contextlib.closing(service.send("/sales.ndjson")) as connection:
         response = connection.getresponse()
@@ -405,7 +382,7 @@ def test_fastapi_streams_all_rows_and_the_first_before_the_end(service):
         assert pl.read_ndjson(first + response.read()).equals(SALES)
 
 
-def test_fastapi_cancels_a_stream_whose_client_goes_away(service):
+def test_service_cancels_a_stream_whose_client_goes_away(service):
     before = service.stats()
     with (
         contextlib.closing(service.send("/sales.ndjson")) as connection,
@@ -416,7 +393,7 @@ def test_fastapi_cancels_a_stream_whose_client_goes_away(service):
 
 
 def test_fastapi_answers_before_it_ends(folder, gate):
-    with started(folder, "service.py", "--port=0", app="served_fastapi") as server:
+    with uvicorn(folder, "fastapi") as server:
         server.hold()
         connection = server.send("/sales?shop=a")
         server.until(waiting=1)
@@ -429,8 +406,9 @@ def test_fastapi_answers_before_it_ends(folder, gate):
 
 
 @pytest.mark.usefixtures("gate")
-def test_fastapi_ends_while_queries_run_that_nobody_waits_for(folder):
-    with started(folder, "service.py", "--port=0", app="served_fastapi") as server:
+@pytest.mark.parametrize("framework", BOTH)
+def test_service_ends_while_queries_run_that_nobody_waits_for(folder, framework):
+    with uvicorn(folder, framework) as server:
         server.hold()
         server.end()
         assert (server.status(), server.complaints()) == (-signal.SIGTERM, [])
@@ -450,6 +428,41 @@ def test_fastapi_has_its_def_endpoints_take_their_turn(folder, gate):
         assert statuses.count(503) == stats["rejected"]
         assert statuses.count(200) == stats["running"] + 30
         assert 1 <= server.stats()["most"] <= 3
+        assert server.complaints() == []
+
+
+@pytest.mark.one_series
+def test_dash_answers_and_says_what_is_wrong(folder, gate):
+    options = ["--bind=127.0.0.1:0"]
+    with started(folder, "dashboard.py", *options, app="served_dash") as server:
+
+        def choose(shop, **headers):
+            """Ask for what depends on the shop, as the page does."""
+            (callback,) = json.loads(server.ask("/_dash-dependencies")[1])
+            outputs = [("days", "figure"), ("problem", "children")]
+            _, body = server.ask(
+                "/_dash-update-component",
+                {
+                    "output": callback["output"],
+                    "outputs": [{"id": name, "property": key} for name, key in outputs],
+                    "inputs": [{**callback["inputs"][0], "value": shop}],
+                    "changedPropIds": ["shop.value"],
+                },
+                **headers,
+            )
+            shown = json.loads(body)["response"]
+            return shown["days"]["figure"], shown["problem"]["children"]
+
+        server.hold()
+        assert choose("b", timeout="0.01") == ({}, "This took too long.")
+        server.ask("/fill")
+        assert choose("b") == ({}, "Too many people are asking. Try again soon.")
+        gate.close()
+        server.until(waiting=0)
+        figure, problem = choose("b")
+        (bars,) = figure["data"]
+        expected = sales_of("b")
+        assert ([*zip(bars["x"], bars["y"], strict=True)], problem) == (expected.rows(), "")
         assert server.complaints() == []
 
 
@@ -511,7 +524,7 @@ def test_gunicorn_goes_on_when_a_worker_is_killed(workers):
         with stopped(int(other)):
             response, body = workers.ask("/?shop=a")
             assert response.getheader("X-Worker") == worker
-            assert body == sales_of("a")
+            assert body == sales_of("a").write_json().encode()
     (complaint,) = workers.complaints()
     assert f"(pid:{killed}) was sent SIGKILL" in complaint
 

@@ -1,21 +1,22 @@
 """
-For services on Starlette and FastAPI: end the query of a client who has left.
+For services on Starlette, FastAPI and Litestar: end the query of a client who has left.
 
 It needs ``polars-async[starlette]``, and runs on asyncio and trio. A stream of batches in a
-``StreamingResponse`` needs no help: Starlette cancels its task when the client leaves.
+``StreamingResponse``, or in Litestar's ``Stream``, needs no help: its task is cancelled when the
+client leaves.
 """
 
 from __future__ import annotations
 
 import asyncio
 from concurrent.futures import CancelledError
-from typing import TYPE_CHECKING, Final, TypeVar
+from typing import TYPE_CHECKING, Final, Protocol, TypeVar
 
 import anyio
 from starlette.exceptions import HTTPException
 
 if TYPE_CHECKING:
-    from starlette.requests import Request
+    from collections.abc import Awaitable, Callable, Mapping
 
     from polars_async.handle import QueryHandle
 
@@ -25,6 +26,13 @@ T = TypeVar("T")
 
 CLIENT_LEFT: Final = 499
 """The status of a request whose client has left, as nginx has it; only logs show it."""
+
+
+class Request(Protocol):
+    """What is needed of a request; those of Starlette, FastAPI and Litestar have it."""
+
+    @property
+    def receive(self) -> Callable[[], Awaitable[Mapping[str, object]]]: ...
 
 
 async def unless_disconnected(request: Request, query: QueryHandle[T]) -> T:
@@ -47,8 +55,8 @@ async def unless_disconnected(request: Request, query: QueryHandle[T]) -> T:
     Raises
     ------
     starlette.exceptions.HTTPException
-        The client has left, and the query is cancelled: with the status 499, which Starlette makes
-        a response that no one reads.
+        The client has left, and the query is cancelled: with the status 499, which Starlette and
+        Litestar make a response that no one reads.
     BaseException
         The error of the query, unchanged.
 

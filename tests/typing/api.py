@@ -13,11 +13,15 @@ import polars as pl
 import polars_async as pa
 from polars_async.instrumentation.opentelemetry import PolarsAsyncInstrumentor
 from polars_async.instrumentation.prometheus import register, unregister
+from polars_async.starlette import unless_disconnected
 from polars_async.testing import simulate_gpu
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Iterable, Iterator
 
+    import fastapi
+    import litestar
+    import starlette.requests
     from distributed import Client
     from prometheus_client import CollectorRegistry
 
@@ -373,6 +377,18 @@ async def under_load(collector: pa.Collector) -> None:
     assert_type(pa.configure(max_waiting=2), pa.Collector)
     assert_type(events[0].error, BaseException | None)
     assert_type(events[0].tags, pa.Tags)
+
+
+async def serves(
+    of_starlette: starlette.requests.Request,
+    of_fastapi: fastapi.Request,
+    of_litestar: litestar.Request[Any, Any, Any],
+) -> None:
+    assert_type(await unless_disconnected(of_starlette, pa.collect_async(lf)), pl.DataFrame)
+    assert_type(
+        await unless_disconnected(of_fastapi, pa.collect_all_async([lf])), list[pl.DataFrame]
+    )
+    assert_type(await unless_disconnected(of_litestar, pa.collect_async(lf)), pl.DataFrame)
 
 
 events: list[pa.QueryEvent] = []
