@@ -21,6 +21,8 @@ POLARS_ASYNC_NOT_INLINE: Final = "polars-async, inline=0"
 """The same with every query in a thread."""
 HAS_INLINE: Final = "inline" in signature(pa.configure).parameters
 """Whether there is inline to turn off; without, that contender takes no part."""
+POLARS_ASYNC_ONE: Final = "polars-async, one query"
+"""A single query, where the contest is about many that are equal."""
 POLARS: Final = "Polars' own"
 """The async functions of Polars itself."""
 POLARS_SEMAPHORE: Final = "Polars' own, semaphore"

@@ -14,12 +14,22 @@ import gevent
 import polars as pl
 import pytest
 import trio
+from opentelemetry.metrics import NoOpMeterProvider
+from opentelemetry.sdk.metrics import MeterProvider
+from opentelemetry.sdk.metrics.export import InMemoryMetricReader
+from opentelemetry.sdk.trace import TracerProvider
+from opentelemetry.sdk.trace.export import BatchSpanProcessor, SpanExporter, SpanExportResult
+from opentelemetry.trace import NoOpTracerProvider
+from prometheus_client import CollectorRegistry
 
 import polars_async as pa
+from polars_async.instrumentation.opentelemetry import PolarsAsyncInstrumentor
+from polars_async.instrumentation.prometheus import register
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
+    from opentelemetry.sdk.trace import ReadableSpan
     from pytest_benchmark.fixture import BenchmarkFixture
 
 QUERY = pl.LazyFrame({"a": [1, 2, 3]}).select(pl.col("a").sum())
@@ -55,6 +65,59 @@ def test_result_of_done(benchmark: BenchmarkFixture) -> None:
     handle = pa.collect_async(QUERY)
     handle.result()
     assert benchmark(handle.result).item() == 6
+
+
+def _print_nothing(_event: pa.QueryEvent) -> None: ...
+
+
+class _Nowhere(SpanExporter):
+    def export(self, spans: Sequence[ReadableSpan]) -> SpanExportResult:  # noqa: ARG002
+        return SpanExportResult.SUCCESS
+
+
+def _sdk() -> tuple[TracerProvider, MeterProvider]:
+    spans = TracerProvider(shutdown_on_exit=False)
+    spans.add_span_processor(BatchSpanProcessor(_Nowhere()))
+    return spans, MeterProvider([InMemoryMetricReader()], shutdown_on_exit=False)
+
+
+@pytest.mark.parametrize("what", ["nothing", "hook", "prometheus", "api", "sdk"])
+def test_watched(benchmark: BenchmarkFixture, what: str) -> None:
+    """A round trip of which something is told: OpenTelemetry without and with its SDK."""
+    instrumentor = PolarsAsyncInstrumentor()
+    options: dict[str, Any] = {}
+    if what == "api":
+        options = {"tracer_provider": NoOpTracerProvider(), "meter_provider": NoOpMeterProvider()}
+    elif what == "sdk":
+        options = dict(zip(("tracer_provider", "meter_provider"), _sdk(), strict=True))
+    with pa.Collector(on_event=_print_nothing if what == "hook" else None) as collector:
+        if what == "prometheus":
+            register(collector, CollectorRegistry())
+        if options:
+            instrumentor.instrument(**options)
+        found = benchmark(lambda: collector.collect_async(QUERY).result())
+        if options:
+            instrumentor.uninstrument()
+    assert found.item() == 6
+
+
+def test_span_alone(benchmark: BenchmarkFixture) -> None:
+    """What the SDK of OpenTelemetry takes for as much, without a query: the floor of the above."""
+    spans, meters = _sdk()
+    tracer, meter = spans.get_tracer("floor"), meters.get_meter("floor")
+    histograms = [meter.create_histogram(name) for name in ("duration", "wait_time", "use_time")]
+    attributes = {f"attribute {number}": "value" for number in range(4)}
+
+    def trip() -> None:
+        span = tracer.start_span("floor", attributes=attributes)
+        span.add_event("queued")
+        span.add_event("started")
+        span.set_attributes(attributes)
+        span.end()
+        for histogram in histograms:
+            histogram.record(0.1, attributes)
+
+    benchmark(trip)
 
 
 def _thread_trips() -> int:

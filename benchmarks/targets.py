@@ -22,6 +22,7 @@ from benchmarks.contenders import (
     POLARS,
     POLARS_ASYNC,
     POLARS_ASYNC_NOT_INLINE,
+    POLARS_ASYNC_ONE,
     POLARS_ASYNC_THREADS,
     THREADS_SEMAPHORE,
     on,
@@ -124,6 +125,14 @@ TARGETS: Final[Mapping[str, Target]] = {
     **_of_adaptive(),
     "32 sources that sleep, in-memory": Target(at_most=1.2),
     "32 scans over HTTP, in-memory": Target(at_most=1.2),
+    **{
+        f"100 equal heavy queries at once, {engine}": Target(at_most=1.15, of=POLARS_ASYNC_ONE)
+        for engine in CPU_ENGINES
+    },
+    **{
+        f"added to a query without an equal, {source}, in-memory": Target(at_most=15, of=None)
+        for source in ("frame", "file")
+    },
     "cancelled query in a process, until idle, p50": Target(at_most=20, of=None),
     "cancelled query in a process, until idle, p99": Target(at_most=250, of=None),
     "tiny query in a process, round trip": Target(at_most=1, of=None),

@@ -55,6 +55,7 @@ nitpick_ignore_regex = [
         r"py:(class|obj|data)",
         r"([a-z_]+|.*\bT|Client|Executor|PathLike|Query|QueryResult|Request|TracebackType)",
     ),
+    (r"py:class", r"CollectorRegistry|MeterProvider|TracerProvider"),
     (r"py:class", r"signal\.Signals|(.*\.)?(DeferringEngine|Failing|Progress|SimulatedFault)"),
     (
         r"py:class",

@@ -73,7 +73,8 @@ def _group_of(test):
     file = test.partition("::")[0]
     if re.search(r"\bdask\b", test) or file.endswith("test_futures.py"):
         return "dask"
-    is_whole = file.endswith(("test_benchmarks.py", "test_processes.py", "test_services.py"))
+    shares = ("test_benchmarks.py", "test_compare.py", "test_processes.py", "test_services.py")
+    is_whole = file.endswith(shares)
     return file if is_whole else test
 
 
@@ -95,7 +96,8 @@ def pytest_collection_modifyitems(config, items):
 
 
 def pytest_collection_finish():
-    # What many tests collect is theirs alone: all the modules would take a fifth of a second.
+    # So that tests which collect garbage look at what they have made themselves: to look at all
+    # modules takes a fifth of a second each time.
     gc.collect()
     gc.freeze()
 

@@ -36,6 +36,11 @@ def waiters(handle):
     return handle._query._waiters
 
 
+def place(handle):
+    """Return where a query runs, if that is not a thread of this process."""
+    return handle._query.place
+
+
 def let_time_be_up(handle):
     """Have a query that has a time-out be late now, whatever the clock says."""
     handle._query.expire()
@@ -44,3 +49,11 @@ def let_time_be_up(handle):
 def lying_ready(buffer):
     """Return the batches of a stream that its consumer has not taken yet."""
     return buffer._arrivals.items
+
+
+# Of memory
+
+
+def lacks_memory(collector):
+    """Return whether the last look found a query that nothing but memory held up."""
+    return collector._cpu.admission.lacks_memory

@@ -24,12 +24,12 @@ def until(found):
 class Server:
     """A process of its own, and its log."""
 
-    def __init__(self, command, folder):
+    def __init__(self, command, folder, program=(sys.executable, "-m")):
         self._log = folder / f"{time.monotonic_ns()}.log"
         self._read = 0
         with self._log.open("w") as log:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", *command],
+                [*program, *command],
                 cwd=folder,
                 # gunicorn has a socket in the home folder
                 env={key: value for key, value in os.environ.items() if key != "XDG_RUNTIME_DIR"}

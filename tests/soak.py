@@ -42,6 +42,7 @@ from polars_async._runtime import timers
 from polars_async._runtime.unpatched import RLock, start_new_thread
 from polars_async.bridges import turns
 from polars_async.bridges.mailbox import Mailbox
+from polars_async.scheduling import equality
 from polars_async.scheduling import lane as lane_module
 from polars_async.scheduling.query import Query
 
@@ -49,6 +50,7 @@ PATIENCE = 60
 """Seconds without the end of a step that count as a standstill."""
 LONG = 50_000
 """Queries from which on the memory has to stay as it is."""
+MUCH_HELD = equality._MUCH_HELD
 STEPS = {
     one: 50,
     burst: 10,
@@ -81,6 +83,7 @@ class Soak:
         self.past_queries = 0  # of collectors that are gone
         self.events = Counter()
         self.helpers = self.logged = self.panics = self.inline = 0
+        self.shared = Counter()
         self.hook_faults = 0
         self.rss = []
         self.folder = Path(tempfile.mkdtemp(prefix="soak"))
@@ -207,6 +210,7 @@ class Soak:
         self.check_closed(lasting)
         await self._quiet(threads)
         self.events += lasting.events
+        self.shared += lasting.shared
 
     def _is_over(self):
         if self.queries:
@@ -222,6 +226,8 @@ class Soak:
         rng = random.Random(f"{self.seed}/round {number}")
         level = rng.choice([logging.NOTSET, logging.NOTSET, logging.DEBUG])
         logging.getLogger("polars_async").setLevel(level)
+        # All queries come from one line here: as if their frames were small, or as it is.
+        equality._MUCH_HELD = rng.choice([1 << 40, MUCH_HELD])
         sys.setswitchinterval(rng.choice([0.005, 0.0005, 0.00001]))
         if not self.books:
             self.books.append(Book(self, 0, rng, lasting=True))
@@ -240,6 +246,7 @@ class Soak:
         for book in short:
             self.past_queries += book.submitted
             self.events += book.events
+            self.shared += book.shared
         del self.books[1:]
 
     async def _act(self, last):
@@ -300,7 +307,7 @@ class Soak:
         if len(own) > threads:
             found.append(f"{len(own)} threads, not {threads}: {own}")
         gc.collect()
-        kept = [each for each in gc.get_objects() if type(each) is Query]
+        kept = [each for each in gc.get_objects() if isinstance(each, Query)]
         if kept:
             found.append(f"{len(kept)} queries are kept, one by {holders(kept)}")
         del kept
@@ -334,6 +341,7 @@ class Soak:
             self.violated("the last", f"RSS grew from {before:.0f} to {after:.0f} MB")
         events = ", ".join(f"{number} {kind}" for kind, number in sorted(self.events.items()))
         events += f", {self.inline} inline"
+        events += "".join(f", {number} {how}" for how, number in sorted(self.shared.items()))
         threads = len(list(Path("/proc/self/task").iterdir()))
         return (
             f"{submitted} queries in {seconds:.1f} s, {submitted / seconds:.0f}/s; {events}; "

@@ -35,19 +35,24 @@ class Book:
         self.ended = {}
         self.expected = {}  # of the queries whose outcome was seen
         self.by_label = Counter()
+        self.shared = Counter()
         self.gates = {}
         self.loop_bound = 0  # what goes on just as the loop does, so that nothing may block that
         self.closing = self.cancels = self.closed = False
         self.slow_rate = rng.choice([0, 0, 0.1])
         self.fault_rate = rng.choice([0, 0, 0.02]) if not lasting else 0.001
         self._rng = random.Random(rng.random())  # the hook's, on many threads
+        kept = (pa.Cache(seconds=seconds, max_bytes="1 MB") for seconds in (0.05, 5))
         self.limits = {
             "max_running": rng.choice([None, 1, 2, 3, 4]),
             "max_waiting": None if lasting else rng.choice([None, None, 0, 2, 5, 30]),
             "inline": 0.001 if lasting else rng.choice([0, 100e-6, 0.01]),
+            "single_flight": rng.random() < 0.5,
+            "cache": rng.choice([None, None, *kept]),
         }
         self.collector = pa.Collector(on_event=self.hear, **self.limits)
         self.lanes = self.collector._cpu, self.collector._gpu
+        self.flights = self.collector._flights
 
     def hear(self, event):
         kind, query = str(event.kind), event.query_id
@@ -65,7 +70,11 @@ class Book:
                 self.open[query] = kind
             else:
                 wrong = before is None
-                wrong |= kind in ("finished", "failed") and before != "started"
+                is_shared = event.shared_with is not None
+                begun = "queued" if is_shared else "started"
+                wrong |= kind in ("finished", "failed") and before != begun
+                if is_shared:
+                    self.shared["from the cache" if event.from_cache else "shared"] += 1
                 if kind == "rejected":
                     wrong |= before != "queued" or event.queue_seconds != 0
                 self.open.pop(query, None)
@@ -157,7 +166,7 @@ class Book:
 
     def stats(self):
         cpu, *gpus = (lane.admission for lane in self.lanes)
-        return stats_of(cpu, gpus)
+        return stats_of(cpu, gpus, self.flights)
 
     def check_sum(self, step):
         stats = self.stats()
@@ -183,6 +192,10 @@ class Book:
             (len(open_), 0, f"queries without a last event: {list(open_.items())[:5]}"),
         ]
         pairs += [(stats[name], 0, name) for name in ("running", "waiting", "abandoned")]
+        pairs += [
+            (len(self.flights._in_air), 0, "flights in the air"),
+            (len(self.flights._by_key), 0, "flights that may be boarded"),
+        ]
         for lane in self.lanes:
             admission = lane.admission
             line = admission._queue

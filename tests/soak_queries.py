@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import atexit
 import io
+import shutil
+import tempfile
 import time
 import weakref
 from functools import partial
+from pathlib import Path
 from typing import NamedTuple
 
 import polars as pl
 from soak_loops import Outcome, blocked
 
 import polars_async as pa
-from polars_async._runtime.unpatched import SimpleQueue
+from polars_async._runtime.unpatched import RLock, SimpleQueue
 
 
 class Gate:
@@ -47,6 +51,14 @@ def tiny(rng):
     return Plan(lf, partial(gives, 2 * number + 1), "tiny")
 
 
+def few(rng):
+    """Make one of few queries, so that many are equal; it takes a while."""
+    number = rng.randrange(4)
+    lf = pl.LazyFrame({"a": range(1000)}).join(pl.LazyFrame({"b": range(30)}), how="cross")
+    lf = lf.select((pl.col("a") * pl.col("b")).sort().last() + number)
+    return Plan(lf, partial(gives, 999 * 29 + number), "few")
+
+
 def medium(rng):
     number = rng.randrange(1000)
     lf = Frames.medium.lazy().group_by("g").agg(pl.col("a").sum())
@@ -58,6 +70,13 @@ def heavy(rng):
     number = rng.randrange(1000)
     lf = Frames.heavy.lazy().sort("a").select(pl.col("a").last() + number)
     return Plan(lf, partial(gives, Frames.heavy_last + number), "heavy")
+
+
+def scanned(rng):
+    """Read a file that changes: what is read is no older than the query."""
+    least = Frames.version(changes=rng.random() < 0.5)
+    lf = pl.scan_csv(Frames.path, schema={"a": pl.Int64}, has_header=False)
+    return Plan(lf, partial(gives_at_least, least), "scanned")
 
 
 def sleepy(rng):
@@ -106,6 +125,11 @@ def gives(number, outcome):
     return outcome.kind == "value" and frame.shape == (1, 1) and frame.item() == number
 
 
+def gives_at_least(number, outcome):
+    frame = outcome.what
+    return outcome.kind == "value" and frame.shape == (1, 1) and frame.item() >= number
+
+
 def fails_with(kind, token, outcome):
     error = outcome.what
     return outcome.kind == "error" and type(error) is kind and error.args == (token,)
@@ -127,6 +151,22 @@ class Frames:
         cls.medium_sum = sum(range(100_000))
         cls.heavy = pl.select(a=pl.int_range(1_000_000) * 7919 % 1_000_003)
         cls.heavy_last = cls.heavy["a"].max()
+        cls.path = Path(tempfile.mkdtemp(prefix="soak-read")) / "version"
+        atexit.register(shutil.rmtree, cls.path.parent)
+        cls.lock, cls.number, cls.changed = RLock(), 10**6, -1.0
+        cls.version(changes=True)
+
+    @classmethod
+    def version(cls, *, changes):
+        """Give the number that the file has, or write the next one, if the last is old enough."""
+        with cls.lock:
+            if changes and time.monotonic() > cls.changed + 0.15:  # else its state is not known
+                cls.changed = time.monotonic()
+                new = cls.path.with_suffix(".new")
+                new.write_text(f"{cls.number + 1}\n")
+                new.replace(cls.path)
+                cls.number += 1
+            return cls.number
 
 
 def all_right(plans, outcome):
@@ -144,7 +184,7 @@ FAULTS = [failing, failing_inside, missing]
 
 
 def any_of(rng, *, mostly_tiny, nested_in=None):
-    makers = {tiny: 45, medium: 12, heavy: 2, sleepy: 15, panic: 1, nested: 6}
+    makers = {tiny: 45, few: 20, scanned: 25, medium: 12, heavy: 2, sleepy: 15, panic: 1, nested: 6}
     makers |= dict.fromkeys(FAULTS, 6)
     if mostly_tiny:
         makers |= {tiny: 300, heavy: 0.5}

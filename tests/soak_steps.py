@@ -5,8 +5,20 @@ from __future__ import annotations
 import time
 from functools import partial
 
+import polars as pl
 from soak_loops import Asyncio, Outcome, blocked, outcome_of, waited
-from soak_queries import Gate, Plan, all_right, any_of, missing, schema_right, sink, tiny
+from soak_queries import (
+    Gate,
+    Plan,
+    all_right,
+    any_of,
+    few,
+    missing,
+    scanned,
+    schema_right,
+    sink,
+    tiny,
+)
 
 import polars_async as pa
 
@@ -91,6 +103,9 @@ class Waits:
             if not same and not (self.may_leave and each.kind in ("left", "cancelled")):
                 self._violated(f"{each} is not {final}")
         book.expect(self.handle._query)
+        is_frame = final.kind == "value" and isinstance(final.what, pl.DataFrame)
+        if is_frame and final.what.height and self.step.rng.random() < 0.3:
+            final.what[0, final.what.columns[0]] = None  # it is this caller's alone
 
     def _violated(self, what):
         self.step.violated(f"{self.plan.name}, {self.options}: {what}")
@@ -326,7 +341,8 @@ class Counted:
 async def burst(step):
     """Many tiny queries at once, each awaited by itself, or on threads that submit them, too."""
     rng = step.rng
-    plans = [tiny(rng) for _ in range(rng.choice([3, 10, 40]))]
+    make = rng.choice([tiny, tiny, few, scanned, scanned])
+    plans = [make(rng) for _ in range(rng.choice([3, 10, 40]))]
     options = step.options() if rng.random() < 0.3 else {}
 
     async def ask(plan):

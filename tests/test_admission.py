@@ -958,7 +958,7 @@ def test_what_is_not_all_of_a_plan_is_expected_to_be_quick_only_after_some_quick
 def test_nothing_quick_is_learned_of_a_query_that_did_not_complete(make, block, monkeypatch, how):
     learned = []
 
-    def observe(costs, _, __, *, alone, completed, share):  # noqa: ARG001
+    def observe(costs, _, __, *, alone, completed, share, memory):  # noqa: ARG001
         if costs is collector._cpu._costs:  # queries of tests before may still come to their end
             learned.append(completed)
 
@@ -1092,7 +1092,7 @@ def test_frame_is_looked_at_once_and_forgotten_with_it(looked):
 def test_queries_know_whether_they_ran_alone(make, block, monkeypatch):
     learned = []
 
-    def observe(costs, _, __, *, alone, completed, share):  # noqa: ARG001
+    def observe(costs, _, __, *, alone, completed, share, memory):  # noqa: ARG001
         if costs is collector._cpu._costs:  # as above
             learned.append(alone)
 

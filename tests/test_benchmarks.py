@@ -16,6 +16,7 @@ import pytest
 import uvloop
 from snippets import ROOT, SNIPPETS
 
+from benchmarks import runner
 from benchmarks.__main__ import main
 from benchmarks.contenders import (
     ADAPTIVE,
@@ -30,7 +31,7 @@ from benchmarks.measure import mix, open_loop
 from benchmarks.report import charts, table
 from benchmarks.report.results import Environment, Ratio, Report, Result, spread
 from benchmarks.runner import Case, Metric, Options, measure
-from benchmarks.suites import SUITES, latency, load, suite
+from benchmarks.suites import SUITES, engines, latency, load, suite
 from benchmarks.targets import TARGETS
 
 # Before there are threads: two that import at once may fail in pytest's rewriting on Python 3.11.
@@ -51,6 +52,7 @@ SIZES = ["--quick", "--runs=1", "--scale=0.03", f"--data={CACHE}"]
 @pytest.fixture
 def tiny(monkeypatch):
     """Sizes that say nothing, and hardly any time."""
+    monkeypatch.setattr(engines, "QUERIES", {n: engines.QUERIES[n] for n in (1, 6)})
     monkeypatch.setattr(load, "_LOAD_FACTORS", (0.5,))
     monkeypatch.setattr(load, "_MIX_FACTORS", (0.5,))
 
@@ -69,6 +71,63 @@ def tiny(monkeypatch):
         cases(suite(name))
 
 
+# Forks for each line, which is a list in JSON: a file for stdout, one for stderr, the seconds that
+# the run may take, and the arguments of run_one; and tells the exit status, or that it was killed.
+FORKS = """
+import json, os, runpy, select, signal, sys
+import polars, gevent, trio, uvloop
+import polars_async.api, polars_async.bridges.asyncio, polars_async.bridges.trio
+from benchmarks.suites import engines, faults, latency, load, processes, remote
+engines.QUERIES = {number: engines.QUERIES[number] for number in (1, 6)}
+for line in sys.stdin:
+    out, err, seconds, *arguments = json.loads(line)
+    child = os.fork()
+    if not child:
+        for number, path in enumerate((os.devnull, out, err)):
+            os.dup2(os.open(path, os.O_RDWR | os.O_CREAT), number)
+        sys.argv[1:] = arguments
+        runpy.run_module("benchmarks.measure.run_one", run_name="__main__")
+        break  # and so comes to the end that a program has
+    file = os.pidfd_open(child)
+    ended = select.select([file], [], [], seconds)[0]
+    if not ended:
+        os.kill(child, signal.SIGKILL)
+    os.close(file)
+    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    print(json.dumps(status if ended else None), flush=True)
+"""
+
+
+@pytest.fixture(scope="module")
+def forks():
+    """Start a process that has imported what contenders need, which takes each a third second."""
+    command = [sys.executable, "-c", FORKS]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, cwd=ROOT, **pipes) as process:
+        yield process
+
+
+@pytest.fixture
+def forked(forks, monkeypatch, tmp_path):
+    """Run contenders in forks; those of test_reports_become_one_with_charts are real programs."""
+
+    def run(command, *, timeout, **_):
+        out, err = tmp_path / "out", tmp_path / "err"
+        for path in (out, err):
+            path.write_text("")
+        python, option, module, *arguments = command
+        assert (python, option, module) == (sys.executable, "-m", "benchmarks.measure.run_one")
+        forks.stdin.write(json.dumps([str(out), str(err), timeout, *arguments]) + "\n")
+        forks.stdin.flush()
+        status = json.loads(forks.stdout.readline())
+        if status is None:
+            raise subprocess.TimeoutExpired(command, timeout)
+        return subprocess.CompletedProcess(command, status, out.read_text(), err.read_text())
+
+    patched = SimpleNamespace(run=run, TimeoutExpired=subprocess.TimeoutExpired)
+    monkeypatch.setattr(runner, "subprocess", patched)
+
+
 def shrunk(size):
     least = {"trips": 10, "fan": 10, "rows": 10_000, "seconds": 0.2, "number": 1, "queries": [0, 6]}
     least |= {"scale": 0.01, "requests": mix.HUNDRED}
@@ -80,8 +139,9 @@ def native(contenders):
     return {who for who in contenders if who.startswith(POLARS)}
 
 
+@pytest.mark.one_series
 @pytest.mark.parametrize("name", SUITES)
-@pytest.mark.usefixtures("tiny")
+@pytest.mark.usefixtures("tiny", "forked")
 def test_suite_measures_every_contender(name, capsys, tmp_path):
     path = tmp_path / "found.json"
     assert main(["run", name, *SIZES, f"--json={path}"]) == 0
@@ -542,4 +602,4 @@ def test_steps_of_a_query_are_measured():
     ]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
     assert not done.returncode, done.stdout
-    assert re.search(r"^=+ 15 passed in", done.stdout, re.MULTILINE)
+    assert re.search(r"^=+ 21 passed in", done.stdout, re.MULTILINE)

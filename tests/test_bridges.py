@@ -16,6 +16,7 @@ import trio
 import trio.testing
 import uvloop
 from conftest import TINY
+from places import until
 
 from polars_async import Collector
 from polars_async.bridges import gevent as gevent_bridge
@@ -235,8 +236,8 @@ def test_loop_is_not_kept_alive_by_its_mailbox(collector, blocked, run, note):
         await handle
 
     run(main)
-    collector.close()  # the worker, too, has let go
-    assert not kept
+    collector.close()
+    until(lambda: not kept)  # the thread that has posted may have some way to go
 
 
 @on_asyncio
@@ -264,7 +265,7 @@ def test_asyncio_loop_that_is_closed_with_a_delivery_on_its_way_is_freed(
 
     run_and_close()
     collector.close()
-    assert not kept
+    until(lambda: not kept)  # as above
 
 
 ABANDONED = """

@@ -734,6 +734,7 @@ def test_process_keeps_quiet_about_the_deprecated_pynvml(process, tmp_path):
     assert "install nvidia-ml-py" in unwrapped(done.stdout)
 
 
+@pytest.mark.one_series
 @pytest.mark.parametrize("arguments", [["--help"], ["doctor", "--help"], ["--version"]])
 def test_process_answers_without_asking_the_driver(process, arguments):
     done = process(*arguments, host="")
@@ -748,6 +749,7 @@ WITHOUT_UTF_8 = {
 }
 
 
+@pytest.mark.one_series
 @pytest.mark.parametrize("terminal", WITHOUT_UTF_8)
 def test_process_escapes_what_the_terminal_cannot_show(process, terminal):
     environment = {POLICY: "\u2192", **WITHOUT_UTF_8[terminal]}
@@ -764,6 +766,7 @@ def test_process_escapes_what_the_terminal_cannot_show(process, terminal):
 WAYS_TO_PRINT = [["doctor"], ["doctor", "--json"], ["doctor", "--help"], ["--version"]]
 
 
+@pytest.mark.one_series
 @pytest.mark.parametrize("arguments", WAYS_TO_PRINT)
 def test_process_whose_output_nobody_reads_ends_in_silence(process, arguments):
     reader, writer = os.pipe()
@@ -774,6 +777,7 @@ def test_process_whose_output_nobody_reads_ends_in_silence(process, arguments):
     assert (done.returncode, done.stderr) == (0, "")
 
 
+@pytest.mark.one_series
 @pytest.mark.parametrize("arguments", WAYS_TO_PRINT[:2])
 def test_process_without_stdout_ends_with_its_status(process, arguments):
     done = process(*arguments, host=GPU_HERE, before=["sh", "-c", 'exec "$@" >&-', "sh"])

@@ -117,7 +117,7 @@ def test_each_query_and_engine_has_a_process_of_its_own(tmp_path):
 def test_memory_is_that_of_the_process_alone():
     held = pl.DataFrame({"a": range(30_000_000)})  # 240 MB here, which no process needs
     (one,) = pa.compare_engines(LF, engines=["in-memory"], runs=1).results
-    frames = pl.LazyFrame({"a": [1]}).select(pl.int_range(20_000_000).shuffle().alias("a").sum())
+    frames = pl.LazyFrame({"a": [1]}).select(pl.int_range(20_000_000).reverse().sum())
     (large,) = pa.compare_engines(frames, engines=["in-memory"], runs=1).results
     assert held.height
     assert large.peak_memory > one.peak_memory + 100e6
@@ -158,26 +158,25 @@ def test_without_in_memory_the_first_with_an_answer_is_the_reference():
     assert [each.compared_with for each in found.results] == ["streaming", "streaming"]
 
 
-@pytest.mark.parametrize(
-    ("function", "message"),
-    [
-        (fail, "it broke"),
-        (die, "died by SIGKILL: if the kernel killed it for want of memory, its log says so"),
-        (leave, "died with exit status 3: look for what ends the process, such as os._exit, in"),
-    ],
-)
-def test_query_that_fails_is_a_result_and_the_others_go_on(function, message):
-    queries = {"bad": LF.map_batches(function, schema=LF.collect_schema()), "good": LF}
-    found = pa.compare_engines(queries, engines=CPU, runs=1)
-    for engine in CPU:
-        bad = result(found, engine, "bad")
-        assert (bad.status, bad.seconds, bad.median, bad.agrees) == ("failed", (), None, None)
-        assert message in bad.message
-        assert result(found, engine, "good").agrees
-    assert found.agrees
+def test_query_that_fails_is_a_result_and_the_others_go_on():
+    messages = {
+        fail: "it broke",
+        die: "died by SIGKILL: if the kernel killed it for want of memory, its log says so",
+        leave: "died with exit status 3: look for what ends the process, such as os._exit, in",
+    }
+    schema = LF.collect_schema()
+    bad = {each.__name__: LF.map_batches(each, schema=schema) for each in messages}
+    found = pa.compare_engines({**bad, "good": LF}, engines=CPU, runs=1)
     text = " ".join(str(found).split())
-    assert f"in-memory, streaming: {bad.message}" in text
-    assert "2 failed: bad on in-memory, bad on streaming." in text
+    for function, message in messages.items():
+        for engine in CPU:
+            one = result(found, engine, function.__name__)
+            assert (one.status, one.seconds, one.median, one.agrees) == ("failed", (), None, None)
+            assert message in one.message
+            assert result(found, engine, "good").agrees
+        assert f"in-memory, streaming: {one.message}" in text
+    assert found.agrees
+    assert "6 failed: fail on in-memory, fail on streaming, die on in-memory, " in text
     assert "GPU support of this query: " in text
 
 
@@ -486,6 +485,7 @@ def found():
         return pa.compare_engines(queries, engines=[*CPU, "gpu", Doubling()], runs=2)
 
 
+@pytest.mark.one_series
 @pytest.mark.parametrize("width", [40, 80, 100])
 def test_table_fits_its_width(found, width):
     lines = found.render(width).splitlines()
@@ -510,6 +510,7 @@ def test_table_fits_its_width(found, width):
     assert "2 answers DIFFER: sums on doubling, a_query_with_a_rather_long_name on" in text
 
 
+@pytest.mark.one_series
 def test_json_has_all_of_it(found):
     data = json.loads(json.dumps(found.to_dict()))
     assert list(data) == [
@@ -546,6 +547,7 @@ def test_sizes_have_three_digits(size, text):
     assert amount(size) == text
 
 
+@pytest.mark.one_series
 @needs_charts
 def test_charts_are_drawn(found, tmp_path):
     found.save_png(tmp_path / "a.png")
@@ -559,6 +561,7 @@ def test_charts_are_drawn(found, tmp_path):
     assert '"gpu"' not in names
 
 
+@pytest.mark.one_series
 def test_chart_without_altair_names_the_extra(found, monkeypatch):
     monkeypatch.setitem(sys.modules, "altair", None)
     with pytest.raises(ImportError, match=r"altair .*: pip install polars-async\[charts\]"):
@@ -713,6 +716,7 @@ def test_command_compares_what_a_file_has(command):
     assert "\x1b" not in done.stderr
 
 
+@pytest.mark.one_series
 @pytest.mark.slow
 def test_command_exits_with_1_where_answers_differ(command):
     done = command("some_queries.py:made", "--engines", "in-memory", "wrong", "--runs", "1")
@@ -754,6 +758,7 @@ def test_what_cannot_be_compared_exits_with_2(file, arguments, message, monkeypa
     assert message in " ".join(errors.split())
 
 
+@pytest.mark.one_series
 @pytest.mark.slow
 def test_command_exits_with_2_for_a_file_that_is_not_there(command):
     done = command("no_such.py")
@@ -764,6 +769,7 @@ def test_command_exits_with_2_for_a_file_that_is_not_there(command):
     )
 
 
+@pytest.mark.one_series
 @needs_charts
 def test_figures_are_told_though_a_chart_cannot_be_written(file, capsys):
     file.write_text("import polars as pl\nlf = pl.LazyFrame({'a': [1]}).select('b')\n")
@@ -787,6 +793,7 @@ def test_interrupt_ends_the_command_without_a_traceback(file, monkeypatch, capsy
     assert capsys.readouterr() == ("", "polars-async: interrupted\n")
 
 
+@pytest.mark.one_series
 @pytest.mark.slow
 @needs_charts
 def test_command_writes_charts(command, file):

@@ -541,7 +541,7 @@ def test_counts_add_up_at_every_moment(executor):
 
 @pytest.mark.everywhere
 def test_stats_count_what_was_done_and_is_done(telling, blocked, is_given_up, executor):
-    assert set(telling.stats().values()) == {0, 1, 2, MAX_STREAMS}  # the limits
+    assert set(telling.stats().values()) == {0, 1, 2, MAX_STREAMS, None}  # the limits
     telling.collect_async(TINY).result(30)
     with pytest.raises(ValueError, match="no"):
         telling.collect_async(failing(ValueError("no"))).result(30)
@@ -555,6 +555,7 @@ def test_stats_count_what_was_done_and_is_done(telling, blocked, is_given_up, ex
     expected = dict.fromkeys(stats, 0)
     expected |= {"max_running": 1, "max_waiting": 2, "running": 1, "waiting": 1, "submitted": 5}
     expected |= {"max_streams": MAX_STREAMS, "workers": int(executor == "processes")}
+    expected |= {"memory": None, "max_memory": None}
     assert stats == expected | {"completed": 1, "failed": 1, "cancelled": 1}
     handle.cancel()
     assert telling.stats()["cancelled"] == 2

@@ -214,4 +214,5 @@ def test_nursery_of_trio_takes_a_function_that_returns_a_handle(collector, block
     trio.run(main)
     assert collector.stats()["cancelled"] == 1
     assert inside.waiting(collector) == 0
+    blocked.gate.set()
     assert trio.run(lambda: collector.collect_async(TINY, priority=1)) is not None

@@ -17,7 +17,7 @@ import uvloop
 from places import LIMIT, TINY, Blocked, until
 
 import polars_async
-from polars_async import Collector, QueryTimeoutError, QueueFullError
+from polars_async import Cache, Collector, QueryTimeoutError, QueueFullError
 from polars_async._runtime import unpatched
 
 OURS = str(Path(polars_async.__file__).parent)
@@ -145,6 +145,24 @@ def cancel_what_runs(scene):
     return scene.running.cancel
 
 
+def ask_for_the_same(scene):
+    handle = scene.collector.collect_async(TINY)
+    wait_elsewhere(scene, handle)
+    return ask(scene)
+
+
+def cancel_one_of_two(scene):
+    handle = scene.collector.collect_async(TINY)
+    wait_elsewhere(scene, scene.collector.collect_async(TINY))
+    scene.waited_for = None  # but by the other one
+    return handle.cancel
+
+
+def ask_for_what_was_kept(scene):
+    scene.collector.collect_async(TINY).result(LIMIT)
+    return ask(scene)
+
+
 def wait_elsewhere(scene, handle):
     """Have two threads wait for `handle`, who are told when it is done."""
     for _ in range(2):
@@ -175,6 +193,7 @@ def count(scene):
     return scene.collector.stats
 
 
+SHARED = {"single_flight": True, "inline": 0}
 ACTS = {
     "asked, a slot is free": (ask, {"taken": False}),
     "asked, it waits": (ask, {"taken": True}),
@@ -189,6 +208,12 @@ ACTS = {
     "closed": (close, {"taken": True}),
     "all closed": (close_all, {"taken": True}),
     "counted": (count, {"taken": True}),
+    "asked for the same, first": (ask, {"taken": True, **SHARED}),
+    "asked for the same": (ask_for_the_same, {"taken": True, **SHARED}),
+    "the last one cancelled": (cancel_what_waits, {"taken": True, **SHARED}),
+    "one of two cancelled": (cancel_one_of_two, {"taken": True, **SHARED}),
+    "closed, shared": (close, {"taken": True, **SHARED}),
+    "kept": (ask_for_what_was_kept, {"taken": False, "cache": Cache(seconds=60, max_bytes=1e6)}),
 }
 
 

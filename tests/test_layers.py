@@ -16,14 +16,24 @@ LAYERS = (
     ("bridges",),
     ("gpu",),
     ("resolution",),
-    ("events",),
+    ("wording",),
+    ("events", "progress"),
     ("executors",),
     ("scheduling",),
-    ("handle", "options", "streams", "sharing"),
+    ("handle", "iteration", "options", "streams", "sharing", "watches"),
     ("collector",),
-    ("api", "engine"),
+    ("api", "drawing", "engine", "showing"),
     ("compare",),
-    ("testing", "pytest_plugin", "doctor", "cli", "__main__", "_pytest_entry", "starlette"),
+    (
+        "testing",
+        "pytest_plugin",
+        "doctor",
+        "cli",
+        "__main__",
+        "_pytest_entry",
+        "starlette",
+        "instrumentation",
+    ),
 )
 """From the lowest to the highest. The package itself names what is public, and is above all."""
 LAYER_OF = {room: number for number, rooms in enumerate(LAYERS) for room in rooms}

@@ -59,14 +59,11 @@ def test_wrong_size_is_named_with_what_was_expected(make, size, monkeypatch):
     monkeypatch.setattr("polars_async.api._Default.collector", None)
     with pytest.raises(ValueError, match=r"^max_memory must be a number of bytes, ") as caught:
         make(executor="processes", max_memory=size)
-    assert str(caught.value).endswith(f"a text such as '4GB' or '4 GiB', or None, got {size!r}")
+    assert str(caught.value).endswith(
+        f"a text such as '4GB', '4 GiB' or '75%', or None, got {size!r}"
+    )
 
 
 def test_limit_of_the_worker_is_that_number():
     with pa.Collector(executor="processes", max_memory="0.4 GB") as collector:
         assert collector._cpu.executor._max_memory == 400_000_000
-
-
-def test_limit_without_workers_names_what_was_given():
-    with pytest.raises(ValueError, match="max_memory=4000000000 is for worker processes"):
-        pa.Collector(max_memory="4GB")

@@ -19,6 +19,7 @@ FUNCTIONS = (
     pa.collect_batches_async,
     pa.sink_async,
     pa.collect_schema_async,
+    pa.run,
 )
 TAGS = {"tenant": "a", "page": 3, "share": 0.5, "paid": True}
 
@@ -46,6 +47,8 @@ def argument(tmp_path):
     def argument(function):
         if function in (pa.collect_all_async, pa.as_completed):
             return [TINY]
+        if function is pa.run:
+            return TINY.collect
         if function is pa.sink_async:
             return TINY.sink_csv(tmp_path / "a.csv", lazy=True)
         return TINY
@@ -92,6 +95,7 @@ def test_function_runs_on_the_default_collector_and_passes_everything_on(
         pa.collect_batches_async: [TINY.collect()],
         pa.sink_async: None,
         pa.collect_schema_async: TINY.collect_schema(),
+        pa.run: TINY.collect(),
     }
     assert str(found) == str(frames[function])
 
@@ -113,7 +117,7 @@ def test_function_checks_its_options(function, argument, options, error, default
     assert default.stats()["submitted"] == 0
 
 
-@pytest.mark.parametrize("function", [each for each in FUNCTIONS if each is not FUNCTIONS[-1]])
+@pytest.mark.parametrize("function", FUNCTIONS[:-2])
 def test_function_takes_none_for_no_engine(function, argument):
     with pytest.raises(ValueError, match="engine must be one of"):
         function(argument(function), engine=None)

@@ -266,49 +266,49 @@ def test_chain_of_queries_that_each_ask_for_the_next_keeps_none_of_them():
 ON_POLARS_THREADS = """
 import os, sys
 os.environ["POLARS_MAX_THREADS"] = "1"
-way, engine, depth = sys.argv[1], sys.argv[2], int(sys.argv[3])
 import polars as pl
 from polars_async import Collector
 sys.path.append(os.environ["TESTS"])
 import test_nesting
 
-def plan(depth):
+def plan(ask, depth):
     lf = pl.LazyFrame({"a": [1], "b": [2]})
     if not depth:
         return lf.select(pl.col("a").sum(), pl.col("b").sum())
     def udf(values):
-        assert getattr(test_nesting, way)(collector, plan(depth - 1)).row(0) == (1, 2)
+        assert ask(collector, plan(ask, depth - 1)).row(0) == (1, 2)
         return values
     return lf.select(
         pl.col("a").map_batches(udf, return_dtype=pl.Int64),
         pl.col("b").map_batches(udf, return_dtype=pl.Int64),
     )
 
-with Collector(max_running=1, engine=engine) as collector:
-    print(*collector.collect_async(plan(depth)).result(30).row(0), flush=True)
-    stats = collector.stats()
-print(*(int(stats[key]) for key in ("submitted", "completed", "running")))
+for way, depth in test_nesting.ON_THE_ONLY_THREAD:
+    with Collector(max_running=1, engine=sys.argv[1]) as collector:
+        top = plan(getattr(test_nesting, way), depth)
+        assert collector.collect_async(top).result(30).row(0) == (1, 2), (way, depth)
+        stats = collector.stats()
+    print(way, *(int(stats[key]) for key in ("submitted", "completed", "running")), flush=True)
 """
+ON_THE_ONLY_THREAD = {
+    ("by_result", 1): 3,
+    ("by_asyncio", 1): 3,  # which, as trio, does not run inside itself
+    ("by_trio", 1): 3,
+    ("by_greenlet", 1): 3,
+    ("by_result", 2): 7,
+    ("by_greenlet", 2): 7,
+}
+"""The way to ask, the depth, and the number of all queries."""
 
 
 @pytest.mark.parametrize("engine", ["in-memory", "streaming"])
-@pytest.mark.parametrize(
-    ("way", "depth", "queries"),
-    [
-        ("by_result", 1, 3),
-        ("by_asyncio", 1, 3),  # which, as trio, does not run inside itself
-        ("by_trio", 1, 3),
-        ("by_greenlet", 1, 3),
-        ("by_result", 2, 7),
-        ("by_greenlet", 2, 7),
-    ],
-)
 def test_query_asked_for_on_polars_only_thread_does_not_need_another(
-    run_script, monkeypatch, way, engine, depth, queries
+    run_script, monkeypatch, engine
 ):
     monkeypatch.setenv("TESTS", str(Path(__file__).parent))
-    said = run_script(ON_POLARS_THREADS, way, engine, str(depth))
-    assert said == ["1", "2", str(queries), str(queries), "0"]
+    said = run_script(ON_POLARS_THREADS, engine)
+    ended = [(way, queries) for (way, _), queries in ON_THE_ONLY_THREAD.items()]
+    assert said == [word for way, n in ended for word in (way, str(n), str(n), "0")]
 
 
 def on_pool(udf):
@@ -411,7 +411,7 @@ def test_query_on_the_thread_of_polars_that_asks_runs_in_any_executor(collector)
 def test_query_on_the_thread_of_polars_that_asks_does_not_run_alone(monkeypatch):
     learned = []
 
-    def observe(costs, _, __, *, alone, completed, share):  # noqa: ARG001
+    def observe(costs, _, __, *, alone, completed, share, memory):  # noqa: ARG001
         if costs is collector._cpu._costs:  # queries of tests before may still come to their end
             learned.append(alone)
 

@@ -1238,9 +1238,14 @@ def test_gpu_in_its_cooldown_is_an_error_where_required_and_tried_where_the_cpu_
 
 
 @pytest.fixture
-def here():
+def here(request):
     with Collector(engine="gpu") as collector:
-        yield AsyncEngine(collector)
+        yield AsyncEngine(collector, bound_sync=getattr(request, "param", False))
+
+
+here_or_in_turn = pytest.mark.parametrize(
+    "here", [False, True], indirect=True, ids=["here", "in turn"]
+)
 
 
 def test_synchronous_query_runs_on_the_gpu(here, gpu):
@@ -1250,6 +1255,19 @@ def test_synchronous_query_runs_on_the_gpu(here, gpu):
     assert gpu.queries == 1
 
 
+def test_synchronous_query_in_its_turn_runs_on_the_gpus_thread(gpu, engine_log):
+    lf, runs = counting()
+    with Collector(engine="gpu", max_running=1) as collector:
+        here = AsyncEngine(collector, bound_sync=True)
+        assert lf.collect(engine=here).item() == 1
+        assert [each.item() for each in pl.collect_all(frames(2), engine=here)] == [0, 1]
+        assert collector.stats()["completed"] == 2
+    assert threading.get_ident() not in runs
+    assert gpu.queries == 3
+    engine_log.assert_ran_on("gpu")
+
+
+@here_or_in_turn
 @every_failure
 def test_synchronous_query_falls_back_and_says_so(here, gpu, fault):
     gpu.fail = fault
@@ -1270,14 +1288,16 @@ def test_synchronous_query_falls_back_where_an_error_is_handled(here, gpu):
             assert TINY.collect(engine=here).item() == 1
 
 
+@pytest.mark.parametrize("bound_sync", [False, True])
 @every_failure
-def test_synchronous_query_does_not_fall_back_where_the_cpu_is_forbidden(gpu, fault):
+def test_synchronous_query_does_not_fall_back_where_the_cpu_is_forbidden(gpu, fault, bound_sync):
     gpu.fail = fault
     error = pl.exceptions.ComputeError, MemoryError, RuntimeError
     with Collector(engine=STRICT) as collector, pytest.raises(error, match="simulated"):
-        TINY.collect(engine=AsyncEngine(collector))
+        TINY.collect(engine=AsyncEngine(collector, bound_sync=bound_sync))
 
 
+@here_or_in_turn
 def test_synchronous_collect_all_sinks_and_execute_fall_back(here, gpu, tmp_path):
     gpu.fail = {2: "oom", 4: "unsupported", 5: "oom"}
     with pytest.warns(EngineDowngradeWarning, match="MemoryError"):

@@ -54,6 +54,7 @@ def test_there_are_22_queries_and_every_answer_has_something_to_compare(pdsh_ans
         assert answer.null_count().row(0) == (0,) * answer.width
 
 
+@pytest.mark.one_series
 @pytest.mark.parametrize("number", QUERIES)
 def test_every_wrong_value_of_every_answer_is_found(number, pdsh_folder, pdsh_answers):
     answer = QUERIES[number](data.tables(pdsh_folder)).collect()
@@ -65,6 +66,7 @@ def test_every_wrong_value_of_every_answer_is_found(number, pdsh_folder, pdsh_an
             assert name in found
 
 
+@pytest.mark.one_series
 @pytest.mark.parametrize("number", QUERIES)
 def test_missing_and_surplus_rows_are_found(number, pdsh_folder, pdsh_answers):
     answer = QUERIES[number](data.tables(pdsh_folder)).collect()
@@ -74,6 +76,7 @@ def test_missing_and_surplus_rows_are_found(number, pdsh_folder, pdsh_answers):
 
 
 # The others answer with one row.
+@pytest.mark.one_series
 @pytest.mark.parametrize("number", sorted(set(QUERIES) - {6, 14, 15, 17, 19}))
 def test_swapped_order_is_found(number, pdsh_folder, pdsh_answers):
     answer = QUERIES[number](data.tables(pdsh_folder)).collect()
@@ -83,6 +86,7 @@ def test_swapped_order_is_found(number, pdsh_folder, pdsh_answers):
     assert oracle.check(number, swapped, pdsh_answers[number]).startswith("row 1, ")
 
 
+@pytest.mark.one_series
 @pytest.mark.parametrize("number", QUERIES)
 def test_a_wrong_column_is_found(number, pdsh_folder, pdsh_answers):
     answer = QUERIES[number](data.tables(pdsh_folder)).collect()
@@ -171,6 +175,7 @@ def test_data_is_kept(pdsh_folder):
     assert {path: path.stat().st_mtime_ns for path in pdsh_folder.iterdir()} == made
 
 
+@pytest.mark.one_series
 def test_data_made_by_several_at_once_is_made_whole(tmp_path):
     made = []
     makers = [
@@ -198,6 +203,7 @@ def test_data_half_made_is_thrown_away(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.one_series
 def test_data_that_lacks_a_table_is_refused(tmp_path):
     made = data.make(0.001, tmp_path)
     (made / "part.parquet").unlink()
@@ -252,6 +258,7 @@ def test_demo_says_of_each_engine_how_many_queries_it_was_chosen_for():
     assert demo._choice({4: one, 5: other, 6: other}) == f"{chosen}{one}"
 
 
+@pytest.mark.one_series
 def test_script_of_the_demo_says_what_it_does(tmp_path):
     root = Path(demo.__file__).parents[1]
     (tmp_path / "ci").mkdir()

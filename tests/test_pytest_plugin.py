@@ -654,6 +654,7 @@ def test_warnings_that_are_errors_come_first(run):
 # Everywhere
 
 
+@pytest.mark.one_series
 def test_all_of_it_works_under_xdist(run):
     result = run(
         """
@@ -707,6 +708,7 @@ def test_nothing_is_imported_that_nobody_needs():
 """
 
 
+@pytest.mark.one_series
 @pytest.mark.parametrize("options", [(), ("-n", "1")])
 def test_start_of_pytest_costs_nothing(pytester, options):
     pytester.makeconftest("import sys\nsys.modules['polars'] = None  # as if it were not installed")
@@ -715,11 +717,13 @@ def test_start_of_pytest_costs_nothing(pytester, options):
     result.assert_outcomes(passed=1)
 
 
+@pytest.mark.one_series
 def test_polars_is_not_imported_at_the_start(pytester):
     pytester.makepyfile(UNTOUCHED)
     pytester.runpytest_subprocess("-p", PLUGIN).assert_outcomes(passed=1)
 
 
+@pytest.mark.one_series
 @pytest.mark.parametrize("again", ["no", "option", "conftest"])
 def test_pytest_finds_the_plugin_of_an_installed_package(pytester, again):
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -759,6 +763,7 @@ print(*(name for name in dir(plugin) if name.startswith("pytest_") or hasattr(pl
 """
 
 
+@pytest.mark.one_series
 @pytest.mark.parametrize("version", ["6.2.5", "7.0.1"])
 def test_pytest_that_is_too_old_for_the_plugin_starts_without(run_script, version):
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]

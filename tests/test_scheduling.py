@@ -17,6 +17,8 @@ from polars_async.scheduling.fair_queue import (
 )
 from polars_async.scheduling.sizes import KINDS, SMALL, UNKNOWN, UNKNOWN_LOAD, Limits, Load
 
+pytestmark = pytest.mark.one_series  # no query runs
+
 LEAST = 1e-5
 TOGETHER = 32
 

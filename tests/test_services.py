@@ -76,6 +76,38 @@ async def tasks():
     return len(asyncio.all_tasks())
 """
 
+TOTALS = """
+import threading
+import polars as pl
+from control import TINY, Limits, wait_for_gate
+from totals import app, collector
+
+collector._cpu.admission.limits = Limits(3)  # however idle the processors are meanwhile
+lock = threading.Lock()
+running, most = [], 0
+
+
+def note(frame):
+    global most
+    with lock:
+        running.append(frame)
+        most = max(most, len(running))
+    wait_for_gate(frame)
+    with lock:
+        running.pop()
+    return frame
+
+
+@app.get("/held")
+def held():
+    return TINY.map_batches(note).collect().item()
+
+
+@app.get("/stats")
+async def stats():
+    return collector.stats() | {"most": most}
+"""
+
 LITESTAR = """
 import asyncio
 from branches import app
@@ -185,6 +217,7 @@ def folder(tmp_path_factory):
         "control.py": CONTROL,
         "served_dash.py": DASH,
         "served_fastapi.py": FASTAPI,
+        "served_totals.py": TOTALS,
         "served_litestar.py": LITESTAR,
         "served_wsgi.py": WSGI,
         "starlette_errors.py": STARLETTE_ERRORS,
@@ -293,6 +326,17 @@ def test_service_answers_several_requests_at_once(service):
     assert service.stats()["completed"] == before + len(SHOPS) * 3
 
 
+def test_fastapi_tells_prometheus_what_became_of_its_queries(service):
+    service.ask("/sales?shop=a")
+    stats = service.stats()
+    response, body = service.ask("/metrics")
+    assert response.getheader("Content-Type").startswith("text/plain; version=")
+    counted = re.findall(
+        r'^polars_async_queries_total{.*outcome="completed"} (.*)$', body.decode(), re.MULTILINE
+    )
+    assert sum(map(float, counted)) == stats["completed"]
+
+
 @pytest.mark.parametrize("path", ["/sales?shop=a", "/sales.ndjson"])
 def test_service_tells_clients_to_come_back_when_the_queue_is_full(service, gate, path):
     service.hold()
@@ -368,6 +412,23 @@ def test_service_ends_while_queries_run_that_nobody_waits_for(folder, framework)
         server.hold()
         server.end()
         assert (server.status(), server.complaints()) == (-signal.SIGTERM, [])
+
+
+def test_fastapi_has_its_def_endpoints_take_their_turn(folder, gate):
+    with started(folder, "totals.py", "--port=0", app="served_totals") as server:
+        response, body = server.ask("/total?shop=a")
+        total = SALES.filter(pl.col("shop") == "a")["sum"].sum()
+        assert (response.status, json.loads(body)) == (200, {"total": total})
+        connections = [server.send("/held") for _ in range(40)]
+        stats = server.until(submitted=41, waiting=30)
+        assert 1 <= stats["running"] <= 3
+        assert stats["rejected"] == 40 - stats["running"] - 30  # and told so at once
+        gate.close()
+        statuses = [response_on(each)[0].status for each in connections]
+        assert statuses.count(503) == stats["rejected"]
+        assert statuses.count(200) == stats["running"] + 30
+        assert 1 <= server.stats()["most"] <= 3
+        assert server.complaints() == []
 
 
 @pytest.mark.one_series

@@ -10,6 +10,8 @@ import pytest
 from polars_async.scheduling.fair_queue import FairQueue
 from polars_async.scheduling.sizes import SIZES, UNKNOWN, Limits, Load, Room, size_of
 
+pytestmark = pytest.mark.one_series  # no query runs
+
 TICK = 0.01
 """Seconds between two measurements of the load."""
 

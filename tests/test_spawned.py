@@ -440,3 +440,40 @@ for _ in range(2):
         time.sleep(0.01)
 """
     assert run_script(script) == []
+
+
+INHERITED = """
+import os
+import polars as pl
+import polars_async as pa
+
+TINY = pl.LazyFrame({"a": [1]})
+file, _ = os.pipe()
+os.set_inheritable(file, True)
+pipe = os.readlink(f"/proc/self/fd/{file}")
+
+def look(frame):
+    import sitecustomize
+    links = []
+    for each in os.listdir("/proc/self/fd"):
+        try:
+            links.append(os.readlink(f"/proc/self/fd/{each}"))
+        except OSError:  # that of the listing
+            pass
+    return pl.DataFrame({"a": [10 * (sitecustomize.pipe in links) + (pipe in links)]})
+
+if __name__ == "__main__":
+    with pa.Collector(executor="processes", max_running=1) as collector:
+        print(collector.collect_async(TINY.map_batches(look)).result(30).item())
+"""
+
+
+def test_worker_closes_what_it_has_inherited_and_not_what_it_has_opened(
+    run_script, tmp_path, monkeypatch
+):
+    # As that of opentelemetry-instrument does, whose exporter ends a process that closes its files.
+    code = "import os\nfile, _ = os.pipe()\npipe = os.readlink(f'/proc/self/fd/{file}')\n"
+    (tmp_path / "sitecustomize.py").write_text(code)
+    before = os.environ.get("PYTHONPATH", "")
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), before]))
+    assert run_script(INHERITED) == ["10"]

@@ -175,6 +175,7 @@ def test_what_needs_linux_is_known_and_says_so(run_there):
     assert set(run_there(MODULES)) == LINUX_ALONE
 
 
+@pytest.mark.one_series
 def test_public_names_import_nothing_that_needs_linux(run_there):
     loaded = set(run_there(NAMES))
     assert {"collector", "sharing", "executors.factory", "compare.engines"} <= loaded
@@ -185,19 +186,23 @@ def test_asyncio(run_there):
     assert " ".join(run_there(ASYNCIO)) == "40 [3, 4] 2 late True 2"
 
 
+@pytest.mark.one_series
 def test_trio(run_there):
     assert run_there(TRIO) == ["3"]
 
 
+@pytest.mark.one_series
 def test_gevent_threads_and_an_executor_of_the_caller(run_there):
     assert run_there(ELSEWHERE) == ["2", "2", "2"]
 
 
+@pytest.mark.one_series
 @pytest.mark.parametrize("system", ["darwin"])
 def test_end_of_a_program_whose_query_runs(run_there):
     assert run_there(EXIT) == ["True"]
 
 
+@pytest.mark.one_series
 def test_what_needs_linux_is_refused_with_a_remedy(run_there, system):
     processes, auto, share, compare = (line.replace("_", " ") for line in run_there(REFUSED))
     needs = f"needs Linux, and this is {system}: use"
@@ -208,12 +213,14 @@ def test_what_needs_linux_is_refused_with_a_remedy(run_there, system):
     assert compare.startswith(f"worker processes compare engines, and need Linux: this is {system}")
 
 
+@pytest.mark.one_series
 def test_decision_and_doctor(run_there, system):
     report = " ".join(run_there(DECIDED))
     assert f"cudf-polars, which is the GPU engine, needs Linux, and this is {system}: " in report
     assert report.endswith("in-memory unknown 0")
 
 
+@pytest.mark.one_series
 def test_fixtures_of_the_plug_in(run_there):
     words = " ".join(run_there(PLUGIN))
     assert "2 passed" in words

@@ -91,8 +91,8 @@ def test_query_that_is_late_in_the_queue_never_runs(collector, blocked, time):
     assert (error.timeout, error.run_seconds) == (5, None)
     assert error.queue_seconds > 0
     assert str(error) == (
-        f"the query was not done after 5 s: it waited {error.queue_seconds:.3f} s for a slot, and "
-        "never ran"
+        f"the query was not done after 5 s: it waited {error.queue_seconds:.3f} s for a slot "
+        "behind 1 running query, and never ran"
     )
     stats = collector.stats()
     assert (stats["waiting"], stats["timed_out"], stats["abandoned"]) == (0, 1, 0)
@@ -139,7 +139,7 @@ def test_query_that_is_late_while_it_runs_is_stopped(collector, blocked, time, e
     assert error.run_seconds > 0
     ran = f"{error.run_seconds:.3f} s"
     end = (
-        f"ran for {ran}. It is stopped now"
+        f"ran for {ran} on the in-memory engine in {handle._query.place}. It is stopped now"
         if executor == "processes"
         else f"was with its executor for {ran}, which is asked to drop it and may go on with it "
         "all the same"

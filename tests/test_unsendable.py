@@ -204,6 +204,12 @@ if __name__ == "__main__":
                     print(f"{name}-told")
                 else:
                     print(f"{name}-ran")
+            for name, function in {"call": len, "nameless-call": lambda text: len(text)}.items():
+                try:
+                    print(f"{name}-{collector.run(function, 'abc').result(100)}")
+                except pa.PolarsAsyncError as error:
+                    assert "install cloudpickle, or polars-async[processes]" in str(error), error
+                    print(f"{name}-told")
     pool.shutdown()
 """
 
@@ -222,6 +228,7 @@ def test_program_without_the_extra_is_told_of_it_at_each_function(tmp_path):
         check=True,
     )
     in_workers = ["plain-ran", "named-told", "nameless-told", "expression-told"]
-    here = [name.replace("told", "ran") for name in in_workers]
+    in_workers += ["call-3", "nameless-call-told"]
+    here = [name.replace("told", "ran") for name in in_workers[:-1]] + ["nameless-call-3"]
     in_pool = ["plain-ran", "named-ran", *in_workers[2:]]  # it imports the program anew
     assert done.stdout.split() == [*in_workers, *here, *in_pool]

@@ -23,7 +23,7 @@ from polars.io.plugins import register_io_source
 from polars.lazyframe import engine, engine_config, in_process
 
 import polars_async as pa
-from polars_async._runtime import upstream
+from polars_async._runtime import msgpack, upstream
 from polars_async.executors.main_module import NAMESPACE_CLASSES
 
 pytestmark = pytest.mark.smoke
@@ -51,6 +51,7 @@ def test_every_name_is_polars_own_or_tested_here():
     assert set(upstream.__all__) == {
         "AUTO_ENGINE",
         "BUILT_IN_ENGINES",
+        "CountingEngine",
         "DEFAULT_ENGINE",
         "DEFAULT_OPTIMIZATIONS",
         "InProcessQuery",
@@ -65,6 +66,7 @@ def test_every_name_is_polars_own_or_tested_here():
         "affinity_override",
         "ask_optimized_plan",
         "blocking_threads",
+        "counting_engine",
         "extensions_of",
         "forbids_cpu",
         "gpu_callback",
@@ -74,9 +76,12 @@ def test_every_name_is_polars_own_or_tested_here():
         "map_ipc",
         "memory_held",
         "namespaces_of",
+        "observed",
         "optimization_flags",
         "optimizations_of",
         "plan_nodes",
+        "paths_of",
+        "plan_bytes",
         "plan_text",
         "sets_affinity",
         "without_warning",
@@ -87,6 +92,57 @@ def test_every_name_is_polars_own_or_tested_here():
 def test_default_optimizations_are_the_object_that_polars_passes(function):
     default = inspect.signature(function).parameters["optimizations"].default
     assert default is upstream.DEFAULT_OPTIMIZATIONS
+
+
+class Observed:
+    """Keeps what Polars tells of a query."""
+
+    def __init__(self):
+        self.told = []
+
+    def planned(self, handle, plan):
+        self.told.append((threading.get_ident(), handle, plan))
+
+
+def test_query_observer_tells_the_plan_and_counts_the_rows(parquet):
+    seen = Observed()
+    engine = upstream.counting_engine(pl.StreamingEngine())
+    assert isinstance(engine, upstream.CountingEngine)
+    query = pl.concat([pl.scan_parquet(parquet).filter(pl.col("a") > 1), pl.LazyFrame({"a": [4]})])
+    assert upstream.observed(seen, lambda: query.sum().collect(engine=engine)).item() == 9
+    ((thread, handle, plan),) = seen.told
+    assert thread == threading.get_ident()
+    nodes = {node["id"]: node for node in msgpack.read(plan)}
+    counts = msgpack.read(handle.snapshot_query_metrics())
+    counts = {
+        node["phys_node_key"]: node
+        for node in (counts["nodes"] if isinstance(counts, dict) else counts)
+    }
+    sources = {
+        node["properties"]["type"]: (node["properties"], counts[key])
+        for key, node in nodes.items()
+        if not node["input_ids"]
+    }
+    assert set(sources) == {"MultiScan", "InMemorySource"}
+    scan, counted = sources["MultiScan"]
+    assert (scan["scan_type"], scan["num_sources"]) == ("parquet", 1)
+    assert (scan["first_source"], scan["projected_file_columns"]) == (str(parquet), ["a"])
+    assert scan["predicate"]
+    assert scan["pre_slice"] is None
+    assert (counted["rows_sent"], counted["done"]) == (2, True)
+    assert counted["io_total_bytes_received"] >= 0
+    assert counted["total_time_ns"] > 0
+    frame, counted = sources["InMemorySource"]
+    assert (frame["n_rows"], counted["rows_sent"]) == (1, 1)
+
+
+def test_query_observer_is_told_of_no_query_but_the_one_that_is_observed():
+    seen = Observed()
+    engine = upstream.counting_engine(pl.StreamingEngine())
+    QUERY.collect(engine=engine)
+    upstream.observed(seen, lambda: QUERY.collect(engine="streaming"))
+    assert seen.told == []
+    assert "polars_cloud" not in sys.modules
 
 
 @pytest.fixture
@@ -693,3 +749,39 @@ def test_extension_types_of_a_plan_are_found():
     to = pl.LazyFrame({"a": [1]}).select(pl.col("a").ext.to(pl.Extension("short", pl.Int64)))
     assert upstream.extensions_of(to.serialize()) == {"short"}
     assert upstream.extensions_of(pl.LazyFrame({"Extension": ["name"]}).serialize()) == set()
+
+
+# Packed plans
+
+
+def test_plan_is_packed_in_the_same_bytes_each_time_it_is_made(tmp_path):
+    path = tmp_path / "ä.parquet"
+    pl.DataFrame({"a": [1]}).write_parquet(path)
+
+    def make(number):
+        return pl.scan_parquet([path, str(path) * 3]).select(pl.col("a") + number)
+
+    plan = upstream.plan_bytes(make(1), 10_000)
+    assert plan == make(1).serialize() == upstream.plan_bytes(make(1), 10_000)
+    assert plan != upstream.plan_bytes(make(2), 10_000)
+    assert upstream.paths_of(plan) == [str(path), str(path) * 3]
+    assert upstream.plan_bytes(make(1), 10) is None
+
+
+def test_paths_of_many_files_are_read_in_a_packed_plan():
+    paths = [f"/not/there/{number}" for number in range(100)] + ["x" * 300]
+    lf = pl.concat([pl.scan_parquet(paths, schema={"a": pl.Int64}), pl.LazyFrame({"a": [1]})])
+    plan = upstream.plan_bytes(lf, 100_000)
+    assert upstream.paths_of(plan) == paths
+    assert upstream.paths_of(plan[: plan.index(b"/not/there/50")]) is None
+
+
+def test_plan_with_a_function_is_not_packed_and_nothing_is_pickled():
+    class Function:
+        def __call__(self, frame):
+            return frame
+
+        def __reduce__(self):
+            pytest.fail("it was pickled")
+
+    assert upstream.plan_bytes(QUERY.map_batches(Function()), 100_000) is None

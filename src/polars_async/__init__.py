@@ -27,13 +27,15 @@ Rooms, from the lowest to the highest; each imports only from those before it:
 - ``_runtime``: the interpreter, gevent, forks, and every private API of Polars (``upstream``).
 - ``bridges``: waiters of each kind of loop, and the buffer between a query and a stream.
 - ``gpu``: whether the GPU engine can run, how it runs a query, and what its failures mean.
-- ``resolution``, ``events``: the decision about the engine, and the events of a query.
+- ``resolution``, ``wording``, ``events``, ``progress``: the decision about the engine, what took a
+  query how long in words, its events, and how far it is.
 - ``executors``: the operations of queries, and the executors that run them.
 - ``scheduling``: a query's state, the queue, the slots, estimates, and the fallback to the CPU.
-- ``handle``, ``streams``, ``sharing``, ``options``, ``collector``, ``api``, ``engine``: the API for
-  users.
+- ``iteration``, ``watches``, ``handle``, ``streams``, ``sharing``, ``options``, ``collector``,
+  ``api``, ``engine``, ``drawing``, ``showing``: the API for users.
 - ``compare``: queries on several engines, each in a worker process of its own, and their answers.
 - ``testing``, ``pytest_plugin``, ``doctor``, ``cli``: a simulated GPU, and the console script.
+- ``starlette``, ``instrumentation``: for those who import them, with what they need.
 
 Threads: each slot of a lane has at most one worker thread. It takes queries from the queue and runs
 them, or waits for the worker process that runs them; that of a paused stream waits beyond the
@@ -60,6 +62,7 @@ __version__: str
 __all__ = [
     "AsyncEngine",
     "BackgroundQuery",
+    "Cache",
     "Collector",
     "CollectorClosedError",
     "Comparison",
@@ -77,8 +80,10 @@ __all__ = [
     "GpuSupport",
     "MemoryLimitWarning",
     "PolarsAsyncError",
+    "Progress",
     "QueryEvent",
     "QueryHandle",
+    "QueryInfo",
     "QueryMemoryError",
     "QueryPath",
     "QueryTimeoutError",
@@ -101,7 +106,9 @@ __all__ = [
     "gpu_status",
     "gpu_support",
     "resolve_engine",
+    "run",
     "share",
+    "show_progress",
     "sink_async",
 ]
 
@@ -114,6 +121,7 @@ if TYPE_CHECKING:
         collect_schema_async,
         configure,
         default_collector,
+        run,
         sink_async,
     )
     from polars_async.collector import Collector
@@ -140,6 +148,9 @@ if TYPE_CHECKING:
     from polars_async.gpu.status import GpuDevice, GpuStatus
     from polars_async.gpu.support import GpuSupport, Support, gpu_support
     from polars_async.handle import BackgroundQuery, QueryHandle
+    from polars_async.iteration import ResultStream
+    from polars_async.options import Cache
+    from polars_async.progress import Progress
     from polars_async.reasons import Reason
     from polars_async.resolution import (
         EngineName,
@@ -149,8 +160,9 @@ if TYPE_CHECKING:
         Resolution,
         resolve_engine,
     )
+    from polars_async.scheduling.listing import QueryInfo
     from polars_async.sharing import share
-    from polars_async.streams import ResultStream
+    from polars_async.showing import show_progress
 else:
     from importlib import import_module
 
@@ -162,11 +174,11 @@ else:
     _HOMES = {
         "AsyncEngine": "engine",
         "BackgroundQuery": "handle",
+        "Cache": "options",
         "Collector": "collector",
         "CollectorClosedError": "errors",
         "Comparison": "compare.comparison",
         "EngineDowngradeWarning": "errors",
-        "MemoryLimitWarning": "errors",
         "EngineName": "resolution",
         "EngineRequest": "resolution",
         "EngineRun": "compare.results",
@@ -178,16 +190,19 @@ else:
         "GpuPolicy": "resolution",
         "GpuStatus": "gpu.status",
         "GpuSupport": "gpu.support",
+        "MemoryLimitWarning": "errors",
         "PolarsAsyncError": "errors",
+        "Progress": "progress",
         "QueryEvent": "events",
         "QueryHandle": "handle",
+        "QueryInfo": "scheduling.listing",
         "QueryMemoryError": "errors",
         "QueryPath": "resolution",
         "QueryTimeoutError": "errors",
         "QueueFullError": "errors",
         "Reason": "reasons",
         "Resolution": "resolution",
-        "ResultStream": "streams",
+        "ResultStream": "iteration",
         "Support": "gpu.support",
         "Tags": "events",
         "WorkerDiedError": "errors",
@@ -203,7 +218,9 @@ else:
         "gpu_status": "gpu",
         "gpu_support": "gpu.support",
         "resolve_engine": "resolution",
+        "run": "api",
         "share": "sharing",
+        "show_progress": "showing",
         "sink_async": "api",
     }
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar, TypeVarTuple
 
 from polars_async._runtime.fork import new_lock
 from polars_async.collector import Collector
@@ -22,8 +22,13 @@ if TYPE_CHECKING:
     from polars_async.events import QueryEvent, Tags
     from polars_async.executors.factory import ExecutorRequest
     from polars_async.handle import QueryHandle
+    from polars_async.iteration import ResultStream
+    from polars_async.options import Cache
     from polars_async.resolution import EngineRequest, GpuPolicy
-    from polars_async.streams import ResultStream
+
+
+T = TypeVar("T")
+Ts = TypeVarTuple("Ts")
 
 
 class _Default:
@@ -31,7 +36,7 @@ class _Default:
     collector: Collector | None = None
 
 
-def configure(
+def configure(  # keywords of the caller's choice
     *,
     engine: EngineRequest = "auto",
     gpu: GpuPolicy | None = None,
@@ -42,6 +47,10 @@ def configure(
     max_streams: int | None = None,
     max_memory: float | str | None = None,
     inline: float = 100e-6,
+    slow: float | None = None,
+    progress: bool | None = None,
+    single_flight: bool = False,
+    cache: Cache | None = None,
     on_event: Callable[[QueryEvent], object] | None = None,
 ) -> Collector:
     """
@@ -51,7 +60,9 @@ def configure(
     ----------
     engine, gpu, default_engine, executor
         As for `Collector`.
-    max_running, max_waiting, max_streams, max_memory, inline, on_event
+    max_running, max_waiting, max_streams, max_memory, inline, slow, progress, single_flight, cache
+        As for `Collector`.
+    on_event
         As for `Collector`.
 
     Returns
@@ -84,6 +95,10 @@ def configure(
             max_streams=max_streams,
             max_memory=max_memory,
             inline=inline,
+            slow=slow,
+            progress=progress,
+            single_flight=single_flight,
+            cache=cache,
             on_event=on_event,
         )
         before, _Default.collector = _Default.collector, collector
@@ -114,6 +129,7 @@ def collect_async(
     priority: int = 0,
     label: str | None = None,
     tags: Tags | None = None,
+    single_flight: bool | None = None,
 ) -> QueryHandle[pl.DataFrame]:
     """
     Collect a LazyFrame without blocking; a drop-in for ``LazyFrame.collect_async``.
@@ -146,6 +162,8 @@ def collect_async(
         The name of the query in events and errors, and of its thread.
     tags
         What else events and the handle are to tell of the query, as ``{"tenant": "a"}``.
+    single_flight
+        Whether the query may share the run of an equal one; None is as `configure` was told.
 
     Returns
     -------
@@ -156,7 +174,7 @@ def collect_async(
     Raises
     ------
     TypeError
-        `lf` is no LazyFrame, or `label` or `tags` of another type.
+        `lf` is no LazyFrame, or `label`, `tags` or `single_flight` of another type.
     ValueError
         `engine` is no engine, or `timeout` or `priority` is out of range.
     ImportError
@@ -189,6 +207,7 @@ def collect_async(
         priority=priority,
         label=label,
         tags=tags,
+        single_flight=single_flight,
         gevent=gevent,
     )
 
@@ -203,6 +222,7 @@ def collect_all_async(
     priority: int = 0,
     label: str | None = None,
     tags: Tags | None = None,
+    single_flight: bool | None = None,
 ) -> QueryHandle[list[pl.DataFrame]]:
     """
     Collect several LazyFrames as one query; a drop-in for ``polars.collect_all_async``.
@@ -213,7 +233,7 @@ def collect_all_async(
     ----------
     lazy_frames
         The frames; any iterable, read at once.
-    gevent, engine, optimizations, timeout, priority, label, tags
+    gevent, engine, optimizations, timeout, priority, label, tags, single_flight
         As for `collect_async`.
 
     Returns
@@ -238,6 +258,7 @@ def collect_all_async(
         priority=priority,
         label=label,
         tags=tags,
+        single_flight=single_flight,
         gevent=gevent,
     )
 
@@ -251,6 +272,7 @@ def as_completed(
     priority: int = 0,
     label: str | None = None,
     tags: Tags | None = None,
+    single_flight: bool | None = None,
 ) -> ResultStream[tuple[int, pl.DataFrame]]:
     """
     Collect each frame as a query of its own, and return their results as they come.
@@ -279,6 +301,7 @@ def as_completed(
         priority=priority,
         label=label,
         tags=tags,
+        single_flight=single_flight,
     )
 
 
@@ -375,6 +398,36 @@ def collect_schema_async(
     """
     return default_collector().collect_schema_async(
         lf, timeout=timeout, priority=priority, label=label, tags=tags, gevent=gevent
+    )
+
+
+def run(
+    function: Callable[[*Ts], T],
+    *args: *Ts,
+    timeout: float | None = None,
+    priority: int = 0,
+    label: str | None = None,
+    tags: Tags | None = None,
+) -> QueryHandle[T]:
+    """
+    Run a function that blocks, such as ``pl.read_excel``, in the queue of the queries.
+
+    It is `Collector.run` of the default collector, which explains parameters and errors.
+
+    Returns
+    -------
+    QueryHandle
+        Awaitable in asyncio and trio; the result is what the function returns.
+
+    Examples
+    --------
+    >>> import polars as pl
+    >>> import polars_async as pa
+    >>> pa.run(pl.DataFrame.height.fget, pl.DataFrame({"a": [1, 2]})).result()
+    2
+    """
+    return default_collector().run(
+        function, *args, timeout=timeout, priority=priority, label=label, tags=tags
     )
 
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import sys
 from concurrent.futures import Executor
 from functools import partial
-from typing import TYPE_CHECKING, Any, ClassVar, Final, TypeVar
+from inspect import isasyncgenfunction, iscoroutinefunction
+from typing import TYPE_CHECKING, Any, ClassVar, Final, TypeVar, TypeVarTuple
+from weakref import WeakValueDictionary
 
 from polars_async import bridges
 from polars_async._runtime import fork
@@ -26,20 +28,31 @@ from polars_async.executors.factory import (
     make_executor,
     make_gpu_executor,
 )
-from polars_async.executors.operations import Collect, CollectAll, Schema, Sink
+from polars_async.executors.operations import (
+    Collect,
+    CollectAll,
+    Run,
+    Schema,
+    Sink,
+    async_function_error,
+)
 from polars_async.executors.threads import ThreadsExecutor
 from polars_async.gpu.breaker import key_of
 from polars_async.gpu.devices import named_device
-from polars_async.handle import BackgroundQuery, QueryHandle
+from polars_async.handle import BackgroundQuery, QueryHandle, result_of
 from polars_async.options import (
     DEFAULT_OPTIMIZATIONS,
     Options,
+    check_cache,
+    check_flag,
     check_inline,
     check_limit,
+    check_slow,
     checked_memory,
 )
 from polars_async.resolution import (
     ADAPTIVE,
+    OF_FUNCTION,
     decide,
     engine_object,
     gpu_policy,
@@ -50,8 +63,11 @@ from polars_async.resolution import (
 from polars_async.scheduling.adaptive import Chooser
 from polars_async.scheduling.adaptive_gpu import no_gpu, on_gpu
 from polars_async.scheduling.estimates import CostModel, Estimate
+from polars_async.scheduling.flights import Flights
 from polars_async.scheduling.inline import Inline
+from polars_async.scheduling.kept import Results
 from polars_async.scheduling.lane import Lane
+from polars_async.scheduling.listing import info_of, states_of
 from polars_async.scheduling.memory import Memory
 from polars_async.scheduling.open_streams import MAX_STREAMS
 from polars_async.scheduling.pausing import PausableQuery
@@ -70,12 +86,16 @@ if TYPE_CHECKING:
     from polars_async.events import QueryEvent, Tags
     from polars_async.executors.factory import ExecutorRequest
     from polars_async.executors.operations import Operation
+    from polars_async.iteration import ResultStream
+    from polars_async.options import Cache
     from polars_async.resolution import EngineRequest, GpuPolicy, QueryPath, Resolution
-    from polars_async.streams import ResultStream
+    from polars_async.scheduling.listing import QueryInfo
 
 T = TypeVar("T")
+Ts = TypeVarTuple("Ts")
 
 _TINY: Final = Estimate(0.0, None)
+_alive: Final[WeakValueDictionary[int, Collector]] = WeakValueDictionary()
 _SPILLED_SHARE: Final = 0.8
 """The share of `max_memory` from which on queries on threads spill: that of Polars of the memory of
 the machine."""
@@ -131,9 +151,15 @@ class Collector:
         worker. One more raises `QueueFullError` at once. None means 64. All collectors of a
         process together have at most 256 open, since each may keep one of 512 threads of Polars.
     max_memory
-        How much memory each worker process may take, as a number of bytes or a text such as
-        ``"4GB"`` (4 * 1000**3 bytes) or ``"4 GiB"`` (4 * 1024**3); a query that needs more is
-        stopped and raises `QueryMemoryError`. None sets no limit.
+        How much memory this process and its worker processes may take together: a number of
+        bytes, a text such as ``"4GB"`` (4 * 1000**3 bytes) or ``"4 GiB"`` (4 * 1024**3), or a share
+        of the memory of the machine or its cgroup, such as ``"75%"``. No query of the CPU starts
+        that is expected to take more than is left, by what its like took, or else by what it reads;
+        small ones go on meanwhile, and one that no large one runs beside starts in any case. If one
+        takes more by itself, it is stopped in a worker process, and raises `QueryMemoryError`; on
+        threads there is a `MemoryLimitWarning`. Streaming queries spill to the disk from 80 % of it
+        on threads, and from half of it in each worker, unless ``POLARS_OOC_MEMORY_BUDGET_MB`` or
+        ``POLARS_OOC_MEMORY_BUDGET_FRACTION`` are set. None sets no limit.
     inline
         Seconds up to which a query is so quick that handing it to another thread would cost more:
         it then runs on the thread that submits it, and its handle is done at once. It may do so if
@@ -144,6 +170,24 @@ class Collector:
         loop takes more than 1 ms longer for such queries, and of tasks that await one after the
         other, others run in between. 0 turns this off. It needs Linux, the in-memory engine, and
         an `executor` of threads.
+    slow
+        Seconds, of waiting and running together, from which on a query counts as slow: when it
+        ends, also by a time-out or a cancellation, the logger ``polars_async.slow`` says so at
+        WARNING, with its `QueryHandle.summary`. None logs none.
+    progress
+        Whether what queries on the streaming engine read is counted, which takes some 30 us for
+        each: see `QueryHandle.progress`. None counts that of queries that start after the first
+        call of ``progress()``, ``watch()`` or `show_progress` for a query of this collector; in an
+        interactive session, such as a notebook, that of all.
+    single_flight
+        Whether a query that is equal to one that waits or runs does not run itself, but gets the
+        result of that one; `cancel`, time-outs, labels and events stay its own. Queries are equal
+        if their plans, engines and optimisations are, and they read the same files, which have not
+        changed, and equal frames in memory, of 256 kB at most. Those with Python functions, sinks
+        or random numbers never are.
+    cache
+        How long results are kept for equal queries to come, and how much memory they take, as a
+        `Cache`; None keeps none. It turns `single_flight` on.
     on_event
         Called with a `QueryEvent` for each event of a query, on the thread where it happens, which
         waits for the call: it must be quick, and safe to call from many threads. Errors that it
@@ -153,7 +197,7 @@ class Collector:
     Raises
     ------
     TypeError
-        `on_event` is not callable.
+        `on_event` is not callable, `single_flight` no boolean, or `cache` no `Cache`.
     ValueError
         An unknown engine, policy or executor, or a limit out of range.
     """
@@ -161,7 +205,7 @@ class Collector:
     COUNTERS: ClassVar[frozenset[str]] = COUNTERS
     """The keys of `stats` that only ever grow."""
 
-    def __init__(
+    def __init__(  # keywords of the caller's choice
         self,
         *,
         engine: EngineRequest = "auto",
@@ -173,12 +217,20 @@ class Collector:
         max_streams: int | None = None,
         max_memory: float | str | None = None,
         inline: float = 100e-6,
+        slow: float | None = None,
+        progress: bool | None = None,
+        single_flight: bool = False,
+        cache: Cache | None = None,
         on_event: Callable[[QueryEvent], object] | None = None,
     ) -> None:
         check_limit("max_running", max_running, 1)
         check_limit("max_waiting", max_waiting, 0)
         check_limit("max_streams", max_streams, 1)
         check_inline(inline)
+        check_slow(slow)
+        check_flag("single_flight", single_flight)
+        if cache is not None:
+            check_cache(cache)
         if on_event is not None and not callable(on_event):
             raise TypeError(f"on_event must be callable, got {on_event!r}")
         engine_object(engine)
@@ -189,7 +241,8 @@ class Collector:
             gpu_policy(gpu)
         self._gpu_policy: Final = gpu
         self._default_engine: Final = default_engine
-        self._reporter: Final = Reporter(on_event)
+        self.executor: Final = executor if isinstance(executor, str) else type(executor).__name__
+        self._reporter: Final = Reporter(on_event, self.executor, slow, progress)
         most_bytes = None if max_memory is None else checked_memory("max_memory", max_memory)
         memory = None if most_bytes is None else Memory(most_bytes, memory_held)
         known = CostModel(far=executor == "auto", memory=memory)
@@ -209,7 +262,9 @@ class Collector:
         )
         if most_bytes is not None and executor in ("threads", "auto"):
             spilling.spill_from(int(_SPILLED_SHARE * most_bytes))
-        self._where: Final = executor if isinstance(executor, str) else type(executor).__name__
+        results = None if cache is None else Results(cache.seconds, cache.max_bytes)
+        self._flights: Final = Flights(self._reporter, self._cpu.admission.lock, results)
+        self._single_flight: Final = single_flight or cache is not None
         self._elsewhere: Final = isinstance(executor, Executor)
         self._make_gpu_lane: Final = partial(
             Lane,
@@ -228,13 +283,14 @@ class Collector:
         self._chooser: Final = Chooser(known, ask_gpu)
         self._of_one_gpu: Final[dict[str | int, Lane]] = {}
         """The lanes of queries that name a GPU, where several work side by side."""
+        _alive[id(self)] = self
 
     def __repr__(self) -> str:
         if not hasattr(self, "_of_one_gpu"):  # __init__ has raised, and a debugger looks at it
             return "<Collector>"
         stats = self.stats()
         load = f"{stats['running']} running, {stats['waiting']} waiting"
-        return f"<Collector on {self._where}: {load}{', closed' if self.closed else ''}>"
+        return f"<Collector on {self.executor}: {load}{', closed' if self.closed else ''}>"
 
     def collect_async(
         self,
@@ -246,6 +302,7 @@ class Collector:
         priority: int = 0,
         label: str | None = None,
         tags: Tags | None = None,
+        single_flight: bool | None = None,
         gevent: bool = False,
     ) -> QueryHandle[pl.DataFrame]:
         """
@@ -272,6 +329,9 @@ class Collector:
         tags
             What else events and the handle are to tell of the query, as ``{"tenant": "a"}``: a
             mapping of strings to strings, numbers and booleans, which is copied.
+        single_flight
+            Whether the query may share the run, or the kept result, of an equal one; None is as the
+            collector says. False runs it anew in any case.
         gevent
             Accepted as in Polars: fail now if gevent is not installed. Every handle has
             ``get(block=True, timeout=None)`` for greenlets.
@@ -285,7 +345,7 @@ class Collector:
         Raises
         ------
         TypeError
-            `lf` is no LazyFrame, or `label` or `tags` of another type.
+            `lf` is no LazyFrame, or `label`, `tags` or `single_flight` of another type.
         ValueError
             `engine` is no engine, or `timeout` or `priority` is out of range.
         ImportError
@@ -299,7 +359,16 @@ class Collector:
         ForkedProcessError
             Polars cannot run in this process.
         """
-        options = Options(engine, optimizations, timeout, priority, label, tags, gevent=gevent)
+        options = Options(
+            engine,
+            optimizations,
+            timeout,
+            priority,
+            label,
+            tags,
+            single_flight=single_flight,
+            gevent=gevent,
+        )
         return QueryHandle(self._collect(lf, "async", options))
 
     def collect_all_async(
@@ -312,6 +381,7 @@ class Collector:
         priority: int = 0,
         label: str | None = None,
         tags: Tags | None = None,
+        single_flight: bool | None = None,
         gevent: bool = False,
     ) -> QueryHandle[list[pl.DataFrame]]:
         """
@@ -325,7 +395,7 @@ class Collector:
         ----------
         lazy_frames
             The frames; any iterable, read at once.
-        engine, optimizations, timeout, priority, label, tags, gevent
+        engine, optimizations, timeout, priority, label, tags, single_flight, gevent
             As for `collect_async`.
 
         Returns
@@ -341,7 +411,16 @@ class Collector:
         ValueError, EngineUnavailableError, QueueFullError, CollectorClosedError, ForkedProcessError
             As for `collect_async`.
         """
-        options = Options(engine, optimizations, timeout, priority, label, tags, gevent=gevent)
+        options = Options(
+            engine,
+            optimizations,
+            timeout,
+            priority,
+            label,
+            tags,
+            single_flight=single_flight,
+            gevent=gevent,
+        )
         return QueryHandle(self._collect_all(lazy_frames, "async", options))
 
     def as_completed(
@@ -354,6 +433,7 @@ class Collector:
         priority: int = 0,
         label: str | None = None,
         tags: Tags | None = None,
+        single_flight: bool | None = None,
     ) -> ResultStream[tuple[int, pl.DataFrame]]:
         """
         Schedule each frame as a query of its own, and return their results as they come.
@@ -362,7 +442,7 @@ class Collector:
         ----------
         lazy_frames
             The frames; any iterable, read at once.
-        engine, optimizations, timeout, priority, label, tags
+        engine, optimizations, timeout, priority, label, tags, single_flight
             As for `collect_async`; each query has the whole `timeout`.
 
         Returns
@@ -379,7 +459,15 @@ class Collector:
         ValueError, EngineUnavailableError, QueueFullError, CollectorClosedError, ForkedProcessError
             As for `collect_async`; the queries of this call are cancelled.
         """
-        options = Options(engine, optimizations, timeout, priority, label, tags)
+        options = Options(
+            engine,
+            optimizations,
+            timeout,
+            priority,
+            label,
+            tags,
+            single_flight=single_flight,
+        )
         queries: list[Query[pl.DataFrame]] = []
         try:
             for frame in checked_frames(lazy_frames):
@@ -537,6 +625,67 @@ class Collector:
         resolution = self._resolved(options, "async")
         return QueryHandle(self._submit(Schema(lf), resolution, options))
 
+    def run(
+        self,
+        function: Callable[[*Ts], T],
+        *args: *Ts,
+        timeout: float | None = None,
+        priority: int = 0,
+        label: str | None = None,
+        tags: Tags | None = None,
+    ) -> QueryHandle[T]:
+        """
+        Schedule a call of a function that blocks, and return its handle at once.
+
+        It is for what Polars has no query for, such as ``read_excel``, ``write_database`` and
+        operations on DataFrames. The call waits in the queue with the queries, takes a slot, and
+        counts as one of them in events, statistics and limits. The engine of the collector means
+        nothing to it: what the function collects itself runs on the engine that it names.
+
+        On threads the function sees the context variables of the caller. In other processes it
+        gets copies of its arguments and has to be sent, as the Python functions of queries; with
+        ``executor="auto"`` it goes to a worker process, if it can. A function that has begun in a
+        worker process is never run again, whatever becomes of that.
+
+        Parameters
+        ----------
+        function
+            The function; no coroutine function, and no generator.
+        *args
+            Its arguments. For those with names use ``functools.partial``.
+        timeout, priority, label, tags
+            As for `collect_async`. Without a `priority` the call counts as a query of unknown size
+            at first, and after that by how long earlier calls of the function took.
+
+        Returns
+        -------
+        QueryHandle
+            Awaitable in asyncio and trio; the result is what the function returns. It raises what
+            the function raises, unchanged; but tasks get a RuntimeError for StopIteration, as from
+            any coroutine.
+
+        Raises
+        ------
+        TypeError
+            `function` cannot be called, or is a coroutine function; or as for `collect_async`.
+        ValueError, QueueFullError, CollectorClosedError, ForkedProcessError
+            As for `collect_async`.
+
+        Examples
+        --------
+        >>> import polars as pl
+        >>> import polars_async as pa
+        >>> def count(name: str) -> int:
+        ...     return pl.DataFrame({name: [1, 2, 3]}).height
+        >>> with pa.Collector() as collector:
+        ...     print(collector.run(count, "a", label="a count").result())
+        3
+        """
+        _check_function(function)
+        options = Options(None, DEFAULT_OPTIMIZATIONS, timeout, priority, label, tags)
+        fork.check()
+        return QueryHandle(self._submit(Run(function, args), OF_FUNCTION, options))
+
     def collect_background(
         self,
         lf: pl.LazyFrame,
@@ -547,6 +696,7 @@ class Collector:
         priority: int = 0,
         label: str | None = None,
         tags: Tags | None = None,
+        single_flight: bool | None = None,
     ) -> BackgroundQuery[pl.DataFrame]:
         """
         Schedule a query to be fetched by threads, as ``LazyFrame.collect(background=True)``.
@@ -558,7 +708,15 @@ class Collector:
         BackgroundQuery
             With ``fetch()``, ``fetch_blocking()`` and ``cancel()``; the result is a DataFrame.
         """
-        options = Options(engine, optimizations, timeout, priority, label, tags)
+        options = Options(
+            engine,
+            optimizations,
+            timeout,
+            priority,
+            label,
+            tags,
+            single_flight=single_flight,
+        )
         return BackgroundQuery(self._collect(lf, "background", options))
 
     def collect_all_background(
@@ -571,6 +729,7 @@ class Collector:
         priority: int = 0,
         label: str | None = None,
         tags: Tags | None = None,
+        single_flight: bool | None = None,
     ) -> BackgroundQuery[list[pl.DataFrame]]:
         """
         Schedule several frames as one query to be fetched by threads.
@@ -582,7 +741,15 @@ class Collector:
         BackgroundQuery
             As for `collect_background`; the result is a list with one DataFrame for each frame.
         """
-        options = Options(engine, optimizations, timeout, priority, label, tags)
+        options = Options(
+            engine,
+            optimizations,
+            timeout,
+            priority,
+            label,
+            tags,
+            single_flight=single_flight,
+        )
         return BackgroundQuery(self._collect_all(lazy_frames, "background", options))
 
     def resolve_engine(
@@ -593,6 +760,17 @@ class Collector:
         optimizations: pl.QueryOptFlags = DEFAULT_OPTIMIZATIONS,
     ) -> Resolution:
         """Return which engine this collector would run a query on; see `resolve_engine`."""
+        # Synchronous queries run on the thread that asks, whatever the executor.
+        return self._decided(engine, path, optimizations, here=path == "sync")
+
+    def _decided(
+        self,
+        engine: EngineRequest | None,
+        path: QueryPath,
+        optimizations: pl.QueryOptFlags,
+        *,
+        here: bool,
+    ) -> Resolution:
         if engine is None or request_of(engine) == "auto":
             engine = self.engine
         return decide(
@@ -600,8 +778,8 @@ class Collector:
             path,
             self._gpu_policy,
             self._default_engine,
-            gpu_elsewhere=self._elsewhere,
-            gpu_in_workers=self._gpus_in_workers,
+            gpu_elsewhere=self._elsewhere and not here,
+            gpu_in_workers=self._gpus_in_workers and not here,
             optimizations=optimizations,
         )
 
@@ -610,12 +788,17 @@ class Collector:
         """Whether the collector was closed, and takes no more queries."""
         return self._cpu.admission.closed
 
+    def clear_cache(self) -> None:
+        """Drop all results that are kept: see `cache`. Any thread may call this."""
+        self._flights.clear()
+
     def stats(self) -> dict[str, Any]:
         """
         Return the load of this collector and the totals since it was made, which JSON can write.
 
         Counters only ever grow, and are named in `Collector.COUNTERS`. All else are gauges, which
-        rise and fall. Queries on the GPU are counted in both.
+        rise and fall. Queries on the GPU are counted in both; functions given to `run` count as
+        queries.
 
         Returns
         -------
@@ -627,19 +810,27 @@ class Collector:
               ``waiting``, and of ``running`` less ``abandoned``.
             - ``downgraded``, ``fell_back``: queries for which another engine ran.
             - ``inline``: queries that ran on the threads that submitted them.
+            - ``shared``: queries that shared the run of an equal one; ``from_cache``: those whose
+              result was kept from before.
             - ``queue_seconds``, ``run_seconds``: how long queries waited and ran, in all.
+            - ``memory_waits``, ``memory_seconds``: queries that started later for want of memory
+              alone, and how much later, in all.
             - ``workers_died``: worker processes that died with a query.
 
             The gauges:
 
             - ``running``, of which ``abandoned`` were cancelled or timed out and hold their slot
               until they end; ``paused``, the streams that wait for their consumer, or for a slot
-              after that, and hold none; ``waiting``; ``gpu_running`` and ``gpu_waiting``, those of
-              them on the GPU.
+              after that, and hold none; ``waiting``, of which ``sharing`` wait for the runs of
+              equal ones, and need no slot; ``gpu_running`` and ``gpu_waiting``, those of them on
+              the GPU.
             - ``streams``: the streams of batches that run or wait.
             - ``workers``: worker processes.
-            - ``max_running``, ``max_waiting``, ``max_streams``: the limits; None where there is
-              none.
+            - ``memory``: bytes that this process and its workers take now, as far as they count
+              for ``max_memory``; None without that limit.
+            - ``max_running``, ``max_waiting``, ``max_streams``, ``max_memory``: the limits; None
+              where there is none.
+            - ``cached``, ``cached_bytes``: the results that are kept, and their size.
             - ``gpu_failures``, ``gpu_cooldown_seconds``: of the whole process, the failures in a
               row of the GPU, and how long it will not be used for that; of several GPUs, those of
               the most failures and of the longest cooldown. In worker processes each GPU has its
@@ -647,12 +838,35 @@ class Collector:
               NVML's index 0, once it has run a query.
         """
         *on_gpus, cpu = (lane.admission for lane in self._lanes)
-        stats = stats_of(cpu, on_gpus)
+        stats = stats_of(cpu, on_gpus, self._flights)
         executors = (self._gpu.executor, self._cpu.executor)  # the lanes of one GPU share the first
         stats["inline"] = 0 if self._cpu.inline is None else self._cpu.inline.ran
         stats["workers"] = sum(each.worker_count for each in executors)
         stats["workers_died"] = sum(each.worker_deaths for each in executors)
         return stats
+
+    def queries(self) -> list[QueryInfo]:
+        """
+        Return what waits and runs now, in the order of submission; any thread may call this.
+
+        Returns
+        -------
+        list of QueryInfo
+            A record of each query in the queue or in a slot: with paused streams, those on GPUs,
+            and those that were cancelled or timed out and have not stopped yet.
+        """
+        return [info_of(query, state) for query, state in self._states().items()]
+
+    def cancel(self, query_id: int) -> bool:
+        """
+        Cancel the query of a number that `queries`, a handle or an event tells.
+
+        Returns
+        -------
+        bool
+            False if this collector has no such query, or it is done already.
+        """
+        return any(query.cancel() for query in self._states() if query.id == query_id)
 
     def close(
         self, *, wait: bool = True, cancel_waiting: bool = True, cancel_running: bool = False
@@ -680,6 +894,7 @@ class Collector:
         if wait:
             _check_outside("close", "pass wait=False")
         _close_lanes(self._lanes, cancel_waiting=cancel_waiting, cancel_running=cancel_running)
+        self._flights.clear()
         if wait:
             for lane in self._lanes:
                 block_or_let_run(lane.admission)
@@ -700,6 +915,7 @@ class Collector:
         """
         _check_outside("aclose", "call close(wait=False)")
         _close_lanes(self._lanes, cancel_waiting=cancel_waiting, cancel_running=cancel_running)
+        self._flights.clear()
         bridge = bridges.current()
         for lane in self._lanes:
             await Suspension(bridge, lane.admission)
@@ -709,6 +925,7 @@ class Collector:
         # No weakref.finalize: it would hold the lanes, whose hook may hold the collector.
         if not is_finalizing() and hasattr(self, "_of_one_gpu"):  # else __init__ has raised
             _close_lanes(self._lanes)
+            self._flights.clear()
 
     def __enter__(self) -> Self:
         return self
@@ -746,6 +963,27 @@ class Collector:
         operation = CollectAll(frames, resolution.engine, options.optimizations)
         return self._submit(operation, resolution, options)
 
+    def _result_in_turn(
+        self, operation_on: Callable[[pl.Engine], Operation[T]], optimizations: pl.QueryOptFlags
+    ) -> T:
+        """
+        Run an operation for a synchronous method of Polars, which blocks until its turn is over.
+
+        `operation_on` makes it for the engine of the synchronous path.
+        """
+        fork.check()
+        resolution = self._decided(None, "sync", optimizations, here=False)
+        warn_of(resolution)
+        options = Options(None, optimizations, None, 0, None)
+        query = self._submit(operation_on(resolution.engine), resolution, options)
+        try:
+            result = result_of(query)
+            if query.resolution.fell_back:
+                warn_of(query.resolution)
+            return result
+        finally:
+            del query  # an error's traceback holds this frame, which else held the error
+
     def _resolved(self, options: Options, path: QueryPath) -> Resolution:
         fork.check()
         resolution = self.resolve_engine(
@@ -753,6 +991,9 @@ class Collector:
         )
         warn_of(resolution)
         return resolution
+
+    def _states(self) -> dict[Query[Any], str]:
+        return states_of([lane.admission for lane in self._lanes])
 
     @property
     def _lanes(self) -> Iterator[Lane]:
@@ -785,6 +1026,12 @@ class Collector:
         self, operation: Operation[T], resolution: Resolution, options: Options
     ) -> Query[T]:
         lane = self._lane(resolution)
+        estimate, fingerprint = None, None
+        if not operation.runs_engine:
+            if isinstance(operation, Run):
+                fingerprint = operation.fingerprint
+            else:
+                estimate = _TINY
         query = Query(
             operation,
             resolution,
@@ -793,14 +1040,18 @@ class Collector:
             priority=options.priority,
             label=options.label,
             tags=options.tags,
-            estimate=None if operation.runs_engine else _TINY,
+            estimate=estimate,
             chooser=self._chooser if resolution.name == ADAPTIVE else None,
+            fingerprint=fingerprint,
         )
         if isinstance(operation, operations.Batches):
             operation.buffer.bind(PausableQuery(lane, query))
         if not isinstance(lane.executor, ThreadsExecutor) or lane.admission.memory is not None:
             query.call_site = call_site()
-        here = lane.submit(query)
+        shares = options.single_flight
+        if shares is None:
+            shares = self._single_flight
+        here = lane.submit(query, partial(self._flights.admit, lane) if shares else None)
         try:
             if options.timeout is not None and not query.done:
                 try:
@@ -812,6 +1063,21 @@ class Collector:
             if here is not None:
                 lane.run_inline(query, here)
         return query
+
+
+def stats_of_all() -> list[tuple[str, dict[str, Any]]]:
+    """Return where each collector that is not closed runs queries, and its statistics."""
+    # `valuerefs` copies in one step: other threads make collectors meanwhile.
+    alive = [known() for known in _alive.valuerefs()]
+    return [(each.executor, each.stats()) for each in alive if each is not None and not each.closed]
+
+
+def _check_function(function: object) -> None:
+    if not callable(function):
+        raise TypeError(f"function must be callable, got {function!r}")
+    for called in (function, type(function).__call__):
+        if iscoroutinefunction(called) or isasyncgenfunction(called):
+            raise async_function_error(f"{function!r} is an async one")
 
 
 def _check_outside(method: str, remedy: str) -> None:

@@ -4,22 +4,31 @@ from __future__ import annotations
 
 import enum
 import logging
+import sys
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Final, TypeAlias
+from dataclasses import dataclass, field, fields, make_dataclass
+from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
 import polars as pl
 
+from polars_async._runtime.instruments import Attached
 from polars_async._runtime.logs import complain, is_ctrl_c, log
 from polars_async.errors import describe
+from polars_async.resolution import engine_text
+from polars_async.wording import how_shared, summarize
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from contextvars import Context
 
+    from polars_async._runtime.instruments import Listener
     from polars_async.resolution import Resolution
+    from polars_async.wording import Ahead
 
 Tags: TypeAlias = Mapping[str, str | int | float | bool]
 """What a caller says of a query by ``tags=``: names and their values."""
+
+_slow_log: Final = logging.getLogger("polars_async.slow")
 
 observers: Final[list[Callable[[Resolution], object]]] = []
 """
@@ -49,6 +58,15 @@ class EventKind(enum.StrEnum):
     """The collector was full or closed."""
 
 
+_ENDS: Final = frozenset(
+    {
+        EventKind.FINISHED,
+        EventKind.FAILED,
+        EventKind.CANCELLED,
+        EventKind.TIMED_OUT,
+        EventKind.REJECTED,
+    }
+)
 _KINDS_WITH_REASON: Final = frozenset({EventKind.DOWNGRADED, EventKind.FELL_BACK})
 _LEVELS: Final = {
     EventKind.DOWNGRADED: logging.INFO,
@@ -73,7 +91,7 @@ class QueryEvent:
     label
         The ``label=`` of the query; None without one.
     engine
-        The name of the engine that runs the query.
+        The name of the engine that runs the query; ``"none"`` for a function given to ``run``.
     queue_seconds
         How long the query waited for a slot, so far; 0 if it was rejected.
     run_seconds
@@ -92,6 +110,25 @@ class QueryEvent:
         ``inline=`` of `Collector`. False before STARTED.
     tags
         The ``tags=`` of the query; empty without any.
+    place
+        Where the query runs: ``"worker 4711"`` of a process; None for a thread of this process, and
+        before it runs.
+    ahead
+        How many queries, running and waiting, were before it when it was put into the queue; None
+        if it was not.
+    peak_memory
+        The most memory that the query took so far, in bytes; None if that is not known.
+    shared_with
+        The ``query_id`` of the equal query whose run, or kept result, this one shares; None of one
+        that runs itself.
+    from_cache
+        Whether that result was kept from before: see ``cache=`` of `Collector`.
+    operation
+        What the query does: ``"collect"``, ``"collect_all"``, ``"batches"``, ``"sink"``,
+        ``"schema"`` or ``"run"``.
+    executor
+        Where its collector runs queries: ``"threads"``, ``"processes"``, ``"auto"``, or the name of
+        the class of an executor of the caller's.
     """
 
     kind: EventKind
@@ -105,22 +142,65 @@ class QueryEvent:
     resolution: Resolution
     inline: bool = False
     tags: Tags = field(default_factory=dict, hash=False)
+    place: str | None = None
+    ahead: Ahead | None = None
+    peak_memory: int | None = None
+    shared_with: int | None = None
+    from_cache: bool = False
+    operation: str = "collect"
+    executor: str = "threads"
+
+    @property
+    def summary(self) -> str:
+        """What took the query how long so far, in one sentence; composed when it is asked for."""
+        end: str | None = None
+        if self.kind is EventKind.FAILED and self.error is not None:
+            end = f"failed by {describe(self.error)}"
+        elif self.kind in _ENDS and self.kind is not EventKind.FINISHED:
+            end = f"was {self.kind}" if self.kind is not EventKind.TIMED_OUT else "timed out"
+        return summarize(
+            waited=self.queue_seconds,
+            ran=self.run_seconds,
+            resolution=self.resolution,
+            ahead=self.ahead,
+            place=self.place,
+            inline=self.inline,
+            peak_memory=self.peak_memory,
+            shared=how_shared(self.shared_with, from_cache=self.from_cache),
+            end=end,
+        )
 
     def __str__(self) -> str:
         label = f" {self.label!r}" if self.label is not None else ""
         what = self.kind.replace("_", " ")
-        parts = [f"query {self.query_id}{label} {what}: {self.engine} engine"]
+        parts = [f"query {self.query_id}{label} {what}: {engine_text(self.engine)}"]
         if self.kind in _KINDS_WITH_REASON and self.resolution.reason is not None:
             parts.append(self.resolution.reason)
         parts.append(f"waited {self.queue_seconds:.3f} s")
         if self.run_seconds is not None:
             parts.append(f"ran {self.run_seconds:.3f} s{' inline' if self.inline else ''}")
+        if (shared := how_shared(self.shared_with, from_cache=self.from_cache)) is not None:
+            parts.append(shared)
         if self.rows is not None:
             parts.append(f"{self.rows} rows")
         if self.error is not None:
             parts.append(describe(self.error))
         parts += [f"{name}={value!r}" for name, value in self.tags.items()]
         return ", ".join(parts)
+
+
+_Draft: Final[Any] = make_dataclass(
+    "_Draft", [each.name for each in fields(QueryEvent)], slots=True
+)
+
+
+def new_event(*values: object) -> QueryEvent:
+    """Return an event with the `values` of all its fields, in their order."""
+    # In 0.3 us, and not in 1.4: the initializer of a frozen class sets each field by a call. A
+    # class with the same slots, which is not frozen, can become it.
+    event = _Draft(*values)
+    event.__class__ = QueryEvent
+    return event  # type: ignore[no-any-return]
 
 
 def notify_observers(resolution: Resolution) -> None:
@@ -133,34 +213,106 @@ def notify_observers(resolution: Resolution) -> None:
 
 
 class Reporter:
-    """Passes events to the logger and to the hook of one collector."""
+    """
+    Passes events to the logger, to the hook of one collector, and to listeners.
 
-    __slots__ = ("_on_event",)
+    The logger ``polars_async.slow`` is told, at their end, of queries that took `slow` seconds or
+    more. `progress` says whether what queries read is counted: None for from when it is asked for,
+    which in an interactive session is at once.
+    """
 
-    def __init__(self, on_event: Callable[[QueryEvent], object] | None) -> None:
+    __slots__ = ("_may_count", "_of_collector", "_on_event", "_slow", "counts", "executor")
+
+    def __init__(
+        self,
+        on_event: Callable[[QueryEvent], object] | None,
+        executor: str = "threads",
+        slow: float | None = None,
+        progress: bool | None = None,  # noqa: FBT001
+    ) -> None:
         self._on_event = on_event
+        self._of_collector: tuple[Listener, ...] = ()
+        self.executor = executor
+        """As for `QueryEvent`."""
+        self._slow = slow
+        self._may_count = progress is not False
+        self.counts = hasattr(sys, "ps1") if progress is None else progress
+        """Whether what queries read is counted."""
+
+    def want_counts(self) -> None:
+        """Have what queries read be counted, unless that was ruled out."""
+        self.counts = self._may_count
 
     @property
     def listens(self) -> bool:
-        """Whether a hook, an observer or the logger takes any event; read once for each query."""
-        return self._on_event is not None or bool(observers) or log.isEnabledFor(logging.INFO)
+        """Whether anything takes any event; read once for each query."""
+        return (
+            self._on_event is not None
+            or self._slow is not None
+            or bool(observers)
+            or bool(Attached.listeners)
+            or bool(self._of_collector)
+            or log.isEnabledFor(logging.INFO)
+        )
+
+    @property
+    def listeners(self) -> tuple[Listener, ...]:
+        """
+        The listeners of the process and of the collector; read once for each query.
+
+        So each listener is told of a query from its first event to its last, or not at all.
+        """
+        return Attached.listeners + self._of_collector
+
+    def add(self, listener: Listener) -> None:
+        """Have `listener` told of the queries that are submitted to the collector from now on."""
+        self._of_collector = (*self._of_collector, listener)
+
+    def remove(self, listener: Listener) -> None:
+        """Have `listener` not told of queries that are submitted from now on."""
+        self._of_collector = tuple(each for each in self._of_collector if each is not listener)
 
     def wants(self, kind: EventKind) -> bool:
-        """Return whether the hook or the logger takes events of this `kind`."""
-        return self._on_event is not None or log.isEnabledFor(_level_of(kind))
+        """Return whether the hook or a logger takes events of this `kind`."""
+        return (
+            self._on_event is not None
+            or (self._slow is not None and kind in _ENDS)
+            or log.isEnabledFor(_level_of(kind))
+        )
 
-    def __call__(self, event: QueryEvent) -> None:
-        """Log `event` and call the hook, with no lock held. Errors of the hook are logged."""
-        try:
-            log.log(_level_of(event.kind), "%s", event)
-            if self._on_event is not None:
-                self._on_event(event)
-        except KeyboardInterrupt:
-            if is_ctrl_c():
-                raise
-            complain("the on_event hook was interrupted at: %s", event)
-        except BaseException:  # noqa: BLE001  # SystemExit, too, must not end a worker thread
-            complain("the on_event hook raised at: %s", event)
+    def __call__(self, event: QueryEvent, listeners: tuple[Listener, ...], of: Context) -> None:
+        """Tell `event` to the listeners, the loggers and the hook, with no lock held."""
+        # The hook is the last: Ctrl-C in it ends this, and listeners would not learn of an end.
+        for listener in listeners:
+            _call("an instrument", listener, event, of)
+        _call("the on_event hook", self._log_and_hook, event)
+
+    def _log_and_hook(self, event: QueryEvent) -> None:
+        log.log(_level_of(event.kind), "%s", event)
+        if self._slow is not None and event.kind in _ENDS:
+            _log_slow(event, self._slow)
+        if self._on_event is not None:
+            self._on_event(event)
+
+
+def _call(what: str, function: Callable[..., object], event: QueryEvent, *more: object) -> None:
+    """Call a function of others, and log its error: it must not cost a query its result."""
+    try:
+        function(event, *more)
+    except KeyboardInterrupt:
+        if is_ctrl_c():
+            raise
+        complain("%s was interrupted at: %s", what, event)
+    except BaseException:  # noqa: BLE001  # SystemExit, too, must not end a worker thread
+        complain("%s raised at: %s", what, event)
+
+
+def _log_slow(event: QueryEvent, slow: float) -> None:
+    """Log an `event` that is the last of a query, if that took `slow` seconds or more."""
+    if event.queue_seconds + (event.run_seconds or 0.0) >= slow:
+        label = f" {event.label!r}" if event.label is not None else ""
+        tags = "".join(f", {name}={value!r}" for name, value in event.tags.items())
+        _slow_log.warning("query %d%s was slow: %s%s", event.query_id, label, event.summary, tags)
 
 
 def _level_of(kind: EventKind) -> int:
@@ -168,11 +320,10 @@ def _level_of(kind: EventKind) -> int:
 
 
 def count_rows(result: object) -> int | None:
-    """Return the number of rows of a result, over all its frames; None if it has no rows."""
+    """Return the number of rows of a result, over all its frames; None if it is anything else."""
     if isinstance(result, pl.DataFrame):
         return result.height
-    if isinstance(result, list):
-        return sum(count_rows(frame) or 0 for frame in result)
-    return (
-        result if isinstance(result, int) else None
-    )  # the operation of a stream returns their number
+    if isinstance(result, list) and all(isinstance(each, pl.DataFrame) for each in result):
+        heights: list[int] = [frame.height for frame in result]
+        return sum(heights)
+    return None

@@ -12,7 +12,8 @@ from polars_async import bridges
 from polars_async._runtime.fork import new_lock
 from polars_async._runtime.upstream import InProcessQuery
 from polars_async.bridges import turns
-from polars_async.bridges.threads import block
+from polars_async.bridges.threads import block, block_caller
+from polars_async.watches import Watchable
 
 if TYPE_CHECKING:
     from collections.abc import Generator
@@ -39,7 +40,7 @@ class _NoWaiter:
 _NO_WAITER: Final = _NoWaiter()
 
 
-class QueryHandle(Coroutine[Any, Any, T], Generic[T]):
+class QueryHandle(Watchable, Coroutine[Any, Any, T], Generic[T]):
     """
     The handle of a scheduled query.
 
@@ -58,11 +59,13 @@ class QueryHandle(Coroutine[Any, Any, T], Generic[T]):
     # `_awaits` is set only once a task was made of the handle: most handles do without.
     __slots__ = ("__weakref__", "_awaits", "_query")
 
+    _query: Query[T]
+
     def __init__(self, query: Query[T]) -> None:
         self._query = query
 
     def __repr__(self) -> str:
-        return f"<QueryHandle: {summary(self._query)}>"
+        return f"<QueryHandle: {self._query.essence}>"
 
     @property
     def label(self) -> str | None:
@@ -247,7 +250,7 @@ class QueryHandle(Coroutine[Any, Any, T], Generic[T]):
             del self, query  # an error's traceback holds this frame, which else held the error
 
 
-class BackgroundQuery(InProcessQuery, Generic[T]):
+class BackgroundQuery(Watchable, InProcessQuery, Generic[T]):
     """
     A query in the background, with the methods of Polars' own.
 
@@ -260,7 +263,7 @@ class BackgroundQuery(InProcessQuery, Generic[T]):
         self._handle = QueryHandle(query)
 
     def __repr__(self) -> str:
-        return f"<BackgroundQuery: {summary(self._query)}>"
+        return f"<BackgroundQuery: {self._query.essence}>"
 
     def cancel(self) -> None:
         """Cancel the query; its result or error is dropped."""
@@ -275,6 +278,23 @@ class BackgroundQuery(InProcessQuery, Generic[T]):
         return self._handle.result()
 
 
+def result_of(query: Query[T]) -> T:
+    """
+    Block the calling thread, or greenlet, until the query is done; return or raise its outcome.
+
+    What interrupts the wait, such as Ctrl-C, cancels the query: no caller has a handle of it.
+    """
+    try:
+        if not query.done:
+            block_caller(query)
+        return query.outcome(CancelledError)
+    except BaseException:
+        query.cancel()
+        raise
+    finally:
+        del query  # an error's traceback holds this frame, which else held the error
+
+
 def _running_task() -> object:
     """Return the task of asyncio that runs on this thread, or None."""
     tasks = sys.modules.get("asyncio.tasks")
@@ -282,13 +302,6 @@ def _running_task() -> object:
         return None if tasks is None else tasks.current_task()
     except RuntimeError:  # no loop runs
         return None
-
-
-def summary(query: Query[Any]) -> str:
-    """Return the number, label, state and engine of a query in a few words."""
-    label = "" if query.label is None else f" {query.label!r}"
-    state = query.state.name.lower().replace("_", " ")
-    return f"query {query.id}{label}, {state}, {query.resolution.name} engine"
 
 
 def check_gevent(what: str) -> None:

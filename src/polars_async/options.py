@@ -29,7 +29,44 @@ _SIZE: Final = re.compile(
 
 _SHARE: Final = re.compile(r"\s*(?P<percent>\d+(\.\d+)?)\s*%\s*", re.ASCII)
 
-__all__ = ["DEFAULT_OPTIMIZATIONS", "Options", "check_inline", "check_limit", "checked_memory"]
+__all__ = [
+    "DEFAULT_OPTIMIZATIONS",
+    "Cache",
+    "Options",
+    "check_inline",
+    "check_limit",
+    "check_slow",
+    "checked_bytes",
+    "checked_memory",
+]
+
+
+class Cache:
+    """
+    How long a `Collector` keeps results for equal queries, and how much memory they take.
+
+    Parameters
+    ----------
+    seconds
+        How long a result is kept, once it is there.
+    max_bytes
+        How much all results may take, as a number of bytes or a text such as ``"1 GB"``: the one
+        that was used least recently is dropped first. One that is larger is not kept.
+
+    Raises
+    ------
+    ValueError
+        `seconds` is not above 0, or `max_bytes` is no size.
+    """
+
+    __slots__ = ("max_bytes", "seconds")
+
+    def __init__(self, *, seconds: float, max_bytes: float | str) -> None:
+        self.seconds: Final = _seconds(seconds, "seconds")
+        self.max_bytes: Final = checked_bytes("max_bytes", max_bytes)
+
+    def __repr__(self) -> str:
+        return f"Cache(seconds={self.seconds:g}, max_bytes={self.max_bytes})"
 
 
 class Options:
@@ -41,14 +78,23 @@ class Options:
     Raises
     ------
     TypeError
-        `label` is no string, or `tags` no mapping of strings to strings, numbers and booleans.
+        `label` is no string, `tags` no mapping of strings to strings, numbers and booleans, or
+        `single_flight` no boolean.
     ValueError
         `timeout` or `priority` is out of range.
     ImportError
         `gevent` is true, and gevent is not installed.
     """
 
-    __slots__ = ("engine", "label", "optimizations", "priority", "tags", "timeout")
+    __slots__ = (
+        "engine",
+        "label",
+        "optimizations",
+        "priority",
+        "single_flight",
+        "tags",
+        "timeout",
+    )
 
     def __init__(
         self,
@@ -60,6 +106,7 @@ class Options:
         tags: Tags | None = None,
         *,
         gevent: bool = False,
+        single_flight: bool | None = None,
     ) -> None:
         if gevent:
             check_gevent("gevent=True")
@@ -70,12 +117,30 @@ class Options:
             )
         if label is not None and not isinstance(label, str):
             raise TypeError(f"label must be a string, or None, got {label!r}")
+        if single_flight is not None:
+            check_flag("single_flight", single_flight)
         self.engine: Final = engine
         self.optimizations: Final = optimizations
         self.timeout: Final = None if timeout is None else _seconds(timeout)
         self.priority: Final = priority
         self.label: Final = label
+        self.single_flight: Final = single_flight
         self.tags: Final = None if tags is None else _checked_tags(tags)
+
+
+def check_flag(name: str, flag: object) -> None:
+    """Raise TypeError for a flag that is neither True nor False."""
+    if not isinstance(flag, bool):
+        raise TypeError(f"{name} must be True or False, got {flag!r}")
+
+
+def check_cache(cache: object) -> None:
+    """Raise TypeError for what is no `Cache`."""
+    if not isinstance(cache, Cache):
+        raise TypeError(
+            "cache must be a Cache, such as Cache(seconds=60, max_bytes='1 GB'), or None, got "
+            f"{cache!r}"
+        )
 
 
 def check_limit(name: str, limit: object, least: int) -> None:
@@ -129,6 +194,16 @@ def check_inline(inline: Any) -> None:
         )
 
 
+def check_slow(slow: Any) -> None:
+    """Raise ValueError unless `slow` is a number of seconds, 0 or more, or None."""
+    is_number = isinstance(slow, (int, float)) and not isinstance(slow, bool)
+    if slow is not None and not (is_number and slow >= 0):
+        raise ValueError(
+            f"slow must be a number of seconds, 0 or more, or None, got {slow!r}: queries that "
+            "take as long are logged"
+        )
+
+
 def _checked_tags(tags: object) -> Tags:
     """Return a copy of `tags`: later changes of the caller's do not reach the events."""
     if not isinstance(tags, Mapping):
@@ -146,11 +221,12 @@ def _checked_tags(tags: object) -> Tags:
     return checked
 
 
-def _seconds(timeout: Any) -> float:
+def _seconds(timeout: Any, name: str = "timeout") -> float:
     try:
         seconds = nan if isinstance(timeout, str) else float(timeout)
     except (TypeError, ValueError, OverflowError):
         seconds = nan
     if not seconds > 0:
-        raise ValueError(f"timeout must be more than 0 seconds, or None, got {timeout!r}")
+        or_none = ", or None" if name == "timeout" else ""
+        raise ValueError(f"{name} must be more than 0 seconds{or_none}, got {timeout!r}")
     return seconds

@@ -53,6 +53,8 @@ _ENGINES: Final[dict[str, pl.Engine]] = {
     "cpu": IN_MEMORY,  # an alias that Polars itself still takes
     "streaming": pl.StreamingEngine(),
 }
+NO_ENGINE: Final = "none"
+"""The name of the engine where a function runs, and no query."""
 _UNCHOSEN: Final = pl.InMemoryEngine()
 """Stands for the engine of a query for which ``"adaptive"`` has not chosen one."""
 SOURCE_NAMES: Final[dict[EngineSource, str]] = {
@@ -86,11 +88,12 @@ class Resolution:
         also where a *name* set with ``Config`` lives) or ``"default"``; ``"adaptive"`` if the
         choice was left to this library.
     engine
-        The engine to run.
+        The engine to run; of no meaning for a function that was given to ``run``.
     name
         Its name: ``"in-memory"``, ``"streaming"``, ``"gpu"``, what another engine object calls
         itself, or ``"auto"`` where the choice is left to Polars; ``"adaptive"`` as long as this
-        library has not chosen one, which it does at the latest when the query starts.
+        library has not chosen one, which it does at the latest when the query starts; ``"none"``
+        for a function that was given to ``run``, which may use any.
     downgraded
         Whether the GPU engine was asked for, and the path or the host ruled it out.
     reason
@@ -222,8 +225,8 @@ def decide(
     """
     Do what `resolve_engine` does, for queries that may run outside of this process.
 
-    With `gpu_elsewhere` they run on other hosts, and the GPU of this one does not matter. With
-    `gpu_in_workers` they run in worker processes, one for each GPU.
+    With `gpu_elsewhere` the query runs on another host, and the GPU of this one does not matter.
+    With `gpu_in_workers` it runs in a worker process, one for each GPU.
     """
     if path not in _PATHS:
         raise ValueError(f"path must be one of {_listed(_PATHS)}, got {path!r}")
@@ -239,11 +242,9 @@ def decide(
         return requested
     if optimizations is not None and upstream.is_eager(optimizations):
         return _left_to_cpu(requested)
-    if gpu_elsewhere and path != "sync" and gpu_policy(gpu) != "downgrade":
+    if gpu_elsewhere and (path == "sync" or gpu_policy(gpu) != "downgrade"):
         return requested
-    in_workers = (
-        gpu_in_workers and path != "sync" and type(requested.engine) in upstream.BUILT_IN_ENGINES
-    )
+    in_workers = gpu_in_workers and type(requested.engine) in upstream.BUILT_IN_ENGINES
     return _gpu_rule(requested, path, gpu, in_workers=in_workers)
 
 
@@ -522,6 +523,24 @@ def runs(name: str) -> str:
     if name == ADAPTIVE:
         return "the engine that is expected to be the fastest runs"
     return f"the {'GPU' if name == 'gpu' else name} engine runs"
+
+
+def engine_text(name: str) -> str:
+    """Return the engine of a query for a list of facts about it."""
+    return "no engine" if name == NO_ENGINE else f"{name} engine"
+
+
+OF_FUNCTION: Final = Resolution(
+    requested="auto",
+    source="default",
+    engine=IN_MEMORY,  # whose queries run wherever the executor has them run
+    name=NO_ENGINE,
+    downgraded=False,
+    reason=None,
+    message="no engine runs: the function may use any, and names it itself",
+    gpu=None,
+)
+"""The resolution of functions, for which there is nothing to decide."""
 
 
 def _listed(values: Iterable[str]) -> str:

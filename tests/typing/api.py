@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import asyncio
 from concurrent.futures import Executor, ThreadPoolExecutor
+from functools import partial
 from signal import Signals
 from typing import TYPE_CHECKING, Any, assert_type
 
 import polars as pl
 
 import polars_async as pa
+from polars_async.instrumentation.opentelemetry import PolarsAsyncInstrumentor
+from polars_async.instrumentation.prometheus import register, unregister
 from polars_async.starlette import unless_disconnected
 from polars_async.testing import simulate_gpu
 
@@ -20,6 +23,7 @@ if TYPE_CHECKING:
     import litestar
     import starlette.requests
     from distributed import Client
+    from prometheus_client import CollectorRegistry
 
     from polars_async.pytest_plugin import EngineLog
     from polars_async.testing import SimulatedGpu
@@ -84,6 +88,21 @@ async def takes_options() -> None:
         assert_type(batch, pl.DataFrame)
     assert_type(await pa.sink_async(lf.sink_csv("file", lazy=True), priority=1), None)
     assert_type(await pa.collect_schema_async(lf, gevent=False), pl.Schema)
+
+
+def named(name: str, width: int = 3) -> bytes:
+    return name.ljust(width).encode()
+
+
+async def runs_functions(collector: pa.Collector) -> None:
+    assert_type(pa.run(named, "a"), pa.QueryHandle[bytes])
+    assert_type(await pa.run(named, "a", 5, timeout=1.5, label="name"), bytes)
+    assert_type(await collector.run(named, "a", priority=1, tags={"tenant": "a"}), bytes)
+    assert_type(await collector.run(pl.read_parquet, "a.parquet"), pl.DataFrame)
+    assert_type(await pa.run(partial(pl.read_csv, "a.csv", has_header=False)), pl.DataFrame)
+    assert_type(pa.run(lf.collect().write_csv, "a.csv").result(), None)
+    pa.run(named, 5)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+    pa.run("named")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
 
 
 def without_a_loop(collector: pa.Collector) -> None:
@@ -202,7 +221,7 @@ def runs_elsewhere(client: Client) -> None:
 
 async def plugs_in(collector: pa.Collector) -> None:
     engine = pa.AsyncEngine()
-    assert_type(pa.AsyncEngine(collector).collector, pa.Collector)
+    assert_type(pa.AsyncEngine(collector, bound_sync=True).collector, pa.Collector)
 
     assert_type(lf.collect(engine=engine), pl.DataFrame)
     assert_type(await lf.collect_async(engine=engine), pl.DataFrame)
@@ -386,3 +405,21 @@ def simulated() -> None:
         return 1
 
     assert_type(slow(), int)
+
+
+# Instruments
+
+
+def watches(collector: pa.Collector, registry: CollectorRegistry) -> None:
+    register(collector)
+    register(collector, registry, name="exports", by_label=True)
+    unregister(collector, registry)
+    PolarsAsyncInstrumentor().instrument()
+    PolarsAsyncInstrumentor().instrument(in_workers=lambda: None)
+    PolarsAsyncInstrumentor().instrument(in_workers="name")  # type: ignore[arg-type]
+    PolarsAsyncInstrumentor().uninstrument()
+
+
+def tells_what_it_was(event: pa.QueryEvent) -> None:
+    assert_type(event.operation, str)
+    assert_type(event.executor, str)

@@ -8,8 +8,9 @@ from time import monotonic
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 from polars_async._runtime.fork import Step, in_child
+from polars_async._runtime.repeatable import is_repeatable
 from polars_async._runtime.unpatched import get_ident, sleep
-from polars_async._runtime.upstream import PICKLED, PlanEnd, plan_text
+from polars_async._runtime.upstream import PICKLED, PlanEnd, plan_bytes, plan_text
 
 if TYPE_CHECKING:
     import polars as pl
@@ -154,6 +155,36 @@ def shape_in_memory(lf: pl.LazyFrame, limit: int) -> int | None:
     # The bytes of frames that are in the text, and how many others there were.
     text = _BYTES_OF_FRAMES.sub(_magnitude, plan.text).translate(_DIGITS)
     return hash((text, plan.frame_bytes.bit_length())) or 1
+
+
+def packed(lf: pl.LazyFrame, limit: int) -> bytes | None:
+    """
+    Return the plan of `lf` as Polars packs it: equal plans have the same bytes.
+
+    Return None if it is longer than `limit`, or calls functions of Python that are not packed yet.
+    Nothing is called or opened; frames in memory are in it, and are copied even where that is
+    longer than the limit.
+    """
+    _reading.add(thread := get_ident())  # as in `_text_of`
+    try:
+        return None if _process_ends else plan_bytes(lf, limit)
+    finally:
+        _reading.discard(thread)
+
+
+def is_same_each_time(lf: pl.LazyFrame, paths: list[str]) -> bool:
+    """
+    Return whether `lf` is known to give the same result in each run, but for what changes in files.
+
+    It takes some 100 us. `paths` are all that it may scan.
+    """
+    plan = _text_of(lf, NEAR)
+    if plan is None or plan.end is not PlanEnd.WHOLE:
+        return False
+    if any(each in plan.text for each in (PICKLED, _PYTHON_NODE, _PLUGIN)):
+        return False
+    # What several parts of a plan share is packed once, and written for each of them.
+    return set(_paths(plan.text)) == set(paths) and is_repeatable(plan.text)
 
 
 def _magnitude(numbers: re.Match[bytes]) -> bytes:

@@ -65,6 +65,17 @@ def block_or_let_run(awaited: Awaited) -> None:
         block(awaited)
 
 
+def block_caller(awaited: Awaited) -> None:
+    """Block this thread until `awaited` is done; where it has a hub of gevent, this greenlet."""
+    if _other_greenlets_run():
+        from polars_async.bridges.gevent import block_greenlet  # noqa: PLC0415  # optional
+
+        block_greenlet(awaited)
+        catch_up()
+    else:
+        block(awaited)
+
+
 class _Blocking:
     """The bridge of a caller without a task: what the other ones suspend, this one blocks."""
 
@@ -74,13 +85,7 @@ class _Blocking:
         return None
 
     def wait(self, awaited: Awaited) -> Generator[Any, Any, None]:
-        if _other_greenlets_run():
-            from polars_async.bridges.gevent import block_greenlet  # noqa: PLC0415  # optional
-
-            block_greenlet(awaited)
-            catch_up()
-        else:
-            block(awaited)
+        block_caller(awaited)
         yield from ()
 
     def may_go_on(self) -> bool:

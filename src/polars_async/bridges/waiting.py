@@ -28,6 +28,13 @@ class Waiter(Protocol):
         """
 
 
+class Onlooker:
+    """The base of waiters that only look on: they do not keep a query from being cancelled."""
+
+    survives_fork: ClassVar[bool] = True
+    wake_at_exit: ClassVar[bool] = True
+
+
 class Awaited(Protocol):
     """What a waiter waits for, such as the end of a query."""
 

@@ -84,6 +84,10 @@ class _Uncancelled:
         return nullcontext()
 
     @staticmethod
+    def note_reading(reading: tuple[Any, ...]) -> None:
+        """Ignore it: nothing is counted here."""
+
+    @staticmethod
     def note_memory(peak: int) -> None:
         """Do nothing: there is no limit."""
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from time import process_time
-from typing import TYPE_CHECKING, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from polars_async._runtime.callers import CallSite
     from polars_async.executors.operations import Operation
     from polars_async.gpu.status import GpuStatus
+    from polars_async.progress import Meter
     from polars_async.resolution import Resolution
 
 T = TypeVar("T")
@@ -30,6 +31,10 @@ class Stoppable(Protocol):
 
     def clock_stopped(self) -> AbstractContextManager[None]:
         """Return a context manager; the time spent in it does not count as run time."""
+        ...
+
+    def note_reading(self, reading: tuple[Any, ...]) -> None:
+        """Note what the operators of the query have done so far, as its worker has sent it."""
         ...
 
     def note_retry(self, how: str, cause: Exception) -> None:
@@ -58,8 +63,17 @@ class Job(Stoppable, Protocol):
     resolution: Resolution
     call_site: CallSite | None
     """The line that asked for the query, if the query may go to another process."""
+    place: str | None
+    """Where it runs, such as ``"worker 4711"``, which the executor sets; None for a thread here."""
+    meter: Meter | None
+    """Counts what the query reads, if that is wanted; the executor sets it."""
     frames: Sequence[pl.LazyFrame]
     """The frames that are left to collect; empty once their plans are needed no more."""
+
+    @property
+    def is_counted(self) -> bool:
+        """Whether what the query reads is to be counted, and its engine can."""
+        ...
 
     @property
     def done(self) -> bool:

@@ -8,6 +8,7 @@ from functools import partial
 from types import CodeType, FunctionType, MethodType
 from typing import TYPE_CHECKING, Any, Final
 
+from polars_async.executors.operations import Run
 from polars_async.executors.staying import UnsendableError
 
 if TYPE_CHECKING:
@@ -22,6 +23,15 @@ def unsendable_error(
     item: object, error: object, can_be_pickled: Callable[[object], bool]
 ) -> UnsendableError:
     """Return the error for `item`, whose pickling raised `error`; it names the part to blame."""
+    return UnsendableError(
+        f"the query cannot be sent to another process: {culprit_of(item, can_be_pickled)} cannot "
+        f"be pickled ({error}). Have the function make it, or put both into a module that can be "
+        "imported, so that each process has its own"
+    )
+
+
+def culprit_of(item: object, can_be_pickled: Callable[[object], bool]) -> str:
+    """Return in words which part of `item` cannot be pickled."""
     steps: list[str] = []
     culprit = item
     seen: set[int] = set()
@@ -43,12 +53,7 @@ def unsendable_error(
         steps += [step] if step else []
     kind = type(culprit)
     name = kind.__qualname__ if kind.__module__ == "builtins" else _full_name(kind)
-    what = f"{', in it '.join(steps)}, which is a {name}," if steps else f"a {name}"
-    return UnsendableError(
-        f"the query cannot be sent to another process: {what} cannot be pickled ({error}). Have "
-        "the function make it, or put both into a module that can be imported, so that each "
-        "process has its own"
-    )
+    return f"{', in it '.join(steps)}, which is a {name}," if steps else f"a {name}"
 
 
 def _full_name(kind: type) -> str:
@@ -58,6 +63,9 @@ def _full_name(kind: type) -> str:
 def _parts(item: Any) -> Iterator[_Part]:
     if isinstance(item, FunctionType):
         yield from _parts_of_function(item)
+    elif isinstance(item, Run):
+        yield "", item.function
+        yield from ((f"argument {n} of the function", arg) for n, arg in enumerate(item.args, 1))
     elif isinstance(item, MethodType):
         yield "", item.__self__
         yield "", item.__func__

@@ -15,10 +15,12 @@ from polars_async._runtime import fork
 from polars_async._runtime.unpatched import SimpleQueue
 from polars_async.errors import ForkedProcessError, PolarsAsyncError, WorkerDiedError, describe
 from polars_async.executors import QueryExecutor
+from polars_async.executors.carried import bare, carried
 from polars_async.executors.exports import export, export_namespaces
 from polars_async.executors.large_plans import warn_if_large
 from polars_async.executors.main_module import POLARS, ResolvingMain, resolve_namespaces
 from polars_async.executors.message import Message
+from polars_async.executors.operations import Run
 from polars_async.executors.outcomes import error_of, outcome_of, packed_error, unpacked_error
 from polars_async.executors.serialization import buffer_of, pack, unpack
 from polars_async.executors.staying import StaysHereError, run_here
@@ -61,6 +63,7 @@ class FuturesExecutor(QueryExecutor):
             task = _packed(operation, query)
             if isinstance(task, str):
                 return run_here(operation, query, task)
+            query.place = type(self._executor).__name__
             kind, content, batches, retries = self._outcome(task, query)
             for how, cause in retries:
                 query.note_retry(how, unpacked_error(cause))  # type: ignore[arg-type]  # as sent
@@ -125,6 +128,7 @@ def run_task(task: bytes, version: str, exports: dict[Key, Export], _unique: byt
     batches = _Batches()
     retries: list[_Retry] = []
     missing: list[Key] = []
+    may_run_again = True
     if exports:
         resolve_namespaces()
 
@@ -133,7 +137,8 @@ def run_task(task: bytes, version: str, exports: dict[Key, Export], _unique: byt
             missing.append((module, name))
         return exports.get((module, name))
 
-    def run() -> object:
+    def run() -> bytes:
+        nonlocal may_run_again
         fork.check()
         with ResolvingMain(load):
             try:
@@ -146,13 +151,20 @@ def run_task(task: bytes, version: str, exports: dict[Key, Export], _unique: byt
                     f"{version}: install the same release everywhere"
                 ) from error
             report_retries_to(lambda how, cause: retries.append((how, packed_error(cause))))
+            is_call = isinstance(bare(operation), Run)
+            may_run_again = not is_call  # what a function does, such as a write, it is to do once
             try:
-                return operation()
+                result = operation()
             finally:
                 report_retries_to(None)
+            may_run_again = False  # a query that succeeds does not need what was missing
+            reply = "value", result, batches, retries
+            return pack(reply, in_files=False, by_value=is_call).data
 
     kind, content = outcome_of(run, annotate=_add_note)
-    if missing and kind == "error":  # a query that succeeds did not need them
+    if isinstance(content, bytes):
+        return content
+    if missing and kind == "error" and may_run_again:
         kind, content = "missing", (missing, content)
     try:
         return pack((kind, content, batches, retries), in_files=False).data
@@ -163,7 +175,8 @@ def run_task(task: bytes, version: str, exports: dict[Key, Export], _unique: byt
 def _packed(operation: Operation[object], query: Job) -> bytes | str:
     """Return the packed `operation`, or as a text the reason why it stays here."""
     try:
-        message = pack(operation, in_files=False)
+        by_value = isinstance(operation, Run)
+        message = pack(carried(operation, query.context), in_files=False, by_value=by_value)
     except StaysHereError as reason:
         return str(reason)
     warn_if_large(query, message.plan_bytes, same_machine=False)

@@ -6,11 +6,13 @@ from functools import partial
 from typing import TYPE_CHECKING, Final, TypeVar
 
 from polars_async.executors.threads import ThreadsExecutor
+from polars_async.gpu.devices import named_device
 from polars_async.gpu.offload import GpuHold
 
 if TYPE_CHECKING:
     from polars_async.executors import Job
     from polars_async.executors.operations import Operation
+    from polars_async.resolution import Resolution
 
 T = TypeVar("T")
 
@@ -23,9 +25,20 @@ class GpuThreadExecutor(ThreadsExecutor):
         try:
             # Queries of other collectors may have the GPU until this one is cancelled.
             with GpuHold(partial(_is_wanted, query), query.clock_stopped, query.note_retry):
+                query.place = _gpu_of(query.resolution)
                 return super().run(operation, query)
         finally:
             del operation, query  # see QueryExecutor.run
+
+
+def _gpu_of(resolution: Resolution) -> str | None:
+    """Return the name of the GPU that runs a query in this process; None if it is not known."""
+    if (status := resolution.gpu) is None:
+        return None
+    device = named_device(resolution.engine, status)
+    if device is None:
+        device = next((each for each in status.devices if each.selected), None)
+    return None if device is None else f"GPU {device.index}"
 
 
 def _is_wanted(query: Job) -> bool:

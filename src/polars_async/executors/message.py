@@ -57,6 +57,11 @@ class SerializationAbort:
         self._files: list[int] = []
         self._is_aborted = False
 
+    @property
+    def is_aborted(self) -> bool:
+        """Whether the query was cancelled, so that no error of the packing matters."""
+        return self._is_aborted
+
     def __call__(self) -> None:
         """Have each file refuse to grow, those that are watched later, too."""
         holding(self._lock, self._abort)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, ClassVar, Final, Protocol, TypeVar, cast
+from functools import partial
+from types import CodeType, CoroutineType
+from typing import TYPE_CHECKING, Any, ClassVar, Final, Generic, Protocol, TypeVar, cast
 
 import polars as pl
 
@@ -27,8 +29,10 @@ _GPU_BATCH: Final = 100_000
 class Operation(Protocol[T_co]):
     """What to do for one query. It is pickled by its fields, for other processes."""
 
+    name: ClassVar[str]
+    """As for `QueryEvent.operation`."""
     runs_engine: ClassVar[bool]
-    """Whether an engine runs it, as for all but a schema."""
+    """Whether an engine runs it, as for all but a schema and a function."""
 
     @property
     def frames(self) -> Sequence[pl.LazyFrame]:
@@ -45,6 +49,7 @@ class Operation(Protocol[T_co]):
 class Collect:
     """Collect one frame."""
 
+    name: ClassVar = "collect"
     runs_engine: ClassVar = True
 
     frame: Final[pl.LazyFrame]
@@ -65,6 +70,7 @@ class Collect:
 class CollectAll:
     """Collect frames as one query, or one by one on an engine that has no other way."""
 
+    name: ClassVar = "collect_all"
     runs_engine: ClassVar = True
 
     all_frames: Final[Sequence[pl.LazyFrame]]
@@ -100,6 +106,7 @@ class CollectAll:
 class Sink:
     """Run a sink, whose result is an empty frame."""
 
+    name: ClassVar = "sink"
     runs_engine: ClassVar = True
 
     sink: Final[pl.LazyFrame]
@@ -120,6 +127,7 @@ class Sink:
 class Schema:
     """Resolve the schema of a frame."""
 
+    name: ClassVar = "schema"
     runs_engine: ClassVar = False
 
     frame: Final[pl.LazyFrame]
@@ -135,6 +143,52 @@ class Schema:
 
 
 @dataclass(slots=True, eq=False)
+class Run(Generic[T]):
+    """Call a function of the caller's."""
+
+    name: ClassVar = "run"
+    runs_engine: ClassVar = False
+
+    function: Callable[..., T]  # never changed: mypy takes none with a type variable for final
+    args: Final[tuple[Any, ...]]
+
+    @property
+    def frames(self) -> Sequence[pl.LazyFrame]:
+        """No frames: what the function collects is its own business."""
+        return ()
+
+    @property
+    def fingerprint(self) -> int:
+        """The same for all calls of the function, whatever its arguments."""
+        function: Any = self.function
+        while isinstance(function, partial):
+            function = function.func
+        code = getattr(function, "__code__", None)  # several lambdas may have the same name
+        line = code.co_firstlineno if isinstance(code, CodeType) else 0
+        named = function if hasattr(function, "__qualname__") else type(function)
+        return hash(("function", named.__module__, named.__qualname__, line))
+
+    def __call__(self) -> T:
+        """Return what the function returns."""
+        try:
+            result = self.function(*self.args)
+        finally:
+            del self  # an error's traceback holds this frame, and so would hold the arguments
+        if isinstance(result, CoroutineType):
+            result.close()
+            raise async_function_error("what the function returned is a coroutine")
+        return result
+
+
+def async_function_error(why: str) -> TypeError:
+    """Return the error for a function whose calls only make coroutines."""
+    return TypeError(
+        f"run() takes a function that blocks, and {why}: await it in your task, or give run() the "
+        "blocking part of it"
+    )
+
+
+@dataclass(slots=True, eq=False)
 class Batches:
     """
     Collect one frame into a buffer, batch by batch.
@@ -143,6 +197,7 @@ class Batches:
     ``collect_batches``, which loses panics.
     """
 
+    name: ClassVar = "batches"
     runs_engine: ClassVar = True
 
     frame: Final[pl.LazyFrame]

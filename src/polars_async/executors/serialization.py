@@ -5,7 +5,8 @@ from __future__ import annotations
 import io
 import os
 import pickle
-from functools import partial
+from functools import cache, partial
+from importlib import import_module
 from io import BufferedReader, BufferedWriter, FileIO
 from mmap import ACCESS_READ, mmap
 from tempfile import TemporaryFile
@@ -22,7 +23,9 @@ from polars_async._runtime.upstream import (
     optimizations_of,
 )
 from polars_async.bridges.buffer import Buffer
-from polars_async.executors.blame import unsendable_error
+from polars_async.errors import PolarsAsyncError, describe
+from polars_async.executors.blame import culprit_of, unsendable_error
+from polars_async.executors.carried import bare
 from polars_async.executors.exports import can_be_pickled
 from polars_async.executors.extensions import (
     LOSES_EXTENSIONS,
@@ -31,7 +34,7 @@ from polars_async.executors.extensions import (
     read_extended,
 )
 from polars_async.executors.message import MOST_FILES, Message, SerializationAbort, attaching
-from polars_async.executors.operations import Batches
+from polars_async.executors.operations import Batches, Run
 from polars_async.executors.staying import StaysHereError, UnsendableError
 
 if TYPE_CHECKING:
@@ -80,21 +83,22 @@ def mark_sorted(frame: pl.DataFrame, columns: Mapping[int, bool]) -> pl.DataFram
     return frame
 
 
-class _Packer(pickle.Pickler):
+class _OfPolars:
     """
-    A pickler that has Polars serialize plans and frames.
+    Part of a pickler: has Polars serialize plans and frames.
 
     With a list of `files`, plans and large frames go in files in memory without a name: no other
     program can open them, and they vanish when no process has them open or mapped any more.
     """
 
-    def __init__(
-        self, file: io.BytesIO, files: list[int] | None, abort: SerializationAbort | None = None
-    ) -> None:
-        super().__init__(file, protocol=5)
+    _files: list[int] | None = None
+    _abort: SerializationAbort | None = None
+    plan_bytes = 0
+
+    def use_files(self, files: list[int] | None, abort: SerializationAbort | None) -> None:
+        """Append new files to `files`, and have `abort` watch them."""
         self._files = files
         self._abort = abort
-        self.plan_bytes = 0
 
     def persistent_id(self, item: Any) -> tuple[str, Any] | None:
         if isinstance(item, pl.LazyFrame):
@@ -149,6 +153,21 @@ class _Packer(pickle.Pickler):
         return len(self._files) - 1, file
 
 
+class _Packer(_OfPolars, pickle.Pickler):
+    """Pickles functions and classes by their names."""
+
+
+@cache
+def _packer_by_value() -> Any:
+    """Return the class of the pickler for what has no name that leads to it in another process."""
+    cloudpickle: Any = import_module("cloudpickle")
+
+    class ByValue(_OfPolars, cloudpickle.Pickler):  # type: ignore[misc]
+        pass
+
+    return ByValue
+
+
 class _Unpacker(pickle.Unpickler):
     def __init__(self, message: Message, buffer: object | None) -> None:
         super().__init__(io.BytesIO(message.data))
@@ -193,12 +212,20 @@ class _Unpacker(pickle.Unpickler):
         return mark_sorted(read_extended(read, extensions), sorted_by)
 
 
-def pack(item: object, *, in_files: bool, abort: SerializationAbort | None = None) -> Message:
+def pack(
+    item: object,
+    *,
+    in_files: bool,
+    by_value: bool = False,
+    abort: SerializationAbort | None = None,
+) -> Message:
     """
     Pack an object: anything that can be pickled, and in it frames, plans and operations.
 
-    With `in_files`, plans and large frames go in files, for another process of this machine. A call
-    of `abort` makes it fail early, with an error of any kind.
+    With `in_files`, plans and large frames go in files, for another process of this machine. With
+    `by_value`, functions and classes that cannot be found by their names are sent, too, as those in
+    queries: it is for the operation `Run` and its result. A call of `abort` makes it fail early,
+    with an error of any kind.
 
     Raises
     ------
@@ -206,14 +233,15 @@ def pack(item: object, *, in_files: bool, abort: SerializationAbort | None = Non
         A part of the object cannot be sent.
     StaysHereError
         A plan has to run in this process.
+    PolarsAsyncError
+        A part of the result cannot be sent.
     """
     message_files: list[int] = []
     shared: dict[Identity, int] = {}
-    target = io.BytesIO()
-    packer = _Packer(target, message_files if in_files else None, abort)
+    dump = partial(_dump, item, message_files if in_files else None, abort, by_value=by_value)
     try:
         try:
-            attaching(shared if in_files else None, partial(packer.dump, item))
+            data, plan_bytes = attaching(shared if in_files else None, dump)
         finally:
             if abort is not None:
                 abort.end()  # before the files are closed below, or by the receiver of the message
@@ -221,7 +249,7 @@ def pack(item: object, *, in_files: bool, abort: SerializationAbort | None = Non
         Message(b"", [*message_files, *shared.values()]).close()
         raise
     files = [*message_files, *shared.values()]
-    return Message(target.getvalue(), files, len(shared), packer.plan_bytes)
+    return Message(data, files, len(shared), plan_bytes)
 
 
 def unpack(message: Message, buffer: object | None = None) -> Any:
@@ -235,6 +263,66 @@ def unpack(message: Message, buffer: object | None = None) -> Any:
 def buffer_of(operation: Callable[[], object]) -> Buffer | None:
     """Return the buffer of a stream, which stays in this process; None if it is no stream."""
     return operation.buffer if isinstance(operation, Batches) else None
+
+
+def _dump(
+    item: object, files: list[int] | None, abort: SerializationAbort | None, *, by_value: bool
+) -> tuple[bytes, int]:
+    """Return the pickle of `item`, and the size of the plans in it."""
+    try:
+        return _dump_with(_Packer, item, files, abort)
+    except (UnsendableError, StaysHereError):
+        raise
+    except Exception as error:
+        if not by_value or (abort is not None and abort.is_aborted):
+            raise
+        if abort is not None:
+            abort.end()  # before the files are closed
+        if files is not None:
+            Message(b"", files).close()
+        return _dump_by_value(item, files, abort, error)
+
+
+def _dump_by_value(
+    item: object, files: list[int] | None, abort: SerializationAbort | None, refused: Exception
+) -> tuple[bytes, int]:
+    is_call = isinstance(bare(item), Run)
+    try:
+        packer = _packer_by_value()
+    except ImportError:
+        what = "the query cannot be sent to another process, since the function or an argument"
+        if not is_call:
+            what = "the result of the function cannot be sent back, since it, or a part of it,"
+        kind: type[PolarsAsyncError] = UnsendableError if is_call else PolarsAsyncError
+        raise kind(
+            f"{what} cannot be pickled by its name ({describe(refused)}): install cloudpickle, or "
+            "polars-async[processes], or put its class or function into a module that can be "
+            "imported"
+        ) from refused
+    try:
+        return _dump_with(packer, item, files, abort)
+    except (UnsendableError, StaysHereError):
+        raise
+    except Exception as error:
+        if abort is not None and abort.is_aborted:
+            raise
+        if is_call:
+            raise unsendable_error(bare(item), describe(error), can_be_pickled) from error
+        raise PolarsAsyncError(
+            "the result of the function cannot be sent back from its process: "
+            f"{culprit_of(item, can_be_pickled)} cannot be pickled ({describe(error)}). Return "
+            "what can be, such as a DataFrame"
+        ) from error
+
+
+def _dump_with(
+    pickler: Any, item: object, files: list[int] | None, abort: SerializationAbort | None
+) -> tuple[bytes, int]:
+    target = io.BytesIO()
+    packer = pickler(target, protocol=5)
+    packer.use_files(files, abort)
+    packer.dump(item)
+    return target.getvalue(), packer.plan_bytes
 
 
 def _write_plan(lf: pl.LazyFrame, file: int) -> None:

@@ -60,6 +60,7 @@ def run_here(operation: Operation[T], query: Job, why: str) -> T:
     try:
         if query.done:
             return None  # type: ignore[return-value]  # its outcome is dropped
+        query.place = None  # a worker may have had it
         engine = query.resolution.engine
         if not isinstance(engine, pl.GPUEngine):
             return IN_PROCESS.run(operation, query)

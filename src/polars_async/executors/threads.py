@@ -11,6 +11,7 @@ from polars_async._runtime.green import leaving_no_hub
 from polars_async._runtime.nesting import enter_context, enter_worker
 from polars_async._runtime.unpatched import SimpleQueue, get_ident, start_new_thread
 from polars_async.executors import QueryExecutor
+from polars_async.executors.meters import LocalMeter, count, counting
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator
@@ -31,6 +32,9 @@ class ThreadsExecutor(QueryExecutor):
         """Run `operation` on this thread; nothing stops it."""
         enclosing = query.context.run(enter_context)
         try:
+            if query.is_counted:
+                query.meter = meter = LocalMeter(operation.frames)
+                return query.context.run(count, counting(operation), meter)
             return query.context.run(operation)
         finally:
             enclosing.end()

@@ -26,6 +26,7 @@ from polars_async.scheduling.sizes import (
     large_at_once,
     size_of,
 )
+from polars_async.wording import Ahead
 
 if TYPE_CHECKING:
     from _thread import LockType, RLock
@@ -233,6 +234,10 @@ class Admission:
     def in_queue(self) -> list[Query[Any]]:
         """Return the queries in the queue."""
         return holding(self.lock, list, self._queue)
+
+    def states(self) -> dict[Query[Any], str]:
+        """Return the queries that run, are paused or wait, and which of these."""
+        return holding(self.lock, self._states)
 
     def needs_estimate(self, query: Query[Any]) -> bool:
         """
@@ -550,6 +555,13 @@ class Admission:
                 estimate.fingerprint, estimate.seconds, estimate.share, estimate.memory
             )
 
+    def raise_priority(self, query: Query[Any], priority: int) -> None:
+        """Have `query` wait with a higher `priority`, with the lock held, if it still waits."""
+        if query.state is State.WAITING:
+            self._queue.discard(query)
+            query.priority = priority
+            self._add(query)
+
     def add_waiter(self, waiter: Waiter) -> bool:
         """Have `waiter` woken when no query runs or waits; return False if that is so already."""
         return holding(self.lock, self._add_waiter, waiter)
@@ -581,6 +593,9 @@ class Admission:
         return lost
 
     def _add(self, query: Query[Any]) -> None:
+        # As a list: in half the time.
+        running = sum([slot.query is not None for slot in self._slots])
+        query.ahead = Ahead(running, len(self._queue))
         work, share, memory = None, None, 0 if self.memory is None else None
         if query.estimate is not None:
             work, _, _, share, memory = query.estimate
@@ -692,6 +707,11 @@ class Admission:
     def _in_slots(self) -> list[Query[Any]]:
         slots = (*self._slots, *self._paused.values(), *self._inline)
         return [slot.query for slot in slots if slot.query is not None]
+
+    def _states(self) -> dict[Query[Any], str]:
+        states = dict.fromkeys(self._queue, "waiting")
+        states |= dict.fromkeys(self._in_slots(), "running")
+        return states | dict.fromkeys(self._paused, "paused")
 
     def _add_waiter(self, waiter: Waiter) -> bool:
         if self._is_empty():
@@ -837,6 +857,9 @@ class Admission:
         unknown = len(self._queue) - sum(kinds)
         if newcomer is not None:
             kinds[newcomer.kind] += 1
+        if self.lacks_memory:  # none but small ones, though there are slots
+            kinds[SMALL_SIZE + 1 :] = [0] * (len(kinds) - SMALL_SIZE - 1)
+            unknown = 0
         return room.of_kinds(kinds, unknown)
 
     @property
@@ -858,6 +881,8 @@ class Admission:
                 slots += " (the free slots are reserved for small queries)"
             else:
                 slots = ", as many as the processors have room for"
+            if self.memory is not None and self.lacks_memory:
+                slots = f", as many as max_memory={self.memory.limit:,} bytes let run"
         seconds = self._seconds_of_work()
         return QueueFullError(
             f"the collector is full{for_gpu}: {waiting} waiting, of at most "

@@ -163,6 +163,12 @@ class CostModel:
         self._learns_again = now + _LEARN_SHARE * (thread_time() - before)
         return estimate
 
+    def of_function(self, fingerprint: int) -> Estimate:
+        """Return the estimate of a function, of which nothing is known but its earlier calls."""
+        seconds, share = self._taken.get(fingerprint, UNKNOWN), self._shares.get(fingerprint)
+        memory = self._memory_of((), fingerprint)
+        return Estimate(seconds, fingerprint, is_exact=False, share=share, memory=memory)
+
     def is_look_dear(self) -> bool:
         """Return whether looks have taken much time of late."""
         return perf_counter() < self._dear_until

@@ -30,7 +30,7 @@ from polars_async.scheduling.sizes import Limits
 
 if TYPE_CHECKING:
     from _thread import LockType
-    from collections.abc import Iterable
+    from collections.abc import Callable, Iterable
 
     from polars_async.bridges.waiting import Waiter
     from polars_async.executors import QueryExecutor
@@ -138,12 +138,17 @@ class Lane:
         if (slots := self.executor.prepare(gpu)) is not None:
             self.admission.limits = Limits(slots, exclusive=True)
 
-    def submit(self, query: Query[Any]) -> Slot | None:
+    def submit(
+        self,
+        query: Query[Any],
+        admit: Callable[[Query[Any]], Slot | BaseException | None] | None = None,
+    ) -> Slot | None:
         """
         Admit `query`: it runs at once if a slot is free, or else waits in the queue.
 
         Return None, or a slot in which the calling thread has to run it, by `run_inline`. If it is
-        known to be quick, it may have run there already: see `inline`.
+        known to be quick, it may have run there already: see `inline`. `admit` is called in
+        place of the method of that name.
 
         Raises
         ------
@@ -162,7 +167,7 @@ class Lane:
             query.report_queued()
             if self.inline is not None and self.inline.run(admission, query):
                 return None
-            admitted = self._admitted(query)
+            admitted = (admit or self.admit)(query)
             if isinstance(admitted, BaseException):
                 raise admitted  # noqa: TRY301  # as one that comes from elsewhere
         except BaseException as error:
@@ -194,7 +199,7 @@ class Lane:
         lane: Lane = self.of(query)
         with lane.admission.lock:
             gate = lane.admission.pause(query)
-            lane._use_idle_slots()
+            lane.use_idle_slots()
         return gate
 
     def close(self, *, cancel_waiting: bool, cancel_running: bool = False) -> None:
@@ -228,16 +233,21 @@ class Lane:
         for query in self.admission.reset():
             query.fail_in_fork(error)
 
-    def _admitted(self, query: Query[Any]) -> Slot | BaseException | None:
-        admitted = holding(self.admission.lock, self._admit, query)
+    def admit(
+        self, query: Query[Any], *, then: Callable[[Any], object] | None = None
+    ) -> Slot | BaseException | None:
+        """Admit `query` as `_admit` does, and call `then` with it in the same hold of the lock."""
+        admitted = holding(self.admission.lock, self._admit, query, then)
         if admitted is _UNDECIDED:
             # By this thread, though the plan may take it some 100 us: the error of a full queue is
             # raised at once, and no query gets it that could start in a reserved slot.
             query.set_estimate(self._costs)
-            admitted = holding(self.admission.lock, self._admit, query)
+            admitted = holding(self.admission.lock, self._admit, query, then)
         return admitted
 
-    def _admit(self, query: Query[Any]) -> Slot | BaseException | None:
+    def _admit(
+        self, query: Query[Any], then: Callable[[Any], object] | None
+    ) -> Slot | BaseException | None:
         """
         Admit `query`, with the lock held, or leave everything but the counts as it was.
 
@@ -255,6 +265,8 @@ class Lane:
             slot = admission.enter(query)
             if slot is not None and not slot.inline:
                 self._start_thread(slot)
+            if then is not None:
+                then(query)
         except BaseException as error:  # noqa: BLE001  # full, closed, no thread can start, or Ctrl-C
             admission.forget(query, admission.reserved)
             query.set_rejected()
@@ -266,7 +278,8 @@ class Lane:
     def _start_thread(self, slot: Slot) -> None:
         self._threads.start(partial(self._serve, slot), at_once=self.admission.threads)
 
-    def _use_idle_slots(self) -> None:
+    def use_idle_slots(self) -> None:
+        """Have threads fill the free slots that queries in the queue could use."""
         with self.admission.lock:
             for slot in self.admission.idle_slots():
                 try:
@@ -311,13 +324,13 @@ class Lane:
                 continue
             estimated, was_slow = self._estimate(slot, together, was_slow=was_slow)
             if not admission.fill(slot, estimated, only_if_certain=together < _MOST_TOGETHER):
-                self._meter.start(self._use_idle_slots)
+                self._meter.start(self.use_idle_slots)
                 return False
             together = min(2 * together, _MOST_TOGETHER)
             # Threads that looked for a query meanwhile did not see those that this one had taken
             # out to estimate them, and released their slots.
             if len(estimated) > 1 or (slot.query is not None and admission.wants_look):
-                self._use_idle_slots()
+                self.use_idle_slots()
         return True
 
     def _estimate(
@@ -396,7 +409,7 @@ class Lane:
     def _watch(self, query: Query[Any], slot: Slot, executor: QueryExecutor) -> Watch | None:
         """Begin to measure what `query` takes, which starts now."""
         if self._memory_watch is not None and not query.is_small:
-            self._memory_watch.start(self._use_idle_slots)
+            self._memory_watch.start(self.use_idle_slots)
         if self.inline is not None and executor is IN_PROCESS and not slot.inline:
             return self.inline.watch(query)
         return None
@@ -442,9 +455,12 @@ class Lane:
         Return whether `query` is better off in this process, or cannot run elsewhere.
 
         A query with Python functions goes elsewhere however small it is: they may end the process.
+        So does a function that runs instead of a query.
         If the plan does not show whether it has any, it stays here if its frames in memory would
         take long to send.
         """
+        if query.fingerprint is not None:
+            return False
         known = self._costs
         plans = [known.plan(frame) for frame in query.frames]
         if not all(plan.is_sendable for plan in plans):
@@ -515,7 +531,7 @@ class Lane:
                 self._threads.step_in()
         if corrected is not None:
             admission.re_estimate(corrected)
-            self._use_idle_slots()
+            self.use_idle_slots()
 
 
 def _reset_after_fork() -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from functools import partial
 from math import inf
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, Protocol
 from weakref import ref
 
 import polars as pl
@@ -20,10 +20,9 @@ from polars_async._runtime.fork import new_lock
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from polars_async.scheduling.admission import Slot
     from polars_async.scheduling.sizes import Load
 
-_OF_FRAMES: Final = 3
+_OF_FRAMES: Final = 5
 """How many times the size of the frames that it reads a query is expected to take, at first."""
 _OF_FILES: Final = 8
 """The same of files, which may be compressed."""
@@ -37,6 +36,18 @@ _ALLOCATED: Final = 4e9
 """Bytes per second that one processor may fill at most."""
 _MARGIN: Final = 1.1
 _MOST_KNOWN: Final = 4096
+
+
+class Taker(Protocol):
+    """The slot of a query that takes memory."""
+
+    load: Load
+    alone: bool
+    """Whether no other query has run since it started."""
+    used_before: int
+    """The bytes that were taken in all when it started."""
+    peak: int | None
+    """Bytes that it took at its peak, so far; None if that was not measured."""
 
 
 class Memory:
@@ -94,13 +105,13 @@ class Memory:
         expected = self._base + sum(load.memory for load in running)
         return self.limit - max(self.used, expected)
 
-    def note_start(self, slot: Slot, *, alone: bool) -> None:
+    def note_start(self, slot: Taker, *, alone: bool) -> None:
         """Note that a query starts in `slot`, beside none but small ones if it is `alone`."""
         slot.peak, slot.used_before = None, self.used
         if alone:
             self._idle = max(0, self.used - sum(size for _, size in list(self._kept.values())))
 
-    def sample(self, slots: Sequence[Slot]) -> None:
+    def sample(self, slots: Sequence[Taker]) -> None:
         """Put down what is taken now to the queries in `slots`, which run."""
         used = self.used
         growth = used - self._base

@@ -25,6 +25,11 @@ class Outcome(Generic[T]):
         self.error = error
         self._traceback = traceback
 
+    @property
+    def traceback(self) -> TracebackType | None:
+        """From where the error is raised."""
+        return self._traceback
+
     def drop(self) -> None:
         """Free the value, or the error."""
         self.value = self.error = self._traceback = None

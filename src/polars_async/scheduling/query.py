@@ -6,38 +6,44 @@ from contextlib import suppress
 from contextvars import copy_context
 from functools import partial
 from itertools import count
-from typing import TYPE_CHECKING, Any, Final, Generic, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, Final, Generic, NamedTuple, Protocol, TypeVar
+
+import polars as pl
 
 from polars_async._runtime.green import delivery
 from polars_async._runtime.timers import start_timer
 from polars_async._runtime.unpatched import get_ident, holding
-from polars_async.bridges.waiting import persist, wake
-from polars_async.errors import QueryTimeoutError
-from polars_async.events import EventKind, QueryEvent, count_rows, notify_observers
+from polars_async.bridges.waiting import Onlooker, persist, wake
+from polars_async.errors import QueryTimeoutError, describe
+from polars_async.events import EventKind, count_rows, new_event, notify_observers
+from polars_async.executors.meters import SentMeter
 from polars_async.executors.operations import Batches, on_engine
-from polars_async.resolution import ADAPTIVE, tried_again
+from polars_async.progress import NOTHING_READ, Progress
+from polars_async.resolution import ADAPTIVE, engine_text, is_on_gpu, tried_again
 from polars_async.scheduling.counts import State
 from polars_async.scheduling.outcome import Outcome
 from polars_async.scheduling.sizes import SMALL, UNKNOWN, Load, size_with
 from polars_async.scheduling.times import Times
+from polars_async.wording import behind, how_shared, in_bytes, summarize, where
 
 if TYPE_CHECKING:
     from _thread import RLock
     from collections.abc import Callable, Iterable, Sequence
     from contextlib import AbstractContextManager
 
-    import polars as pl
-
     from polars_async._runtime.callers import CallSite
+    from polars_async._runtime.instruments import Listener
     from polars_async._runtime.timers import Timer
     from polars_async.bridges.waiting import Waiter
     from polars_async.events import Reporter, Tags
     from polars_async.executors.operations import Operation
+    from polars_async.progress import Meter
     from polars_async.resolution import Resolution
     from polars_async.scheduling.adaptive import Choice, Chooser
     from polars_async.scheduling.counts import Counts
     from polars_async.scheduling.estimates import CostModel, Estimate
     from polars_async.scheduling.memory import Memory
+    from polars_async.wording import Ahead
 
 T = TypeVar("T")
 
@@ -55,6 +61,27 @@ class Owner(NamedTuple):
     """Changed together with the state of a query."""
     leave_queue: Callable[[Query[Any]], None]
     """Called with the lock held when a query is cancelled or timed out before it has a slot."""
+
+
+class Run(Protocol):
+    """What is known of the run of a query."""
+
+    ahead: Ahead | None
+    place: str | None
+    meter: Meter | None
+    peak_memory: int | None
+
+
+class RunOfSeveral(Run, Protocol):
+    """What runs in the place of several queries: see `scheduling.flights`."""
+
+    def leave(self, asker: Any) -> Callable[[], object] | None:
+        """Note, with the lock held, that `asker` waits no more; return what is to follow."""
+        ...
+
+    def how_it_ends(self, without: Any) -> str:
+        """Return what is to be said of the run when `without` times out."""
+        ...
 
 
 class Query(Generic[T]):
@@ -76,6 +103,7 @@ class Query(Generic[T]):
         "_canceller",
         "_counts",
         "_leave_queue",
+        "_listeners",
         "_operation",
         "_outcome",
         "_owes_event",
@@ -86,30 +114,38 @@ class Query(Generic[T]):
         "_timeout_error",
         "_timer",
         "_waiters",
+        "ahead",
         "call_site",
         "choice",
         "chooser",
         "context",
         "delivery",
         "estimate",
+        "fingerprint",
+        "flight",
         "frames",
+        "from_cache",
         "id",
         "is_inline",
         "is_nested",
         "is_stream",
         "label",
         "lock",
+        "meter",
+        "name",
         "peak_memory",
+        "place",
         "priority",
         "reports",
         "resolution",
         "runs_engine",
+        "shared_with",
         "state",
         "tags",
         "times",
     )
 
-    def __init__(
+    def __init__(  # noqa: PLR0915  # one for each attribute
         self,
         operation: Operation[T],
         resolution: Resolution,
@@ -121,14 +157,18 @@ class Query(Generic[T]):
         label: str | None = None,
         tags: Tags | None = None,
         chooser: Chooser | None = None,
+        fingerprint: int | None = None,
     ) -> None:
         self.id = next(_ids)
         self.resolution = resolution
         self.state = State.WAITING
         self.estimate = estimate
+        self.fingerprint = fingerprint
+        """That of a function which runs instead of a query, for its estimate; else None."""
         self.priority = priority
         self.label = label
         self.tags = tags
+        self.name = operation.name
         self.is_stream = isinstance(operation, Batches)
         self.runs_engine = operation.runs_engine
         self.is_nested = False
@@ -140,12 +180,24 @@ class Query(Generic[T]):
         """What chooses the engine, if that is left to this library."""
         self.choice: Choice | None = None
         """What it has chosen."""
+        self.flight: RunOfSeveral | None = None
+        """What runs in its place, for all that ask for the same."""
+        self.shared_with: int | None = None
+        """The number of the query whose run it shares, or whose result was kept for it."""
+        self.from_cache = False
         self.call_site: CallSite | None = None
         """The user's line that submitted the query, if it may go to another process."""
+        self.ahead: Ahead | None = None
+        """How many queries were before it, when it was put into the queue."""
+        self.place: str | None = None
+        """Where it runs, or has run; None for a thread of this process."""
+        self.meter: Meter | None = None
+        """Counts what it reads, if that is wanted."""
         self.peak_memory: int | None = None
         """Bytes that it took at its peak, so far; None if that was not measured."""
         self.times = Times()
         self.reports = reporter.listens
+        self._listeners = reporter.listeners if self.reports else ()
         self.delivery = delivery() if self.reports else None
         self.lock, self._counts, self._leave_queue = owner
         self._reporter = reporter
@@ -179,6 +231,87 @@ class Query(Generic[T]):
     def named(self) -> str:
         """The name of the query for the middle of a sentence."""
         return "the query" if self.label is None else f"the query {self.label!r}"
+
+    @property
+    def is_counted(self) -> bool:
+        """Whether what it reads is to be counted when it runs, and its engine can."""
+        return (
+            self._reporter.counts
+            and self.runs_engine
+            and type(self.resolution.engine) is pl.StreamingEngine
+        )
+
+    def note_reading(self, reading: tuple[Any, ...]) -> None:
+        """Note what its operators have done so far, as its worker process has sent it."""
+        if isinstance(self.meter, SentMeter):
+            self.meter.note(reading)
+
+    def want_progress(self) -> None:
+        """Have what queries of this collector read be counted, those that start from now on."""
+        self._reporter.want_counts()
+
+    @property
+    def progress(self) -> Progress:
+        """How far it is."""
+        # The state first: of a query that ends meanwhile, all is counted then.
+        state, meter = self.state, self.run_of_it.meter
+        reading = NOTHING_READ if meter is None else meter.read()
+        return Progress(
+            state=state.name.lower(),
+            seconds=self.times.run_seconds or 0.0,
+            rows=reading.rows,
+            bytes=reading.bytes,
+            fraction=1.0 if state is State.COMPLETED else reading.fraction,
+            operator=None if self.done else reading.operator,
+        )
+
+    @property
+    def summary(self) -> str:
+        """What took the query how long so far, in one sentence."""
+        end: str | None = None
+        error = self._outcome.error
+        if self.state is State.FAILED and error is not None:
+            end = f"failed by {describe(error)}"
+        elif self.state is State.TIMED_OUT:
+            end = "timed out"
+        elif self.done and self.state is not State.COMPLETED:
+            end = f"was {self.state.name.lower()}"
+        run = self.run_of_it
+        return summarize(
+            waited=self.times.queue_seconds,
+            ran=self.times.run_seconds,
+            resolution=self.resolution,
+            ahead=run.ahead,
+            place=run.place,
+            inline=self.is_inline,
+            peak_memory=run.peak_memory,
+            gpu_seconds=self.times.gpu_seconds,
+            memory_seconds=self.times.memory_seconds,
+            shared=self.sharing,
+            end=end,
+        )
+
+    @property
+    def run_of_it(self) -> Run:
+        """What runs for it: itself, or the run that it shares with others."""
+        return self if self.flight is None else self.flight
+
+    @property
+    def sharing(self) -> str | None:
+        """Whose result it gets instead of running itself, in words; None if it runs itself."""
+        return how_shared(self.shared_with, from_cache=self.from_cache)
+
+    def listed(self, state: str) -> dict[Query[Any], str]:
+        """Return the queries of callers that this is, and their states, if it is in a `state`."""
+        return {self: state}
+
+    @property
+    def essence(self) -> str:
+        """Its number, label, state and engine, in a few words."""
+        label = "" if self.label is None else f" {self.label!r}"
+        state = self.state.name.lower().replace("_", " ")
+        shared = "" if self.sharing is None else f", {self.sharing}"
+        return f"query {self.id}{label}, {state}, {engine_text(self.resolution.name)}{shared}"
 
     @property
     def is_small(self) -> bool:
@@ -267,7 +400,29 @@ class Query(Generic[T]):
         """Estimate the cost of the query, unless it has an estimate; never raise."""
         if self.estimate is None:
             self.choose_engine()
-            self.estimate = costs.of(self.frames, self.resolution.name)
+            if self.fingerprint is not None:
+                self.estimate = costs.of_function(self.fingerprint)
+            else:
+                self.estimate = costs.of(self.frames, self.resolution.name)
+
+    def board(
+        self,
+        flight: RunOfSeveral | None,
+        *,
+        shared_with: int | None = None,
+        from_cache: bool = False,
+    ) -> None:
+        """Have `flight` run in its place, or nothing, with the lock held."""
+        self.flight, self.shared_with, self.from_cache = flight, shared_with, from_cache
+        self._operation, self.frames = None, ()
+
+    def land(self, outcome: Outcome[T]) -> Iterable[Waiter]:
+        """End with the `outcome` of another run, with the lock held; return the waiters to wake."""
+        run = self.run_of_it
+        self.ahead, self.place = run.ahead, run.place
+        self.meter, self.peak_memory = run.meter, run.peak_memory
+        self._outcome, self.flight = outcome, None
+        return self.set_finished()
 
     @property
     def operation(self) -> Operation[T] | None:
@@ -276,8 +431,8 @@ class Query(Generic[T]):
 
     def run(self, run: Callable[[Operation[T], Query[T]], T]) -> None:
         """Run the operation by `run` and keep its outcome, which `set_finished` makes final."""
-        if self.reports:
-            self._announce(EventKind.STARTED)
+        if self.reports and self._tells(EventKind.STARTED):
+            self.announce(EventKind.STARTED)
         operation, self._operation = self._operation, None
         if (
             operation is None or self.state is not State.RUNNING
@@ -337,6 +492,7 @@ class Query(Generic[T]):
                 return False
             self._operation, self.resolution = operation, resolution
             self.frames = operation.frames
+            self.place = self.meter = None
             _, self._counts, self._leave_queue = owner
             self.state = State.WAITING
             self.estimate = None
@@ -347,25 +503,44 @@ class Query(Generic[T]):
         self, kind: EventKind, *, result: object = None, error: BaseException | None = None
     ) -> None:
         """Emit the event `kind`, with no lock held, since hooks and log handlers run."""
-        if not self._reporter.wants(kind):
+        listeners = self._listeners_of(kind)
+        if not listeners and not self._reporter.wants(kind):
             return
-        event = QueryEvent(
-            kind=kind,
-            query_id=self.id,
-            label=self.label,
-            engine=self.resolution.name,
-            queue_seconds=self.times.queue_seconds,
-            run_seconds=self.times.run_seconds,
-            rows=count_rows(result),
-            error=error,
-            resolution=self.resolution,
-            inline=self.is_inline,
-            tags=self.tags or {},
+        times, resolution, run = self.times, self.resolution, self.run_of_it
+        event = new_event(
+            kind,
+            self.id,
+            self.label,
+            resolution.name,
+            times.queue_seconds,
+            times.run_seconds,
+            # The operation of a stream returns their number.
+            result if self.is_stream and isinstance(result, int) else count_rows(result),
+            error,
+            resolution,
+            self.is_inline,
+            self.tags or {},
+            run.place,
+            run.ahead,
+            run.peak_memory,
+            self.shared_with,
+            self.from_cache,
+            self.name,
+            self._reporter.executor,
         )
         if self.delivery is None:
-            self._reporter(event)
+            self._reporter(event, listeners, self.context)
         else:
-            self.delivery.post(partial(self._reporter, event))
+            self.delivery.post(partial(self._reporter, event, listeners, self.context))
+
+    def _tells(self, kind: EventKind) -> bool:
+        return self._reporter.wants(kind) or bool(self._listeners_of(kind))
+
+    def _listeners_of(self, kind: EventKind) -> tuple[Listener, ...]:
+        # On a GPU a query takes some ms, and may start more than once.
+        if not self._listeners or is_on_gpu(self.resolution):
+            return self._listeners
+        return tuple([each for each in self._listeners if kind in each.kinds])
 
     def report_queued(self) -> None:
         """Emit the events of a query that is submitted."""
@@ -377,11 +552,11 @@ class Query(Generic[T]):
     def note_retry(self, how: str, cause: Exception) -> None:
         """Note that the GPU tries the query once more, after `cause`, and emit RETRIED."""
         self.resolution = tried_again(self.resolution, how)
-        self._announce(EventKind.RETRIED, cause)
+        self.announce(EventKind.RETRIED, cause)
 
     def report_fall_back(self) -> None:
         """Emit FELL_BACK: the GPU engine failed, and another engine runs the query."""
-        self._announce(EventKind.FELL_BACK, self.resolution.cause)
+        self.announce(EventKind.FELL_BACK, self.resolution.cause)
 
     def report_engine(self) -> None:
         """Tell observers which engine ran the query, before a waiter can see that it is done."""
@@ -414,7 +589,7 @@ class Query(Generic[T]):
         """Whether estimating its cost is cheap compared with its run time."""
         return (
             self.estimate is None
-            and bool(self.frames)
+            and (bool(self.frames) or self.fingerprint is not None)
             and (self.times.run_seconds or 0.0) >= _WORTH_ESTIMATING
         )
 
@@ -460,7 +635,10 @@ class Query(Generic[T]):
         if self.is_cancelled:
             self._outcome.drop()
         if self.is_worth_estimating:
-            self.estimate = costs.of_ended(self.frames, self.resolution.name)
+            if self.fingerprint is not None:
+                self.estimate = costs.of_function(self.fingerprint)
+            else:
+                self.estimate = costs.of_ended(self.frames, self.resolution.name)
         self.frames = ()
         seconds = self.times.run_seconds
         if self.estimate is None or seconds is None:
@@ -562,7 +740,7 @@ class Query(Generic[T]):
         if self.done:
             return False
         self._waiters.pop(waiter, None)
-        if last_cancels and not self._waiters:
+        if last_cancels and all(isinstance(each, Onlooker) for each in self._waiters):
             # In the same hold of the lock: a waiter that came in between would be cancelled, too.
             self._cancel(State.CANCELLED)
         return True
@@ -574,7 +752,7 @@ class Query(Generic[T]):
         changed = self._settle(
             state,
             thread=get_ident(),
-            # While another thread announces an event, this one is left to it: see `_announce`.
+            # While another thread announces an event, this one is left to it: see `announce`.
             owes_event=self.reports and not self._announcing,
             error=self._new_timeout_error() if state is State.TIMED_OUT else None,
         )
@@ -583,7 +761,10 @@ class Query(Generic[T]):
         return changed
 
     def _leave(self) -> None:
-        if self.times.started is None:  # else it really ends when it has stopped
+        if self.flight is not None:
+            self._stop = self.flight.leave(self)
+            self.times.end()
+        elif self.times.started is None:  # else it really ends when it has stopped
             self.times.end()
             self._leave_queue(self)
 
@@ -603,7 +784,7 @@ class Query(Generic[T]):
         self._waiters = {}
         self._canceller = 0
 
-    def _announce(self, kind: EventKind, error: BaseException | None = None) -> None:
+    def announce(self, kind: EventKind, error: BaseException | None = None) -> None:
         """
         Emit `kind`, unless the query is done.
 
@@ -636,23 +817,35 @@ class Query(Generic[T]):
         self.report(kind, error=self._timeout_error)
 
     def _new_timeout_error(self) -> QueryTimeoutError:
-        if self._stop is None:
-            ends = (
-                " and ran for {ran}. Polars cannot stop it, so it keeps its slot until it really "
-                "ends"
-            )
-        elif self._stop_is_sure:
-            ends = " and ran for {ran}. It is stopped now"
-        else:
-            ends = (
-                " and was with its executor for {ran}, which is asked to drop it and may go on "
-                "with it all the same"
-            )
         # Read once: the query may still run, and its text and attributes have to agree.
         waited, ran = self.times.queue_seconds, self.times.run_seconds
-        where = self.times.described(waited, ran, ends)
-        message = f"{self.named} was not done after {self._timeout:g} s: {where}"
+        if self.flight is not None and self.shared_with is not None:
+            spent = f"it waited {waited:.3f} s for query {self.shared_with}, whose run it shared"
+        else:
+            flight = self.flight
+            ends = self.how_it_ends() if flight is None else flight.how_it_ends(without=self)
+            run = self.run_of_it
+            there = "" if run.place is None else where(self.resolution, run.place)
+            if run.peak_memory is not None:
+                there += f", with {in_bytes(run.peak_memory)} at its peak"
+            ends = ends.replace("{where}", there)
+            spent = self.times.described(waited, ran, behind(run.ahead), ends)
+        message = f"{self.named} was not done after {self._timeout:g} s: {spent}"
         return QueryTimeoutError(message, self._timeout, waited, ran)
+
+    def how_it_ends(self, without: Query[T] | None = None) -> str:  # noqa: ARG002  # those of several need it
+        """Return what is to be said of the run of a query that times out."""
+        if self._stop is None:
+            return (
+                " and ran for {ran}{where}. Polars cannot stop it, so it keeps its slot until it "
+                "really ends"
+            )
+        if self._stop_is_sure:
+            return " and ran for {ran}{where}. It is stopped now"
+        return (
+            " and was with its executor for {ran}, which is asked to drop it and may go on with it "
+            "all the same"
+        )
 
 
 def _name_in(error: BaseException, label: str) -> None:

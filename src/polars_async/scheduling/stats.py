@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from polars_async.scheduling.admission import Admission
+    from polars_async.scheduling.flights import Flights
 
 
 COUNTERS: Final = frozenset(
@@ -25,15 +26,17 @@ COUNTERS: Final = frozenset(
         "queue_seconds",
         "run_seconds",
         "inline",
+        "shared",
+        "from_cache",
         "workers_died",
     }
 )
 """The keys of `Collector.stats` that only ever grow; all others are gauges, which rise and fall."""
 
 
-def stats_of(cpu: Admission, gpus: Sequence[Admission]) -> dict[str, Any]:
+def stats_of(cpu: Admission, gpus: Sequence[Admission], flights: Flights) -> dict[str, Any]:
     """Return the statistics of a collector, as `Collector.stats` explains them."""
-    counted = holding(cpu.lock, _counted, cpu, gpus)  # all of them have that lock
+    counted = holding(cpu.lock, _counted, cpu, gpus, flights)  # all of them have that lock
     return {
         **counted,
         **health_of_gpus(),
@@ -46,7 +49,7 @@ def stats_of(cpu: Admission, gpus: Sequence[Admission]) -> dict[str, Any]:
     }
 
 
-def _counted(cpu: Admission, gpus: Sequence[Admission]) -> dict[str, float]:
+def _counted(cpu: Admission, gpus: Sequence[Admission], flights: Flights) -> dict[str, float]:
     total: dict[str, float] = {"submitted": 0, "gpu_running": 0, "gpu_waiting": 0}
     for admission in (cpu, *gpus):
         running = admission.in_slots()
@@ -65,4 +68,7 @@ def _counted(cpu: Admission, gpus: Sequence[Admission]) -> dict[str, float]:
         if admission is not cpu:
             total["gpu_running"] += now["running"]
             total["gpu_waiting"] += now["waiting"]
-    return total
+    sharing = flights.sharing()
+    for key in ("submitted", "waiting", "sharing"):
+        total[key] = total.get(key, 0) + sharing
+    return {**total, **flights.as_stats()}

@@ -100,10 +100,19 @@ class Times:
             self._paused_since = None
             self.paused_seconds += perf_counter() - begun
 
-    def described(self, waited: float, ran: float | None, ends: str) -> str:
-        """Return where the time went, in words; `ends` is what to say of a running query."""
+    @property
+    def submitted(self) -> float:
+        """The time of the submission."""
+        return self._submitted
+
+    def described(self, waited: float, ran: float | None, behind: str, ends: str) -> str:
+        """
+        Return where the time went, in words.
+
+        `behind` is what it waited for, and `ends` what to say of a running query.
+        """
         tried = self.gpu_seconds
-        words = f"it waited {waited:.3f} s for a slot"
+        words = f"it waited {waited:.3f} s for a slot{behind}"
         if tried is not None:
             words += f", {tried:.3f} s of which the GPU took for a try that failed,"
         if ran is not None:

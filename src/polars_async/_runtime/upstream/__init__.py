@@ -2,7 +2,8 @@
 Every use of Polars' private API, each guarded; tests/test_upstream.py fails when one has moved.
 
 ``installed`` is about the installed library and its threads, ``engines`` about engines, affinity
-and optimisations, ``nodes`` and ``serialized`` about plans, and ``ipc`` about mapped files.
+and optimisations, ``nodes`` and ``serialized`` about plans, ``ipc`` about mapped files, and
+``observer`` about what Polars tells of queries that run.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ from polars_async._runtime.upstream.installed import (
 )
 from polars_async._runtime.upstream.ipc import map_ipc
 from polars_async._runtime.upstream.nodes import PlanNodes, plan_nodes
+from polars_async._runtime.upstream.observer import CountingEngine, counting_engine, observed
 from polars_async._runtime.upstream.serialized import (
     PICKLED,
     PlanEnd,
@@ -41,6 +43,8 @@ from polars_async._runtime.upstream.serialized import (
     extensions_of,
     hands_over_here,
     last_pickled,
+    paths_of,
+    plan_bytes,
     plan_text,
 )
 
@@ -54,6 +58,7 @@ __all__ = [
     "PICKLED",
     "POOL_THREAD",
     "SHARED_NAME",
+    "CountingEngine",
     "InProcessQuery",
     "PlanEnd",
     "PlanNodes",
@@ -61,6 +66,7 @@ __all__ = [
     "affinity_override",
     "ask_optimized_plan",
     "blocking_threads",
+    "counting_engine",
     "extensions_of",
     "forbids_cpu",
     "gpu_callback",
@@ -70,8 +76,11 @@ __all__ = [
     "map_ipc",
     "memory_held",
     "namespaces_of",
+    "observed",
     "optimization_flags",
     "optimizations_of",
+    "paths_of",
+    "plan_bytes",
     "plan_nodes",
     "plan_text",
     "sets_affinity",

@@ -16,6 +16,16 @@ _RUNS_PYTHON: Final = ("anonymousfunction", "python", "apply", "plugin")
 """Words of the errors by which Polars says that it does not show a function of the user's."""
 
 
+_KINDS: Final = (
+    "Agg Alias BinaryExpr Cache Cast Column DataFrameScan Distinct Filter Gather GroupBy "
+    "HConcat HStack Join Len Literal Scan Select SimpleProjection Slice Sort SortBy Ternary "
+    "Union Window"
+)
+_REPEATABLE: Final = frozenset(_KINDS.split())
+"""Kinds of nodes and expressions that give the same result each time. Functions are not among them:
+some draw random numbers."""
+
+
 class PlanNodes(NamedTuple):
     """What a query reads and runs."""
 
@@ -26,6 +36,8 @@ class PlanNodes(NamedTuple):
     """Whether it has functions of Python or of a plugin, or a source of Python."""
     shape: int
     """A hash of the nodes and expressions, without the numbers in them."""
+    is_repeatable: bool
+    """Whether all of it is known to give the same result each time."""
 
 
 def plan_nodes(lf: pl.LazyFrame) -> PlanNodes | None:
@@ -64,7 +76,8 @@ def _read(plan: Any) -> PlanNodes:
     runs_python = "PythonScan" in shown or any(
         word in each for each in shown for word in _RUNS_PYTHON
     )
-    return PlanNodes(size, paths, runs_python, hash(tuple(shown)))
+    is_repeatable = not runs_python and all(each.split()[0] in _REPEATABLE for each in shown)
+    return PlanNodes(size, paths, runs_python, hash(tuple(shown)), is_repeatable)
 
 
 def _shown(view: Callable[[], Any], shown: list[str]) -> Any:

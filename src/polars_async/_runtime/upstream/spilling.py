@@ -14,17 +14,19 @@ BUDGET: Final = "POLARS_OOC_MEMORY_BUDGET_MB"
 """The variable with the megabytes from which on Polars spills; it counts all that it has allocated
 in the process."""
 _FRACTION: Final = "POLARS_OOC_MEMORY_BUDGET_FRACTION"
+_OURS: Final = "POLARS_ASYNC_OOC_MEMORY_BUDGET_MB"
+"""The variable with what this library has set, also for processes that inherit both."""
 _MEGABYTE: Final = 1 << 20
 
 _lock: Final = RLock()
 _ours: str | None = None
-"""What this library has set."""
+"""What this library has set in this process."""
 
 
 def is_chosen() -> bool:
     """Return whether the program, or its user, has set a budget."""
     set_to = os.environ.get(BUDGET)
-    return _FRACTION in os.environ or (set_to is not None and set_to != _ours)
+    return _FRACTION in os.environ or (set_to is not None and set_to != os.environ.get(_OURS))
 
 
 def megabytes(size: int) -> str:
@@ -42,6 +44,6 @@ def spill_from(size: int) -> None:
     with _lock:
         if is_chosen() or (_ours is not None and int(_ours) <= int(megabytes(size))):
             return
-        _ours = megabytes(size)
+        _ours = os.environ[_OURS] = megabytes(size)
         # Polars reads its variables when it is imported, and again for this.
         pl.Config.load(json.dumps({"environment": {BUDGET: _ours}}))

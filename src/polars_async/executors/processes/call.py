@@ -82,6 +82,7 @@ class WorkerCall:
         self._interrupts = 0
         self._timer: Timer | None = None
         self._has_begun = False
+        self._has_called = False
         self._next_sample = monotonic() + _SAMPLE_INTERVAL
         """When to sample the worker's memory, even if messages come all the time."""
         self.stopped = False
@@ -133,8 +134,12 @@ class WorkerCall:
         return may_start and not self._has_begun and not self.stopped
 
     def check_sendable(self, kind: str) -> None:
-        """Raise if the query failed for want of a name whose value could not be sent."""
-        if kind == "error" and self._unsendable is not None:
+        """
+        Raise if the query failed for want of a name whose value could not be sent.
+
+        Not if it is a function that was called by then: it must not run once more, here.
+        """
+        if kind == "error" and self._unsendable is not None and not self._has_called:
             raise self._unsendable
 
     def stop(self) -> None:
@@ -203,6 +208,7 @@ class WorkerCall:
             "log": _log,
             "gpu_health": self._on_gpu_health,
             "gpu_retry": self._note_retry,
+            "reading": self._query.note_reading,
         }
         transport.send(message)
         while True:
@@ -214,6 +220,8 @@ class WorkerCall:
             kind, content = unpack(message)
             if kind == "begun":
                 self._has_begun = True
+            elif kind == "called":
+                self._has_called = True
             elif kind == "load":
                 transport.send(self._export(*content))
             elif kind == "exiting":

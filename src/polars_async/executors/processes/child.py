@@ -20,23 +20,28 @@ from typing import TYPE_CHECKING, Any
 
 import polars as pl
 
+from polars_async._runtime.descriptors import STANDARD_FILES
 from polars_async._runtime.files import close_received, receive
 from polars_async._runtime.fork import Step, in_child
 from polars_async._runtime.nesting import enter_worker
 from polars_async._runtime.unpatched import RLock
 from polars_async.errors import PolarsAsyncError
+from polars_async.executors.carried import bare
 from polars_async.executors.main_module import ResolvingMain, resolve_namespaces
+from polars_async.executors.message import Message
+from polars_async.executors.meters import is_counting
+from polars_async.executors.operations import Run
 from polars_async.executors.outcomes import outcome_of, packed_error
+from polars_async.executors.processes.readings import sending_counts
 from polars_async.executors.processes.surroundings import Follower
 from polars_async.executors.processes.transport import Transport
 from polars_async.executors.serialization import pack, unpack
 from polars_async.gpu.offload import context_is_poisoned, report_health_to, report_retries_to
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterable, Mapping
 
     from polars_async.executors.main_module import Export
-    from polars_async.executors.message import Message
 
 _SYSTEM_NAME = Path("/proc/self/comm")
 _OOM_SCORE = Path("/proc/self/oom_score_adj")
@@ -53,9 +58,7 @@ def main(socket_file: int, lifeline: int, path: list[str]) -> None:
     nothing: Polars puts its own handler before that one, and with it ends a running query by
     KeyboardInterrupt.
     """
-    os.closerange(3, min(socket_file, lifeline))
-    os.closerange(min(socket_file, lifeline) + 1, max(socket_file, lifeline))
-    os.closerange(max(socket_file, lifeline) + 1, os.sysconf("SC_OPEN_MAX"))
+    _close_inherited({socket_file, lifeline})
     _die_with_parent(lifeline)
     with suppress(OSError):
         _SYSTEM_NAME.write_text("polars-worker")
@@ -90,6 +93,24 @@ def main(socket_file: int, lifeline: int, path: list[str]) -> None:
                 _serve(transport, logs, follower)
 
 
+def _close_inherited(but: set[int]) -> None:
+    """Close the files that this process has of its parent, but for the standard ones and some."""
+    # Not those that were opened here: by sitecustomize, such as that of opentelemetry-instrument,
+    # whose exporter has threads that end the process if their files are gone. Those close on exec.
+    for file in _open_files():
+        if file >= STANDARD_FILES and file not in but:
+            with suppress(OSError):  # that of the listing, or none
+                if not fcntl.fcntl(file, fcntl.F_GETFD) & fcntl.FD_CLOEXEC:
+                    os.close(file)
+
+
+def _open_files() -> Iterable[int]:
+    try:
+        return map(int, os.listdir("/proc/self/fd"))  # noqa: PTH208  # names, and no paths
+    except OSError:  # it need not be mounted
+        return range(os.sysconf("SC_OPEN_MAX"))
+
+
 def _do_nothing(_number: int, _frame: object) -> None: ...
 
 
@@ -104,28 +125,38 @@ def _serve(transport: Transport, logs: _LogSender, follower: Follower) -> None:
         return
     transport.send(pack(("begun", None), in_files=False))
     logs.enabled = True
-    outcome = outcome_of(partial(_run, message, transport, follower))
+    kind, content = outcome_of(partial(_run, message, transport, follower))
     with suppress(Exception):  # else what a Python function has printed would be kept back
         sys.stdout.flush()
     # All else goes before the outcome: after that, the parent reads nothing until its next query.
     logs.enabled = False
     if context_is_poisoned():
         transport.send(pack(("exiting", None), in_files=False))
+    transport.send(content if isinstance(content, Message) else _packed(kind, content))
+
+
+def _packed(kind: str, error: object) -> Message:
     try:
-        reply = pack(outcome, in_files=True)
-    except BaseException as error:  # noqa: BLE001  # such as of a column of Python objects
-        reply = pack(("error", packed_error(error)), in_files=False)
-    transport.send(reply)
+        return pack((kind, error), in_files=True)
+    except BaseException as unsendable:  # noqa: BLE001  # such as of a column of Python objects
+        return pack(("error", packed_error(unsendable)), in_files=False)
 
 
-def _run(message: Message, transport: Transport, follower: Follower) -> object:
+def _run(message: Message, transport: Transport, follower: Follower) -> Message:
+    """Run the query of `message`, and return the message with its result."""
     parent = _Parent(transport)
     follower.enter_folder()
     receive(message.take_shared())
     try:
         with ResolvingMain(parent.load):
             operation = unpack(message, _RemoteBuffer(parent))
-            return operation()
+            is_call = isinstance(bare(operation), Run)
+            if is_call:
+                transport.send(pack(("called", None), in_files=False))
+            is_counted = is_counting(operation)
+            result = sending_counts(operation, transport) if is_counted else operation()
+            # Here, where the classes of the program are found by their names.
+            return pack(("value", result), in_files=True, by_value=is_call)
     finally:
         parent.end()
         close_received()

@@ -75,6 +75,7 @@ class GpuProcessExecutor(QueryExecutor):
                         threads=self._threads,
                         runs_unsendable_here=self._runs_unsendable_here,
                         env=_env(each),
+                        gpu=f"GPU {each.index}",
                     )
                     self._idle.append(key)
         return len(usable)

@@ -16,9 +16,12 @@ from polars_async._runtime.plans import look_at
 from polars_async._runtime.unpatched import RLock, holding
 from polars_async.errors import PolarsAsyncError, WorkerDiedError, signal_of
 from polars_async.executors import QueryExecutor
+from polars_async.executors.carried import carried
 from polars_async.executors.initializer import current
 from polars_async.executors.large_plans import warn_if_large
 from polars_async.executors.message import SerializationAbort
+from polars_async.executors.meters import SentMeter, counting
+from polars_async.executors.operations import Run
 from polars_async.executors.outcomes import error_of
 from polars_async.executors.processes.call import WorkerCall
 from polars_async.executors.processes.process import WorkerProcess, shut_down
@@ -56,7 +59,9 @@ class ProcessExecutor(QueryExecutor):
         max_memory: int | None = None,
         runs_unsendable_here: bool = False,
         env: Mapping[str, str] | None = None,
+        gpu: str | None = None,
     ) -> None:
+        self._of_gpu: Final = "" if gpu is None else f" ({gpu})"
         self._env: Final = {"POLARS_MAX_THREADS": str(threads), **(env or {})}
         self._max_idle: Final = max_idle
         self._max_memory: Final = max_memory
@@ -122,12 +127,20 @@ class ProcessExecutor(QueryExecutor):
         """Return the outcome in a worker, or as a text the reason why the query stays here."""
         call: WorkerCall | None = None
         try:
+            if query.is_counted:
+                operation, query.meter = counting(operation), SentMeter()
             for _ in range(_MAX_TRIES):
                 abort = SerializationAbort()
                 # If the query was cancelled before this, no thread will call `abort`: call it now.
                 if not query.stop_with(abort):
                     abort()
-                message = pack(operation, in_files=True, abort=abort)
+                by_value = isinstance(operation, Run)
+                message = pack(
+                    carried(operation, query.context),
+                    in_files=True,
+                    by_value=by_value,
+                    abort=abort,
+                )
                 try:
                     warn_if_large(query, message.plan_bytes, same_machine=True)
                     worker = self._take()
@@ -137,6 +150,7 @@ class ProcessExecutor(QueryExecutor):
                 # A cancellation from now on still calls `abort`, in vain, until `call.run` replaces
                 # it. `call.run` finds that the query is done then, and leaves the worker alone.
                 call = WorkerCall(worker, query, self._max_memory, on_gpu_health)
+                query.place = f"worker {worker.pid}{self._of_gpu}"
                 try:
                     kind, content = call.run(message, buffer_of(operation))
                 except EOFError:

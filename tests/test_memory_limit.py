@@ -1,0 +1,514 @@
+"""A limit of memory: which queries wait for it, what is learned, and what is told."""
+
+from __future__ import annotations
+
+import gc
+import os
+import warnings
+from functools import partial
+from math import inf
+from types import SimpleNamespace
+
+import inside
+import polars as pl
+import pytest
+from places import TINY, until
+
+import polars_async as pa
+from polars_async._runtime import machine
+from polars_async._runtime.upstream import spilling
+from polars_async.options import checked_memory
+from polars_async.scheduling.estimates import Estimate
+from polars_async.scheduling.fair_queue import FairQueue
+from polars_async.scheduling.memory import Memory
+from polars_async.scheduling.query import Query
+from polars_async.scheduling.sizes import Limits, Load
+
+MB = 10**6
+LIMIT = 640 * MB
+
+
+@pytest.fixture(autouse=True)
+def budget(monkeypatch):
+    """Return what tells Polars' budget of memory, which no other test is to have."""
+    monkeypatch.setattr(spilling, "_ours", None)
+    for variable in (spilling.BUDGET, spilling._OURS):
+        monkeypatch.setenv(variable, "")  # to be restored, whatever a test sets
+        del os.environ[variable]
+    yield lambda: os.environ.get(spilling.BUDGET)
+    monkeypatch.undo()
+    pl.Config.load("{}")
+
+
+class Machine:
+    """What Polars holds, and what the process takes beside that."""
+
+    def __init__(self):
+        self.held = 0
+
+    def __call__(self):
+        return self.held
+
+
+@pytest.fixture
+def held():
+    return Machine()
+
+
+@pytest.fixture
+def memory(held):
+    return Memory(LIMIT, held)
+
+
+def large(memory, share=None):
+    return Load(4, share, memory=memory)
+
+
+def taker(load, *, alone=True, before=0):
+    return SimpleNamespace(load=load, alone=alone, used_before=before, peak=None)
+
+
+# What may start
+
+
+def test_a_query_that_runs_alone_may_take_all(memory, held):
+    held.held = 2 * LIMIT
+    assert memory.left([]) == inf
+    assert memory.left([Load(0, memory=memory.small)]) == inf  # beside small ones, too
+
+
+def test_what_runs_counts_for_what_it_will_take_or_for_what_is_taken_if_that_is_more(memory, held):
+    held.held = 40 * MB
+    memory.note_start(taker(large(200 * MB)), alone=True)
+    assert memory.left([large(200 * MB)]) == LIMIT - 240 * MB
+    held.held = 340 * MB
+    assert memory.left([large(200 * MB)]) == LIMIT - 340 * MB
+
+
+def test_what_the_process_takes_beside_polars_is_the_least_of_some_measurements(memory, held):
+    held.held = 100 * MB
+    memory.measure(400 * MB, 50 * MB)
+    assert memory.used == 450 * MB
+    memory.measure(150 * MB, 50 * MB)  # what was freed is given back by now
+    memory.measure(400 * MB, 50 * MB)
+    assert memory.used == 200 * MB
+    for _ in range(20):
+        memory.measure(400 * MB, 0)
+    assert memory.used == 400 * MB
+
+
+def test_less_may_be_resident_than_polars_has_allocated(memory, held):
+    held.held = 300 * MB
+    memory.measure(100 * MB, 0)
+    assert memory.used == 300 * MB
+
+
+def test_results_count_while_they_live(memory, held):
+    frame = pl.select(pl.int_range(1_000_000))
+    small = pl.select(pl.int_range(10))
+    assert memory.keep([frame, small]) == 8 * MB
+    assert memory.keep(small) == memory.keep(None) == 0
+    held.held = 100 * MB
+    assert memory.left([large(100 * MB)]) == LIMIT - 108 * MB
+    del frame
+    gc.collect()
+    assert memory.left([large(100 * MB)]) == LIMIT - 100 * MB
+
+
+def test_only_small_queries_start_where_memory_is_taken():
+    room = Limits(3).room([])
+    room.memory, room.small_memory = 100, 10
+    assert room.fits(large(100))
+    assert not room.fits(large(101))
+    assert room.lacks_memory(large(101))
+    room.memory = -5
+    assert room.fits(Load(0, memory=10))
+    assert room.lacks_memory(Load(0, memory=11))
+    assert not room.fits(large(1))
+    full = Limits(1).room([large(0)])
+    full.memory = 0
+    assert not full.lacks_memory(large(1))  # it wants for a slot as well
+
+
+def test_what_waits_for_memory_is_overtaken_by_small_ones_alone():
+    queue = FairQueue()
+    queue.add("first", work=1.0, memory=90)
+    queue.add("later", work=2.0, memory=10)
+    queue.add("small", work=0.001, memory=10)
+
+    def fits(load):
+        return load.memory < 50
+
+    def lacks_memory(item, load):
+        held_up.append(item)
+        return load.memory >= 50
+
+    held_up = []
+    assert queue.take(fits, lacks_memory).item == "small"
+    assert queue.take(fits, lacks_memory) is None
+    assert "first" in held_up
+    queue.add("before", work=0.1, memory=10)  # its turn is before that of the one that waits
+    assert queue.take(fits, lacks_memory).item == "before"
+    assert queue.take(fits).item == "later"
+
+
+def test_a_priority_is_kept_until_the_item_has_its_estimate():
+    queue = FairQueue()
+    queue.add("usual", work=0.5)
+    queue.add("urgent", priority=5, memory=None)
+    assert queue.take(lambda _: True).item == "usual"
+    entry = queue.next_unestimated()
+    queue.add("next", work=0.5)
+    queue.rank(entry, 0.5, memory=7)
+    picked = queue.take(lambda _: True)
+    assert (picked.item, picked.load.memory) == ("urgent", 7)
+
+
+# What a query is expected to take
+
+
+@pytest.mark.parametrize(
+    ("frames", "files", "expected"),
+    [
+        (MB, 0, 5 * MB),
+        (0, MB, 8 * MB),
+        (MB, None, LIMIT // 2 + 1),
+        (0, 0, LIMIT // 2 + 1),  # it may make anything
+        (10 * MB, 0, LIMIT // 2 + 1),
+        (100 * MB, 0, 500 * MB),
+    ],
+)
+def test_first_guess_is_by_what_is_read_and_cautious_where_that_may_be_much(
+    memory, frames, files, expected
+):
+    assert memory.need(7, frames, files) == expected
+
+
+def test_what_was_learned_goes_before_any_guess(memory):
+    memory.learn(7, 200 * MB, completed=True)
+    assert memory.need(7, MB, 0) == memory.need(7, 0, None) == 220 * MB
+    assert memory.need(8, 0, None) == memory.need(None, 0, None) == LIMIT // 2 + 1
+
+
+def test_more_is_learned_at_once_and_less_by_and_by(memory):
+    memory.learn(7, 200 * MB, completed=True)
+    assert memory.learn(7, 400 * MB, completed=True) == 440 * MB
+    assert memory.learn(7, 100 * MB, completed=True) == 275 * MB
+    assert memory.learn(7, 0, completed=False) == 275 * MB
+    assert memory.learn(7, 300 * MB, completed=False) == 330 * MB
+
+
+def test_one_that_did_not_complete_says_nothing_of_the_first_of_its_kind(memory):
+    memory.learn(7, MB, completed=False)
+    assert memory.need(7, 0, None) == LIMIT // 2 + 1
+
+
+def test_what_one_takes_alone_is_measured_and_several_share_it_by_what_is_expected(memory, held):
+    held.held = 50 * MB
+    first, second = taker(large(100 * MB)), taker(large(300 * MB), alone=False)
+    memory.note_start(first, alone=True)
+    held.held = 90 * MB
+    memory.sample([first])
+    assert first.peak == 40 * MB
+    first.alone = False
+    memory.note_start(second, alone=False)
+    held.held = 450 * MB
+    memory.sample([first, second])
+    assert (first.peak, second.peak) == (100 * MB, 300 * MB)
+    held.held = 60 * MB
+    memory.sample([first, second])
+    assert (first.peak, second.peak) == (100 * MB, 300 * MB)
+
+
+# In a collector
+
+
+def estimate(query, _):
+    """Take the megabytes that a query needs, and its seconds, from its label."""
+    if query.estimate is None:
+        megabytes, _, seconds = (query.label or "0").partition(" ")
+        query.estimate = Estimate(float(seconds or 1), None, memory=int(megabytes) * MB)
+
+
+@pytest.fixture
+def limited(monkeypatch, block):
+    """Make collectors that have a limit, and nothing else in their memory than `held` says."""
+    held, made = Machine(), []
+    monkeypatch.setattr("polars_async.collector.memory_held", held)
+    monkeypatch.setattr("polars_async.scheduling.memory_watch.own_memory", lambda: held.held)
+    monkeypatch.setattr(Query, "set_estimate", estimate)
+
+    def make(**options):
+        made.append(pa.Collector(**{"max_memory": LIMIT, "max_running": 8, **options}))
+        return made[-1]
+
+    make.held = held
+    yield make
+    block.free()
+    for collector in made:
+        collector.close()
+
+
+def start(collector, *needs, block):
+    """Submit a query for each need, in megabytes and seconds; return them and their gates."""
+    handles, gates = [], [block() for _ in needs]
+    for gate, need in zip(gates, needs, strict=True):
+        before = inside.running(collector)
+        handles.append(collector.collect_async(gate.lf, label=need))
+        until(partial(starts_or_waits, collector, before))
+    return handles, gates
+
+
+def starts_or_waits(collector, before):
+    return inside.running(collector) > before or inside.lacks_memory(collector)
+
+
+def is_held_up(collector, *, running):
+    return lambda: inside.running(collector) == running and inside.lacks_memory(collector)
+
+
+@pytest.mark.parametrize("slots", [8, None], ids=["fixed", "open"])
+def test_queries_wait_until_there_is_memory(limited, block, slots):
+    collector = limited(max_running=slots)
+    handles, gates = start(collector, "400", "400 11", block=block)
+    until(is_held_up(collector, running=1))
+    assert inside.waiting(collector) == 1
+    assert collector.stats()["memory_waits"] == 0
+    gates[0].gate.set()
+    gates[1].gate.set()
+    block.free()
+    for handle in handles:
+        handle.result()
+    stats = collector.stats()
+    assert stats["memory_waits"] == 1
+    assert stats["memory_seconds"] > 0
+    assert (stats["memory"], stats["max_memory"]) == (0, LIMIT)
+    assert {"memory_waits", "memory_seconds"} < pa.Collector.COUNTERS
+
+
+def test_small_queries_go_on_meanwhile(limited, block):
+    collector = limited()
+    start(collector, "600", "600 0.1", block=block)
+    until(is_held_up(collector, running=1))
+    assert collector.collect_async(TINY, label="5 0.001").result().item() == 1
+    assert inside.waiting(collector) == 1
+
+
+def test_a_query_that_needs_more_than_there_is_runs_alone(limited, block):
+    collector = limited()
+    _, gates = start(collector, "10", "9000 0.1", block=block)
+    until(is_held_up(collector, running=1))
+    gates[0].gate.set()
+    until(lambda: not inside.waiting(collector) and inside.running(collector) == 1)
+
+
+def test_memory_that_the_program_frees_lets_a_query_start(limited, block):
+    collector = limited()
+    limited.held.held = 500 * MB
+    start(collector, "10", "300 0.1", block=block)
+    until(is_held_up(collector, running=1))
+    limited.held.held = 100 * MB
+    until(lambda: inside.running(collector) == 2)
+
+
+def test_no_priority_lets_a_query_start_without_memory(limited, block):
+    collector = limited()
+    start(collector, "600", block=block)
+    until(lambda: inside.running(collector) == 1)
+    blocked = block()
+    collector.collect_async(blocked.lf, priority=10, label="600 0.001")
+    until(is_held_up(collector, running=1))
+    assert inside.waiting(collector) == 1
+
+
+def test_a_query_of_a_running_one_starts_without_memory(limited):
+    collector = limited()
+    inner = TINY.map_batches(lambda df: df + 1)
+
+    def submit(_):
+        return collector.collect_async(inner, label="9000").result()
+
+    assert collector.collect_async(TINY.map_batches(submit), label="600").result().item() == 2
+
+
+def test_a_stream_whose_consumer_is_back_needs_no_more_memory(limited, block):
+    collector = limited()
+    rows = pl.DataFrame({"a": range(10)}).lazy()
+    with collector.collect_batches_async(rows, chunk_size=1, label="600") as stream:
+        until(lambda: collector.stats()["paused"] == 1)
+        start(collector, "600", block=block)
+        until(lambda: inside.running(collector) == 2)
+        assert [batch.item() for batch in stream] == list(range(10))
+
+
+def test_full_queue_counts_what_waits_for_memory(limited, block):
+    collector = limited(max_waiting=1)
+    start(collector, "600", "600 0.1", block=block)
+    until(is_held_up(collector, running=1))
+    with pytest.raises(pa.QueueFullError, match="as many as max_memory=640,000,000 bytes let run"):
+        collector.collect_async(block().lf, label="600 0.1")
+
+
+def test_query_that_outgrows_the_memory_alone_is_warned_of_once(limited, block):
+    collector = limited()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        start(collector, "10", block=block)
+        until(lambda: inside.running(collector) == 1)
+        limited.held.held = LIMIT + 1
+        until(lambda: caught)
+        (warning,) = caught
+        assert warning.category is pa.MemoryLimitWarning
+        assert warning.filename == __file__
+        assert str(warning.message).startswith(
+            "the query '10' runs alone, and this process takes 640,000,001 bytes, more than "
+            "max_memory=640,000,000. "
+        )
+        block.free()
+        collector.close()
+        again = limited()
+        limited.held.held = 0
+        start(again, "10", "10", block=block)
+        until(lambda: inside.running(again) == 2)
+        limited.held.held = LIMIT + 1
+        until(lambda: all(slot.peak for slot in again._cpu.admission._slots))
+    assert caught == [warning]  # two that run may each be small
+
+
+# What Polars really takes
+
+
+def sort(rows=2_000_000):
+    frame = pl.select(a=pl.int_range(rows).shuffle(1), b=pl.int_range(rows))
+    return frame.lazy().sort("a").select(pl.all().reverse())
+
+
+@pytest.mark.parametrize("executor", ["threads", "processes"])
+def test_peak_of_a_query_is_measured_and_learned(executor):
+    query = sort(500_000)
+    with pa.Collector(engine="in-memory", executor=executor, max_memory="4 GB") as collector:
+        for _ in range(2):
+            handle = collector.collect_async(query)
+            handle.result()
+            taken = handle._query.peak_memory
+            assert 4 * MB < taken < 2000 * MB
+        expected = collector._cpu._costs.of([query], "in-memory").memory
+    assert taken / 4 < expected < 8 * taken
+
+
+def test_queries_run_one_by_one_until_one_of_them_is_known():
+    query = sort()
+    with pa.Collector(engine="in-memory", max_memory="4 GB", max_running=8) as collector:
+        handles = [collector.collect_async(query.head(2_000_000 - n)) for n in range(8)]
+        for handle in handles:
+            handle.result()
+        stats = collector.stats()
+    assert stats["memory_waits"] > 0
+    assert stats["completed"] == 8
+
+
+def test_worker_that_outgrows_the_memory_is_stopped_and_says_what_it_took():
+    large = pl.LazyFrame({"a": [0]}).select(pl.int_range(100_000_000).shuffle().sort().last())
+    with pa.Collector(executor="processes", max_memory="300 MB") as collector:
+        with pytest.raises(pa.QueryMemoryError) as caught:
+            collector.collect_async(large).result()
+        assert collector.collect_async(TINY).result().item() == 1
+    assert caught.value.peak_memory > caught.value.max_memory == 300 * MB
+
+
+# Spilling
+
+
+def test_smallest_limit_of_this_process_is_the_budget_of_its_streaming_queries(budget):
+    pa.Collector(max_memory=1000 << 20).close()
+    assert budget() == "800"
+    pa.Collector(max_memory=2000 << 20).close()
+    assert budget() == "800"
+    pa.Collector(max_memory=500 << 20, executor="auto").close()
+    assert budget() == "400"
+    pa.Collector(max_memory=100 << 20, executor="processes").close()
+    assert budget() == "400"
+
+
+def test_budget_that_a_process_inherits_of_this_library_is_not_one_of_the_program(
+    budget, monkeypatch
+):
+    pa.Collector(max_memory=500 << 20).close()
+    monkeypatch.setattr(spilling, "_ours", None)  # as in another process
+    pa.Collector(max_memory=1000 << 20).close()
+    assert budget() == "800"
+
+
+@pytest.mark.parametrize("variable", [spilling.BUDGET, "POLARS_OOC_MEMORY_BUDGET_FRACTION"])
+def test_budget_of_the_program_is_left_alone(budget, monkeypatch, variable):
+    monkeypatch.setenv(variable, "0.5")
+    pa.Collector(max_memory=1000 << 20).close()
+    assert budget() == ("0.5" if variable == spilling.BUDGET else None)
+    with pa.Collector(max_memory=1000 << 20, executor="processes") as collector:
+        assert spilling.BUDGET not in collector._cpu.executor._env
+
+
+def test_workers_spill_from_half_of_the_limit():
+    with pa.Collector(max_memory=1000 << 20, executor="processes") as collector:
+        assert collector._cpu.executor._env[spilling.BUDGET] == "500"
+
+
+SPILLS = """
+import os
+import sys
+import warnings
+import polars as pl
+import polars_async as pa
+
+if __name__ == "__main__":
+    folder, limit = sys.argv[1], int(sys.argv[2])
+    pl.LazyFrame({"a": [2, 1]}).sort("a").collect(engine="streaming")  # it has read its variables
+    os.environ["POLARS_OOC_SPILL_DIR"] = folder + "/spilled"
+    warnings.simplefilter("ignore")  # the limit is so low that the process itself is beyond it
+    with pa.Collector(engine="streaming", max_memory=limit) as collector:
+        sort = pl.scan_parquet(folder + "/a.parquet").sort("a")
+        collector.sink_async(sort.sink_parquet(folder + "/b.parquet", lazy=True)).result()
+    print(os.path.exists(folder + "/spilled"))
+"""
+
+
+def test_streaming_queries_on_threads_spill_by_the_limit(run_script, tmp_path):
+    frame = pl.select(a=pl.int_range(3_000_000).shuffle(1), b=pl.int_range(3_000_000))
+    frame.write_parquet(tmp_path / "a.parquet", row_group_size=100_000)
+    assert run_script(SPILLS, str(tmp_path), str(60 << 20)) == ["True"]
+    assert pl.read_parquet(tmp_path / "b.parquet")["a"].is_sorted()
+
+
+# What max_memory= takes
+
+
+def test_share_of_the_memory(monkeypatch):
+    monkeypatch.setattr(machine, "total_memory", lambda: 1000)
+    monkeypatch.setattr(machine, "memory_limit", lambda: None)
+    assert checked_memory("max_memory", "75%") == 750
+    assert checked_memory("max_memory", " 12.5 % ") == 125
+    monkeypatch.setattr(machine, "memory_limit", lambda: 500)
+    assert checked_memory("max_memory", "100%") == 500
+    assert checked_memory("max_memory", "4GB") == 4 * 10**9
+
+
+@pytest.mark.parametrize("share", ["0%", "101%"])
+def test_share_is_above_0_and_at_most_100(share):
+    with pytest.raises(ValueError, match=f"a share from above 0% to 100%, got '{share}'"):
+        pa.Collector(max_memory=share)
+
+
+def test_share_of_an_unknown_memory_says_what_to_give(monkeypatch):
+    monkeypatch.setattr("polars_async.options.usable_memory", lambda: None)
+    with pytest.raises(ValueError, match=r"max_memory='75%' needs the size of the memory, which"):
+        pa.Collector(max_memory="75%")
+
+
+def test_limit_elsewhere_is_not_ours():
+    from concurrent.futures import ThreadPoolExecutor  # noqa: PLC0415  # of this test alone
+
+    with (
+        ThreadPoolExecutor() as executor,
+        pytest.raises(ValueError, match="runs them elsewhere: limit its memory there"),
+    ):
+        pa.Collector(max_memory="4GB", executor=executor)
