@@ -422,7 +422,7 @@ def test_worker_that_outgrows_the_memory_is_stopped_and_says_what_it_took():
 
 def test_worker_is_kept_that_takes_no_more_than_at_its_start():
     number = TINY.map_batches(pid_of_worker)
-    with pa.Collector(executor="processes", max_memory="200 MB", max_running=1) as collector:
+    with pa.Collector(executor="processes", max_memory="100 MB", max_running=1) as collector:
         pids = {collector.collect_async(number).result().item() for _ in range(3)}
     assert len(pids - {os.getpid()}) == 1
 
