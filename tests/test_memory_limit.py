@@ -378,6 +378,10 @@ def test_query_that_outgrows_the_memory_alone_is_warned_of_once(limited, block):
 # What Polars really takes
 
 
+def pid_of_worker(_):
+    return pl.DataFrame({"a": [os.getpid()]})
+
+
 def sort(rows=2_000_000):
     frame = pl.select(a=pl.int_range(rows).shuffle(1), b=pl.int_range(rows))
     return frame.lazy().sort("a").select(pl.all().reverse())
@@ -414,6 +418,13 @@ def test_worker_that_outgrows_the_memory_is_stopped_and_says_what_it_took():
             collector.collect_async(large).result()
         assert collector.collect_async(TINY).result().item() == 1
     assert caught.value.peak_memory > caught.value.max_memory == 300 * MB
+
+
+def test_worker_is_kept_that_takes_no_more_than_at_its_start():
+    number = TINY.map_batches(pid_of_worker)
+    with pa.Collector(executor="processes", max_memory="100 MB", max_running=1) as collector:
+        pids = {collector.collect_async(number).result().item() for _ in range(3)}
+    assert len(pids - {os.getpid()}) == 1
 
 
 # Spilling
