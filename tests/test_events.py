@@ -582,7 +582,10 @@ def test_stats_of_all_that_can_be_switched_on_are_json(tmp_path):
     cache = Cache(seconds=60, max_bytes="1 GB")
     options = {"cache": cache, "max_memory": "4 GB", "progress": True, "slow": 60, "gpu": "offload"}
     with simulate_gpu(2), Collector(on_event=print, executor="auto", **options) as collector:
-        for handle in [*(collector.collect_async(query) for _ in range(3)), collector.run(len, "a")]:
+        for handle in [
+            *(collector.collect_async(query) for _ in range(3)),
+            collector.run(len, "a"),
+        ]:
             handle.result(30)
         stats = collector.stats()
     assert json.loads(json.dumps(stats, allow_nan=False)) == stats

@@ -603,7 +603,10 @@ def test_callers_of_a_shared_run_are_listed_and_cancelled_each_by_itself(shared,
         assert f", shared with query {first.id}, tenant=" in str(info)
     assert shared.cancel(second.id)
     assert not shared.cancel(second.id)
-    assert listed(shared) == [(first.id, "a", "running", None), (third.id, "c", "waiting", first.id)]
+    assert listed(shared) == [
+        (first.id, "a", "running", None),
+        (third.id, "c", "waiting", first.id),
+    ]
     assert shared.cancel(first.id)
     assert not shared.cancel(first.id)
     assert listed(shared) == [(third.id, "c", "waiting", first.id)]

@@ -105,6 +105,7 @@ def test_fraction_never_goes_back_and_ends_at_1(place, halfway):
         assert any(0 < each < 1 for each in fractions)
 
 
+@pytest.mark.usefixtures("small_frames")
 @PLACES
 def test_progress_of_a_shared_run_is_that_of_each_who_waits_for_it(place, numbers):
     options = {"executor": place, "progress": True, "single_flight": True, "max_running": 1}

@@ -106,6 +106,7 @@ def test_queries_are_counted_by_engine_and_outcome(counted, scraped, blocked):
     )
 
 
+@pytest.mark.usefixtures("small_frames")
 def test_each_caller_of_a_shared_run_is_counted_once(make, scraped, blocked):
     collector = make(single_flight=True, max_running=1)
     register(collector, scraped.registry)
@@ -123,6 +124,7 @@ def test_each_caller_of_a_shared_run_is_counted_once(make, scraped, blocked):
     assert scraped(f"{RUN}_count", engine="in-memory", outcome="completed") == 2
 
 
+@pytest.mark.usefixtures("small_frames")
 def test_results_that_were_kept_are_counted(scraped):
     with Collector(cache=Cache(seconds=60, max_bytes="1 GB"), inline=0) as collector:
         register(collector, scraped.registry)
@@ -134,7 +136,9 @@ def test_results_that_were_kept_are_counted(scraped):
     assert outcomes(scraped) == {"completed": 2}
 
 
-def test_waits_for_memory_are_counted(counted, scraped, blocked):
+def test_waits_for_memory_are_counted(make, scraped, blocked):
+    counted = make(max_running=1, max_memory="8 GB")
+    register(counted, scraped.registry)
     waits, seconds = (f"polars_async_memory_{name}_total" for name in ("waits", "wait_seconds"))
     counted.collect_async(blocked.lf)
     assert blocked.started.wait(30)

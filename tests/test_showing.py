@@ -214,6 +214,7 @@ def test_many_queries_share_a_bar(drawn):
         assert (last.name, last.fraction, last.told) == ("queries", 1.0, "9 of 9 done")
 
 
+@pytest.mark.usefixtures("small_frames")
 def test_callers_of_a_shared_run_have_a_bar_each(drawn, blocked, numbers):
     options = {"single_flight": True, "progress": True, "max_running": 1, "engine": "streaming"}
     query = pl.scan_parquet(numbers).select(pl.col("a").sum())

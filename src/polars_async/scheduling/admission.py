@@ -707,8 +707,8 @@ class Admission:
             if memory is None or all(memory.is_small(slot.load) for slot in running):
                 return False
             memory.sample(running)
-            if tell:
-                for slot in running:
+            for slot in running if tell else ():
+                if slot.query is not None:
                     slot.query.peak_memory = slot.peak
             return True
 
