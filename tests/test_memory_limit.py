@@ -153,6 +153,37 @@ def test_what_waits_for_memory_is_overtaken_by_small_ones_alone():
     assert queue.take(fits).item == "later"
 
 
+def test_quick_items_that_take_much_memory_neither_overtake_nor_hold_up_small_ones():
+    queue = FairQueue(small_memory=10)
+    queue.add("first", work=1.0, memory=90)
+    queue._overtaken = 10.0  # so that it is the turn of the first
+    queue.add("much", work=0.001, memory=40)
+    queue.add("urgent", work=1.0, priority=5, memory=40)
+    queue.add("small", work=0.001, memory=10)
+
+    def fits(load):
+        return load.memory < 50
+
+    def lacks_memory(_, load):
+        return load.memory >= 50
+
+    assert queue.take(fits, lacks_memory).item == "small"
+    assert queue.take(fits, lacks_memory) is None
+    assert queue.has_fitting(fits)
+    queue.discard("first")
+    assert queue.take(fits, lacks_memory).item == "urgent"
+    assert queue.take(fits, lacks_memory).item == "much"
+
+
+def test_first_item_that_was_discarded_hides_none_that_fits():
+    queue = FairQueue()
+    queue.add("first", work=1.0, memory=90)
+    queue.add("second", work=1.0, memory=10)
+    assert not queue.has_fitting(lambda load: load.memory < 50)
+    queue.discard("first")
+    assert queue.has_fitting(lambda load: load.memory < 50)
+
+
 def test_a_priority_is_kept_until_the_item_has_its_estimate():
     queue = FairQueue()
     queue.add("usual", work=0.5)
