@@ -44,7 +44,9 @@ _NOT_ON_WINDOWS = {
     select: ("poll",),
 }
 _MODULES_NOT_ON_WINDOWS = ("fcntl", "grp", "pwd", "resource", "termios")
-_NEEDED = ("gevent", "multiprocessing", "polars", "pytest", "subprocess", "trio")
+_NEEDED = (
+    *("gevent", "multiprocessing", "polars", "pytest", "subprocess", "trio", "urllib.request"),
+)
 """What is imported before: the libraries look at the system when they are imported."""
 
 
