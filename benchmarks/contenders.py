@@ -23,6 +23,8 @@ HAS_INLINE: Final = "inline" in signature(pa.configure).parameters
 """Whether there is inline to turn off; without, that contender takes no part."""
 POLARS_ASYNC_ONE: Final = "polars-async, one query"
 """A single query, where the contest is about many that are equal."""
+POLARS_ASYNC_LIMITED: Final = "polars-async, max_memory"
+"""The same with a third of the memory that Polars' own functions take."""
 POLARS: Final = "Polars' own"
 """The async functions of Polars itself."""
 POLARS_SEMAPHORE: Final = "Polars' own, semaphore"

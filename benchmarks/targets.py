@@ -21,6 +21,7 @@ from benchmarks.contenders import (
     HAS_INLINE,
     POLARS,
     POLARS_ASYNC,
+    POLARS_ASYNC_LIMITED,
     POLARS_ASYNC_NOT_INLINE,
     POLARS_ASYNC_ONE,
     POLARS_ASYNC_THREADS,
@@ -100,6 +101,17 @@ def _of_inline() -> dict[str, Target]:
 
 # On Polars 1.44, its own `collect_all_async` blocks the loop until all queries are done.
 _STALL_OF_ALL: Final = Target(at_most=0.1 if pl.__version__.startswith("1.44") else 1)
+
+
+def _of_memory() -> dict[str, Target]:
+    who = POLARS_ASYNC_LIMITED
+    found = {}
+    for executor in ("threads", "processes"):
+        found[f"limited sorts, finished, {executor}"] = Target(1.3, of=POLARS_ASYNC, who=who)
+        found[f"limited sorts, peak, {executor}"] = Target(1.1, of=None, who=who)
+    return found
+
+
 TARGETS: Final[Mapping[str, Target]] = {
     "tiny query, round trip, asyncio, in-memory": Target(at_most=0.3),
     "tiny queries gathered, asyncio, in-memory": Target(at_least=3.5),
@@ -123,6 +135,7 @@ TARGETS: Final[Mapping[str, Target]] = {
     "PDS-H at once, finished, in-memory": Target(at_most=1),
     **_of_mix(),
     **_of_adaptive(),
+    **_of_memory(),
     "32 sources that sleep, in-memory": Target(at_most=1.2),
     "32 scans over HTTP, in-memory": Target(at_most=1.2),
     **{

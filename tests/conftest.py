@@ -20,11 +20,15 @@ __all__ = ["TINY", "Blocked"]
 
 pytest_plugins = ["polars_async.pytest_plugin", "pytester"]
 
+WITHOUT_PLUGINS = "-p no:dash -p no:faker"
+
 
 def pytest_configure(config):
     # Queries that name no engine run on the same one, whatever the default of Polars is. Tests of
     # that default take this away.
     os.environ["POLARS_ASYNC_ENGINE"] = "in-memory"
+    # Tests that start pytest leave out the plug-ins that pyproject.toml leaves out here.
+    os.environ["PYTEST_ADDOPTS"] = WITHOUT_PLUGINS
     config.addinivalue_line(
         "markers",
         "everywhere(**elsewhere): what has an `executor` runs in each place where queries may run; "
@@ -233,8 +237,8 @@ def main():
 
 @pytest.fixture
 def pytester(pytester, monkeypatch):
-    """Run pytest as usual, without the plug-ins that pyproject.toml leaves out here."""
-    monkeypatch.setenv("PYTEST_ADDOPTS", "-p no:dash -p no:faker")
+    """Run pytest as usual, which forgets all options of this run, without those plug-ins."""
+    monkeypatch.setenv("PYTEST_ADDOPTS", WITHOUT_PLUGINS)
     return pytester
 
 

@@ -480,7 +480,7 @@ def test_functions_of_tests_run_in_workers_where_they_cannot_be_imported(tmp_pat
     (tmp_path / "tests" / "test_own.py").write_text(TEST_MODULE)
     # As the command `pytest`, which does not put the current folder into the path.
     command = [sys.executable, "-P", "-m", "pytest", "-q", "-p", "no:cacheprovider"]
-    command += ["-p", "no:dash", "-p", "no:faker", "--import-mode=importlib", "tests"]
+    command += ["--import-mode=importlib", "tests"]
     done = subprocess.run(
         command, cwd=tmp_path, capture_output=True, text=True, timeout=150, check=False
     )

@@ -153,6 +153,37 @@ def test_what_waits_for_memory_is_overtaken_by_small_ones_alone():
     assert queue.take(fits).item == "later"
 
 
+def test_quick_items_that_take_much_memory_neither_overtake_nor_hold_up_small_ones():
+    queue = FairQueue(small_memory=10)
+    queue.add("first", work=1.0, memory=90)
+    queue._overtaken = 10.0  # so that it is the turn of the first
+    queue.add("much", work=0.001, memory=40)
+    queue.add("urgent", work=1.0, priority=5, memory=40)
+    queue.add("small", work=0.001, memory=10)
+
+    def fits(load):
+        return load.memory < 50
+
+    def lacks_memory(_, load):
+        return load.memory >= 50
+
+    assert queue.take(fits, lacks_memory).item == "small"
+    assert queue.take(fits, lacks_memory) is None
+    assert queue.has_fitting(fits)
+    queue.discard("first")
+    assert queue.take(fits, lacks_memory).item == "urgent"
+    assert queue.take(fits, lacks_memory).item == "much"
+
+
+def test_first_item_that_was_discarded_hides_none_that_fits():
+    queue = FairQueue()
+    queue.add("first", work=1.0, memory=90)
+    queue.add("second", work=1.0, memory=10)
+    assert not queue.has_fitting(lambda load: load.memory < 50)
+    queue.discard("first")
+    assert queue.has_fitting(lambda load: load.memory < 50)
+
+
 def test_a_priority_is_kept_until_the_item_has_its_estimate():
     queue = FairQueue()
     queue.add("usual", work=0.5)
@@ -456,6 +487,10 @@ def test_query_that_outgrows_the_memory_alone_is_warned_of_once(limited, block):
 # What Polars really takes
 
 
+def pid_of_worker(_):
+    return pl.DataFrame({"a": [os.getpid()]})
+
+
 def sort(rows=2_000_000):
     frame = pl.select(a=pl.int_range(rows).shuffle(1), b=pl.int_range(rows))
     return frame.lazy().sort("a").select(pl.all().reverse())
@@ -492,6 +527,13 @@ def test_worker_that_outgrows_the_memory_is_stopped_and_says_what_it_took():
             collector.collect_async(large).result()
         assert collector.collect_async(TINY).result().item() == 1
     assert caught.value.peak_memory > caught.value.max_memory == 300 * MB
+
+
+def test_worker_is_kept_that_takes_no_more_than_at_its_start():
+    number = TINY.map_batches(pid_of_worker)
+    with pa.Collector(executor="processes", max_memory="100 MB", max_running=1) as collector:
+        pids = {collector.collect_async(number).result().item() for _ in range(3)}
+    assert len(pids - {os.getpid()}) == 1
 
 
 # Spilling

@@ -612,8 +612,8 @@ def test_affinity(monkeypatch):
     pa.collect_async(QUERY).result(20)
 
 def test_plugin(monkeypatch):
-    monkeypatch.setenv("POLARS_ENGINE_AFFINITY", "gpu")
-    with pl.Config(engine_affinity=pa.AsyncEngine()):
+    with pl.Config(engine_affinity=pa.AsyncEngine()):  # at whose end there is no variable
+        monkeypatch.setenv("POLARS_ENGINE_AFFINITY", "gpu")
         QUERY.collect()
 
 class TestOld(unittest.TestCase):

@@ -175,7 +175,7 @@ class Admission:
         self._returning: dict[Query[Any], Slot] = {}  # of these, whose consumers are back
         self._contended = 0  # free slots that both they and the queue waited for, so far
         self._inline: set[Slot] = set()
-        self._queue: FairQueue[Query[Any]] = FairQueue()
+        self._queue: FairQueue[Query[Any]] = FairQueue(inf if memory is None else memory.small)
         self._started_unestimated = -inf  # when a slot last started such a query, by perf_counter
         self._work = 0.0  # of all queries here, in seconds, as it was at this time:
         self._work_summed_at = -inf

@@ -251,7 +251,9 @@ class ProcessExecutor(QueryExecutor):
 
     def _retains_memory(self, worker: WorkerProcess) -> bool:
         """Return whether it keeps memory that would count as that of the next query."""
-        return self._max_memory is not None and worker.private_memory() > self._max_memory / 4
+        if self._max_memory is None:
+            return False
+        return worker.private_memory() - worker.idle_memory > self._max_memory / 4
 
     def _refill(self) -> None:
         """Start a worker in place of one that is gone, so that the next query finds it warm."""
