@@ -877,7 +877,7 @@ def test_text_of_a_time_out_tells_of_the_gpu(collector, tried, blocked):
     assert tried.started.wait(30)
     tried.gate.set()
     part = r"0\.\d+ s of which the GPU took for a try that failed"
-    words = f"s for a slot behind 1 running and 1 waiting queries, {part}, and never ran on the CPU"
+    words = rf"s for a slot behind 1 running .*, {part}, and never ran on the CPU"
     with pytest.raises(QueryTimeoutError, match=words):
         handle.result(30)
     blocked.gate.set()
