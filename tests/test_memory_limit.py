@@ -116,6 +116,20 @@ def test_results_count_while_they_live(memory, held):
     assert memory.left([large(100 * MB)]) == LIMIT - 100 * MB
 
 
+def test_result_counts_for_no_more_than_its_query_can_have_filled(memory):
+    frames = [pl.select(pl.int_range(1_000_000)) for _ in range(2)]
+    assert memory.keep(frames, most=10 * MB) == 10 * MB
+    assert sorted(size for _, size in memory._kept.values()) == [2 * MB, 8 * MB]
+
+
+def test_an_unknown_measurement_of_the_process_is_none(memory):
+    memory.measure(0, 50 * MB)  # on a system that does not tell
+    assert memory.used == 50 * MB
+    memory.measure(100 * MB, 0)
+    memory.measure(0, 0)  # too many files were open, for one
+    assert memory.used == 100 * MB
+
+
 def test_only_small_queries_start_where_memory_is_taken():
     room = Limits(3).room([])
     room.memory, room.small_memory = 100, 10
@@ -420,6 +434,59 @@ def test_memory_that_the_program_frees_lets_a_query_start(limited, block):
     until(lambda: inside.running(collector) == 2)
 
 
+def test_query_behind_one_that_was_cancelled_has_its_turn_at_once(limited, block):
+    collector = limited()
+    blocked = block()
+    collector.collect_async(blocked.lf, priority=10, label="400")  # counts as small, by its time
+    until(lambda: inside.running(collector) == 1)
+    handles, _ = start(collector, "600 0.1", block=block)
+    until(is_held_up(collector, running=1))
+    collector.collect_async(block().lf, label="200 2")
+    until(lambda: not collector._cpu.admission._queue._unestimated)
+    assert inside.running(collector) == 1
+    handles[0].cancel()
+    until(lambda: inside.running(collector) == 2)
+
+
+def test_where_no_thread_can_start_to_measure_queries_run_all_the_same(limited, monkeypatch):
+    def no_thread(*_):
+        raise RuntimeError("can't start new thread")
+
+    collector = limited()
+    with monkeypatch.context() as patch:
+        patch.setattr("polars_async.scheduling.memory_watch.start_timer", no_thread)
+        assert collector.collect_async(TINY, label="400").result(timeout=30).item() == 1
+    assert not collector._cpu._memory_watch._runs
+
+
+def test_a_measurement_that_fails_is_not_the_last_one(limited, block, monkeypatch, caplog):
+    collector = limited()
+    limited.held.held = 500 * MB
+    start(collector, "10", "300 0.1", block=block)
+    until(is_held_up(collector, running=1))
+    with monkeypatch.context() as patch:
+        patch.setattr(type(collector._cpu.admission), "sample_memory", fail)
+        until(lambda: "what was to be done at a time-out has failed" in caplog.text)
+    limited.held.held = 100 * MB
+    until(lambda: inside.running(collector) == 2)
+
+
+def fail(_):
+    raise MemoryError
+
+
+def test_no_thread_looks_for_queries_while_there_is_no_memory(limited, block, monkeypatch):
+    collector = limited()
+    start(collector, "600", "600 0.1", block=block)
+    until(is_held_up(collector, running=1))
+    until(lambda: inside.threads_in_use(collector) == 1)
+    watch, looks = collector._cpu._memory_watch, []
+    monkeypatch.setattr(watch, "_look", lambda: looks.append(1), raising=True)
+    count = watch._count
+    until(lambda: watch._count > count + 3)
+    assert not looks
+
+
 def test_no_priority_lets_a_query_start_without_memory(limited, block):
     collector = limited()
     start(collector, "600", block=block)
@@ -507,6 +574,30 @@ def test_peak_of_a_query_is_measured_and_learned(executor):
             assert 4 * MB < taken < 2000 * MB
         expected = collector._cpu._costs.of([query], "in-memory").memory
     assert taken / 4 < expected < 8 * taken
+
+
+def test_what_a_result_has_in_common_with_other_frames_does_not_count():
+    rows = pl.select(pl.int_range(30_000_000))
+    with pa.Collector(engine="in-memory", max_memory="4 GB") as collector:
+        collector._cpu.admission.limits.processors = 1
+        results = [
+            collector.collect_async(rows.lazy().head(rows.height - n)).result() for n in range(1, 4)
+        ]
+        kept = sum(size for _, size in collector._cpu.admission.memory._kept.values())
+    assert kept < sum(result.estimated_size() for result in results) / 2
+
+
+def test_need_of_queries_too_quick_to_be_measured_does_not_rise(memory):
+    collector = pa.Collector(max_memory=LIMIT, max_running=2)
+    collector._cpu.admission.limits.processors = 1e6  # so that the time bounds nothing
+    rows = pl.DataFrame({"a": range(100)}).lazy().select(pl.col("a").sum())
+    with collector:
+        needs = []
+        for _ in range(20):
+            collector.collect_async(rows, engine="in-memory").result()
+            until(lambda: not collector._cpu.admission._slots)
+            needs.append(collector._cpu._costs.of([rows], "in-memory").memory)
+    assert max(needs) <= memory.need(None, 800, 0)
 
 
 def test_queries_run_one_by_one_until_one_of_them_is_known():

@@ -197,9 +197,12 @@ class Admission:
     def wants_look(self) -> bool:
         """Whether one more thread should look for a query: one in the queue may start."""
         with self.lock:
-            if not self._queue or not self._may_look():
-                return False
-            return self._queue.has_fitting(self._room().fits)
+            return bool(self._queue) and self._may_look() and self.has_fitting
+
+    @property
+    def has_fitting(self) -> bool:
+        """Whether a query in the queue may have room; read with the lock held."""
+        return self._queue.has_fitting(self._room().fits)
 
     @property
     def running(self) -> int:
@@ -362,15 +365,15 @@ class Admission:
         memory, query = self.memory, slot.query
         if memory is None or query is None:
             return None
-        result = query.keep_result(memory)
         if query.place is not None and query.peak_memory is not None:
             # By its worker, which has also packed the result.
-            return query.peak_memory + result
+            return query.peak_memory + query.keep_result(memory)
+        most = memory.most_within(query.times.run_seconds or 0.0, self.limits.processors)
+        query.keep_result(memory, most=most)
         if slot.peak is not None:
             query.peak_memory = slot.peak
             return slot.peak
-        seconds = query.times.run_seconds or 0.0
-        return min(slot.load.memory, memory.most_within(seconds, self.limits.processors))
+        return min(memory.of_its_like(slot.load), most)
 
     def share_of(self, slot: Slot) -> float | None:
         """Return the share of the processors that were busy since the slot's query started."""

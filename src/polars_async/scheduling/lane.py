@@ -408,7 +408,9 @@ class Lane:
 
     def _watch(self, query: Query[Any], slot: Slot, executor: QueryExecutor) -> Watch | None:
         """Begin to measure what `query` takes, which starts now."""
-        if self._memory_watch is not None and not query.is_small:
+        memory = self.admission.memory
+        # Not only if it may take long: one with a priority counts as small, and may take much.
+        if self._memory_watch is not None and memory is not None and not memory.is_small(slot.load):
             self._memory_watch.start(self.use_idle_slots)
         if self.inline is not None and executor is IN_PROCESS and not slot.inline:
             return self.inline.watch(query)

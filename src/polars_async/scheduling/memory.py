@@ -87,12 +87,14 @@ class Memory:
         """
         Note that this process takes so many bytes now, and worker processes so many for themselves.
 
+        0 bytes for this process say that it is not known: not on this system, or not just now.
         Polars' allocator gives back what is freed within two seconds. So of the last `most`
         measurements the one counts that has least beside what Polars held.
         """
-        self._rests.append(max(0, here - self._held()))
-        del self._rests[:-most]
-        self._rest = min(self._rests) + elsewhere
+        if here:
+            self._rests.append(max(0, here - self._held()))
+            del self._rests[:-most]
+        self._rest = min(self._rests, default=0) + elsewhere
 
     def is_small(self, load: Load) -> bool:
         """Return whether a query with this load goes on whatever the others take."""
@@ -122,19 +124,21 @@ class Memory:
                 taken = used - slot.used_before
             slot.peak = max(slot.peak or 0, taken, 0)
 
-    def keep(self, result: object) -> int:
+    def keep(self, result: object, *, most: int | None = None) -> int:
         """
         Count `result` as long as it lives, if it is a large frame, or a list of such frames.
 
-        Return how many bytes these are.
+        Return how many bytes these are, of the `most` that its query may have filled: the rest it
+        has in common with frames that were there before.
         """
         kept = 0
         for frame in result if isinstance(result, list) else (result,):
             if isinstance(frame, pl.DataFrame) and (size := frame.estimated_size()) >= _LEAST:
                 # Called by any thread, and within the garbage collector: so without a lock.
                 forget = partial(_forget, self._kept, id(frame))
-                self._kept[id(frame)] = ref(frame, forget), int(size)
-                kept += int(size)
+                own = int(size) if most is None else min(int(size), most - kept)
+                self._kept[id(frame)] = ref(frame, forget), own
+                kept += own
         return kept
 
     def need(self, fingerprint: int | None, frame_bytes: int, file_bytes: int | None) -> int:
@@ -157,6 +161,15 @@ class Memory:
     def most_within(self, seconds: float, processors: float) -> int:
         """Return how many bytes a query may have filled in so many seconds."""
         return int(_ALLOCATED * seconds * processors)
+
+    def of_its_like(self, load: Load) -> int:
+        """
+        Return what was learned for a query to have this load.
+
+        Without the margin: what is not measured must not let the next ones rise by it again and
+        again.
+        """
+        return int(load.memory / _MARGIN)
 
     def learn(self, fingerprint: int, taken: int, *, completed: bool) -> int:
         """

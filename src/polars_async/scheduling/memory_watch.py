@@ -64,6 +64,16 @@ class MemoryWatch:
 
     def expire(self) -> None:
         """Measure, and let more queries start if there is room."""
+        goes_on = True
+        try:
+            goes_on = self._measure_and_look()
+        finally:
+            # Whatever went wrong: else the queries that wait now might wait for ever.
+            if goes_on:
+                self._go_on()
+
+    def _measure_and_look(self) -> bool:
+        """Return whether there is reason to do so again."""
         admission = self._admission
         self._count += 1
         if self._count % _EVERY == 0:
@@ -75,15 +85,17 @@ class MemoryWatch:
             # that nothing measures, and starts it again.
             if not runs and not waits:
                 self._runs, self._look = False, None
-                return
+                return False
+            # Threads that look, 200 times a second and for nothing, would take time from queries.
+            may_start = waits and admission.has_fitting
             alone = None if self._warned or self._stoppable else admission.too_large()
             look = self._look
         if alone is not None:
             self._warned = True
             self._warn(alone)
-        if waits and look is not None:
+        if may_start and look is not None:
             look()
-        self._go_on()
+        return True
 
     def reset_after_fork(self) -> None:
         """Measure no more in a forked child, which does not have the thread of the timers."""
@@ -92,7 +104,9 @@ class MemoryWatch:
     def _go_on(self) -> None:
         try:
             start_timer(_INTERVAL, self)
-        except BaseException:  # no thread can start, or Ctrl-C
+        except RuntimeError:  # no thread can start: the next query that starts tries it again
+            self._runs, self._look = False, None
+        except BaseException:  # Ctrl-C
             self._runs, self._look = False, None
             raise
 

@@ -616,9 +616,9 @@ class Query(Generic[T]):
         elif self.state is State.FAILED:
             self.report(EventKind.FAILED, error=self._outcome.error)
 
-    def keep_result(self, memory: Memory) -> int:
-        """Have `memory` mind the result, as long as somebody has it; return its bytes if many."""
-        return memory.keep(self._outcome.value)
+    def keep_result(self, memory: Memory, *, most: int | None = None) -> int:
+        """Have `memory` mind the result, as long as somebody has it: see `Memory.keep`."""
+        return memory.keep(self._outcome.value, most=most)
 
     def observe_cost(
         self,
