@@ -326,6 +326,7 @@ def test_service_answers_several_requests_at_once(service):
     assert service.stats()["completed"] == before + len(SHOPS) * 3
 
 
+@pytest.mark.parametrize("uvicorn_server", ["fastapi"], indirect=True)
 def test_fastapi_tells_prometheus_what_became_of_its_queries(service):
     service.ask("/sales?shop=a")
     stats = service.stats()
