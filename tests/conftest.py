@@ -14,6 +14,7 @@ from places import PLACES, TINY, Blocked, until
 from spares import Spares
 
 from polars_async import Collector
+from polars_async.scheduling import equality
 
 __all__ = ["TINY", "Blocked"]
 
@@ -271,6 +272,12 @@ def block():
     blocks = Blocks()
     yield blocks
     blocks.free()
+
+
+@pytest.fixture
+def small_frames(monkeypatch):
+    """Have frames in memory taken for small ones, whatever other tests have left there."""
+    monkeypatch.setattr(equality, "_MUCH_HELD", 1 << 60)
 
 
 @pytest.fixture

@@ -21,6 +21,7 @@ import pytest
 from places import TINY, Blocked, Notes, until
 
 from polars_async import (
+    Cache,
     Collector,
     CollectorClosedError,
     EngineDowngradeWarning,
@@ -573,6 +574,30 @@ def test_stats_are_json(telling):
         assert json.loads(json.dumps(stats, allow_nan=False)) == stats
     assert telling.stats()["max_waiting"] == 2
     assert Collector().stats()["max_waiting"] is None
+
+
+def test_stats_of_all_that_can_be_switched_on_are_json(tmp_path):
+    pl.DataFrame({"a": [1]}).write_parquet(tmp_path / "a.parquet")
+    query = pl.scan_parquet(tmp_path / "a.parquet").select(pl.col("a").sum())
+    cache = Cache(seconds=60, max_bytes="1 GB")
+    options = {"cache": cache, "max_memory": "4 GB", "progress": True, "slow": 60, "gpu": "offload"}
+    with simulate_gpu(2), Collector(on_event=print, executor="auto", **options) as collector:
+        for handle in [
+            *(collector.collect_async(query) for _ in range(3)),
+            collector.run(len, "a"),
+        ]:
+            handle.result(30)
+        stats = collector.stats()
+    assert json.loads(json.dumps(stats, allow_nan=False)) == stats
+    assert stats["completed"] == 4
+    assert set(stats) > Collector.COUNTERS
+
+
+def test_table_of_stats_in_the_docs_has_each():
+    told = (Path(__file__).parents[1] / "docs/watching.md").read_text()
+    table = told.split("| keys |")[1].split("\n\n")[0]
+    keys = {key for key in Collector().stats() if not re.match(r"gpu_\d", key)}
+    assert {key for key in keys if f"`{key}`" not in table} == set()
 
 
 def test_counters_only_grow_and_gauges_go_back(telling, blocked):

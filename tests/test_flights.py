@@ -6,8 +6,10 @@ import asyncio
 import gc
 import os
 import random
+import re
 import threading
 import time
+import weakref
 from concurrent.futures import CancelledError
 from contextlib import suppress
 from dataclasses import fields
@@ -576,6 +578,120 @@ def test_first_caller_is_shown_as_the_one_that_runs(shared, runs):
     assert f"query {number}, running, in-memory engine>" in repr(handles[0])
     assert repr(handles[1]).endswith(f"in-memory engine, shared with query {number}>")
     runs.gate.set()
+
+
+def listed(collector):
+    return [(each.id, each.label, each.state, each.shared_with) for each in collector.queries()]
+
+
+def test_callers_of_a_shared_run_are_listed_and_cancelled_each_by_itself(shared, runs):
+    first, second, third = (
+        shared.collect_async(lf(), label=label, tags={"tenant": label}) for label in "abc"
+    )
+    begun(runs)
+    one, *others = shared.queries()
+    assert (one.id, one.state, one.place, one.tags) == (
+        first.id,
+        "running",
+        "thread",
+        {"tenant": "a"},
+    )
+    assert one.ran > 0
+    for info, handle in zip(others, (second, third), strict=True):
+        assert (info.id, info.tags) == (handle.id, handle.tags)
+        assert (info.state, info.ran, info.place) == ("waiting", None, None)
+        assert f", shared with query {first.id}, tenant=" in str(info)
+    assert shared.cancel(second.id)
+    assert not shared.cancel(second.id)
+    assert listed(shared) == [
+        (first.id, "a", "running", None),
+        (third.id, "c", "waiting", first.id),
+    ]
+    assert shared.cancel(first.id)
+    assert not shared.cancel(first.id)
+    assert listed(shared) == [(third.id, "c", "waiting", first.id)]
+    assert shared.cancel(third.id)
+    assert [handle.done() for handle in (first, second, third)] == [True] * 3
+    (left,) = shared.queries()  # the run, which nothing can stop
+    assert (left.label, left.state, left.tags) == ("a", "abandoned", {"tenant": "a"})
+    assert not shared.cancel(left.id)
+    assert shared.stats()["abandoned"] == 1
+
+
+def test_caller_is_cancelled_by_its_number_after_the_first_has_left(shared, runs):
+    first, second, third = (shared.collect_async(lf()) for _ in range(3))
+    begun(runs)
+    first.cancel()
+    assert shared.cancel(second.id)
+    runs.gate.set()
+    assert third.result(LIMIT).height == 3
+
+
+def test_result_of_a_run_is_not_kept_by_a_caller_who_has_left(shared, runs):
+    first, second = (shared.collect_async(lf()) for _ in range(2))
+    begun(runs)
+    first.cancel()
+    runs.gate.set()
+    result = weakref.ref(second.result(LIMIT))
+    del second
+    until(lambda: gc.collect() is not None and result() is None)
+    assert first.done()
+
+
+def test_summary_of_each_caller_says_in_words_whose_run_it_was(shared, runs):
+    busy = shared.collect_async(lf(2))
+    begun(runs)
+    first, second, third = (shared.collect_async(lf()) for _ in range(3))
+    assert re.fullmatch(r"waited \S+ m?s behind 1 running query", first.summary)
+    assert re.fullmatch(rf"waited \S+ m?s, shared with query {first.id}", second.summary)
+    third.cancel()
+    told = rf"waited \S+ m?s, shared with query {first.id}, was cancelled"
+    assert re.fullmatch(told, third.summary)
+    second._query.run_of_it.peak_memory = 1_200_000_000
+    runs.gate.set()
+    for handle in (busy, first, second):
+        handle.result(LIMIT)
+    assert re.fullmatch(
+        r"waited \S+ m?s behind 1 running query, ran \S+ m?s on the in-memory engine, "
+        r"took 1.2 GB at its peak",
+        first.summary,
+    )
+    told = rf"waited \S+ m?s, shared with query {first.id}, which took 1.2 GB at its peak"
+    assert re.fullmatch(told, second.summary)
+    assert (first.peak_memory, second.peak_memory) == (1_200_000_000, 1_200_000_000)
+    assert busy.peak_memory is None
+
+
+@pytest.mark.parametrize("place", [None, "worker 4711"])
+def test_time_out_of_each_caller_says_what_goes_on(shared, runs, place):
+    first, second, _ = (shared.collect_async(lf(), timeout=3600) for _ in range(3))
+    begun(runs)
+    first._query.run_of_it.place = place
+    for handle in (second, first):
+        inside.let_time_be_up(handle)
+    with pytest.raises(QueryTimeoutError) as caught:
+        second.result()
+    told = rf"it waited \S+ s for query {first.id}, whose run it shared"
+    assert re.fullmatch(rf"the query was not done after 3600 s: {told}", str(caught.value))
+    with pytest.raises(QueryTimeoutError) as caught:
+        first.result()
+    there = "" if place is None else " on the in-memory engine in worker 4711"
+    told = rf"and ran for \S+ s{there}. It goes on, since others wait for it, too"
+    assert re.search(told, str(caught.value))
+
+
+def test_each_caller_of_a_slow_run_is_logged(runs, caplog):
+    with Collector(engine="in-memory", single_flight=True, inline=0, slow=0) as collector:
+        first, second = (collector.collect_async(lf(), label=label) for label in "ab")
+        begun(runs)
+        runs.gate.set()
+        second.result(LIMIT)
+    told = [each.getMessage() for each in caplog.records if each.name == "polars_async.slow"]
+    assert len(told) == 2
+    assert re.fullmatch(rf"query {first.id} 'a' was slow: .*ran .+ engine", told[0])
+    assert re.fullmatch(
+        rf"query {second.id} 'b' was slow: waited .+, shared with query {first.id}", told[1]
+    )
 
 
 def test_engine_that_ran_at_last_is_told_to_each_caller():

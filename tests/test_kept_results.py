@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import re
 import weakref
 from threading import Thread
 
@@ -72,6 +73,25 @@ def test_equal_query_has_the_result_of_an_earlier_one(made):
     first = events[0].query_id
     assert (told[-1].from_cache, told[-1].shared_with, told[-1].rows) == (True, first, 3)
     assert f"from the cache, by query {first}" in str(told[-1])
+
+
+def test_result_that_was_kept_is_told_in_plain_words(made):
+    collector = made(max_running=1)
+    first = collector.collect_async(lf())
+    first.result()
+    until(lambda: collector.stats()["cached"] == 1)
+    second = collector.collect_async(lf(), label="again")
+    told = rf"waited \S+ m?s, from the cache, by query {first.id}"
+    assert re.fullmatch(told, second.summary)
+    assert repr(second) == (
+        f"<QueryHandle: query {second.id} 'again', completed, in-memory engine, "
+        f"from the cache, by query {first.id}>"
+    )
+    progress = second.progress()
+    assert (progress.state, progress.fraction, progress.seconds) == ("completed", 1.0, 0.0)
+    assert [each.fraction for each in second.watch()] == [1.0]
+    assert second.peak_memory is None
+    assert collector.queries() == []
 
 
 def test_nothing_is_kept_unless_that_is_asked_for():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import re
 import warnings
 from functools import partial
 from math import inf
@@ -152,6 +153,37 @@ def test_what_waits_for_memory_is_overtaken_by_small_ones_alone():
     assert queue.take(fits).item == "later"
 
 
+def test_quick_items_that_take_much_memory_neither_overtake_nor_hold_up_small_ones():
+    queue = FairQueue(small_memory=10)
+    queue.add("first", work=1.0, memory=90)
+    queue._overtaken = 10.0  # so that it is the turn of the first
+    queue.add("much", work=0.001, memory=40)
+    queue.add("urgent", work=1.0, priority=5, memory=40)
+    queue.add("small", work=0.001, memory=10)
+
+    def fits(load):
+        return load.memory < 50
+
+    def lacks_memory(_, load):
+        return load.memory >= 50
+
+    assert queue.take(fits, lacks_memory).item == "small"
+    assert queue.take(fits, lacks_memory) is None
+    assert queue.has_fitting(fits)
+    queue.discard("first")
+    assert queue.take(fits, lacks_memory).item == "urgent"
+    assert queue.take(fits, lacks_memory).item == "much"
+
+
+def test_first_item_that_was_discarded_hides_none_that_fits():
+    queue = FairQueue()
+    queue.add("first", work=1.0, memory=90)
+    queue.add("second", work=1.0, memory=10)
+    assert not queue.has_fitting(lambda load: load.memory < 50)
+    queue.discard("first")
+    assert queue.has_fitting(lambda load: load.memory < 50)
+
+
 def test_a_priority_is_kept_until_the_item_has_its_estimate():
     queue = FairQueue()
     queue.add("usual", work=0.5)
@@ -286,6 +318,83 @@ def test_queries_wait_until_there_is_memory(limited, block, slots):
     assert {"memory_waits", "memory_seconds"} < pa.Collector.COUNTERS
 
 
+def pretend_held_up(handle):
+    """Have a query that memory holds up wait for six seconds, five of them for that."""
+    until(lambda: handle._query.times.memory_seconds > 0)
+    handle._query.times.held_up_since -= 5
+    handle._query.times._submitted -= 6
+
+
+def test_query_that_memory_has_held_up_says_so(limited, block, caplog):
+    heard = []
+    collector = limited(on_event=heard.append, slow=0)
+    first, gates = start(collector, "400", block=block)
+    late = collector.collect_async(TINY, label="400 11", timeout=3600)
+    waiting = collector.collect_async(TINY, label="400 11")
+    until(is_held_up(collector, running=1))
+    pretend_held_up(late)
+    held_up = r"waited 6\.\d s behind .+, was held up by max_memory for 5\.\d s of that"
+    assert re.fullmatch(held_up, late.summary)
+    inside.let_time_be_up(late)
+    pretend_held_up(waiting)  # the next one
+    with pytest.raises(pa.QueryTimeoutError) as caught:
+        late.result()
+    assert re.search(
+        r"it waited 6\.\d+ s for a slot behind 1 running query, "
+        r"5\.\d+ s of which max_memory held it up, and never ran$",
+        str(caught.value),
+    )
+    gates[0].gate.set()
+    for handle in (*first, waiting):
+        handle.result()
+    ends = {event.query_id: event for event in heard if event.kind in {"finished", "timed_out"}}
+    assert re.fullmatch(rf"{held_up}, timed out", ends[late.id].summary)
+    assert re.match(rf"{held_up}, ran ", ends[waiting.id].summary)
+    assert 5 < ends[waiting.id].memory_seconds < ends[waiting.id].queue_seconds
+    assert ends[first[0].id].memory_seconds == 0
+    slow = [each.getMessage() for each in caplog.records if each.name == "polars_async.slow"]
+    assert sum("held up by max_memory" in each for each in slow) == 2
+
+
+def test_time_out_of_a_query_that_ran_says_that_memory_has_held_it_up(limited, block):
+    collector = limited()
+    (handle,), _ = start(collector, "400", block=block)
+    times = handle._query.times
+    words = times.described(6.0, 1.0, "", " and ran for {ran}")
+    assert words == "it waited 6.000 s for a slot and ran for 1.000 s"
+    times.held_up_since = times.started - 5
+    words = times.described(6.0, 1.0, "", " and ran for {ran}")
+    assert words == (
+        "it waited 6.000 s for a slot, 5.000 s of which max_memory held it up, and ran for 1.000 s"
+    )
+
+
+def test_what_a_query_takes_is_told_while_it_runs(limited, block):
+    collector = limited()
+    (handle,), _ = start(collector, "400", block=block)
+    limited.held.held += 70 * MB
+    until(lambda: handle.peak_memory == 70 * MB)
+    assert [each.memory for each in collector.queries()] == [70 * MB]
+    assert handle.summary.endswith("took 70.0 MB at its peak")
+
+
+@pytest.mark.usefixtures("small_frames")
+def test_callers_of_a_shared_run_are_told_what_it_takes(limited, block):
+    collector = limited(single_flight=True)
+    query = pl.LazyFrame({"a": [1]})
+    busy, gates = start(collector, "900", block=block)
+    first, second = (collector.collect_async(query, label="400 11") for _ in range(2))
+    until(is_held_up(collector, running=1))
+    assert collector.stats()["memory_waits"] == 0
+    first._query.run_of_it.peak_memory = 7
+    assert (first.peak_memory, second.peak_memory) == (7, 7)
+    gates[0].gate.set()
+    for handle in (*busy, first, second):
+        handle.result()
+    stats = collector.stats()
+    assert (stats["memory_waits"], stats["completed"]) == (1, 3)
+
+
 def test_small_queries_go_on_meanwhile(limited, block):
     collector = limited()
     start(collector, "600", "600 0.1", block=block)
@@ -394,7 +503,7 @@ def test_peak_of_a_query_is_measured_and_learned(executor):
         for _ in range(2):
             handle = collector.collect_async(query)
             handle.result()
-            taken = handle._query.peak_memory
+            taken = handle.peak_memory
             assert 4 * MB < taken < 2000 * MB
         expected = collector._cpu._costs.of([query], "in-memory").memory
     assert taken / 4 < expected < 8 * taken
@@ -467,6 +576,7 @@ def test_workers_spill_from_half_of_the_limit():
 SPILLS = """
 import os
 import sys
+import re
 import warnings
 import polars as pl
 import polars_async as pa

@@ -14,6 +14,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import inside
+import polars as pl
 import pytest
 import spanning
 from opentelemetry import baggage, context, trace
@@ -30,6 +31,7 @@ from spanning import Told
 
 import polars_async
 from polars_async import (
+    Cache,
     Collector,
     EngineDowngradeWarning,
     QueryTimeoutError,
@@ -87,6 +89,7 @@ def test_span_of_a_query_is_a_child_of_the_caller(telling, told):
     attributes = dict(span.attributes)
     assert 0 <= attributes.pop("polars.queue_seconds") < attributes["polars.run_seconds"] + 60
     assert attributes.pop("polars.run_seconds") > 0
+    assert " on the in-memory engine" in attributes.pop("polars.summary")
     assert attributes == {
         "db.system.name": "polars",
         "db.operation.name": "collect",
@@ -152,6 +155,69 @@ def test_span_ends_when_the_query_is_given_up_or_refused(telling, told, blocked)
             ["queued"],
         ),
     }
+
+
+@pytest.mark.usefixtures("small_frames")
+def test_each_caller_of_a_shared_run_has_a_span(make, told, block):
+    collector = make(single_flight=True, max_running=1)
+    missing = TINY.select("b")
+    busy = block()
+    collector.collect_async(busy.lf)
+    assert busy.started.wait(30)
+    late = collector.collect_async(missing, label="c", timeout=3600)
+    handles = [collector.collect_async(missing, label=label) for label in "ab"]
+    assert collector.stats()["sharing"] == 2
+    inside.let_time_be_up(late)
+    (pending,) = told.points("db.client.connection.pending_requests").values()
+    assert pending.value == 1  # their run; of the two, none needs a slot
+    busy.gate.set()
+    for handle in handles:
+        with pytest.raises(pl.exceptions.ColumnNotFoundError):
+            handle.result(30)
+    for handle, name in zip((late, *handles), "cab", strict=True):
+        span = told.span(name)
+        shared = None if handle is late else late.id
+        assert span.attributes.get("polars.shared_with") == shared
+        assert span.attributes.get("polars.from_cache") == (None if shared is None else False)
+        assert span.attributes["polars.summary"].startswith("waited ")
+        assert span.status.status_code is StatusCode.ERROR
+    assert told.span("a").attributes["error.type"].endswith("ColumnNotFoundError")
+    assert (
+        f", shared with query {late.id}, failed by" in told.span("b").attributes["polars.summary"]
+    )
+    assert len(told.spans("collect")) == 1  # that of the first query
+    assert sum(each.count for each in told.points("db.client.operation.duration").values()) == 4
+    assert len(told.points("db.client.connection.timeouts")) == 1
+
+
+@pytest.mark.usefixtures("small_frames")
+def test_caller_who_times_out_while_another_runs_for_it_did_not_wait_for_a_slot(make, told, block):
+    collector = make(single_flight=True, max_running=1)
+    gate = block()
+    first = collector.run(gate.lf.collect)
+    assert gate.started.wait(30)
+    query = TINY.select("a")
+    waiting = collector.collect_async(query)
+    late = collector.collect_async(query, timeout=3600)
+    inside.let_time_be_up(late)
+    assert not told.points("db.client.connection.timeouts")
+    gate.gate.set()
+    first.result(30)
+    waiting.result(30)
+    assert [span.attributes["db.operation.name"] for span in told.spans("run")] == ["run"]
+
+
+@pytest.mark.usefixtures("small_frames")
+def test_span_of_a_result_that_was_kept_says_so(told):
+    with Collector(cache=Cache(seconds=60, max_bytes="1 GB"), inline=0) as collector:
+        first = collector.collect_async(TINY, label="first")
+        first.result(30)
+        until(lambda: collector.stats()["cached"] == 1)
+        collector.collect_async(TINY, label="second").result(30)
+    attributes = told.span("second").attributes
+    assert (attributes["polars.shared_with"], attributes["polars.from_cache"]) == (first.id, True)
+    assert attributes["db.response.returned_rows"] == 1
+    assert "polars.shared_with" not in told.span("first").attributes
 
 
 def test_span_tells_why_another_engine_runs(telling, told):

@@ -105,6 +105,33 @@ def test_fraction_never_goes_back_and_ends_at_1(place, halfway):
         assert any(0 < each < 1 for each in fractions)
 
 
+@pytest.mark.usefixtures("small_frames")
+@PLACES
+def test_progress_of_a_shared_run_is_that_of_each_who_waits_for_it(place, numbers):
+    options = {"executor": place, "progress": True, "single_flight": True, "max_running": 1}
+    gate = Gate()
+
+    def wait(frame):
+        assert gate.wait()
+        return frame
+
+    with Collector(engine="streaming", **options) as collector:
+        busy = collector.collect_async(TINY.map_batches(wait))
+        query = numbers.select(pl.col("a").sum())
+        first, second = (collector.collect_async(query) for _ in range(2))
+        watches = [handle.watch(every=0.02) for handle in (first, second)]
+        waiting = second.progress()
+        assert (waiting.state, waiting.fraction, waiting.seconds) == ("waiting", None, 0.0)
+        gate.set()
+        last = [list(each)[-1] for each in watches]
+        for each in last:
+            assert (each.state, each.rows, each.fraction) == ("completed", ROWS, 1.0)
+        assert busy.result(60).height == 1
+        left = collector.collect_async(numbers)
+        left.cancel()
+        assert left.progress().state == "cancelled"
+
+
 OPERATORS = {"InMemorySource", "Sort", "InMemoryMap", "InMemorySink"}
 
 

@@ -20,6 +20,7 @@ from snippets import FILES, SNIPPETS
 from test_services import stopped
 
 from polars_async import (
+    Cache,
     Collector,
     EngineDowngradeWarning,
     QueryTimeoutError,
@@ -103,6 +104,53 @@ def test_queries_are_counted_by_engine_and_outcome(counted, scraped, blocked):
     assert outcomes(scraped) == dict.fromkeys(
         ("completed", "failed", "cancelled", "timed_out", "rejected"), 1
     )
+
+
+@pytest.mark.usefixtures("small_frames")
+def test_each_caller_of_a_shared_run_is_counted_once(make, scraped, blocked):
+    collector = make(single_flight=True, max_running=1)
+    register(collector, scraped.registry)
+    collector.collect_async(blocked.lf)
+    assert blocked.started.wait(30)
+    handles = [collector.collect_async(TINY) for _ in range(4)]
+    handles[-1].cancel()
+    blocked.gate.set()
+    for handle in handles[:-1]:
+        handle.result(30)
+    until(lambda: scraped.load() == (0, 0))
+    assert outcomes(scraped) == {"completed": 4, "cancelled": 1}
+    shared = "polars_async_queries_shared_total"
+    assert (scraped(shared, source="run"), scraped(shared, source="cache")) == (2, 0)
+    assert scraped(f"{RUN}_count", engine="in-memory", outcome="completed") == 2
+
+
+@pytest.mark.usefixtures("small_frames")
+def test_results_that_were_kept_are_counted(scraped):
+    with Collector(cache=Cache(seconds=60, max_bytes="1 GB"), inline=0) as collector:
+        register(collector, scraped.registry)
+        collector.collect_async(TINY).result(30)
+        until(lambda: collector.stats()["cached"] == 1)
+        collector.collect_async(TINY).result(30)
+    shared = "polars_async_queries_shared_total"
+    assert (scraped(shared, source="run"), scraped(shared, source="cache")) == (0, 1)
+    assert outcomes(scraped) == {"completed": 2}
+
+
+def test_waits_for_memory_are_counted(make, scraped, blocked):
+    counted = make(max_running=1, max_memory="8 GB")
+    register(counted, scraped.registry)
+    waits, seconds = (f"polars_async_memory_{name}_total" for name in ("waits", "wait_seconds"))
+    counted.collect_async(blocked.lf)
+    assert blocked.started.wait(30)
+    handle = counted.collect_async(TINY)
+    handle._query.times.held_up_since = handle._query.times.submitted
+    assert scraped(waits) == 0
+    blocked.gate.set()
+    handle.result(30)
+    assert scraped(waits) == 1
+    stats = counted.stats()
+    assert stats["memory_waits"] == 1
+    assert scraped(seconds) == pytest.approx(stats["memory_seconds"])
 
 
 def test_seconds_are_those_of_queries_that_have_started(counted, scraped, blocked):

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import os
+import re
 import sys
 import threading
+import time
 from contextlib import closing
 from contextvars import ContextVar
 from functools import partial
@@ -36,6 +38,13 @@ def waits(started, gate):
     started.set()
     assert gate.wait(), "nobody lets it go on"
     return FRAME
+
+
+def taking():
+    """Take some 160 MB for longer than a moment."""
+    frame = pl.select(a=pl.int_range(20_000_000))
+    time.sleep(0.2)
+    return int(frame["a"][1])
 
 
 def raises(error):
@@ -195,6 +204,43 @@ def test_events_and_names_are_those_of_a_function():
     assert "'it' finished: no engine, waited" in str(finished[0])
     assert repr(handles[0]).endswith("'it', completed, no engine>")
     assert str(handles[0].resolution).startswith("no engine runs: the function may use any")
+
+
+@pytest.mark.everywhere
+def test_function_is_listed_and_tells_what_took_it_how_long(collector, held):
+    started, gate = held
+    handle = collector.run(waits, started, gate, label="it", tags={"tenant": "a"})
+    assert started.wait()
+    (info,) = collector.queries()
+    assert (info.id, info.label, info.tags) == (handle.id, "it", {"tenant": "a"})
+    assert (info.state, info.engine, info.progress) == ("running", "none", None)
+    assert str(info).startswith(f"query {handle.id} 'it', running, no engine, {info.place}, waited")
+    assert info.place == (inside.place(handle) or "thread")
+    where = "" if info.place == "thread" else f" in {info.place}"
+    assert re.fullmatch(rf"(waited \S+ m?s, )?ran \S+ m?s{where}", handle.summary)
+    assert handle.progress().state == "running"
+    gate.set()
+    handle.result(LIMIT)
+    assert handle.progress().fraction == 1.0
+    assert handle.peak_memory is None
+    assert collector.queries() == []
+
+
+def test_function_in_the_queue_is_cancelled_by_its_number(collector, blocked):
+    collector.collect_async(blocked.lf)
+    assert blocked.started.wait()
+    handle = collector.run(len, "abc")
+    assert collector.cancel(handle.id)
+    assert handle.done()
+    blocked.gate.set()
+
+
+def test_what_a_function_takes_is_measured():
+    with pa.Collector(max_memory="4 GB") as collector:
+        handle = collector.run(taking, label="takes")
+        assert handle.result(LIMIT) == 1
+        assert 100e6 < handle.peak_memory < 2e9
+        assert "at its peak" in handle.summary
 
 
 def test_function_sees_the_context_of_its_caller(collector):

@@ -16,8 +16,9 @@ import pytest
 from places import TINY, until
 
 import polars_async as pa
-from polars_async import Collector, drawing, showing
+from polars_async import Collector, Progress, drawing, showing
 from polars_async.drawing import Bar
+from polars_async.executors.meters import LocalMeter
 
 PROGRAM = """
 import sys, time
@@ -211,6 +212,30 @@ def test_many_queries_share_a_bar(drawn):
         until(lambda: drawn.ended)
         (last,) = drawn[-1]
         assert (last.name, last.fraction, last.told) == ("queries", 1.0, "9 of 9 done")
+
+
+@pytest.mark.usefixtures("small_frames")
+def test_callers_of_a_shared_run_have_a_bar_each(drawn, blocked, numbers):
+    options = {"single_flight": True, "progress": True, "max_running": 1, "engine": "streaming"}
+    query = pl.scan_parquet(numbers).select(pl.col("a").sum())
+    with Collector(**options) as collector:
+        collector.collect_async(blocked.lf)
+        assert blocked.started.wait(30)
+        handles = [collector.collect_async(query, label=label) for label in "ab"]
+        pa.show_progress(handles)
+        until(lambda: drawn)
+        assert [bar.told for bar in drawn[-1]] == ["waiting", "waiting"]
+        # As if it ran, and for long.
+        run = handles[0]._query.run_of_it
+        run.meter = LocalMeter(())
+        assert showing._bar_of(handles[0]._query, Progress(state="running", seconds=9.0)) == Bar(
+            "a", None, "9.0 s"
+        )
+        run.meter = None
+        blocked.gate.set()
+        until(lambda: drawn.ended)
+        assert [(bar.name, bar.fraction) for bar in drawn[-1]] == [("a", 1.0), ("b", 1.0)]
+        assert all("2,000,000 rows" in bar.told for bar in drawn[-1])
 
 
 def test_query_that_waits_and_one_that_is_not_counted_say_so(drawn, blocked):

@@ -115,7 +115,7 @@ class QueryEvent:
         before it runs.
     ahead
         How many queries, running and waiting, were before it when it was put into the queue; None
-        if it was not.
+        if it was not. Of one that shares a run, those that were before that.
     peak_memory
         The most memory that the query took so far, in bytes; None if that is not known.
     shared_with
@@ -129,6 +129,12 @@ class QueryEvent:
     executor
         Where its collector runs queries: ``"threads"``, ``"processes"``, ``"auto"``, or the name of
         the class of an executor of the caller's.
+    gpu_seconds
+        How long the GPU tried the query in vain, which is a part of `queue_seconds`; None if it did
+        not.
+    memory_seconds
+        How much of `queue_seconds` the query waited for memory alone: see ``max_memory=`` of
+        `Collector`.
     """
 
     kind: EventKind
@@ -149,6 +155,8 @@ class QueryEvent:
     from_cache: bool = False
     operation: str = "collect"
     executor: str = "threads"
+    gpu_seconds: float | None = None
+    memory_seconds: float = 0.0
 
     @property
     def summary(self) -> str:
@@ -166,6 +174,8 @@ class QueryEvent:
             place=self.place,
             inline=self.inline,
             peak_memory=self.peak_memory,
+            gpu_seconds=self.gpu_seconds,
+            memory_seconds=self.memory_seconds,
             shared=how_shared(self.shared_with, from_cache=self.from_cache),
             end=end,
         )

@@ -174,7 +174,7 @@ def _bar_of(query: Query[Any], progress: Progress) -> Bar:
     told += _amounts(progress.rows, progress.bytes)
     if progress.operator is not None:
         told.append(progress.operator)
-    if progress.seconds > _SURELY_BEGUN and query.is_counted and query.meter is None:
+    if progress.seconds > _SURELY_BEGUN and query.is_counted and query.run_of_it.meter is None:
         told.append("not counted since it began before, see progress= of Collector")
     return Bar(query.label or f"query {query.id}", progress.fraction, ", ".join(told))
 

@@ -45,6 +45,16 @@ class Watchable:
         """
         return self._query.summary
 
+    @property
+    def peak_memory(self) -> int | None:
+        """
+        The most memory that the query took so far, in bytes; None if it was not measured.
+
+        With ``max_memory=`` of `Collector` it is, unless the query is quick; and that of a run that
+        is shared is told to all who share it.
+        """
+        return self._query.run_of_it.peak_memory
+
     def progress(self) -> Progress:
         """
         Return how far the query is; any thread may call this.

@@ -10,7 +10,7 @@ from polars_async.resolution import NO_ENGINE
 if TYPE_CHECKING:
     from polars_async.resolution import Resolution
 
-_WORTH_TELLING: Final = 0.001
+WORTH_TELLING: Final = 0.001
 """Seconds in the queue below which a query did not really wait."""
 _UNITS: Final = ("bytes", "kB", "MB", "GB", "TB")
 
@@ -68,18 +68,21 @@ def summarize(
         How it ended, unless it succeeded.
     """
     parts: list[str] = []
-    if ran is None or waited >= _WORTH_TELLING:
+    if shared is not None:  # what was before that other query is told there
+        ahead = None
+    if ran is None or waited >= WORTH_TELLING:
         parts.append(f"waited {in_seconds(waited)}{behind(ahead)}")
-    if memory_seconds >= _WORTH_TELLING:
+    if memory_seconds >= WORTH_TELLING:
         parts.append(f"was held up by max_memory for {in_seconds(memory_seconds)} of that")
     if gpu_seconds is not None:
         parts.append(f"was on the GPU in vain for {in_seconds(gpu_seconds)} of that")
     if ran is not None:
         parts.append(f"ran {in_seconds(ran)}{where(resolution, place, inline=inline)}")
-    if peak_memory is not None:
-        parts.append(f"took {in_bytes(peak_memory)} at its peak")
     if shared is not None:
         parts.append(shared)
+    if peak_memory is not None:
+        which = "" if shared is None else "which "
+        parts.append(f"{which}took {in_bytes(peak_memory)} at its peak")
     if (why := _why_another(resolution)) is not None:
         parts.append(why)
     if end is not None:
@@ -87,7 +90,7 @@ def summarize(
     return ", ".join(parts)
 
 
-def how_shared(query_id: int | None, *, from_cache: bool) -> str | None:
+def how_shared(query_id: int | None, *, from_cache: bool = False) -> str | None:
     """Return from which query a result comes that was shared or kept; None if from none."""
     if query_id is None:
         return None

@@ -256,7 +256,7 @@ class _Telemetry:
         if event.run_seconds is not None:
             self._wait_time.record(event.queue_seconds, pool)
             self._use_time.record(event.run_seconds, pool)
-        elif event.kind == "timed_out":
+        elif event.kind == "timed_out" and event.shared_with is None:
             self._timeouts.add(1, pool)
 
     def _count(self, _options: CallbackOptions) -> Iterable[Observation]:
@@ -300,7 +300,7 @@ def _pools() -> dict[str, _Pool]:
         found[executor] = _Pool(
             before.used + stats["running"],
             before.slots + stats["max_running"],
-            before.waiting + stats["waiting"],
+            before.waiting + stats["waiting"] - stats["sharing"],  # these wait for no slot
         )
     return found
 
@@ -321,9 +321,15 @@ def _attributes_at_end(event: QueryEvent, error: str | None) -> dict[str, Attrib
     attributes: dict[str, AttributeValue] = {
         "polars.engine": event.engine,
         "polars.queue_seconds": event.queue_seconds,
+        "polars.summary": event.summary,
     }
     if event.run_seconds is not None:
         attributes["polars.run_seconds"] = event.run_seconds
+    if event.shared_with is not None:
+        attributes["polars.shared_with"] = event.shared_with
+        attributes["polars.from_cache"] = event.from_cache
+    if event.peak_memory is not None:
+        attributes["polars.peak_memory"] = event.peak_memory
     if event.rows is not None:
         attributes["db.response.returned_rows"] = event.rows
     if resolution.source != "default":

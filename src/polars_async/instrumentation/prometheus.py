@@ -63,6 +63,11 @@ def register(
     polars_async_engine_changes_total      counter   ``engine``, the one that runs instead, and
                                                      ``kind``: ``downgraded``, ``retried`` or
                                                      ``fell_back``
+    polars_async_queries_shared_total      counter   ``source``, of the result that a query had
+                                                     instead of running itself: ``run`` of an equal
+                                                     one, or ``cache``
+    polars_async_memory_waits_total        counter   queries that started later for want of memory
+    polars_async_memory_wait_seconds_total counter   how much later, in all
     polars_async_workers_died_total        counter
     polars_async_queries_waiting           gauge
     polars_async_queries_running           gauge     without those that were cancelled or timed out
@@ -163,6 +168,24 @@ class _Metrics:
             ("collector", "engine", "kind"),
             registry=registry,
         )
+        self.shared: Final = Counter(
+            "polars_async_queries_shared",
+            "Queries that had the result of another, instead of running.",
+            ("collector", "source"),
+            registry=registry,
+        )
+        self.memory_waits: Final = Counter(
+            "polars_async_memory_waits",
+            "Queries that have started later for want of memory alone.",
+            ("collector",),
+            registry=registry,
+        )
+        self.memory_seconds: Final = Counter(
+            "polars_async_memory_wait_seconds",
+            "How much later queries have started for want of memory alone.",
+            ("collector",),
+            registry=registry,
+        )
         self.deaths: Final = Counter(
             "polars_async_workers_died",
             "Worker processes that died with a query.",
@@ -200,6 +223,9 @@ class _Metrics:
         self.all: Final = (
             self.queries,
             self.changes,
+            self.shared,
+            self.memory_waits,
+            self.memory_seconds,
             self.deaths,
             self.waiting,
             self.running,
@@ -247,6 +273,12 @@ class _Feed:
             self._waiting.set_function(partial(metrics.count, name, "waiting"))
             self._running.set_function(partial(metrics.count, name, "running", "abandoned"))
         self._deaths = metrics.deaths.labels(name)
+        self._memory_waits = metrics.memory_waits.labels(name)
+        self._memory_seconds = metrics.memory_seconds.labels(name)
+        self._shared = {
+            from_cache: metrics.shared.labels(name, source)
+            for from_cache, source in ((False, "run"), (True, "cache"))
+        }
         self._series: dict[tuple[str, ...], _Series] = {}
         """Kept here, since `labels` takes a microsecond to find one."""
         self._counted: dict[int, Gauge] = {}
@@ -290,5 +322,10 @@ class _Feed:
         if event.run_seconds is not None:
             series.wait.observe(event.queue_seconds)
             series.run.observe(event.run_seconds)
+            if event.memory_seconds > 0:
+                self._memory_waits.inc()
+                self._memory_seconds.inc(event.memory_seconds)
+        elif event.shared_with is not None and event.kind is EventKind.FINISHED:
+            self._shared[event.from_cache].inc()
         if isinstance(event.error, WorkerDiedError):
             self._deaths.inc()

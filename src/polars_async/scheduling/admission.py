@@ -175,7 +175,7 @@ class Admission:
         self._returning: dict[Query[Any], Slot] = {}  # of these, whose consumers are back
         self._contended = 0  # free slots that both they and the queue waited for, so far
         self._inline: set[Slot] = set()
-        self._queue: FairQueue[Query[Any]] = FairQueue()
+        self._queue: FairQueue[Query[Any]] = FairQueue(inf if memory is None else memory.small)
         self._started_unestimated = -inf  # when a slot last started such a query, by perf_counter
         self._work = 0.0  # of all queries here, in seconds, as it was at this time:
         self._work_summed_at = -inf
@@ -363,7 +363,8 @@ class Admission:
         if memory is None or query is None:
             return None
         result = query.keep_result(memory)
-        if query.peak_memory is not None:  # by its worker, which has also packed the result
+        if query.place is not None and query.peak_memory is not None:
+            # By its worker, which has also packed the result.
             return query.peak_memory + result
         if slot.peak is not None:
             query.peak_memory = slot.peak
@@ -694,14 +695,21 @@ class Admission:
         ]
         return large[0] if len(large) == 1 else None
 
-    def sample_memory(self) -> bool:
-        """Note what the queries that run take; return False if none runs that may be large."""
+    def sample_memory(self, *, tell: bool = False) -> bool:
+        """
+        Note what the queries that run take; return False if none runs that may be large.
+
+        With `tell` they know it, too: where no worker process measures that of each.
+        """
         with self.lock:
             memory = self.memory
             running = [slot for slot in self._slots if slot.query is not None]
             if memory is None or all(memory.is_small(slot.load) for slot in running):
                 return False
             memory.sample(running)
+            for slot in running if tell else ():
+                if slot.query is not None:
+                    slot.query.peak_memory = slot.peak
             return True
 
     def _in_slots(self) -> list[Query[Any]]:

@@ -117,7 +117,8 @@ class FairQueue(Generic[T]):
     Of the items that fit beside what runs, a higher priority goes first. But the one with the
     lowest key is passed over fewer than `FAIR_EVERY` times, so that no priority locks another out.
     An item is small if it has little work, or, where the caller knows better, if its priority is
-    above 0; never if it is below.
+    above 0; never if it is below. One that takes more than `small_memory` bytes is none of those
+    that go on while another waits for memory, nor do they wait behind it.
 
     While all that ran was quick there is little to order, and items may be taken without an
     estimate.
@@ -136,16 +137,19 @@ class FairQueue(Generic[T]):
         "_passed_over",
         "_quick_streak",
         "_ranked",
+        "_small_memory",
         "_unestimated",
     )
 
-    def __init__(self) -> None:
+    def __init__(self, small_memory: float = inf) -> None:
+        self._small_memory = small_memory
         # The overtaking work before each, its number, whether it is pooled, and its priority; it
         # gets an entry to be ranked.
         self._unestimated: OrderedDict[T, tuple[float, int, bool, int]] = OrderedDict()
         self._entries: OrderedDict[T, Entry[T]] = OrderedDict()
         self._oldest: list[tuple[int, Entry[T]]] = []  # a heap by number
-        self._heaps: dict[tuple[int, int], list[_HeapItem[T]]] = {}
+        # By priority, kind, and whether they take much memory.
+        self._heaps: dict[tuple[int, int, bool], list[_HeapItem[T]]] = {}
         self._heap_items = 0
         self._ranked: list[dict[Entry[T], None]] = [{} for _ in range(KINDS)]  # by kind
         self._overtaken = 0.0
@@ -191,7 +195,7 @@ class FairQueue(Generic[T]):
         """Whether an item without an estimate may be first, since none is known to be small."""
         if not self._unestimated:
             return False
-        return not any(heap and kind <= SMALL_SIZE for (_, kind), heap in self._heaps.items())
+        return not any(heap and kind <= SMALL_SIZE for (_, kind, _), heap in self._heaps.items())
 
     def add(
         self,
@@ -298,16 +302,14 @@ class FairQueue(Generic[T]):
             first: tuple[int, float, int] | None = None  # of the highest priority
             lowest: tuple[float, int, int] | None = None
             best = fair = None
-            for (priority, kind), heap in self._heaps.items():
-                while heap and _is_stale(heap[0]):
-                    heappop(heap)
-                    self._heap_items -= 1
+            for (priority, kind, much), heap in self._heaps.items():
+                self._drop_stale(heap)
                 # Of each kind only the first: if a later one that takes less went before it again
                 # and again, there might never be room for the first.
                 if not heap or not fits(heap[0][3].load):
                     continue
                 key, number = heap[0][:2]
-                if key > held_up and kind > SMALL_SIZE:
+                if key > held_up and (much or kind > SMALL_SIZE):
                     continue
                 if first is None or (-priority, key, number) < first:
                     first, best = (-priority, key, number), heap
@@ -332,9 +334,7 @@ class FairQueue(Generic[T]):
         """Return the lowest key of the items that want for memory alone, if there are any."""
         lowest = inf
         for heap in self._heaps.values():
-            while heap and _is_stale(heap[0]):
-                heappop(heap)
-                self._heap_items -= 1
+            self._drop_stale(heap)
             if heap:
                 entry = heap[0][3]
                 item = entry.item
@@ -344,9 +344,18 @@ class FairQueue(Generic[T]):
 
     def has_fitting(self, fits: Callable[[Load], bool]) -> bool:
         """Return whether an item may be taken, or has no estimate yet."""
-        return bool(self._unestimated) or any(
-            heap and fits(heap[0][3].load) for heap in self._heaps.values()
-        )
+        if self._unestimated:
+            return True
+        for heap in self._heaps.values():
+            self._drop_stale(heap)
+            if heap and fits(heap[0][3].load):
+                return True
+        return False
+
+    def _drop_stale(self, heap: list[_HeapItem[T]]) -> None:
+        while heap and _is_stale(heap[0]):
+            heappop(heap)
+            self._heap_items -= 1
 
     def take_quickly(
         self, fits: Callable[[Load], bool] | None, *, unestimated: bool
@@ -360,7 +369,9 @@ class FairQueue(Generic[T]):
         if not self.is_quick:
             return None
         if fits is not None and self._heap_items:
-            large = any(heap for (_, kind), heap in self._heaps.items() if kind > SMALL_SIZE)
+            large = any(
+                heap for (_, kind, much), heap in self._heaps.items() if much or kind > SMALL_SIZE
+            )
             return None if large or self.is_undecided else self.take(fits)
         return self._take_unestimated() if unestimated else None
 
@@ -431,7 +442,8 @@ class FairQueue(Generic[T]):
         key = entry.overtaken + OVERTAKING_LIMIT * min(max(_LEAST_WORK, work), _MOST_WORK)
         if self._heap_items > 2 * len(self._entries) + 64:  # most of them have left
             self._sweep()
-        heap = self._heaps.setdefault((entry.priority, entry.load.kind), [])
+        much = memory > self._small_memory
+        heap = self._heaps.setdefault((entry.priority, entry.load.kind, much), [])
         heappush(heap, (key, entry.number, entry.version, entry))
         self._heap_items += 1
         ranked = self._ranked[entry.load.kind]

@@ -78,6 +78,7 @@ class Flight(Query[T]):
             flights.owner_in(lane),
             priority=captain.priority,
             label=captain.label,
+            tags=captain.tags,
             chooser=captain.chooser,
         )
         self.id = captain.id
@@ -197,7 +198,7 @@ class Flight(Query[T]):
     def how_it_ends(self, without: Query[T] | None = None) -> str:
         """Return what is to be said of the run when `without` times out."""
         if any(asker is not without for asker in self.askers):
-            return " and ran for {ran}. It goes on, since others wait for it, too"
+            return " and ran for {ran}{where}. It goes on, since others wait for it, too"
         return super().how_it_ends()
 
     def listed(self, state: str) -> dict[Query[Any], str]:
@@ -220,8 +221,7 @@ class Flight(Query[T]):
         if self.reports:
             self._landed += askers
         self._captain = None
-        if several:  # else the only asker has it now
-            self._outcome = Outcome()
+        self._outcome = Outcome()  # an asker that has left, and whose handle is kept, has this
         return waiters
 
     def report(

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Final, Literal, TypeAlias
 
 from polars_async._runtime.unpatched import holding
 from polars_async.resolution import engine_text
-from polars_async.wording import in_bytes, in_seconds
+from polars_async.wording import how_shared, in_bytes, in_seconds
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -53,6 +53,8 @@ class QueryInfo:
         The most memory that it took so far, in bytes; None if that is not known.
     progress
         How far it is, where that is counted: see `QueryHandle.progress`; else None.
+    shared_with
+        The number of the equal query whose run it waits for, and so needs no slot; else None.
     """
 
     id: int
@@ -66,6 +68,7 @@ class QueryInfo:
     place: str | None
     memory: int | None
     progress: Progress | None
+    shared_with: int | None = None
 
     def __str__(self) -> str:
         label = f" {self.label!r}" if self.label is not None else ""
@@ -75,6 +78,8 @@ class QueryInfo:
         parts.append(f"waited {in_seconds(self.waited)}")
         if self.ran is not None:
             parts.append(f"ran {in_seconds(self.ran)}")
+        if (shared := how_shared(self.shared_with)) is not None:
+            parts.append(shared)
         if self.memory is not None:
             parts.append(in_bytes(self.memory))
         if self.progress is not None and self.progress.fraction is not None:
@@ -111,6 +116,7 @@ def info_of(query: Query[Any], state: str) -> QueryInfo:
         place=(run.place or _THREAD) if started else None,
         memory=run.peak_memory,
         progress=None if run.meter is None else query.progress,
+        shared_with=query.shared_with,
     )
 
 

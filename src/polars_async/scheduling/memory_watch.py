@@ -69,7 +69,7 @@ class MemoryWatch:
         if self._count % _EVERY == 0:
             self.measure()
         with admission.lock:
-            runs = admission.sample_memory()
+            runs = admission.sample_memory(tell=not self._stoppable)
             waits = admission.lacks_memory and admission.waiting > 0
             # In one hold of the lock with the end: a thread that starts a query from now on finds
             # that nothing measures, and starts it again.

@@ -527,6 +527,8 @@ class Query(Generic[T]):
             self.from_cache,
             self.name,
             self._reporter.executor,
+            times.gpu_seconds,
+            times.memory_seconds,
         )
         if self.delivery is None:
             self._reporter(event, listeners, self.context)

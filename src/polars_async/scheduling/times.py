@@ -6,6 +6,8 @@ from contextlib import contextmanager
 from time import perf_counter
 from typing import TYPE_CHECKING
 
+from polars_async.wording import WORTH_TELLING
+
 if TYPE_CHECKING:
     from collections.abc import Generator
 
@@ -111,10 +113,14 @@ class Times:
 
         `behind` is what it waited for, and `ends` what to say of a running query.
         """
-        tried = self.gpu_seconds
-        words = f"it waited {waited:.3f} s for a slot{behind}"
+        words = f"it waited {waited:.3f} s for a slot{behind},"
+        tried, held_up = self.gpu_seconds, self.memory_seconds
         if tried is not None:
-            words += f", {tried:.3f} s of which the GPU took for a try that failed,"
-        if ran is not None:
-            return words + ends.format(ran=f"{ran:.3f} s")
-        return words + (", and never ran" if tried is None else " and never ran on the CPU")
+            words += f" {tried:.3f} s of which the GPU took for a try that failed,"
+        if held_up >= WORTH_TELLING:
+            words += f" {held_up:.3f} s of which max_memory held it up,"
+        if ran is None:
+            return f"{words} and never ran{'' if tried is None else ' on the CPU'}"
+        if tried is None and held_up < WORTH_TELLING:
+            words = words[:-1]
+        return words + ends.format(ran=f"{ran:.3f} s")
