@@ -53,12 +53,15 @@ nitpick_ignore_regex = [
     ),
     (
         r"py:(class|obj|data)",
-        r"([a-z_]+|.*\bT|Client|Executor|PathLike|Query|QueryResult|Request|TracebackType)",
+        r"([a-z_]+|.*\bTs?|Client|Executor|PathLike|Query|QueryResult|Request|TracebackType)",
     ),
     (r"py:class", r"CollectorRegistry|MeterProvider|TracerProvider"),
-    (r"py:class", r"signal\.Signals|(.*\.)?(DeferringEngine|Failing|Progress|SimulatedFault)"),
     (
         r"py:class",
-        r"(.*\.)?(EngineRequest|EngineSource|ExecutorRequest|GpuPolicy|QueryPath|QuerySource)",
+        r"signal\.Signals|(.*\.)?(Ahead|DeferringEngine|Failing|Progress|SimulatedFault)",
+    ),
+    (
+        r"py:class",
+        r"(.*\.)?(Engine(Request|Source)|ExecutorRequest|GpuPolicy|Query(Path|Source|State))",
     ),
 ]

@@ -32,7 +32,7 @@ class Watchable:
 
     @property
     def id(self) -> int:
-        """The number of the query, unique in this process: `Collector.cancel` takes it."""
+        """The number of the query, unique in this process; `Collector.cancel` takes it."""
         return self._query.id
 
     @property
