@@ -197,12 +197,23 @@ class Admission:
     def wants_look(self) -> bool:
         """Whether one more thread should look for a query: one in the queue may start."""
         with self.lock:
-            return bool(self._queue) and self._may_look() and self.has_fitting
+            if not self._queue or not self._may_look():
+                return False
+            return self._queue.has_fitting(self._room().fits)
 
-    @property
-    def has_fitting(self) -> bool:
-        """Whether a query in the queue may have room; read with the lock held."""
-        return self._queue.has_fitting(self._room().fits)
+    def may_start(self) -> bool:
+        """
+        Return whether a query in the queue may have room, with the lock held.
+
+        Those that are next, and that nothing but memory holds up, are noted as such: no thread
+        looks at them as long as there is no room.
+        """
+        room = self._room()
+        lacks_memory = self._lacks_memory_in(room)
+        if lacks_memory is not None:
+            self._queue.first_without_memory(lacks_memory)
+        self.lacks_memory = True  # as it was, until a thread has looked
+        return self._queue.has_fitting(room.fits)
 
     @property
     def running(self) -> int:

@@ -298,7 +298,7 @@ class FairQueue(Generic[T]):
         next but for that, none is overtaken but by small items: it might never have room else.
         """
         while True:
-            held_up = inf if lacks_memory is None else self._first_without_memory(lacks_memory)
+            held_up = inf if lacks_memory is None else self.first_without_memory(lacks_memory)
             first: tuple[int, float, int] | None = None  # of the highest priority
             lowest: tuple[float, int, int] | None = None
             best = fair = None
@@ -330,7 +330,7 @@ class FairQueue(Generic[T]):
                 self._passed_over[kind] = self._passed_over[kind] + 1 if passes else 0
                 return Picked(item, entry.load, self._is_overtaking(entry))
 
-    def _first_without_memory(self, lacks_memory: Callable[[T, Load], bool]) -> float:
+    def first_without_memory(self, lacks_memory: Callable[[T, Load], bool]) -> float:
         """Return the lowest key of the items that want for memory alone, if there are any."""
         lowest = inf
         for heap in self._heaps.values():

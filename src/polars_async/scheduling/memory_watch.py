@@ -87,7 +87,7 @@ class MemoryWatch:
                 self._runs, self._look = False, None
                 return False
             # Threads that look, 200 times a second and for nothing, would take time from queries.
-            may_start = waits and admission.has_fitting
+            may_start = waits and admission.may_start()
             alone = None if self._warned or self._stoppable else admission.too_large()
             look = self._look
         if alone is not None:
