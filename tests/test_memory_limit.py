@@ -282,6 +282,28 @@ def test_what_is_learned_has_an_end(memory):
     assert memory.need(4999, 0, None) == int(1.1 * MB)
 
 
+def test_first_guess_of_a_query_counts_frames_and_files_apart(tmp_path, held):
+    frame = pl.DataFrame({"a": range(100_000)})
+    frame.write_parquet(tmp_path / "a.parquet")
+    costs = CostModel(memory=Memory(10**12, held))
+    assert costs.of([frame.lazy().select("a")], "in-memory").memory == 5 * 800_000
+    scan = pl.scan_parquet(tmp_path / "a.parquet")
+    size = (tmp_path / "a.parquet").stat().st_size
+    assert costs.of([scan.select("a")], "in-memory").memory == 8 * size
+
+
+def test_what_a_worker_takes_counts_beside_what_it_takes_idle_and_with_its_result(limited):
+    call_module = pytest.importorskip("polars_async.executors.processes.call")
+    noted = []
+    worker = SimpleNamespace(private_memory=lambda: 100, idle_memory=60)
+    call = call_module.WorkerCall(worker, SimpleNamespace(note_memory=noted.append), 1000, None)
+    call._next_sample = 0.0
+    call._check_memory()
+    assert noted == [40]
+    query = SimpleNamespace(peak_memory=40, keep_result=lambda _: 8)
+    assert limited()._cpu.admission.memory_of(SimpleNamespace(query=query)) == 48
+
+
 # In a collector
 
 
@@ -462,9 +484,10 @@ def test_a_stream_whose_consumer_is_back_needs_no_more_memory(limited, block):
     rows = pl.DataFrame({"a": range(10)}).lazy()
     with collector.collect_batches_async(rows, chunk_size=1, label="600") as stream:
         until(lambda: collector.stats()["paused"] == 1)
-        start(collector, "600", block=block)
+        (handle,), _ = start(collector, "600", block=block)
         until(lambda: inside.running(collector) == 2)
         assert [batch.item() for batch in stream] == list(range(10))
+        assert not handle.done()  # it did not wait for the end of that
 
 
 def test_full_queue_counts_what_waits_for_memory(limited, block):
@@ -673,7 +696,7 @@ if __name__ == "__main__":
 def test_streaming_queries_on_threads_spill_by_the_limit(run_script, tmp_path):
     frame = pl.select(a=pl.int_range(3_000_000).shuffle(1), b=pl.int_range(3_000_000))
     frame.write_parquet(tmp_path / "a.parquet", row_group_size=100_000)
-    assert run_script(SPILLS, str(tmp_path), str(60 << 20)) == ["True"]
+    assert run_script(SPILLS, str(tmp_path), str(20 << 20)) == ["True"]
     assert pl.read_parquet(tmp_path / "b.parquet")["a"].is_sorted()
 
 
