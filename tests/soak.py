@@ -38,6 +38,7 @@ from soak_queries import Frames
 from soak_steps import Step, ask_for_nonsense, burst, held, look, one, quickly, shed
 from soak_streams import batches, completions
 
+import polars_async as pa
 from polars_async._runtime import timers
 from polars_async._runtime.unpatched import RLock, start_new_thread
 from polars_async.bridges import turns
@@ -98,6 +99,7 @@ class Soak:
         threads = len(self._own_threads()) + 2  # the watch, and what watches that
         logging.getLogger().addHandler(Log(self))
         warnings.simplefilter("always")
+        warnings.simplefilter("ignore", pa.MemoryLimitWarning)  # some limits are so low
         warnings.showwarning = lambda *what: self.noise(f"warned: {what}")
         sys.unraisablehook = lambda what: self.noise(f"unraisable: {what}")
         start_new_thread(self._watch, ())

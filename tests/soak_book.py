@@ -49,6 +49,8 @@ class Book:
             "inline": 0.001 if lasting else rng.choice([0, 100e-6, 0.01]),
             "single_flight": rng.random() < 0.5,
             "cache": rng.choice([None, None, *kept]),
+            # By 1 byte all but small ones run one by one; the other is near what the soak takes.
+            "max_memory": rng.choice([None, None, 1, "300 MB"]),
         }
         self.collector = pa.Collector(on_event=self.hear, **self.limits)
         self.lanes = self.collector._cpu, self.collector._gpu

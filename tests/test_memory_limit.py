@@ -19,7 +19,7 @@ import polars_async as pa
 from polars_async._runtime import machine
 from polars_async._runtime.upstream import spilling
 from polars_async.options import checked_memory
-from polars_async.scheduling.estimates import Estimate
+from polars_async.scheduling.estimates import CostModel, Estimate
 from polars_async.scheduling.fair_queue import FairQueue
 from polars_async.scheduling.memory import Memory
 from polars_async.scheduling.query import Query
@@ -266,6 +266,45 @@ def test_what_one_takes_alone_is_measured_and_several_share_it_by_what_is_expect
     assert (first.peak, second.peak) == (100 * MB, 300 * MB)
 
 
+def test_what_is_not_known_of_those_that_run_is_put_down_to_them_in_equal_parts(memory, held):
+    first, second = (taker(Load(4), alone=False) for _ in range(2))
+    first.peak = 90 * MB  # of the query that its slot had before
+    memory.note_start(first, alone=True)
+    held.held = 20 * MB
+    memory.sample([first, second])
+    assert (first.peak, second.peak) == (10 * MB, 10 * MB)
+
+
+def test_what_is_learned_has_an_end(memory):
+    for fingerprint in range(5000):
+        memory.learn(fingerprint, MB, completed=True)
+    assert len(memory._learned) == 4096
+    assert memory.need(0, 0, None) == LIMIT // 2 + 1
+    assert memory.need(4999, 0, None) == int(1.1 * MB)
+
+
+def test_first_guess_of_a_query_counts_frames_and_files_apart(tmp_path, held):
+    frame = pl.DataFrame({"a": range(100_000)})
+    frame.write_parquet(tmp_path / "a.parquet")
+    costs = CostModel(memory=Memory(10**12, held))
+    assert costs.of([frame.lazy().select("a")], "in-memory").memory == 5 * 800_000
+    scan = pl.scan_parquet(tmp_path / "a.parquet")
+    size = (tmp_path / "a.parquet").stat().st_size
+    assert costs.of([scan.select("a")], "in-memory").memory == 8 * size
+
+
+def test_what_a_worker_takes_counts_beside_what_it_takes_idle_and_with_its_result(limited):
+    call_module = pytest.importorskip("polars_async.executors.processes.call")
+    noted = []
+    worker = SimpleNamespace(private_memory=lambda: 100, idle_memory=60)
+    call = call_module.WorkerCall(worker, SimpleNamespace(note_memory=noted.append), 1000, None)
+    call._next_sample = 0.0
+    call._check_memory()
+    assert noted == [40]
+    query = SimpleNamespace(peak_memory=40, keep_result=lambda _: 8)
+    assert limited()._cpu.admission.memory_of(SimpleNamespace(query=query)) == 48
+
+
 # In a collector
 
 
@@ -328,6 +367,7 @@ def test_queries_wait_until_there_is_memory(limited, block, slots):
     stats = collector.stats()
     assert stats["memory_waits"] == 1
     assert stats["memory_seconds"] > 0
+    assert not inside.lacks_memory(collector)
     assert (stats["memory"], stats["max_memory"]) == (0, LIMIT)
     assert {"memory_waits", "memory_seconds"} < pa.Collector.COUNTERS
 
@@ -434,6 +474,16 @@ def test_memory_that_the_program_frees_lets_a_query_start(limited, block):
     until(lambda: inside.running(collector) == 2)
 
 
+def test_memory_beside_that_of_polars_is_measured_while_queries_wait(limited, block, monkeypatch):
+    beside = [500 * MB]
+    monkeypatch.setattr("polars_async.scheduling.memory_watch.own_memory", lambda: beside[0])
+    collector = limited()
+    start(collector, "10", "300 0.1", block=block)
+    until(is_held_up(collector, running=1))
+    beside[0] = 100 * MB
+    until(lambda: inside.running(collector) == 2)
+
+
 def test_query_behind_one_that_was_cancelled_has_its_turn_at_once(limited, block):
     collector = limited()
     blocked = block()
@@ -512,9 +562,10 @@ def test_a_stream_whose_consumer_is_back_needs_no_more_memory(limited, block):
     rows = pl.DataFrame({"a": range(10)}).lazy()
     with collector.collect_batches_async(rows, chunk_size=1, label="600") as stream:
         until(lambda: collector.stats()["paused"] == 1)
-        start(collector, "600", block=block)
+        (handle,), _ = start(collector, "600", block=block)
         until(lambda: inside.running(collector) == 2)
         assert [batch.item() for batch in stream] == list(range(10))
+        assert not handle.done()  # it did not wait for the end of that
 
 
 def test_full_queue_counts_what_waits_for_memory(limited, block):
@@ -540,6 +591,9 @@ def test_query_that_outgrows_the_memory_alone_is_warned_of_once(limited, block):
             "the query '10' runs alone, and this process takes 640,000,001 bytes, more than "
             "max_memory=640,000,000. "
         )
+        count = collector._cpu._memory_watch._count
+        until(lambda: collector._cpu._memory_watch._count > count + 3)
+        assert caught == [warning]
         block.free()
         collector.close()
         again = limited()
@@ -587,17 +641,62 @@ def test_what_a_result_has_in_common_with_other_frames_does_not_count():
     assert kept < sum(result.estimated_size() for result in results) / 2
 
 
-def test_need_of_queries_too_quick_to_be_measured_does_not_rise(memory):
-    collector = pa.Collector(max_memory=LIMIT, max_running=2)
+def test_need_of_queries_too_quick_to_be_measured_does_not_rise(limited, monkeypatch, memory):
+    def observe(_, expected, seconds, **options):  # noqa: ARG001
+        taken.append(options["memory"])
+
+    taken = []
+    monkeypatch.setattr(CostModel, "observe", observe)
+    need = memory.learn(7, 5 * MB, completed=True)
+    collector = limited()
     collector._cpu.admission.limits.processors = 1e6  # so that the time bounds nothing
-    rows = pl.DataFrame({"a": range(100)}).lazy().select(pl.col("a").sum())
-    with collector:
-        needs = []
-        for _ in range(20):
-            collector.collect_async(rows, engine="in-memory").result()
-            until(lambda: not collector._cpu.admission._slots)
-            needs.append(collector._cpu._costs.of([rows], "in-memory").memory)
-    assert max(needs) <= memory.need(None, 800, 0)
+    monkeypatch.setattr(Query, "set_estimate", estimate_of(need))
+    collector.collect_async(TINY).result()
+    until(lambda: taken)
+    assert memory.learn(7, *taken, completed=True) <= need
+
+
+def estimate_of(need):
+    def set_estimate(query, _):
+        query.estimate = Estimate(0.001, 7, memory=need)
+
+    return set_estimate
+
+
+def test_quick_queries_start_without_a_look_and_count_as_all_memory(limited, block):
+    collector = limited()
+    collector._cpu.admission._queue._quick_streak = 64
+    first, second = (collector.collect_async(block().lf, label="400") for _ in range(2))
+    until(is_held_up(collector, running=1))
+    (slot,) = (slot for slot in collector._cpu.admission._slots if slot.query is not None)
+    assert slot.query is first._query
+    assert slot.query.estimate is None
+    assert slot.load.memory == LIMIT
+    assert second._query.estimate is not None
+    block.free()
+    second.result()
+
+
+def test_next_of_quick_queries_counts_as_all_memory_as_well(limited, block):
+    collector = limited(max_running=1)
+    collector._cpu.admission._queue._quick_streak = 64
+    first, second = block(), block()
+    collector.collect_async(first.lf, label="400")
+    handle = collector.collect_async(second.lf, label="400")
+    assert inside.waiting(collector) == 1
+    first.gate.set()
+    until(lambda: not inside.waiting(collector))
+    (slot,) = collector._cpu.admission._slots
+    assert slot.query is handle._query
+    assert slot.load.memory == LIMIT
+    assert handle._query.estimate is None
+
+
+def test_forked_child_measures_anew(limited):
+    lane = limited()._cpu
+    lane._memory_watch._runs = True  # on a thread of the parent
+    lane.reset_after_fork(RuntimeError())
+    assert not lane._memory_watch._runs
 
 
 def test_queries_run_one_by_one_until_one_of_them_is_known():
@@ -687,7 +786,7 @@ if __name__ == "__main__":
 def test_streaming_queries_on_threads_spill_by_the_limit(run_script, tmp_path):
     frame = pl.select(a=pl.int_range(3_000_000).shuffle(1), b=pl.int_range(3_000_000))
     frame.write_parquet(tmp_path / "a.parquet", row_group_size=100_000)
-    assert run_script(SPILLS, str(tmp_path), str(60 << 20)) == ["True"]
+    assert run_script(SPILLS, str(tmp_path), str(20 << 20)) == ["True"]
     assert pl.read_parquet(tmp_path / "b.parquet")["a"].is_sorted()
 
 

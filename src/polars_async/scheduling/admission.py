@@ -300,6 +300,8 @@ class Admission:
             slot = self.reserved = Slot()
             self._slots.add(slot)
             self._start(query, slot)
+            if at_once:
+                self._count_as_all_memory(slot)
             return slot
         if not self._has_room(query):
             raise self._full_error()
@@ -476,9 +478,7 @@ class Admission:
         """
         with self.lock:
             is_idle = (
-                self._queue.is_quick
-                and bool(self._queue)
-                and not self.limits.may_start_unestimated(self._large_running())
+                self._queue.is_quick and bool(self._queue) and not self._may_start_unestimated()
             )
             return self._started_unestimated + SMALL - perf_counter() if is_idle else 0.0
 
@@ -507,10 +507,7 @@ class Admission:
         if queue and is_free and not (self._returning and self._returning_is_next()):
             room = self._room() if queue.has_ranked or not queue.is_quick else None
             fits = None if room is None else room.fits
-            unestimated = self.memory is None and self.limits.may_start_unestimated(
-                self._large_running()
-            )
-            picked = queue.take_quickly(fits, unestimated=unestimated)
+            picked = queue.take_quickly(fits, unestimated=self._may_start_unestimated())
             if picked is None and fits is not None and self.memory is None:
                 picked = queue.take_single(fits)
             if picked is None and not queue.has_ranked and not self.limits.fixed:
@@ -628,7 +625,7 @@ class Admission:
         limits, taken = self.limits, len(self._slots)
         if limits.exclusive:
             return taken < limits.slots
-        if self.memory is not None:
+        if self.memory is not None and not (self._queue.is_quick and self._has_all_memory()):
             return False
         # A slot that is reserved for small queries is not given to one without an estimate.
         if self._queue.is_quick:
@@ -644,6 +641,19 @@ class Admission:
         sizes = [_load_so_far(slot).size for slot in self._slots if slot.query is not None]
         large = sum(size > SMALL_SIZE for size in sizes)
         return large < most and len(sizes) - large < most
+
+    def _may_start_unestimated(self) -> bool:
+        """Return whether one more may start without an estimate while all others are quick."""
+        if not self.limits.may_start_unestimated(self._large_running()):
+            return False
+        return self.memory is None or self._has_all_memory()
+
+    def _has_all_memory(self) -> bool:
+        """Return whether a query may take as much memory as it likes: none but small ones run."""
+        memory = self.memory
+        return memory is None or all(
+            memory.is_small(slot.load) for slot in self._slots if slot.query is not None
+        )
 
     def _may_look(self) -> bool:
         """Return whether one more thread may look for a query in the queue."""
@@ -814,6 +824,8 @@ class Admission:
     def _start_picked(self, picked: Picked[Query[Any]], slot: Slot, room: Room | None) -> bool:
         if not self._start(picked.item, slot, picked.load, overtook=picked.overtook):
             return False
+        if picked.item.estimate is None:
+            self._count_as_all_memory(slot)
         if self.spare and room is not None and not room.fits_by_kind(picked.load):
             self.spare -= 1
         return True
@@ -849,6 +861,11 @@ class Admission:
         slot.cpu_seconds = self.cpu_seconds() if measured else None
         self.counts.queue_seconds += waited
         return True
+
+    def _count_as_all_memory(self, slot: Slot) -> None:
+        """Have none but small queries start beside that of `slot`, of which nothing is known."""
+        if self.memory is not None:
+            slot.load = slot.load._replace(memory=self.memory.limit)
 
     def _large_running(self) -> int:
         """
