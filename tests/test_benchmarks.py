@@ -522,7 +522,7 @@ def test_unknown_suite_is_named(capsys):
     with pytest.raises(SystemExit):
         main(["run", "speed", "--json=x"])
     assert (
-        "no such suite: speed; choose from engines, faults, latency, load, processes, remote"
+        "no such suite: speed; choose from engines, faults, latency, load, memory, processes, remote"
         in capsys.readouterr().err
     )
 
