@@ -185,6 +185,8 @@ def test_quick_items_that_take_much_memory_neither_overtake_nor_hold_up_small_on
     assert queue.take(fits, lacks_memory) is None
     assert queue.has_fitting(fits)
     queue.discard("first")
+    queue._quick_streak = 64
+    assert queue.take_quickly(fits, unestimated=False) is None  # which orders small ones alone
     assert queue.take(fits, lacks_memory).item == "urgent"
     assert queue.take(fits, lacks_memory).item == "much"
 
@@ -690,6 +692,8 @@ def test_next_of_quick_queries_counts_as_all_memory_as_well(limited, block):
     assert slot.query is handle._query
     assert slot.load.memory == LIMIT
     assert handle._query.estimate is None
+    assert not collector._cpu.admission._may_start_unestimated()
+    assert collector._cpu.admission._queue._small_memory == LIMIT // 64
 
 
 def test_forked_child_measures_anew(limited):
