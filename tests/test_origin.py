@@ -153,18 +153,27 @@ def test_without_glibc_the_name_has_to_do(monkeypatch):
 ENDED = """
 import threading, time
 from polars_async._runtime import origin
+
+def is_mapped(address):
+    ranges = [line.split()[0].split("-") for line in open("/proc/self/maps")]
+    return any(int(begin, 16) <= address < int(end, 16) for begin, end in ranges)
+
+def unmapped():
+    while True:  # something else may be mapped there by chance, and stay: then the next thread
+        thread = threading.Thread(target=int)
+        thread.start()
+        ended = thread.ident
+        thread.join()
+        until = time.monotonic() + 1
+        while is_mapped(ended) and time.monotonic() < until:
+            time.sleep(0.001)
+        if not is_mapped(ended):
+            return ended
+
 threading.stack_size(256 << 20)  # so much is not kept for the next thread, but unmapped
-thread = threading.Thread(target=int)
-thread.start()
-ended = thread.ident
-thread.join()
+ended = unmapped()
 threading.stack_size(0)
 print(origin.is_of_polars(threading.get_ident()))
-while any(
-    int(line.split("-")[0], 16) <= ended < int(line.split("-")[1].split()[0], 16)
-    for line in open("/proc/self/maps")
-):
-    time.sleep(0.001)
 print(origin.is_of_polars(ended))
 """
 
