@@ -151,29 +151,24 @@ def test_without_glibc_the_name_has_to_do(monkeypatch):
 
 
 ENDED = """
-import threading, time
+import ctypes, mmap, threading, time
 from polars_async._runtime import origin
 
-def is_mapped(address):
-    ranges = [line.split()[0].split("-") for line in open("/proc/self/maps")]
-    return any(int(begin, 16) <= address < int(end, 16) for begin, end in ranges)
+libc, resident = ctypes.CDLL(None), (ctypes.c_ubyte * 1)()
 
-def unmapped():
-    while True:  # something else may be mapped there by chance, and stay: then the next thread
-        thread = threading.Thread(target=int)
-        thread.start()
-        ended = thread.ident
-        thread.join()
-        until = time.monotonic() + 1
-        while is_mapped(ended) and time.monotonic() < until:
-            time.sleep(0.001)
-        if not is_mapped(ended):
-            return ended
+def is_mapped(address):  # by a call that allocates nothing, which might be put right there
+    page = ctypes.c_void_p(address & -mmap.PAGESIZE)
+    return libc.mincore(page, ctypes.c_size_t(mmap.PAGESIZE), resident) == 0
 
 threading.stack_size(256 << 20)  # so much is not kept for the next thread, but unmapped
-ended = unmapped()
+thread = threading.Thread(target=int)
+thread.start()
+ended = thread.ident
+thread.join()
 threading.stack_size(0)
 print(origin.is_of_polars(threading.get_ident()))
+while is_mapped(ended):
+    time.sleep(0.001)
 print(origin.is_of_polars(ended))
 """
 
