@@ -41,6 +41,11 @@ def place(handle):
     return handle._query.place
 
 
+def may_be_stopped(handle):
+    """Return whether something is known that stops the query, or tries to."""
+    return handle._query._stop is not None
+
+
 def let_time_be_up(handle):
     """Have a query that has a time-out be late now, whatever the clock says."""
     handle._query.expire()

@@ -319,6 +319,7 @@ def test_running_query_that_is_cancelled_is_given_up_at_once(collector, gate, ki
 def test_timeout_says_that_the_query_may_go_on(collector, gate):
     handle = collector.collect_async(gate.query(), timeout=60)
     until(gate.pids)
+    until(lambda: inside.may_be_stopped(handle))  # the executor's future is here a moment later
     inside.let_time_be_up(handle)
     with pytest.raises(QueryTimeoutError, match=r"executor .*, which is asked to drop it and may"):
         handle.result()
