@@ -277,7 +277,7 @@ def block():
 @pytest.fixture
 def small_frames(monkeypatch):
     """Have frames in memory taken for small ones, whatever other tests have left there."""
-    monkeypatch.setattr(equality, "_MUCH_HELD", 1 << 60)
+    monkeypatch.setattr(equality, "MUCH_HELD", 1 << 60)
 
 
 @pytest.fixture

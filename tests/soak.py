@@ -51,7 +51,7 @@ PATIENCE = 60
 """Seconds without the end of a step that count as a standstill."""
 LONG = 50_000
 """Queries from which on the memory has to stay as it is."""
-MUCH_HELD = equality._MUCH_HELD
+MUCH_HELD = equality.MUCH_HELD
 STEPS = {
     one: 50,
     burst: 10,
@@ -229,7 +229,7 @@ class Soak:
         level = rng.choice([logging.NOTSET, logging.NOTSET, logging.DEBUG])
         logging.getLogger("polars_async").setLevel(level)
         # All queries come from one line here: as if their frames were small, or as it is.
-        equality._MUCH_HELD = rng.choice([1 << 40, MUCH_HELD])
+        equality.MUCH_HELD = rng.choice([1 << 40, MUCH_HELD])
         sys.setswitchinterval(rng.choice([0.005, 0.0005, 0.00001]))
         if not self.books:
             self.books.append(Book(self, 0, rng, lasting=True))

@@ -457,7 +457,10 @@ def test_limits_are_told(doctor, diagnosis, limits):
     ("limit", "problem"),
     [
         ({"open_files_limit": 255}, "this process may have 255 files open, which"),
-        ({"proc_is_readable": False}, "/proc cannot be read, so that max_memory= and"),
+        (
+            {"proc_is_readable": False},
+            "/proc cannot be read, so that inline= has no effect, max_memory= minds only",
+        ),
     ],
 )
 def test_limit_that_is_too_low_is_a_problem(diagnosis, limits, limit, problem):

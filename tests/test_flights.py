@@ -94,7 +94,7 @@ def written(path, frame=None):
 @pytest.fixture(autouse=True)
 def _as_a_rule(monkeypatch):
     """Files are old, and frames in memory small, whatever other tests have left there."""
-    monkeypatch.setattr(equality, "_MUCH_HELD", 1 << 60)
+    monkeypatch.setattr(equality, "MUCH_HELD", 1 << 60)
     monkeypatch.setattr(file_states, "_SETTLED", -(10**10))
     monkeypatch.setattr(file_states, "_SETTLED_IF_COARSE", 0)
 
@@ -292,7 +292,7 @@ def test_run_over_files_of_unknown_state_is_shared_until_it_starts(
 
 
 def test_large_frame_is_never_copied_to_compare_it(shared, runs, monkeypatch):
-    monkeypatch.setattr(equality, "_MUCH_HELD", 0)
+    monkeypatch.setattr(equality, "MUCH_HELD", 0)
     monkeypatch.setattr(equality, "_LARGEST_FRAMES", 0)
     monkeypatch.setattr(equality, "_MOMENT", LIMIT)
     monkeypatch.setattr(equality, "packed", lambda *_: pytest.fail("it was packed"))
@@ -315,7 +315,7 @@ def test_plans_that_are_too_long_to_be_compared_are_not_equal(shared, runs, monk
 
 
 def test_line_of_small_frames_is_packed_where_others_are_large(shared, runs, monkeypatch):
-    monkeypatch.setattr(equality, "_MUCH_HELD", 0)
+    monkeypatch.setattr(equality, "MUCH_HELD", 0)
     monkeypatch.setattr(equality, "_MOMENT", LIMIT)
     for _ in range(3):
         shared.collect_async(lf())

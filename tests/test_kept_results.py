@@ -28,7 +28,7 @@ def lf(number=1):
 @pytest.fixture(autouse=True)
 def _as_a_rule(monkeypatch):
     """Files are old, and frames in memory small, whatever other tests have left there."""
-    monkeypatch.setattr(equality, "_MUCH_HELD", 1 << 60)
+    monkeypatch.setattr(equality, "MUCH_HELD", 1 << 60)
     monkeypatch.setattr(file_states, "_SETTLED", -(10**10))
     monkeypatch.setattr(file_states, "_SETTLED_IF_COARSE", 0)
 

@@ -46,7 +46,11 @@ if __name__ == "__main__":
             queries = [height(lf.collect_async(engine="in-memory")) for lf in sorts]
             return await asyncio.gather(*queries)
         share = "60%" if group else 0.6 * limit
-        async with pa.Collector(engine="in-memory", executor=who, max_memory=share) as collector:
+        # On threads all of them would run at once, but for the limit.
+        options = {"max_running": 48} if who == "threads" else {}
+        async with pa.Collector(
+            engine="in-memory", executor=who, max_memory=share, **options
+        ) as collector:
             return await asyncio.gather(*[height(collector.collect_async(lf)) for lf in sorts])
 
     print(sum(asyncio.run(main())))

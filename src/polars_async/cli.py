@@ -223,7 +223,7 @@ def _describe_limits(limits: Report) -> Iterator[tuple[str, str]]:
     if most is not None:
         memory += (
             f", of which the cgroup allows {most / 2**30:.1f} GiB: beyond, the kernel ends the "
-            "program. In worker processes max_memory= ends one query instead"
+            "program. With max_memory='75%' queries wait for memory before that"
         )
     yield "memory", memory
     proc = {True: "can be read", False: "cannot be read", None: "not on this system"}

@@ -96,7 +96,7 @@ Ts = TypeVarTuple("Ts")
 
 _TINY: Final = Estimate(0.0, None)
 _alive: Final[WeakValueDictionary[int, Collector]] = WeakValueDictionary()
-_SPILLED_SHARE: Final = 0.8
+_SPILLED_ON_THREADS: Final = 0.8
 """The share of `max_memory` from which on queries on threads spill: that of Polars of the memory of
 the machine."""
 
@@ -261,7 +261,7 @@ class Collector:
             memory=memory,
         )
         if most_bytes is not None and executor in ("threads", "auto"):
-            spilling.spill_from(int(_SPILLED_SHARE * most_bytes))
+            spilling.spill_from(int(_SPILLED_ON_THREADS * most_bytes))
         results = None if cache is None else Results(cache.seconds, cache.max_bytes)
         self._flights: Final = Flights(self._reporter, self._cpu.admission.lock, results)
         self._single_flight: Final = single_flight or cache is not None

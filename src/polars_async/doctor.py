@@ -102,8 +102,8 @@ def _problems(report: Report) -> list[str]:
         )
     if limits["proc"] is False:
         problems.append(
-            "/proc cannot be read, so that max_memory= and inline= have no effect, and the load of "
-            "the machine is unknown: mount it"
+            "/proc cannot be read, so that inline= has no effect, max_memory= minds only what "
+            "Polars itself allocates, and the load of the machine is unknown: mount it"
         )
     return problems
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 if TYPE_CHECKING:
-    from collections.abc import Container, Iterator
+    from collections.abc import Collection, Iterator
 
 _CGROUPS: Final = Path("/sys/fs/cgroup")
 _OWN_CGROUPS: Final = Path("/proc/self/cgroup")
@@ -144,14 +144,16 @@ def _sizes_of_memory() -> dict[str, int]:
     return _status_of(_MEMORY, ("MemTotal", "MemAvailable"))
 
 
-def _status_of(file: Path, names: Container[str]) -> dict[str, int]:
+def _status_of(file: Path, names: Collection[str]) -> dict[str, int]:
     """Return the sizes with these `names` in a file of the kernel, in bytes."""
-    sizes = {}
+    sizes: dict[str, int] = {}
     with suppress(OSError, ValueError):
         for line in file.read_text().splitlines():
             name, _, size = line.partition(":")
             if name in names:
                 sizes[name] = int(size.split()[0]) * 1024
+                if len(sizes) == len(names):
+                    break
     return sizes
 
 

@@ -28,8 +28,7 @@ _MOST_WORKERS: Final = 8
 """The same in worker processes, each of which takes some 60 MB and 0.2 s to start: or twice as many
 as there are processors."""
 
-
-_SPILLED_SHARE: Final = 0.5
+_SPILLED_IN_WORKERS: Final = 0.5
 """The share of `max_memory` from which on a worker spills: not all that Polars holds can be
 spilled, and what is on its way counts as well."""
 
@@ -114,7 +113,7 @@ def _spilling(max_memory: int | None) -> dict[str, str]:
     """Return the variables by which workers spill before they outgrow `max_memory`."""
     if max_memory is None or spilling.is_chosen():
         return {}
-    return {spilling.BUDGET: spilling.megabytes(int(_SPILLED_SHARE * max_memory))}
+    return {spilling.BUDGET: spilling.megabytes(int(_SPILLED_IN_WORKERS * max_memory))}
 
 
 def _threads_each(at_once: int) -> int:

@@ -111,7 +111,7 @@ def register(
             )
         _registered[registry] = metrics
         feed = metrics.feeds[collector] = _Feed(metrics, name)
-    _reporter_of(collector).add(feed)
+        _reporter_of(collector).add(feed)  # with the lock: of two added at once, one would be lost
 
 
 def unregister(collector: Collector, registry: CollectorRegistry | None = None) -> None:

@@ -27,6 +27,7 @@ from polars_async._runtime.upstream import (
     plan_nodes,
 )
 from polars_async.executors.operations import Collect, CollectAll
+from polars_async.scheduling.estimates import MUCH_HELD
 
 if TYPE_CHECKING:
     from _thread import LockType
@@ -40,9 +41,6 @@ _LARGEST_PLAN: Final = 1 << 18
 """Bytes of a packed plan, with its frames in memory, that are compared."""
 _LARGEST_FRAMES: Final = 1 << 20
 """Bytes of frames in memory, in all, that are copied by the thread that submits a query."""
-_MUCH_HELD: Final = 20 << 20
-"""Bytes that Polars may hold while no query runs, if its frames are to be taken for small ones.
-Without any frame it is some 15 MB."""
 _SLOW: Final = 0.0005
 """Seconds of processor time after which a look was one at a large frame."""
 _LOOKS_AGAIN: Final = 60.0
@@ -142,7 +140,7 @@ class Plans:
         known = self._known.get(number)
         if known is not None and known[0]() is frame:
             return known[1]
-        if self._resident <= _MUCH_HELD:
+        if self._resident <= MUCH_HELD:
             return self._look_at(frame, None)
         # A frame in memory may be large, and nothing tells before it is copied, but where the query
         # comes from.

@@ -195,11 +195,11 @@ class Flight(Query[T]):
         # In a forked child those that `close` was about to cancel are left.
         return [*super().set_error(error), *self._land()]
 
-    def how_it_ends(self, without: Query[T] | None = None) -> str:
+    def how_it_ends(self, without: Query[T]) -> str:
         """Return what is to be said of the run when `without` times out."""
         if any(asker is not without for asker in self.askers):
             return " and ran for {ran}{where}. It goes on, since others wait for it, too"
-        return super().how_it_ends()
+        return self._how_it_ends()
 
     def listed(self, state: str) -> dict[Query[Any], str]:
         """See `Query`: those that wait for it, of which its captain is where it is."""

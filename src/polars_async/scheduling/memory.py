@@ -80,8 +80,12 @@ class Memory:
     @property
     def _base(self) -> int:
         """What is taken by all but the queries that run: by the program, and by their results."""
-        kept = sum(size for _, size in list(self._kept.values()))
-        return min(self._idle + kept, self.used)
+        return min(self._idle + self._results, self.used)
+
+    @property
+    def _results(self) -> int:
+        """What the results take that live, as far as they are minded."""
+        return sum(size for _, size in list(self._kept.values()))
 
     def measure(self, here: int, elsewhere: int, *, most: int = 20) -> None:
         """
@@ -111,7 +115,7 @@ class Memory:
         """Note that a query starts in `slot`, beside none but small ones if it is `alone`."""
         slot.peak, slot.used_before = None, self.used
         if alone:
-            self._idle = max(0, self.used - sum(size for _, size in list(self._kept.values())))
+            self._idle = max(0, slot.used_before - self._results)
 
     def sample(self, slots: Sequence[Taker]) -> None:
         """Put down what is taken now to the queries in `slots`, which run."""

@@ -825,7 +825,7 @@ class Query(Generic[T]):
             spent = f"it waited {waited:.3f} s for query {self.shared_with}, whose run it shared"
         else:
             flight = self.flight
-            ends = self.how_it_ends() if flight is None else flight.how_it_ends(without=self)
+            ends = self._how_it_ends() if flight is None else flight.how_it_ends(without=self)
             run = self.run_of_it
             there = "" if run.place is None else where(self.resolution, run.place)
             if run.peak_memory is not None:
@@ -835,7 +835,7 @@ class Query(Generic[T]):
         message = f"{self.named} was not done after {self._timeout:g} s: {spent}"
         return QueryTimeoutError(message, self._timeout, waited, ran)
 
-    def how_it_ends(self, without: Query[T] | None = None) -> str:  # noqa: ARG002  # those of several need it
+    def _how_it_ends(self) -> str:
         """Return what is to be said of the run of a query that times out."""
         if self._stop is None:
             return (
