@@ -113,6 +113,23 @@ def test_what_runs_is_ended_and_what_waits_is_cancelled(loop):
     assert (status, set(said), complaints) == (7, {"left"}, "")
 
 
+MAKING_COLLECTORS = """
+sys.setswitchinterval(1e-6)
+made = [pa.Collector() for _ in range(300)]
+def make():
+    while True:
+        made.append(pa.Collector())
+for _ in range(3):
+    threading.Thread(target=make, daemon=True).start()
+nap(0.05)
+sys.exit(7)
+"""
+
+
+def test_threads_that_make_collectors_meanwhile_do_no_harm():
+    assert end(MAKING_COLLECTORS) == (7, [], "")
+
+
 ENDINGS = """
 def spin():
     begin()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import sys
 from contextvars import copy_context
 from functools import partial
@@ -777,6 +778,30 @@ def test_what_closes_waits_for_queries_inline_on_other_threads():
             assert stats["completed"] - before == len(found)
     finally:
         sys.setswitchinterval(switch)
+
+
+def test_collectors_that_are_garbage_may_go_at_any_moment_of_the_look_at_all():
+    alive = [Admission(Limits(1)) for _ in range(30)]  # more than CPython has a spare tuple for
+    for admission in alive:
+        inline.register(admission)
+    thresholds = gc.get_threshold()
+    try:
+        for allocations in range(20):
+            gc.disable()
+            garbage = Admission(Limits(1))
+            cycle = [garbage]
+            cycle.append(cycle)
+            inline.register(garbage)
+            known = len(inline._admissions)
+            del garbage, cycle
+            gc.set_threshold(gc.get_count()[0] + allocations)
+            gc.enable()
+            assert inline._only_small_run()
+            gc.collect()
+            assert len(inline._admissions) < known
+    finally:
+        gc.enable()
+        gc.set_threshold(*thresholds)
 
 
 def test_a_thread_that_closes_is_told_of_the_end():

@@ -104,7 +104,9 @@ class Flight(Query[T]):
     @resolution.setter
     def resolution(self, resolution: Resolution) -> None:
         self._resolution = resolution
-        for asker in tuple(self.askers):
+        # Here and below a list, not a tuple: CPython 3.11 may collect garbage between the start of
+        # the iteration and the making of a tuple, and a finalizer may cancel one of them.
+        for asker in list(self.askers):
             asker.resolution = resolution
 
     @property
@@ -151,7 +153,7 @@ class Flight(Query[T]):
         """See `Query`; so are its askers."""
         super().set_rejected()
         self._flights.forget(self)
-        for asker in tuple(self.askers):
+        for asker in list(self.askers):
             asker.set_rejected()
 
     def requeue(
@@ -243,7 +245,7 @@ class Flight(Query[T]):
 
     def _after_cancel(self) -> None:
         # By `close`, while they still wait for it.
-        for asker in tuple(self.askers):
+        for asker in list(self.askers):
             asker.cancel()
         super()._after_cancel()
 

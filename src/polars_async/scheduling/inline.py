@@ -484,7 +484,9 @@ def _may_run_now() -> bool:
 
 
 def _only_small_run() -> bool:
-    for known in tuple(_admissions.values()):
+    # A list, not a tuple: CPython 3.11 may collect garbage between the start of the iteration and
+    # the making of a tuple, and an admission among it leaves the dictionary.
+    for known in list(_admissions.values()):
         admission = known()
         if admission is not None and not admission.has_only_small:
             return False

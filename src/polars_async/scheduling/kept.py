@@ -106,8 +106,10 @@ class Results:
     def _drop_old(self) -> None:
         self._is_timed = False
         now = monotonic()
-        for key in [key for key, kept in self._kept.items() if kept.until <= now]:
-            self._drop(key)
+        for key in list(self._kept):
+            kept = self._kept.get(key)
+            if kept is not None and kept.until <= now:
+                self._drop(key)
 
     def _start_timer(self) -> None:
         seconds = holding(self._lock, self._seconds_to_next)
@@ -119,7 +121,7 @@ class Results:
         if self._is_timed or not self._kept:
             return None
         self._is_timed = True
-        return max(0.0, min(kept.until for kept in self._kept.values()) - monotonic())
+        return max(0.0, min([kept.until for kept in list(self._kept.values())]) - monotonic())
 
     def reset_after_fork(self) -> None:
         """Drop all results: their timer is the parent's, and no query runs in most children."""

@@ -19,7 +19,7 @@ from contextlib import suppress
 from math import inf
 from time import monotonic
 from typing import TYPE_CHECKING, Final, Protocol
-from weakref import WeakSet
+from weakref import WeakValueDictionary
 
 from polars_async._runtime.green import catch_up
 from polars_async._runtime.origin import is_of_polars
@@ -57,7 +57,7 @@ class _Lane(Protocol):
 
 
 class _Process:
-    lanes: Final[WeakSet[_Lane]] = WeakSet()
+    lanes: Final[WeakValueDictionary[int, _Lane]] = WeakValueDictionary()
     prepared = False
     exits = False
 
@@ -72,7 +72,7 @@ def watch(lane: _Lane) -> None:
     them. Threads that already wait are not woken: they end with the program, and would only
     complain that their query was cancelled.
     """
-    _Process.lanes.add(lane)
+    _Process.lanes[id(lane)] = lane
     if not _Process.prepared and sys.platform != "win32":
         _Process.prepared = True
         atexit.register(_AtExit())
@@ -104,7 +104,8 @@ def _leave() -> None:
     # For good: a task that is freed before its end complains of that.
     ctypes.pythonapi.Py_IncRef(ctypes.py_object(unwoken := list[object]()))
     hold_at_exit(unwoken)
-    lanes = list(_Process.lanes)
+    # `valuerefs` copies in one step: other threads may make lanes meanwhile.
+    lanes = [lane for known in _Process.lanes.valuerefs() if (lane := known()) is not None]
     for lane in lanes:
         lane.close(cancel_waiting=True)
     with suppress(KeyboardInterrupt):  # sent by a user who waits no longer
