@@ -55,7 +55,6 @@ class Flight(Query[T]):
         "_first_resolution",
         "_flights",
         "_landed",
-        "_resolution",
         "askers",
         "equality",
         "lane",
@@ -97,19 +96,6 @@ class Flight(Query[T]):
         captain.board(self)
 
     @property
-    def resolution(self) -> Resolution:
-        """Which engine runs it. A change, such as by a fallback, is one for the askers, too."""
-        return self._resolution
-
-    @resolution.setter
-    def resolution(self, resolution: Resolution) -> None:
-        self._resolution = resolution
-        # Here and below a list, not a tuple: CPython 3.11 may collect garbage between the start of
-        # the iteration and the making of a tuple, and a finalizer may cancel one of them.
-        for asker in list(self.askers):
-            asker.resolution = resolution
-
-    @property
     def may_be_boarded(self) -> bool:
         """Whether one more asker may wait for it, as far as time has not made it unequal."""
         if self.done or not self.askers:
@@ -122,8 +108,8 @@ class Flight(Query[T]):
         asker.board(self, shared_with=self.id)
         self.askers[asker] = None
         self.reports = self.reports or asker.reports
-        if self._resolution is not self._first_resolution:
-            asker.resolution = self._resolution
+        if self.resolution is not self._first_resolution:
+            asker.resolution = self.resolution
 
     def leave(self, asker: Query[T]) -> Callable[[], object] | None:
         """
@@ -141,6 +127,14 @@ class Flight(Query[T]):
         self._flights.forget(self)
         self._cancel(State.CANCELLED)
         return self.cancel  # which finds it cancelled by this thread, and does what follows
+
+    def resolve(self, resolution: Resolution) -> None:
+        """See `Query`; a change, such as by a fallback, is one for its askers, too."""
+        super().resolve(resolution)
+        # Here and below a list, not a tuple: CPython 3.11 may collect garbage between the start of
+        # the iteration and the making of a tuple, and a finalizer may cancel one of them.
+        for asker in list(self.askers):
+            asker.resolution = resolution
 
     def set_running(self) -> float | None:
         """See `Query`; its captain runs from then on."""

@@ -376,7 +376,11 @@ class Query(Generic[T]):
         self.choice = choice
         if self._operation is not None:  # else it is done
             self._operation = on_engine(self._operation, resolution.engine)
-            self.resolution = resolution
+            self.resolve(resolution)
+
+    def resolve(self, resolution: Resolution) -> None:
+        """Have the engine of `resolution` run it, or note that it does."""
+        self.resolution = resolution
 
     def choose_for_quick(self) -> None:
         """Have the engine chosen for a query that is known to be quick, and was not submitted."""
@@ -490,7 +494,8 @@ class Query(Generic[T]):
             self._outcome.drop()
             if self.done:
                 return False
-            self._operation, self.resolution = operation, resolution
+            self._operation = operation
+            self.resolve(resolution)
             self.frames = operation.frames
             self.place = self.meter = None
             _, self._counts, self._leave_queue = owner
@@ -553,7 +558,7 @@ class Query(Generic[T]):
 
     def note_retry(self, how: str, cause: Exception) -> None:
         """Note that the GPU tries the query once more, after `cause`, and emit RETRIED."""
-        self.resolution = tried_again(self.resolution, how)
+        self.resolve(tried_again(self.resolution, how))
         self.announce(EventKind.RETRIED, cause)
 
     def report_fall_back(self) -> None:
