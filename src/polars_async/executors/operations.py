@@ -266,7 +266,8 @@ def on_engine(
 
 
 def _collect(lf: pl.LazyFrame, engine: pl.Engine, optimizations: pl.QueryOptFlags) -> pl.DataFrame:
-    if isinstance(engine, pl.GPUEngine):
+    # First the test that takes no time: the other one is of an abstract class, and takes 0.4 us.
+    if type(engine) is not pl.InMemoryEngine and isinstance(engine, pl.GPUEngine):
         return collect_on_gpu(lf, engine, optimizations)
     return engine.collect(lf, optimizations=optimizations)
 
