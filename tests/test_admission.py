@@ -28,10 +28,11 @@ from polars_async.events import Reporter
 from polars_async.executors.operations import Collect
 from polars_async.executors.threads import ThreadPool
 from polars_async.scheduling import admission, estimates, lane, query
-from polars_async.scheduling.admission import Admission, Slot
+from polars_async.scheduling.admission import Admission
 from polars_async.scheduling.estimates import UNKNOWN, CostModel, Estimate
 from polars_async.scheduling.fair_queue import QUICK, QUICK_STREAK
 from polars_async.scheduling.sizes import Limits
+from polars_async.scheduling.slots import Slot
 from polars_async.testing import simulate_gpu
 
 HEAVY = pl.LazyFrame({"a": pl.zeros(5_000_000, dtype=pl.Int64, eager=True)}).select(

@@ -27,9 +27,10 @@ from polars_async._runtime.upstream import DEFAULT_OPTIMIZATIONS
 from polars_async.bridges import turns
 from polars_async.executors import operations
 from polars_async.scheduling import inline
-from polars_async.scheduling.admission import Admission, Slot
+from polars_async.scheduling.admission import Admission
 from polars_async.scheduling.estimates import Estimate
 from polars_async.scheduling.sizes import Limits
+from polars_async.scheduling.slots import Slot
 
 FRAME = pl.DataFrame({"a": [1, 2, 3], "b": [4, 5, 6]})
 QUICK = FRAME.lazy().select(pl.col("a").sum())

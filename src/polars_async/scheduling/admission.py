@@ -13,19 +13,19 @@ from polars_async.bridges.waiting import wake
 from polars_async.errors import CollectorClosedError, QueueFullError
 from polars_async.scheduling.counts import Counts, State
 from polars_async.scheduling.fair_queue import FAIR_EVERY, FairQueue
+from polars_async.scheduling.memory_use import MemoryUse
 from polars_async.scheduling.open_streams import OpenStreams
 from polars_async.scheduling.query import Owner
 from polars_async.scheduling.sizes import (
     SMALL,
     SMALL_SIZE,
     UNKNOWN,
-    UNKNOWN_LOAD,
     UNKNOWN_SIZE,
     Limits,
     Load,
     large_at_once,
-    size_of,
 )
+from polars_async.scheduling.slots import Slot
 from polars_async.wording import Ahead
 
 if TYPE_CHECKING:
@@ -51,47 +51,6 @@ _LEAST_MEASURED: Final = 0.02
 """Seconds of a query below which its processor time tells nothing: the kernel counts in ticks."""
 _WORK_LASTS: Final = 0.05
 """Seconds that a sum of the work lasts: a full queue may reject thousands of queries a second."""
-
-
-class Slot:
-    """
-    A worker thread's permit to run queries, one at a time.
-
-    `query` is None while the thread chooses the next one. An `inline` slot is the permit of the
-    submitting thread to run just one query itself; it does not count against `max_running`.
-    """
-
-    __slots__ = (
-        "alone",
-        "cpu_seconds",
-        "gate",
-        "inline",
-        "load",
-        "looks_after",
-        "looks_since",
-        "overtook",
-        "peak",
-        "query",
-        "used_before",
-    )
-
-    def __init__(self, *, inline: bool = False) -> None:
-        self.gate: LockType | None = None  # at which the thread of a paused query waits
-        self.query: Query[Any] | None = None
-        self.inline = inline
-        self.load = UNKNOWN_LOAD
-        self.looks_since: float | None = None
-        """When its thread began to look at the plan that it looks at."""
-        self.looks_after = 0
-        """How many queries had come to the queue by then."""
-        self.cpu_seconds: float | None = None
-        """Of the executor when the query started, if its share of the processors is measured."""
-        self.overtook = False
-        self.alone = True
-        self.peak: int | None = None
-        """Bytes that the query took at its peak, so far; None if that was not measured."""
-        self.used_before = 0
-        """The bytes that were taken in all when it started."""
 
 
 class Admission:
@@ -127,12 +86,11 @@ class Admission:
         "closed",
         "counts",
         "cpu_seconds",
-        "lacks_memory",
         "limits",
         "lock",
         "max_waiting",
-        "memory",
         "memory_is_short",
+        "memory_use",
         "owner",
         "reserved",
         "spare",
@@ -159,10 +117,8 @@ class Admission:
         self._is_look_dear = is_look_dear
         self.spare = 0
         """How many more queries may start, whatever is known of them: see `Limits.spare`."""
-        self.memory = memory
-        """The limit of memory, if there is one."""
-        self.lacks_memory = False
-        """Whether the last look found a query that nothing but memory held up."""
+        self.memory_use = None if memory is None else MemoryUse(memory)
+        """What its queries take of the memory, if that has a limit."""
         self.memory_is_short = False
         """Whether no more than ``limits.slots`` queries may run, however idle the processors."""
         self.closed = False
@@ -194,6 +150,16 @@ class Admission:
         return self.limits.exclusive
 
     @property
+    def memory(self) -> Memory | None:
+        """The limit of memory, if there is one."""
+        return None if self.memory_use is None else self.memory_use.memory
+
+    @property
+    def lacks_memory(self) -> bool:
+        """Whether the last look found a query that nothing but memory held up."""
+        return self.memory_use is not None and self.memory_use.is_lacking
+
+    @property
     def wants_look(self) -> bool:
         """Whether one more thread should look for a query: one in the queue may start."""
         with self.lock:
@@ -209,10 +175,9 @@ class Admission:
         looks at them as long as there is no room.
         """
         room = self._room()
-        lacks_memory = self._lacks_memory_in(room)
-        if lacks_memory is not None:
-            self._queue.first_without_memory(lacks_memory)
-        self.lacks_memory = True  # as it was, until a thread has looked
+        if self.memory_use is not None:
+            self._queue.first_without_memory(self.memory_use.lacking_in(room))
+            self.memory_use.is_lacking = True  # as it was, until a thread has looked
         return self._queue.has_fitting(room.fits)
 
     @property
@@ -300,8 +265,8 @@ class Admission:
             slot = self.reserved = Slot()
             self._slots.add(slot)
             self._start(query, slot)
-            if at_once:
-                self._count_as_all_memory(slot)
+            if at_once and self.memory_use is not None:
+                self.memory_use.count_as_all(slot)
             return slot
         if not self._has_room(query):
             raise self._full_error()
@@ -369,24 +334,9 @@ class Admission:
             self._free(slot)
 
     def memory_of(self, slot: Slot) -> int | None:
-        """
-        Return the bytes that the slot's query, which has ended, took at its peak, if that is known.
-
-        Where it was too quick to be measured, return what it may have taken. Its result is minded
-        from now on.
-        """
-        memory, query = self.memory, slot.query
-        if memory is None or query is None:
-            return None
-        if query.place is not None and query.peak_memory is not None:
-            # By its worker, which has also packed the result.
-            return query.peak_memory + query.keep_result(memory)
-        most = memory.most_within(query.times.run_seconds or 0.0, self.limits.processors)
-        query.keep_result(memory, most=most)
-        if slot.peak is not None:
-            query.peak_memory = slot.peak
-            return slot.peak
-        return min(memory.of_its_like(slot.load), most)
+        """Return the bytes that the slot's query, which has ended, took, if there is a limit."""
+        use = self.memory_use
+        return None if use is None else use.of_ended(slot, self.limits.processors)
 
     def share_of(self, slot: Slot) -> float | None:
         """Return the share of the processors that were busy since the slot's query started."""
@@ -460,7 +410,10 @@ class Admission:
                     self._free(slot)
                 return can_look
             room = self._room()
-            while (picked := queue.take(room.fits, self._lacks_memory_in(room))) is not None:
+            use = self.memory_use
+            while (
+                picked := queue.take(room.fits, None if use is None else use.lacking_in(room))
+            ) is not None:
                 if self._start_picked(picked, slot, room):
                     return True
             if can_look:
@@ -508,7 +461,7 @@ class Admission:
             room = self._room() if queue.has_ranked or not queue.is_quick else None
             fits = None if room is None else room.fits
             picked = queue.take_quickly(fits, unestimated=self._may_start_unestimated())
-            if picked is None and fits is not None and self.memory is None:
+            if picked is None and fits is not None and self.memory_use is None:
                 picked = queue.take_single(fits)
             if picked is None and not queue.has_ranked and not self.limits.fixed:
                 picked = queue.take_unpooled(self._starts_unestimated)
@@ -608,7 +561,7 @@ class Admission:
         # As a list: in half the time.
         running = sum([slot.query is not None for slot in self._slots])
         query.ahead = Ahead(running, len(self._queue))
-        work, share, memory = None, None, 0 if self.memory is None else None
+        work, share, memory = None, None, 0 if self.memory_use is None else None
         if query.estimate is not None:
             work, _, _, share, memory = query.estimate
         self._queue.add(
@@ -625,7 +578,7 @@ class Admission:
         limits, taken = self.limits, len(self._slots)
         if limits.exclusive:
             return taken < limits.slots
-        if self.memory is not None and not (self._queue.is_quick and self._has_all_memory()):
+        if self.memory_use is not None and not (self._queue.is_quick and self._has_all_memory()):
             return False
         # A slot that is reserved for small queries is not given to one without an estimate.
         if self._queue.is_quick:
@@ -638,7 +591,7 @@ class Admission:
         # harm, if they prove large, and looks at plans would take more than is gained by the order:
         # the more so the larger the frames are that a look copies.
         most = _MANY * limits.slots if self._is_look_dear() else limits.slots
-        sizes = [_load_so_far(slot).size for slot in self._slots if slot.query is not None]
+        sizes = [slot.load_so_far.size for slot in self._slots if slot.query is not None]
         large = sum(size > SMALL_SIZE for size in sizes)
         return large < most and len(sizes) - large < most
 
@@ -646,14 +599,14 @@ class Admission:
         """Return whether one more may start without an estimate while all others are quick."""
         if not self.limits.may_start_unestimated(self._large_running()):
             return False
-        return self.memory is None or self._has_all_memory()
+        return self._has_all_memory()
 
     def _has_all_memory(self) -> bool:
-        """Return whether a query may take as much memory as it likes: none but small ones run."""
-        memory = self.memory
-        return memory is None or all(
-            memory.is_small(slot.load) for slot in self._slots if slot.query is not None
-        )
+        """Return whether a query may take as much memory as it likes."""
+        return self.memory_use is None or self.memory_use.is_free(self._running())
+
+    def _running(self) -> list[Slot]:
+        return [slot for slot in self._slots if slot.query is not None]
 
     def _may_look(self) -> bool:
         """Return whether one more thread may look for a query in the queue."""
@@ -674,67 +627,28 @@ class Admission:
     def _room(self) -> Room:
         """Return what may start now beside the queries that run."""
         limits = self.limits
-        running = [slot for slot in self._slots if slot.query is not None]
+        running = self._running()
         if limits.fixed:
             room = limits.room([slot.load for slot in running])
-            self._limit_memory(room, running)
-            return room
-        pool_is_taken = any(map(_takes_pool, running))
-        room = limits.room(map(_load_so_far, running), self.spare, pool_is_taken=pool_is_taken)
-        if self.memory_is_short:
-            room.total = min(room.total, limits.slots - len(running))
-        self._limit_memory(room, running)
+        else:
+            pool_is_taken = any(slot.takes_pool for slot in running)
+            loads = [slot.load_so_far for slot in running]
+            room = limits.room(loads, self.spare, pool_is_taken=pool_is_taken)
+            if self.memory_is_short:
+                room.total = min(room.total, limits.slots - len(running))
+        if self.memory_use is not None:
+            self.memory_use.limit_room(room, running)
         return room
 
-    def _limit_memory(self, room: Room, running: list[Slot]) -> None:
-        memory = self.memory
-        if memory is not None:
-            room.memory = memory.left([slot.load for slot in running])
-            room.small_memory = memory.small
-
-    def _lacks_memory_in(self, room: Room) -> Callable[[Query[Any], Load], bool] | None:
-        """Return what tells of a query in the queue whether it only lacks memory, and notes it."""
-        if self.memory is None:
-            return None
-        self.lacks_memory = False
-
-        def lacks_memory(query: Query[Any], load: Load) -> bool:
-            if not room.lacks_memory(load):
-                return False
-            self.lacks_memory = True
-            query.times.hold_up()
-            return True
-
-        return lacks_memory
-
     def too_large(self) -> Query[Any] | None:
-        """Return the query that runs beside none but small ones, and has outgrown the memory."""
-        memory = self.memory
-        if memory is None or memory.used <= memory.limit:
-            return None
-        large = [
-            slot.query
-            for slot in self._slots
-            if slot.query is not None and not memory.is_small(slot.load)
-        ]
-        return large[0] if len(large) == 1 else None
+        """Return the query that has outgrown the memory, if one has, with the lock held."""
+        return None if self.memory_use is None else self.memory_use.too_large(self._running())
 
     def sample_memory(self, *, tell: bool = False) -> bool:
-        """
-        Note what the queries that run take; return False if none runs that may be large.
-
-        With `tell` they know it, too: where no worker process measures that of each.
-        """
+        """Note what queries take: see `MemoryUse.sample`; return False if none may be large."""
         with self.lock:
-            memory = self.memory
-            running = [slot for slot in self._slots if slot.query is not None]
-            if memory is None or all(memory.is_small(slot.load) for slot in running):
-                return False
-            memory.sample(running)
-            for slot in running if tell else ():
-                if slot.query is not None:
-                    slot.query.peak_memory = slot.peak
-            return True
+            use = self.memory_use
+            return use is not None and use.sample(self._running(), tell=tell)
 
     def _in_slots(self) -> list[Query[Any]]:
         slots = (*self._slots, *self._paused.values(), *self._inline)
@@ -786,7 +700,7 @@ class Admission:
     def _let_end(self, query: Query[Any]) -> None:
         slot = self._paused.get(query)
         if slot is not None:
-            _open(slot)
+            slot.open_gate()
             self._returning.pop(query, None)
 
     def _free(self, slot: Slot) -> None:
@@ -817,15 +731,15 @@ class Admission:
         # The gate opens when the slot is taken, so that at most `max_running` queries run. Ctrl-C
         # may come between any two of these, in the consumer's thread, which then cancels the query.
         self._slots.add(slot)
-        _open(slot)
+        slot.open_gate()
         self._returning.pop(query, None)
         self._paused.pop(query, None)
 
     def _start_picked(self, picked: Picked[Query[Any]], slot: Slot, room: Room | None) -> bool:
         if not self._start(picked.item, slot, picked.load, overtook=picked.overtook):
             return False
-        if picked.item.estimate is None:
-            self._count_as_all_memory(slot)
+        if picked.item.estimate is None and self.memory_use is not None:
+            self.memory_use.count_as_all(slot)
         if self.spare and room is not None and not room.fits_by_kind(picked.load):
             self.spare -= 1
         return True
@@ -846,10 +760,8 @@ class Admission:
             for other in (*self._slots, *self._inline):
                 if other.query is not None:
                     slot.alone = other.alone = False
-        memory = self.memory
-        if memory is not None:
-            running = [other.load for other in self._slots if other.query is not None]
-            memory.note_start(slot, alone=all(map(memory.is_small, running)))
+        if self.memory_use is not None:
+            self.memory_use.start(slot, beside=self._running())
             if (held_up := query.times.memory_seconds) > 0:
                 self.counts.memory_waits += 1
                 self.counts.memory_seconds += held_up
@@ -861,11 +773,6 @@ class Admission:
         slot.cpu_seconds = self.cpu_seconds() if measured else None
         self.counts.queue_seconds += waited
         return True
-
-    def _count_as_all_memory(self, slot: Slot) -> None:
-        """Have none but small queries start beside that of `slot`, of which nothing is known."""
-        if self.memory is not None:
-            slot.load = slot.load._replace(memory=self.memory.limit)
 
     def _large_running(self) -> int:
         """
@@ -935,38 +842,6 @@ class Admission:
         now = perf_counter()
         if now - self._work_summed_at > _WORK_LASTS:
             self._work_summed_at = now
-            self._work = self._queue.work + sum(map(_work_left, self._slots))
+            self._work = self._queue.work + sum([slot.work_left for slot in self._slots])
         limits = self.limits
         return self._work / (limits.slots if limits.exclusive else large_at_once(limits.slots))
-
-
-def _takes_pool(slot: Slot) -> bool:
-    """Return whether the slot's query is known to be a large one in Polars' pool."""
-    query = slot.query
-    if query is None or not slot.load.pooled or slot.load.is_small:
-        return False
-    return query.estimate is not None or (query.times.run_seconds or 0.0) > SMALL
-
-
-def _load_so_far(slot: Slot) -> Load:
-    """Return the load of the slot's query, of which its time so far may tell more."""
-    load, query = slot.load, slot.query
-    # One with an estimate keeps its size: where it takes longer, so will its equals in the queue,
-    # and these should not start beside it for that.
-    if query is None or query.estimate is not None:
-        return load
-    size = size_of(query.times.run_seconds or 0.0)
-    size = max(load.size, size) if load.pooled else size
-    return Load(size, None, load.pooled, load.memory)
-
-
-def _work_left(slot: Slot) -> float:
-    if slot.query is None:
-        return 0.0
-    estimate, ran = slot.query.estimate, slot.query.times.run_seconds or 0.0
-    return max(0.0, (UNKNOWN if estimate is None else estimate.seconds) - ran)
-
-
-def _open(slot: Slot) -> None:
-    if slot.gate is not None and slot.gate.locked():
-        slot.gate.release()

@@ -38,11 +38,11 @@ if TYPE_CHECKING:
     from polars_async.events import EventKind, Reporter
     from polars_async.executors.operations import Operation
     from polars_async.resolution import Resolution
-    from polars_async.scheduling.admission import Slot
     from polars_async.scheduling.equality import Equality
     from polars_async.scheduling.kept import Kept, Results
     from polars_async.scheduling.lane import Lane
     from polars_async.scheduling.query import Owner
+    from polars_async.scheduling.slots import Slot
 
 T = TypeVar("T")
 

@@ -43,9 +43,9 @@ from polars_async._runtime.upstream import DEFAULT_OPTIMIZATIONS, memory_held
 from polars_async.bridges import turns
 from polars_async.bridges.waiting import wake
 from polars_async.executors.operations import Collect, CollectAll
-from polars_async.scheduling.admission import Slot
 from polars_async.scheduling.counts import State
 from polars_async.scheduling.estimates import Estimate
+from polars_async.scheduling.slots import Slot
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

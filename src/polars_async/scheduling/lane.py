@@ -36,11 +36,11 @@ if TYPE_CHECKING:
     from polars_async.executors import QueryExecutor
     from polars_async.gpu.status import GpuStatus
     from polars_async.scheduling import fair_queue
-    from polars_async.scheduling.admission import Slot
     from polars_async.scheduling.estimates import CostModel
     from polars_async.scheduling.inline import Inline, Watch
     from polars_async.scheduling.memory import Memory
     from polars_async.scheduling.query import Query
+    from polars_async.scheduling.slots import Slot
 
 
 _MOST_TOGETHER: Final = 256
@@ -378,7 +378,8 @@ class Lane:
         # there, and a fork in between would lose the query. The waiters are woken last: one that
         # submits its next query at once finds the slot free, or given to the next in the queue.
         admission = self.admission
-        share, memory = admission.share_of(slot), admission.memory_of(slot)
+        share = admission.share_of(slot)
+        memory = None if admission.memory_use is None else admission.memory_of(slot)
         with admission.lock:
             alone = slot.alone
             waiters = query.set_finished()
