@@ -203,7 +203,7 @@ class Book:
             line = admission._queue
             pairs += [
                 (len(admission._slots), 0, "slots in use"),
-                (len(admission._paused), 0, "slots paused"),
+                (admission.paused, 0, "slots paused"),
                 (len(admission.waiters), 0, "waiters for the end of all"),
                 (len(line._entries), 0, "places in the line"),
             ]

@@ -280,7 +280,7 @@ def test_nested_queries_leave_the_bound_as_it_was(make, block):
 def test_slot_of_a_stream_that_waits_for_its_consumer_can_be_had_without_waiting(make, block):
     collector = make(max_running=2, max_waiting=0)
     stream = collector.collect_batches_async(pl.LazyFrame({"a": range(10)}), chunk_size=1)
-    until(lambda: collector._cpu.admission._paused)
+    until(lambda: collector._cpu.admission.paused)
     run_blocked(collector, block)
     assert collector.collect_async(TINY).result(30).item() == 1
     stream.close()

@@ -519,7 +519,7 @@ def test_batches_that_fell_back_are_held_up_by_a_slow_consumer(collector, gpu):
     async def main():
         stream = collector.collect_batches_async(lf, engine="gpu", chunk_size=1)
         await anext(stream)
-        while not collector._cpu.admission._paused:  # noqa: ASYNC110  # nobody tells
+        while not collector._cpu.admission.paused:  # noqa: ASYNC110  # nobody tells
             await asyncio.sleep(0.001)
         assert len(inside.lying_ready(stream._buffer)) <= 2
         gpu.fail = None

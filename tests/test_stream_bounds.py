@@ -34,8 +34,8 @@ from polars_async import (
 )
 from polars_async.bridges.buffer import BATCHES_AHEAD, Buffer
 from polars_async.scheduling import times
-from polars_async.scheduling.admission import Admission
 from polars_async.scheduling.fair_queue import FAIR_EVERY
+from polars_async.scheduling.pauses import Pauses
 from polars_async.testing import simulate_gpu
 
 OURS = str(Path(polars_async.__file__).parent)
@@ -95,7 +95,7 @@ def make(executor):
         until(lambda each=each: not inside.threads_in_use(each))
         stats = each.stats()
         assert (stats["streams"], stats["paused"], stats["running"]) == (0, 0, 0)
-        assert not each._cpu.admission._returning
+        assert not each._cpu.admission._pauses._returning
 
 
 @pytest.fixture
@@ -125,7 +125,7 @@ def held_up(blocked, make):
 
 
 def returning(collector):
-    return len(collector._cpu.admission._returning)
+    return len(collector._cpu.admission._pauses._returning)
 
 
 # How many are open
@@ -751,13 +751,13 @@ class Clients:
 @pytest.mark.parametrize("slots", [1, 2, 3])
 def test_streams_that_end_in_any_way_at_any_moment_lose_no_slot(make, monkeypatch, seed, slots):
     collector = make(max_running=slots)
-    admission, go_on, most = collector._cpu.admission, Admission._go_on, []
+    admission, go_on, most = collector._cpu.admission, Pauses._go_on, []
 
     def go_on_and_count(*arguments):
         go_on(*arguments)
         most.append(len(admission._slots))
 
-    monkeypatch.setattr(Admission, "_go_on", go_on_and_count)
+    monkeypatch.setattr(Pauses, "_go_on", go_on_and_count)
     loops = [Clients(collector, seed + number) for number in range(2)]
     threads = [threading.Thread(target=each.run) for each in loops]
     for thread in threads:

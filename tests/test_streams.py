@@ -88,7 +88,7 @@ PANICKING = pl.select(1).lazy().select(pl.int_range(0, 2**62))
 
 
 def wait_until_paused(collector, streams=1):
-    until(lambda: len(collector._cpu.admission._paused) >= streams)
+    until(lambda: collector._cpu.admission.paused >= streams)
 
 
 def assert_free(collector):
@@ -1120,7 +1120,7 @@ async def keep():
     global stream
     stream = collector.collect_batches_async(lf, engine=engine, chunk_size=1000)
     await anext(stream)
-    while not collector._cpu.admission._paused:
+    while not collector._cpu.admission.paused:
         pass
 
 asyncio.run(keep() if how == "kept" else leave_all())

@@ -8,13 +8,14 @@ from typing import TYPE_CHECKING, Any, Final
 
 from polars_async._runtime.fork import new_lock
 from polars_async._runtime.nesting import in_query, on_thread_of_polars
-from polars_async._runtime.unpatched import allocate_lock, holding
+from polars_async._runtime.unpatched import holding
 from polars_async.bridges.waiting import wake
 from polars_async.errors import CollectorClosedError, QueueFullError
 from polars_async.scheduling.counts import Counts, State
-from polars_async.scheduling.fair_queue import FAIR_EVERY, FairQueue
+from polars_async.scheduling.fair_queue import FairQueue
 from polars_async.scheduling.memory_use import MemoryUse
 from polars_async.scheduling.open_streams import OpenStreams
+from polars_async.scheduling.pauses import Pauses
 from polars_async.scheduling.query import Owner
 from polars_async.scheduling.sizes import (
     SMALL,
@@ -60,10 +61,9 @@ class Admission:
     A query takes a slot that it finds free. The slot's thread keeps it from query to query, also
     while it estimates those in the queue, and gives it back when none is left to start.
 
-    A stream that waits for its consumer is paused, and has no slot. When its consumer is back it
-    waits for a slot ahead of the queue, since it holds a thread and more; one free slot in
-    `FAIR_EVERY` goes to the queue all the same. Whatever frees a slot offers it to these queries
-    first, so that none of them waits beside a slot that it could use.
+    A stream that waits for its consumer is paused, and has no slot: see `Pauses`. Whatever frees a
+    slot offers it first to those whose consumers are back, so that none of them waits beside a slot
+    that it could use.
 
     `lock` guards all of it, and the state of every query admitted here. It is held for a few
     instructions at a time, never while a query runs or is estimated, or a waiter is woken. It is
@@ -73,12 +73,10 @@ class Admission:
 
     __slots__ = (
         "__weakref__",
-        "_contended",
         "_inline",
         "_is_look_dear",
-        "_paused",
+        "_pauses",
         "_queue",
-        "_returning",
         "_slots",
         "_started_unestimated",
         "_work",
@@ -127,9 +125,7 @@ class Admission:
         """What its queries know of it."""
         self._slots: set[Slot] = set()
         self.streams = OpenStreams() if streams is None else streams
-        self._paused: dict[Query[Any], Slot] = {}
-        self._returning: dict[Query[Any], Slot] = {}  # of these, whose consumers are back
-        self._contended = 0  # free slots that both they and the queue waited for, so far
+        self._pauses = Pauses(self._slots)
         self._inline: set[Slot] = set()
         self._queue: FairQueue[Query[Any]] = FairQueue(inf if memory is None else memory.small)
         self._started_unestimated = -inf  # when a slot last started such a query, by perf_counter
@@ -193,18 +189,18 @@ class Admission:
     @property
     def threads(self) -> int:
         """How many worker threads have a query, or look for one, now."""
-        return len(self._slots) + len(self._paused)
+        return len(self._slots) + len(self._pauses)
 
     @property
     def threads_to_keep(self) -> int:
         """How many worker threads may be needed soon."""
         usual = self.limits.slots if self.limits.fixed else max(self.limits.slots, _KEPT)
-        return max(usual, len(self._slots)) + len(self._paused)
+        return max(usual, len(self._slots)) + len(self._pauses)
 
     @property
     def paused(self) -> int:
         """How many queries are paused, or wait for a slot after a pause."""
-        return len(self._paused)
+        return len(self._pauses)
 
     def in_slots(self) -> list[Query[Any]]:
         """Return the queries that run or are paused."""
@@ -447,8 +443,7 @@ class Admission:
             self._inline.discard(slot)
         if query is not None and query.is_stream:
             self.streams.discard(query)
-            self._returning.pop(query, None)
-            self._paused.pop(query, None)
+            self._pauses.forget(query)
         seconds = None if query is None else query.times.run_seconds
         if seconds is not None:
             self.counts.run_seconds += seconds
@@ -457,7 +452,7 @@ class Admission:
         # The next query starts in the same hold of the lock in which the last one ended. If the
         # slot were free in between, a query submitted just then would take it, past the queue.
         is_free = slot in slots and len(slots) <= self.max_running
-        if queue and is_free and not (self._returning and self._returning_is_next()):
+        if queue and is_free and not (self._pauses.any_returns and self._returning_is_next()):
             room = self._room() if queue.has_ranked or not queue.is_quick else None
             fits = None if room is None else room.fits
             picked = queue.take_quickly(fits, unestimated=self._may_start_unestimated())
@@ -491,13 +486,8 @@ class Admission:
     def pause(self, query: Query[Any]) -> LockType:
         """Free the slot of a query that waits for its consumer; return the gate to wait at."""
         with self.lock:
-            slot = next(each for each in self._slots if each.query is query)
-            slot.gate = gate = allocate_lock()
-            gate.acquire()
-            slot.load = query.load  # unknown so far if it started at once
-            self._paused[query] = slot
-            self._slots.remove(slot)
-            if self._returning and self._returning_is_next():
+            gate = self._pauses.begin(query)
+            if self._pauses.any_returns and self._returning_is_next():
                 self._resume_next()
             return gate
 
@@ -511,7 +501,7 @@ class Admission:
 
     def let_end(self, query: Query[Any]) -> None:
         """Open the gate of a paused query that was cancelled: it needs no slot to end."""
-        holding(self.lock, self._let_end, query)
+        holding(self.lock, self._pauses.let_end, query)
 
     def re_estimate(self, estimate: Estimate) -> None:
         """Rank anew the queued queries of one shape, by a corrected estimate."""
@@ -549,9 +539,8 @@ class Admission:
         """Forget and return all queries, in a forked child: it does not have their threads."""
         lost = [*self.in_slots(), *self._queue]
         self._slots.clear()
-        self._paused.clear()
+        self._pauses.clear()
         self._inline.clear()
-        self._returning.clear()
         self.streams.clear()
         self._queue.clear()
         self.waiters.clear()
@@ -651,13 +640,13 @@ class Admission:
             return use is not None and use.sample(self._running(), tell=tell)
 
     def _in_slots(self) -> list[Query[Any]]:
-        slots = (*self._slots, *self._paused.values(), *self._inline)
-        return [slot.query for slot in slots if slot.query is not None]
+        slots = (*self._slots, *self._inline)
+        return [*[slot.query for slot in slots if slot.query is not None], *self._pauses]
 
     def _states(self) -> dict[Query[Any], str]:
         states = dict.fromkeys(self._queue, "waiting")
         states |= dict.fromkeys(self._in_slots(), "running")
-        return states | dict.fromkeys(self._paused, "paused")
+        return states | dict.fromkeys(self._pauses, "paused")
 
     def _add_waiter(self, waiter: Waiter) -> bool:
         if self._is_empty():
@@ -676,14 +665,8 @@ class Admission:
             self.waiters.clear()
 
     def _resume(self, query: Query[Any]) -> None:
-        slot = self._paused.get(query)
-        if slot is None:
-            return
-        if query.is_nested:
-            self._go_on(query, slot)
-        else:
-            self._returning[query] = slot
-            self._resume_next()
+        self._pauses.note_return(query)
+        self._resume_next()
 
     def _leave(self, query: Query[Any]) -> None:
         """
@@ -697,43 +680,25 @@ class Admission:
             query.wakes(self.waiters)  # before they are here no more
             self.waiters.clear()
 
-    def _let_end(self, query: Query[Any]) -> None:
-        slot = self._paused.get(query)
-        if slot is not None:
-            slot.open_gate()
-            self._returning.pop(query, None)
-
     def _free(self, slot: Slot) -> None:
         self._slots.discard(slot)
-        if self._returning:
+        if self._pauses.any_returns:
             self._resume_next()
 
     def _returning_is_next(self) -> bool:
         """Return whether a free slot goes to a query after its pause rather than to the queue."""
-        if self._next_returning() is None:
-            return False
-        self._contended += 1
-        return not self._queue or self._contended % FAIR_EVERY != 0
+        return self._pauses.goes_first(self._room_after_pause(), beside_queue=bool(self._queue))
 
     def _resume_next(self) -> None:
         """Give free slots to queries whose consumers are back, in the order of their return."""
-        while len(self._slots) < self.max_running and (query := self._next_returning()) is not None:
-            self._go_on(query, self._returning[query])
+        while len(self._slots) < self.max_running:
+            if not self._pauses.resume_next(self._room_after_pause()):
+                break
 
-    def _next_returning(self) -> Query[Any] | None:
+    def _room_after_pause(self) -> Room:
         room = self._room()
         room.memory = inf  # they have taken it
-        return next(
-            (query for query, slot in self._returning.items() if room.fits(slot.load)), None
-        )
-
-    def _go_on(self, query: Query[Any], slot: Slot) -> None:
-        # The gate opens when the slot is taken, so that at most `max_running` queries run. Ctrl-C
-        # may come between any two of these, in the consumer's thread, which then cancels the query.
-        self._slots.add(slot)
-        slot.open_gate()
-        self._returning.pop(query, None)
-        self._paused.pop(query, None)
+        return room
 
     def _start_picked(self, picked: Picked[Query[Any]], slot: Slot, room: Room | None) -> bool:
         if not self._start(picked.item, slot, picked.load, overtook=picked.overtook):
