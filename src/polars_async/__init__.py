@@ -30,7 +30,8 @@ Rooms, from the lowest to the highest; each imports only from those before it:
 - ``resolution``, ``wording``, ``events``, ``progress``: the decision about the engine, what took a
   query how long in words, its events, and how far it is.
 - ``executors``: the operations of queries, and the executors that run them.
-- ``scheduling``: a query's state, the queue, the slots, estimates, and the fallback to the CPU.
+- ``scheduling``: a query's state, the queue, the slots, estimates, the limit of memory, shared runs
+  and kept results, and the fallback to the CPU.
 - ``iteration``, ``watches``, ``handle``, ``streams``, ``sharing``, ``options``, ``collector``,
   ``api``, ``engine``, ``drawing``, ``showing``: the API for users.
 - ``compare``: queries on several engines, each in a worker process of its own, and their answers.
@@ -43,11 +44,12 @@ slots. One thread serves all timers: it times queries out, and interrupts and ki
 not stop. The threads of loops submit and cancel queries, and are woken.
 
 Locks: the lock of an admission (a collector's CPU and GPU lanes share one) guards the queue, the
-slots and the state of every query in them. Each buffer of a stream, each pool of workers, each
-worker, each call of a worker, each transport, the timers and what is known of quick queries have a
-lock of their own. None of these
-is held while a query runs, a hook is called or a waiter is woken, and a thread that holds one
-acquires no lock of an admission; a call's lock is acquired before that of its worker or the timers.
+slots and the state of every query in them, and which queries share a run. Each buffer of a stream,
+each pool of workers, each worker, each call of a worker, each transport, the timers, the results
+that are kept, and what is known of quick queries and of the memory that queries take have a lock of
+their own. None of these is held while a query runs, a hook is called or a waiter is woken, and a
+thread that holds one acquires no lock of an admission; a call's lock is acquired before that of its
+worker or the timers.
 The lock of the GPU (``gpu.offload``) is another matter: the thread of a query on the GPU holds it.
 In a forked child every lock is free, or its owner is made anew (``_runtime.fork``).
 
