@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from math import inf
 from time import perf_counter, process_time
 from typing import TYPE_CHECKING, Any, Final
@@ -443,9 +444,10 @@ class Admission:
             queue = self._queue
             slot.looks_since = None
             for entry in estimated:
-                expected = None if entry.item is None else entry.item.estimate
-                if entry.item is not None:  # its engine may have been chosen with the estimate
-                    entry.pooled = entry.item.is_pooled
+                query = entry.item  # read once: a finaliser may cancel it at any moment
+                expected = None if query is None else query.estimate
+                if query is not None:  # its engine may have been chosen with the estimate
+                    entry.pooled = query.is_pooled
                 if expected is None:
                     queue.rank(entry, UNKNOWN)
                 else:
@@ -803,15 +805,15 @@ class Admission:
 
     def _resume_next(self) -> None:
         """Give free slots to queries whose consumers are back, in the order of their return."""
-        while len(self._slots) < self.max_running and (query := self._next_returning()) is not None:
-            self._go_on(query, self._returning[query])
+        while len(self._slots) < self.max_running and (next_ := self._next_returning()) is not None:
+            self._go_on(*next_)
 
-    def _next_returning(self) -> Query[Any] | None:
+    def _next_returning(self) -> tuple[Query[Any], Slot] | None:
         room = self._room()
         room.memory = inf  # they have taken it
-        return next(
-            (query for query, slot in self._returning.items() if room.fits(slot.load)), None
-        )
+        # A list: a signal handler or a finaliser may close one of these streams meanwhile.
+        returning = list(self._returning.items())
+        return next((each for each in returning if room.fits(each[1].load)), None)
 
     def _go_on(self, query: Query[Any], slot: Slot) -> None:
         # The gate opens when the slot is taken, so that at most `max_running` queries run. Ctrl-C
@@ -968,5 +970,6 @@ def _work_left(slot: Slot) -> float:
 
 
 def _open(slot: Slot) -> None:
-    if slot.gate is not None and slot.gate.locked():
-        slot.gate.release()
+    if slot.gate is not None:
+        with suppress(RuntimeError):  # it is open
+            slot.gate.release()

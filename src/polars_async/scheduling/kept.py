@@ -92,9 +92,10 @@ class Results:
         self._drop(key)
         self._kept[key] = kept
         self._size += kept.size
-        while self._size > self._most_bytes and self._kept:
-            self._drop(next(iter(self._kept)))
-        if not self._kept:  # a finaliser has cleared it meanwhile
+        with suppress(KeyError):  # a finaliser has cleared it meanwhile
+            while self._size > self._most_bytes:
+                self._size -= self._kept.popitem(last=False)[1].size
+        if not self._kept:
             self._size = 0
 
     def _drop(self, key: Hashable) -> None:
