@@ -243,6 +243,44 @@ def test_what_a_function_takes_is_measured():
         assert "at its peak" in handle.summary
 
 
+class HostileFrame(pl.DataFrame):
+    @property
+    def height(self):
+        raise ValueError("no height")
+
+    def estimated_size(self, *_):
+        raise ValueError("no size")
+
+
+class HostileList(list):
+    def __iter__(self):
+        raise ValueError("no items")
+
+    def __len__(self):
+        raise ValueError("no length")
+
+
+class Unbound:
+    """As the proxies of web frameworks, outside of a request."""
+
+    @property
+    def __class__(self):
+        raise RuntimeError("unbound")
+
+
+@pytest.mark.parametrize(
+    "result",
+    [HostileFrame({"a": [1]}), HostileList([FRAME]), [FRAME, Unbound()], [HostileFrame({"a": []})]],
+    ids=["frame", "list", "proxy", "frames"],
+)
+def test_result_of_any_class_arrives(result):
+    events = []
+    with pa.Collector(max_memory="4 GB", on_event=events.append) as collector:
+        assert collector.run(lambda: result).result(LIMIT) is result
+        assert collector.run(lambda: FRAME).result(LIMIT) is FRAME
+    assert [each.rows for each in events if each.kind == "finished"] == [None, 3]
+
+
 def test_function_sees_the_context_of_its_caller(collector):
     variable = ContextVar("variable")
     variable.set("of the caller")

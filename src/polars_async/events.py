@@ -9,8 +9,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, make_dataclass
 from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
-import polars as pl
-
 from polars_async._runtime.instruments import Attached
 from polars_async._runtime.logs import complain, is_ctrl_c, log
 from polars_async.errors import describe
@@ -327,13 +325,3 @@ def _log_slow(event: QueryEvent, slow: float) -> None:
 
 def _level_of(kind: EventKind) -> int:
     return _LEVELS.get(kind, logging.DEBUG)
-
-
-def count_rows(result: object) -> int | None:
-    """Return the number of rows of a result, over all its frames; None if it is anything else."""
-    if isinstance(result, pl.DataFrame):
-        return result.height
-    if isinstance(result, list) and all(isinstance(each, pl.DataFrame) for each in result):
-        heights: list[int] = [frame.height for frame in result]
-        return sum(heights)
-    return None

@@ -389,9 +389,10 @@ class Admission:
             queue = self._queue
             slot.looks_since = None
             for entry in estimated:
-                expected = None if entry.item is None else entry.item.estimate
-                if entry.item is not None:  # its engine may have been chosen with the estimate
-                    entry.pooled = entry.item.is_pooled
+                query = entry.item  # read once: a finaliser may cancel it at any moment
+                expected = None if query is None else query.estimate
+                if query is not None:  # its engine may have been chosen with the estimate
+                    entry.pooled = query.is_pooled
                 if expected is None:
                     queue.rank(entry, UNKNOWN)
                 else:

@@ -374,7 +374,7 @@ class Flights:
 
     def sharing(self) -> int:
         """Return how many queries wait for the runs of others, with the lock held."""
-        return sum(len(flight.askers) - (not flight.done) for flight in self._in_air)
+        return sum([len(flight.askers) - (not flight.done) for flight in list(self._in_air)])
 
     def as_stats(self) -> dict[str, float]:
         """Return the counts under the names that `Collector.stats` has for them."""

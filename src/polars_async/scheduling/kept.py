@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from contextlib import suppress
 from time import monotonic
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 from weakref import WeakSet, ref
 
-import polars as pl
-
 from polars_async._runtime.fork import Step, in_child, new_lock
+from polars_async._runtime.frames import frames_of, size_of
 from polars_async._runtime.timers import start_timer
 from polars_async._runtime.unpatched import holding
 
@@ -65,7 +65,7 @@ class Results:
 
     def put(self, key: Hashable, value: object, resolution: Resolution, query_id: int) -> None:
         """Keep `value` for `key`, unless it is too large."""
-        size = _size_of(value) + _OVERHEAD
+        size = sum(map(size_of, frames_of(value))) + _OVERHEAD
         if size <= self._most_bytes:
             until = monotonic() + self._seconds
             holding(self._lock, self._put, key, Kept(value, resolution, query_id, size, until))
@@ -84,15 +84,19 @@ class Results:
         found = self._kept.get(key)
         if found is None or found.until <= monotonic():
             return None
-        self._kept.move_to_end(key)
+        with suppress(KeyError):  # a signal handler has cleared it meanwhile
+            self._kept.move_to_end(key)
         return found
 
     def _put(self, key: Hashable, kept: Kept) -> None:
         self._drop(key)
         self._kept[key] = kept
         self._size += kept.size
-        while self._size > self._most_bytes:
-            self._drop(next(iter(self._kept)))
+        with suppress(KeyError):  # a finaliser has cleared it meanwhile
+            while self._size > self._most_bytes:
+                self._size -= self._kept.popitem(last=False)[1].size
+        if not self._kept:
+            self._size = 0
 
     def _drop(self, key: Hashable) -> None:
         dropped = self._kept.pop(key, None)
@@ -138,11 +142,6 @@ class _Sweep:
     def expire(self) -> None:
         if (results := self._results()) is not None:
             results.drop_old()
-
-
-def _size_of(value: object) -> int:
-    frames = value if isinstance(value, list) else [value]
-    return sum(int(each.estimated_size()) for each in frames if isinstance(each, pl.DataFrame))
 
 
 _all: Final[WeakSet[Results]] = WeakSet()

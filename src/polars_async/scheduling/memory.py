@@ -13,12 +13,13 @@ from math import inf
 from typing import TYPE_CHECKING, Any, Final, Protocol
 from weakref import ref
 
-import polars as pl
-
 from polars_async._runtime.fork import new_lock
+from polars_async._runtime.frames import frames_of, size_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
+
+    import polars as pl
 
     from polars_async.scheduling.sizes import Load
 
@@ -136,11 +137,11 @@ class Memory:
         has in common with frames that were there before.
         """
         kept = 0
-        for frame in result if isinstance(result, list) else (result,):
-            if isinstance(frame, pl.DataFrame) and (size := frame.estimated_size()) >= _LEAST:
+        for frame in frames_of(result):
+            if (size := size_of(frame)) >= _LEAST:
                 # Called by any thread, and within the garbage collector: so without a lock.
                 forget = partial(_forget, self._kept, id(frame))
-                own = int(size) if most is None else min(int(size), most - kept)
+                own = size if most is None else min(size, most - kept)
                 self._kept[id(frame)] = ref(frame, forget), own
                 kept += own
         return kept

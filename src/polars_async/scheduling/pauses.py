@@ -73,10 +73,10 @@ class Pauses:
 
     def resume_next(self, room: Room) -> bool:
         """Give a slot to the first, by the order of return, that has `room`, if there is one."""
-        query = self._next(room)
-        if query is None:
+        found = self._next(room)
+        if found is None:
             return False
-        self._go_on(query, self._returning[query])
+        self._go_on(*found)
         return True
 
     def let_end(self, query: Query[Any]) -> None:
@@ -96,10 +96,10 @@ class Pauses:
         self._paused.clear()
         self._returning.clear()
 
-    def _next(self, room: Room) -> Query[Any] | None:
-        return next(
-            (query for query, slot in self._returning.items() if room.fits(slot.load)), None
-        )
+    def _next(self, room: Room) -> tuple[Query[Any], Slot] | None:
+        # A list: a signal handler or a finaliser may close one of these streams meanwhile.
+        returning = list(self._returning.items())
+        return next((each for each in returning if room.fits(each[1].load)), None)
 
     def _go_on(self, query: Query[Any], slot: Slot) -> None:
         # The gate opens when the slot is taken, so that at most `max_running` queries run. Ctrl-C

@@ -10,12 +10,13 @@ from typing import TYPE_CHECKING, Any, Final, Generic, NamedTuple, Protocol, Typ
 
 import polars as pl
 
+from polars_async._runtime.frames import count_rows
 from polars_async._runtime.green import delivery
 from polars_async._runtime.timers import start_timer
 from polars_async._runtime.unpatched import get_ident, holding
 from polars_async.bridges.waiting import Onlooker, persist, wake
 from polars_async.errors import QueryTimeoutError, describe
-from polars_async.events import EventKind, count_rows, new_event, notify_observers
+from polars_async.events import EventKind, new_event, notify_observers
 from polars_async.executors.meters import SentMeter
 from polars_async.executors.operations import Batches, on_engine
 from polars_async.progress import NOTHING_READ, Progress

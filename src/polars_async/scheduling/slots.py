@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from polars_async.scheduling.sizes import SMALL, UNKNOWN, UNKNOWN_LOAD, Load, size_of
@@ -83,5 +84,6 @@ class Slot:
 
     def open_gate(self) -> None:
         """Have the thread of its query, if that is paused, go on; may be called again."""
-        if self.gate is not None and self.gate.locked():
-            self.gate.release()
+        if self.gate is not None:
+            with suppress(RuntimeError):  # it is open
+                self.gate.release()
