@@ -832,7 +832,8 @@ def test_numbers_add_up_at_every_moment_while_queries_fall_back(collector, gpu):
 
 
 FORK = """
-import logging, os, sys, faulthandler
+import logging, os, sys, faulthandler, warnings
+warnings.simplefilter("ignore", DeprecationWarning)  # of a fork beside threads, from 3.12 on
 logging.disable()
 faulthandler.dump_traceback_later(40, exit=True)
 import polars as pl, polars_async as pa

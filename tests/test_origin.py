@@ -151,7 +151,7 @@ def test_without_glibc_the_name_has_to_do(monkeypatch):
 
 
 ENDED = """
-import ctypes, mmap, threading, time
+import ctypes, mmap, threading
 from polars_async._runtime import origin
 
 libc, resident = ctypes.CDLL(None), (ctypes.c_ubyte * 1)()
@@ -160,15 +160,17 @@ def is_mapped(address):  # by a call that allocates nothing, which might be put 
     page = ctypes.c_void_p(address & -mmap.PAGESIZE)
     return libc.mincore(page, ctypes.c_size_t(mmap.PAGESIZE), resident) == 0
 
+print(origin.is_of_polars(threading.get_ident()))  # first: it starts a thread, which takes memory
 threading.stack_size(256 << 20)  # so much is not kept for the next thread, but unmapped
 thread = threading.Thread(target=int)
 thread.start()
 ended = thread.ident
 thread.join()
 threading.stack_size(0)
-print(origin.is_of_polars(threading.get_ident()))
-while is_mapped(ended):
-    time.sleep(0.001)
+while is_mapped(ended):  # until another one ends, before Python 3.13
+    another = threading.Thread(target=int)
+    another.start()
+    another.join()
 print(origin.is_of_polars(ended))
 """
 

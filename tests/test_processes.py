@@ -795,7 +795,8 @@ def test_program_ends_at_once_and_quietly_while_workers_run(run_script, tmp_path
 
 def test_forked_child_neither_keeps_workers_alive_nor_uses_them(run_script):
     script = """
-import os, time, polars as pl, polars_async as pa
+import os, time, warnings, polars as pl, polars_async as pa
+warnings.simplefilter("ignore", DeprecationWarning)  # of a fork beside threads, from 3.12 on
 collector = pa.Collector(executor="processes")
 tiny = pl.LazyFrame({"a": [1]})
 assert collector.collect_async(tiny).result(30).item() == 1
@@ -828,8 +829,9 @@ print(os.waitpid(child, 0)[1])
 
 def test_child_forked_while_a_worker_is_spawned_has_nothing_of_it(run_script):
     script = """
-import os, threading, time, polars as pl, polars_async as pa
+import os, threading, time, warnings, polars as pl, polars_async as pa
 from polars_async.executors.processes import process
+warnings.simplefilter("ignore", DeprecationWarning)  # of a fork beside threads, from 3.12 on
 spawns, spawn = threading.Event(), process.posix_spawn
 def slowly(*arguments, **options):
     spawns.set()
