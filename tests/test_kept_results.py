@@ -55,6 +55,21 @@ def answers(collector, frame, **options):
     return result["a"].to_list(), "from the cache" in repr(handle)
 
 
+def test_results_are_kept_where_no_thread_can_start_to_drop_them(made, monkeypatch):
+    def start(*_):
+        raise RuntimeError("can't start new thread")
+
+    collector = made()
+    with monkeypatch.context() as patched:
+        patched.setattr(kept, "start_timer", start)
+        assert collector.collect_async(lf()).result(30)["a"].to_list() == [1, 2, 3]
+    assert answers(collector, lf()) == ([1, 2, 3], True)
+    timers = []
+    monkeypatch.setattr(kept, "start_timer", lambda *timer: timers.append(timer))
+    assert answers(collector, lf(2)) == ([2, 4, 6], False)
+    assert len(timers) == 1
+
+
 def test_equal_query_has_the_result_of_an_earlier_one(made):
     events = []
     collector = made(on_event=events.append)

@@ -118,7 +118,10 @@ class Results:
     def _start_timer(self) -> None:
         seconds = holding(self._lock, self._seconds_to_next)
         if seconds is not None:
-            start_timer(seconds, _Sweep(self))
+            try:
+                start_timer(seconds, _Sweep(self))
+            except RuntimeError:  # no thread can start: the next result tries it again
+                self._is_timed = False
 
     def _seconds_to_next(self) -> float | None:
         """Return in how many seconds the next result is to be dropped, if a timer is needed."""
