@@ -789,7 +789,11 @@ class Collector:
         return self._cpu.admission.closed
 
     def clear_cache(self) -> None:
-        """Drop all results that are kept: see `cache`. Any thread may call this."""
+        """
+        Drop all results that are kept: see `cache`. Any thread may call this.
+
+        Those of queries that were submitted before are not kept either.
+        """
         self._flights.clear()
 
     def stats(self) -> dict[str, Any]:

@@ -71,6 +71,10 @@ class Results:
             holding(self._lock, self._put, key, Kept(value, resolution, query_id, size, until))
             self._start_timer()
 
+    def discard(self, key: Hashable) -> None:
+        """Drop the result for `key`."""
+        holding(self._lock, self._drop, key)
+
     def clear(self) -> None:
         """Drop all results."""
         holding(self._lock, self._clear)
