@@ -472,11 +472,11 @@ class Collector:
         try:
             for frame in checked_frames(lazy_frames):
                 queries.append(self._collect(frame, "async", options))  # noqa: PERF401  # they are cancelled if one raises
+            return Completions(queries)
         except BaseException:
             for query in queries:
                 query.cancel()
             raise
-        return Completions(queries)
 
     def collect_batches_async(
         self,
@@ -536,7 +536,12 @@ class Collector:
         operation = operations.Batches(
             lf, resolution.engine, optimizations, buffer, chunk_size, maintain_order
         )
-        return Batches(self._submit(operation, resolution, options), buffer)
+        try:
+            return Batches(self._submit(operation, resolution, options), buffer)
+        except BaseException:
+            # Ctrl-C, before the end of the query ends the buffer: its thread might wait for ever.
+            buffer.close()
+            raise
 
     def sink_async(
         self,
