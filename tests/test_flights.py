@@ -29,6 +29,7 @@ from polars_async._runtime import file_states
 from polars_async._runtime.plans import is_same_each_time, packed
 from polars_async._runtime.upstream import paths_of
 from polars_async.scheduling import equality, flights
+from polars_async.scheduling.adaptive import Chooser
 from polars_async.scheduling.query import Query
 from polars_async.testing import simulate_gpu
 
@@ -476,6 +477,26 @@ def test_panic_is_told_to_each_caller(shared, runs):
     for handle in handles:
         with pytest.raises(pl.exceptions.PanicException):
             handle.result()
+
+
+def test_run_whose_priority_is_raised_stays_in_the_queue_in_which_it_is(monkeypatch):
+    blocked = Blocked()
+    with (
+        simulate_gpu(),
+        Collector(engine="adaptive", gpu="offload", single_flight=True, inline=0) as collector,
+    ):
+        on_gpu, choose = collector.resolve_engine("gpu"), Chooser.choose
+        monkeypatch.setattr(Chooser, "choose", lambda *_, **__: (choose(*_, **__)[0], on_gpu))
+        collector.collect_async(blocked.lf, engine="gpu")
+        assert blocked.started.wait()
+        first = collector.collect_async(lf(4))
+        until(lambda: collector._gpu.admission.waiting)
+        urgent = collector.collect_async(lf(4), priority=5)
+        until(lambda: not collector._cpu.admission.threads)
+        assert collector._gpu.admission.waiting == 1
+        assert [each.priority for each in collector._gpu.admission.in_queue()] == [5]
+        blocked.gate.set()
+        assert urgent.result(LIMIT).equals(first.result(LIMIT))
 
 
 def test_caller_of_higher_priority_raises_that_of_the_run(shared, runs):

@@ -55,6 +55,50 @@ def answers(collector, frame, **options):
     return result["a"].to_list(), "from the cache" in repr(handle)
 
 
+def test_results_are_kept_where_no_thread_can_start_to_drop_them(made, monkeypatch):
+    def start(*_):
+        raise RuntimeError("can't start new thread")
+
+    collector = made()
+    with monkeypatch.context() as patched:
+        patched.setattr(kept, "start_timer", start)
+        assert collector.collect_async(lf()).result(30)["a"].to_list() == [1, 2, 3]
+    assert answers(collector, lf()) == ([1, 2, 3], True)
+    timers = []
+    monkeypatch.setattr(kept, "start_timer", lambda *timer: timers.append(timer))
+    assert answers(collector, lf(2)) == ([2, 4, 6], False)
+    assert len(timers) == 1
+
+
+def test_result_of_a_run_from_before_all_were_dropped_is_not_kept(made):
+    collector, blocked = made(max_running=1), Blocked()
+    collector.collect_async(blocked.lf)
+    assert blocked.started.wait()
+    before = collector.collect_async(lf())
+    collector.clear_cache()
+    blocked.gate.set()
+    assert before.result(30)["a"].to_list() == [1, 2, 3]
+    assert answers(collector, lf()) == ([1, 2, 3], False)
+    assert answers(collector, lf()) == ([1, 2, 3], True)
+
+
+@pytest.mark.parametrize(
+    "drop", [Collector.clear_cache, lambda each: each.close(wait=False)], ids=["clear", "close"]
+)
+def test_result_that_is_about_to_be_kept_is_dropped_with_all(made, monkeypatch, drop):
+    collector = made()
+    put = Results.put
+
+    def put_late(*about):
+        drop(collector)
+        put(*about)
+
+    monkeypatch.setattr(Results, "put", put_late)
+    assert collector.collect_async(lf()).result(30)["a"].to_list() == [1, 2, 3]
+    stats = collector.stats()
+    assert (stats["cached"], stats["cached_bytes"]) == (0, 0)
+
+
 def test_equal_query_has_the_result_of_an_earlier_one(made):
     events = []
     collector = made(on_event=events.append)

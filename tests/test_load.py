@@ -50,6 +50,28 @@ def sleeping(seconds=0.05, number=1):
 # What is measured
 
 
+def test_where_no_thread_can_start_to_measure_no_thread_of_queries_is_lost(
+    make, block, monkeypatch
+):
+    tried = []
+
+    def start(*_):
+        tried.append(1)
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(load, "start_timer", start)
+    collector = make(engine="in-memory")
+    blocked = [block() for _ in range(12)]
+    handles = [collector.collect_async(each.lf) for each in blocked]
+    until(lambda: tried)
+    for each in blocked:
+        each.gate.set()
+    for handle in handles:
+        handle.result(30)
+    until(lambda: not inside.running(collector))
+    assert all(collector.collect_async(TINY).result(30).height == 1 for _ in range(12))
+
+
 @pytest.mark.parametrize("executor", ["threads", "processes"], indirect=True)
 def test_queries_that_wait_run_beyond_the_usual_slots(make, block, executor):
     collector = make()

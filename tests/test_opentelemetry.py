@@ -18,6 +18,7 @@ import polars as pl
 import pytest
 import spanning
 from opentelemetry import baggage, context, trace
+from opentelemetry.exporter.otlp.proto.common.trace_encoder import encode_spans
 from opentelemetry.proto.collector.metrics.v1.metrics_service_pb2 import (
     ExportMetricsServiceRequest,
 )
@@ -126,6 +127,22 @@ def test_span_tells_how_its_query_failed(telling, told):
     assert span.status.description.startswith("Failure: no no")
     assert len(span.status.description) < 1000
     assert span.attributes["error.type"] == "places.Failure"
+
+
+def test_span_can_be_sent_whatever_is_in_its_label_its_tags_and_its_error(telling, told):
+    odd = os.fsdecode(b"\xff")
+    handle = telling.collect_async(
+        failing(ValueError(odd)), label=f"a{odd}", tags={odd: odd, "n": 1 << 64, "é": "é"}
+    )
+    with pytest.raises(Exception, match=odd):
+        handle.result(30)
+    (span,) = told.spans("a?")
+    assert span.name == span.attributes["db.query.summary"] == "a?"
+    tags = {name: span.attributes[f"polars.tag.{name}"] for name in ("?", "n", "é")}
+    assert tags == {"?": "?", "n": "18446744073709551616", "é": "é"}
+    assert encode_spans([span]).SerializeToString()
+    (point,) = told.points("db.client.operation.duration").values()
+    assert point.attributes["db.query.summary"] == "a?"
 
 
 def test_span_ends_when_the_query_is_given_up_or_refused(telling, told, blocked):

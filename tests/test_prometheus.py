@@ -269,6 +269,14 @@ def test_label_of_a_query_is_one_of_the_metrics_only_if_that_is_wanted(make, scr
         register(other, scraped.registry)
 
 
+def test_label_that_is_no_text_of_utf8_spoils_no_scrape(make, scraped):
+    collector = make()
+    register(collector, scraped.registry, by_label=True)
+    collector.collect_async(TINY, label=os.fsdecode(b"sales-\xff.csv")).result(30)
+    found = scraped(QUERIES, engine="in-memory", outcome="completed", label="sales-?.csv")
+    assert found == 1
+
+
 def test_what_is_not_registered_is_not_counted(counted, scraped):
     with pytest.raises(ValueError, match="registered already"):
         register(counted, scraped.registry)

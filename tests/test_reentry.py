@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import gc
 import sys
+from contextlib import suppress
+from itertools import count
 from pathlib import Path
 
 import polars as pl
 import pytest
-from places import Blocked
+from places import Blocked, Source, until
 
 import polars_async
 from polars_async import Collector, resolve_engine
@@ -20,6 +22,7 @@ from polars_async.scheduling.kept import Results
 from polars_async.scheduling.open_streams import OpenStreams
 from polars_async.scheduling.query import Query
 from polars_async.scheduling.sizes import Limits
+from polars_async.streams import Batches
 
 OURS = str(Path(polars_async.__file__).parent)
 TINY = pl.LazyFrame({"a": [1]})
@@ -50,6 +53,10 @@ def interrupting(act, meanwhile, step):
         sys.settrace(before)
         gc.enable()
     return left <= 0
+
+
+class Interrupt(BaseException):
+    """What a signal handler raises."""
 
 
 def at_each_step(make):
@@ -154,3 +161,41 @@ def test_shared_runs_are_cancelled_while_they_are_listed(look):
             at_each_step(make)
         finally:
             blocked.gate.set()
+
+
+def test_stream_that_no_caller_gets_is_ended(monkeypatch):
+    """As by Ctrl-C between its submission and the return; deeper calls are those of other tests."""
+    in_finalisers = []
+    monkeypatch.setattr(sys, "unraisablehook", lambda it: in_finalisers.append(it.exc_type))
+    source = Source()  # of batches without end
+    with Collector(engine="streaming") as collector:
+        names = {"collect_batches_async", "__init__", "close"}
+        files = {Collector.__init__.__code__.co_filename, Batches.__init__.__code__.co_filename}
+        for step in count(1):
+            left = step
+
+            def trace(frame, event, _):
+                nonlocal left
+                code = frame.f_code
+                if code.co_filename not in files or code.co_name not in names:
+                    return None
+                frame.f_trace_opcodes = True
+                if event == "opcode" and left > 0:
+                    left -= 1
+                    if left == 0:
+                        sys.settrace(None)
+                        raise Interrupt
+                return trace
+
+            before = sys.gettrace()
+            sys.settrace(trace)
+            try:
+                with suppress(Interrupt):
+                    collector.collect_batches_async(source.lf)
+            finally:
+                sys.settrace(before)
+            if left > 0:
+                break
+            until(lambda: not collector.stats()["streams"])
+        assert step > 20
+    assert set(in_finalisers) <= {Interrupt}

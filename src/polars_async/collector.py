@@ -472,11 +472,11 @@ class Collector:
         try:
             for frame in checked_frames(lazy_frames):
                 queries.append(self._collect(frame, "async", options))  # noqa: PERF401  # they are cancelled if one raises
+            return Completions(queries)
         except BaseException:
             for query in queries:
                 query.cancel()
             raise
-        return Completions(queries)
 
     def collect_batches_async(
         self,
@@ -536,7 +536,12 @@ class Collector:
         operation = operations.Batches(
             lf, resolution.engine, optimizations, buffer, chunk_size, maintain_order
         )
-        return Batches(self._submit(operation, resolution, options), buffer)
+        try:
+            return Batches(self._submit(operation, resolution, options), buffer)
+        except BaseException:
+            # Ctrl-C, before the end of the query ends the buffer: its thread might wait for ever.
+            buffer.close()
+            raise
 
     def sink_async(
         self,
@@ -789,7 +794,11 @@ class Collector:
         return self._cpu.admission.closed
 
     def clear_cache(self) -> None:
-        """Drop all results that are kept: see `cache`. Any thread may call this."""
+        """
+        Drop all results that are kept: see `cache`. Any thread may call this.
+
+        Those of queries that were submitted before are not kept either.
+        """
         self._flights.clear()
 
     def stats(self) -> dict[str, Any]:

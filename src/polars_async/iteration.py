@@ -91,4 +91,10 @@ class ResultStream(Generic[T]):
     # `is_finalizing` is a default: see `Collector`.
     def __del__(self, is_finalizing: Callable[[], bool] = sys.is_finalizing) -> None:
         if not is_finalizing():
-            self.close()
+            try:
+                self.close()
+            except AttributeError:  # __init__ was interrupted
+                pass
+            except BaseException:  # Ctrl-C; nothing else would close it
+                self.close()
+                raise

@@ -56,3 +56,13 @@ def detach(listener: Listener, carrier: tuple[str, Carrier]) -> None:
     with _lock:
         Attached.listeners = tuple(each for each in Attached.listeners if each is not listener)
         Attached.carriers = tuple(each for each in Attached.carriers if each is not carrier)
+
+
+def in_utf8(text: str) -> str:
+    """
+    Return `text` as UTF-8 can have it, with ``?`` for what it cannot.
+
+    Such as of a label that was made of the name of a file: an exporter that cannot encode one text
+    sends none of what it has gathered with it.
+    """
+    return text if text.isascii() else text.encode(errors="replace").decode()

@@ -22,6 +22,7 @@ from opentelemetry.metrics import Observation
 from opentelemetry.trace import SpanKind, StatusCode
 
 from polars_async._runtime import instruments
+from polars_async._runtime.instruments import in_utf8
 from polars_async.errors import describe
 
 if TYPE_CHECKING:
@@ -208,14 +209,14 @@ class _Telemetry:
 
     def _begin(self, event: QueryEvent) -> None:
         """Begin the span of a query in its context, and make it the current one there."""
-        summary = event.label or event.operation
+        summary = _name_in_span(event)
         attributes: dict[str, AttributeValue] = {
             _SYSTEM: "polars",
             "db.operation.name": event.operation,
             "db.query.summary": summary,
         }
         for name, value in event.tags.items():
-            attributes[f"polars.tag.{name}"] = value
+            attributes[in_utf8(f"polars.tag.{name}")] = _sendable(value)
         submitted_ns = time_ns() - int(event.queue_seconds * 1e9)
         span = self._tracer.start_span(
             summary, kind=SpanKind.INTERNAL, attributes=attributes, start_time=submitted_ns
@@ -239,14 +240,14 @@ class _Telemetry:
                 span.add_event("started", timestamp=started_ns)
             span.set_attributes(_attributes_at_end(event, error))
             if event.error is not None:
-                span.set_status(StatusCode.ERROR, describe(event.error)[:_LONGEST])
+                span.set_status(StatusCode.ERROR, _text_of(event.error))
         span.end()
 
     def _record(self, event: QueryEvent, seconds: float, error: str | None) -> None:
         attributes: dict[str, AttributeValue] = {
             _SYSTEM: "polars",
             "db.operation.name": event.operation,
-            "db.query.summary": event.label or event.operation,
+            "db.query.summary": _name_in_span(event),
             "polars.engine": event.engine,
         }
         if error is not None:
@@ -311,7 +312,7 @@ def _add_event(span: Span, event: QueryEvent) -> None:
     attributes: dict[str, AttributeValue] = {"polars.engine": event.engine}
     if event.error is not None:
         attributes["exception.type"] = _qualified(type(event.error))
-        attributes["exception.message"] = describe(event.error)[:_LONGEST]
+        attributes["exception.message"] = _text_of(event.error)
     span.add_event(str(event.kind), attributes)
 
 
@@ -321,7 +322,7 @@ def _attributes_at_end(event: QueryEvent, error: str | None) -> dict[str, Attrib
     attributes: dict[str, AttributeValue] = {
         "polars.engine": event.engine,
         "polars.queue_seconds": event.queue_seconds,
-        "polars.summary": event.summary,
+        "polars.summary": in_utf8(event.summary),
     }
     if event.run_seconds is not None:
         attributes["polars.run_seconds"] = event.run_seconds
@@ -336,10 +337,27 @@ def _attributes_at_end(event: QueryEvent, error: str | None) -> dict[str, Attrib
         attributes["polars.engine_requested"] = str(resolution.requested)
     if resolution.reason is not None:
         attributes["polars.engine_reason"] = str(resolution.reason)
-        attributes["polars.engine_message"] = str(resolution)
+        attributes["polars.engine_message"] = in_utf8(str(resolution))
     if error is not None:
         attributes["error.type"] = error
     return attributes
+
+
+def _name_in_span(event: QueryEvent) -> str:
+    return in_utf8(event.label or event.operation)
+
+
+def _text_of(error: BaseException) -> str:
+    return in_utf8(describe(error)[:_LONGEST])
+
+
+def _sendable(value: AttributeValue) -> AttributeValue:
+    """Return the value of a tag as an exporter can send it: whole numbers have 64 bits there."""
+    if isinstance(value, str):
+        return in_utf8(value)
+    if isinstance(value, int) and not -(2**63) <= value < 2**63:
+        return str(value)
+    return value
 
 
 def _type_of(event: QueryEvent, outcome: str) -> str:

@@ -16,6 +16,7 @@ from weakref import WeakKeyDictionary
 from prometheus_client import REGISTRY, Counter, Gauge, Histogram
 
 from polars_async._runtime.fork import new_lock
+from polars_async._runtime.instruments import in_utf8
 from polars_async.errors import WorkerDiedError
 from polars_async.events import EventKind
 
@@ -314,7 +315,7 @@ class _Feed:
     def _end(self, event: QueryEvent, outcome: str) -> None:
         key: tuple[str, ...] = (event.engine, outcome)
         if self._metrics.by_label:
-            key = (*key, event.label or "")
+            key = (*key, in_utf8(event.label or ""))
         series = self._series.get(key)
         if series is None:
             series = self._series[key] = _Series(self._metrics, self.name, key)

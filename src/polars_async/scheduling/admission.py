@@ -512,9 +512,8 @@ class Admission:
             )
 
     def raise_priority(self, query: Query[Any], priority: int) -> None:
-        """Have `query` wait with a higher `priority`, with the lock held, if it still waits."""
-        if query.state is State.WAITING:
-            self._queue.discard(query)
+        """Have `query` wait with a higher `priority`, with the lock held, if it waits here."""
+        if self._queue.discard(query) and query.state is State.WAITING:
             query.priority = priority
             self._add(query)
 

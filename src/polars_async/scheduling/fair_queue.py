@@ -400,12 +400,15 @@ class FairQueue(Generic[T]):
             return None
         return Picked(item, Load(UNKNOWN_SIZE, None, pooled), overtook=False)
 
-    def discard(self, item: T) -> None:
-        """Remove `item`, if it is here."""
-        if self._unestimated.pop(item, None) is None:
-            entry = self._entries.pop(item, None)
-            if entry is not None:
-                self._drop(entry)
+    def discard(self, item: T) -> bool:
+        """Remove `item`; return False if it is not here."""
+        if self._unestimated.pop(item, None) is not None:
+            return True
+        entry = self._entries.pop(item, None)
+        if entry is None:
+            return False
+        self._drop(entry)
+        return True
 
     def note_ended(self, seconds: float, *, overtook: bool, completed: bool = True) -> None:
         """

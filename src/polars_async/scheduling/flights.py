@@ -56,6 +56,7 @@ class Flight(Query[T]):
         "_flights",
         "_landed",
         "askers",
+        "clears",
         "equality",
         "lane",
     )
@@ -90,6 +91,8 @@ class Flight(Query[T]):
         self.equality = equality
         self._first_resolution = captain.resolution
         self._flights = flights
+        self.clears = flights.clears
+        """That of `flights` when it was made."""
         self._landed: list[Query[T]] = []
         # In this order: if a signal handler cancels it in between, it has no flight yet.
         self.askers[captain] = None
@@ -101,6 +104,12 @@ class Flight(Query[T]):
         if self.done or not self.askers:
             return False
         return self.equality.is_lasting or self.state is State.WAITING
+
+    @property
+    def lanes(self) -> list[Lane]:
+        """The lanes in which it may be: the GPU is chosen late, and may be given up."""
+        lane = self.lane
+        return [each for each in (lane, lane.gpu, lane.fallback) if each is not None]
 
     def add(self, asker: Query[T]) -> None:
         """Have `asker` wait for it, too, with the lock held."""
@@ -316,6 +325,8 @@ class Flights:
         """How many queries have waited for the run of another; changes with the lock held."""
         self.from_results = 0
         """How many have had a result that was kept; changes likewise."""
+        self.clears = 0
+        """How often results were dropped: one of a run from before is not to be kept after that."""
 
     def admit(self, lane: Lane, query: Query[Any]) -> Slot | BaseException | None:
         """
@@ -343,7 +354,8 @@ class Flights:
             before = flight.priority
             if holding(self._lock, self._board, flight, query, lane):
                 if flight.priority != before:
-                    flight.lane.of(flight).use_idle_slots()
+                    for each in flight.lanes:
+                        each.use_idle_slots()
                 return None
         return lane.admit(Flight(query, operation, lane, equality, self), then=self._take_off)
 
@@ -367,10 +379,14 @@ class Flights:
         results = self.results
         if results is None or flight.error is not None or not flight.equality.is_lasting:
             return
-        if flight.lane.admission.closed:
+        if not self._may_keep(flight) or not self._plans.are_repeatable(flight.equality, frames):
             return
-        if self._plans.are_repeatable(flight.equality, frames):
-            results.put(flight.equality.key, flight.value, flight.resolution, flight.id)
+        results.put(flight.equality.key, flight.value, flight.resolution, flight.id)
+        if not self._may_keep(flight):  # another thread may have dropped all before this was here
+            results.discard(flight.equality.key)
+
+    def _may_keep(self, flight: Flight[Any]) -> bool:
+        return flight.clears == self.clears and not flight.lane.admission.closed
 
     def sharing(self) -> int:
         """Return how many queries wait for the runs of others, with the lock held."""
@@ -387,7 +403,8 @@ class Flights:
         }
 
     def clear(self) -> None:
-        """Drop all results that are kept."""
+        """Drop all results that are kept, and those of queries that were submitted before."""
+        self.clears += 1
         if self.results is not None:
             self.results.clear()
 
@@ -404,7 +421,8 @@ class Flights:
         self.shared += 1
         lane.admission.counts.downgraded += query.resolution.downgraded
         if query.priority > flight.priority:
-            flight.lane.of(flight).admission.raise_priority(flight, query.priority)
+            for each in flight.lanes:
+                each.admission.raise_priority(flight, query.priority)
         return True
 
     def _hand_out(self, kept: Kept, query: Query[Any], lane: Lane) -> bool:

@@ -71,6 +71,10 @@ class Results:
             holding(self._lock, self._put, key, Kept(value, resolution, query_id, size, until))
             self._start_timer()
 
+    def discard(self, key: Hashable) -> None:
+        """Drop the result for `key`."""
+        holding(self._lock, self._drop, key)
+
     def clear(self) -> None:
         """Drop all results."""
         holding(self._lock, self._clear)
@@ -118,7 +122,10 @@ class Results:
     def _start_timer(self) -> None:
         seconds = holding(self._lock, self._seconds_to_next)
         if seconds is not None:
-            start_timer(seconds, _Sweep(self))
+            try:
+                start_timer(seconds, _Sweep(self))
+            except RuntimeError:  # no thread can start: the next result tries it again
+                self._is_timed = False
 
     def _seconds_to_next(self) -> float | None:
         """Return in how many seconds the next result is to be dropped, if a timer is needed."""

@@ -108,7 +108,9 @@ class LoadMeter:
     def _go_on(self) -> None:
         try:
             start_timer(self._interval, self)
-        except BaseException:  # no thread can start, or Ctrl-C
+        except RuntimeError:  # no thread can start: the next look at the queue tries it again
+            self._runs, self._look = False, None
+        except BaseException:  # Ctrl-C
             self._runs, self._look = False, None
             raise
 
