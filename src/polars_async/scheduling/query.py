@@ -14,17 +14,16 @@ from polars_async._runtime.green import delivery
 from polars_async._runtime.timers import start_timer
 from polars_async._runtime.unpatched import get_ident, holding
 from polars_async.bridges.waiting import Onlooker, persist, wake
-from polars_async.errors import QueryTimeoutError, describe
+from polars_async.errors import QueryTimeoutError
 from polars_async.events import EventKind, count_rows, new_event, notify_observers
 from polars_async.executors.meters import SentMeter
 from polars_async.executors.operations import Batches, on_engine
-from polars_async.progress import NOTHING_READ, Progress
-from polars_async.resolution import ADAPTIVE, engine_text, is_on_gpu, tried_again
+from polars_async.resolution import ADAPTIVE, is_on_gpu, tried_again
 from polars_async.scheduling.counts import State
 from polars_async.scheduling.outcome import Outcome
 from polars_async.scheduling.sizes import SMALL, UNKNOWN, Load, size_with
 from polars_async.scheduling.times import Times
-from polars_async.wording import behind, how_shared, in_bytes, summarize, where
+from polars_async.wording import behind, in_bytes, where
 
 if TYPE_CHECKING:
     from _thread import RLock
@@ -251,67 +250,13 @@ class Query(Generic[T]):
         self._reporter.want_counts()
 
     @property
-    def progress(self) -> Progress:
-        """How far it is."""
-        # The state first: of a query that ends meanwhile, all is counted then.
-        state, meter = self.state, self.run_of_it.meter
-        reading = NOTHING_READ if meter is None else meter.read()
-        return Progress(
-            state=state.name.lower(),
-            seconds=self.times.run_seconds or 0.0,
-            rows=reading.rows,
-            bytes=reading.bytes,
-            fraction=1.0 if state is State.COMPLETED else reading.fraction,
-            operator=None if self.done else reading.operator,
-        )
-
-    @property
-    def summary(self) -> str:
-        """What took the query how long so far, in one sentence."""
-        end: str | None = None
-        error = self._outcome.error
-        if self.state is State.FAILED and error is not None:
-            end = f"failed by {describe(error)}"
-        elif self.state is State.TIMED_OUT:
-            end = "timed out"
-        elif self.done and self.state is not State.COMPLETED:
-            end = f"was {self.state.name.lower()}"
-        run = self.run_of_it
-        return summarize(
-            waited=self.times.queue_seconds,
-            ran=self.times.run_seconds,
-            resolution=self.resolution,
-            ahead=run.ahead,
-            place=run.place,
-            inline=self.is_inline,
-            peak_memory=run.peak_memory,
-            gpu_seconds=self.times.gpu_seconds,
-            memory_seconds=self.times.memory_seconds,
-            shared=self.sharing,
-            end=end,
-        )
-
-    @property
     def run_of_it(self) -> Run:
         """What runs for it: itself, or the run that it shares with others."""
         return self if self.flight is None else self.flight
 
-    @property
-    def sharing(self) -> str | None:
-        """Whose result it gets instead of running itself, in words; None if it runs itself."""
-        return how_shared(self.shared_with, from_cache=self.from_cache)
-
     def listed(self, state: str) -> dict[Query[Any], str]:
         """Return the queries of callers that this is, and their states, if it is in a `state`."""
         return {self: state}
-
-    @property
-    def essence(self) -> str:
-        """Its number, label, state and engine, in a few words."""
-        label = "" if self.label is None else f" {self.label!r}"
-        state = self.state.name.lower().replace("_", " ")
-        shared = "" if self.sharing is None else f", {self.sharing}"
-        return f"query {self.id}{label}, {state}, {engine_text(self.resolution.name)}{shared}"
 
     @property
     def is_small(self) -> bool:
