@@ -20,6 +20,7 @@ from polars_async._runtime import msgpack, parquet
 from polars_async._runtime.upstream import observer
 from polars_async.executors.meters import LocalMeter
 from polars_async.executors.scanned import Scan
+from polars_async.scheduling.describing import progress_of
 
 ROWS = 2_000_000
 NUMBERS = pl.select(a=pl.int_range(0, ROWS))
@@ -211,14 +212,14 @@ def test_query_that_fails_does_not_come_to_1():
 def counted(collector, **options):
     handle = collector.collect_async(NUMBERS.lazy().sum(), engine="streaming", **options)
     handle.result(60)
-    return handle._query.progress.rows
+    return progress_of(handle._query).rows
 
 
 def test_rows_are_counted_from_the_first_time_that_progress_is_asked_for():
     with Collector() as collector, Collector() as other:
         first = collector.collect_async(NUMBERS.lazy().sum(), engine="streaming")
         first.result(60)
-        assert first._query.progress.rows is None
+        assert progress_of(first._query).rows is None
         first.progress()
         assert counted(collector) == ROWS
         assert counted(other) is None

@@ -13,6 +13,7 @@ from polars_async._runtime.fork import new_lock
 from polars_async._runtime.upstream import InProcessQuery
 from polars_async.bridges import turns
 from polars_async.bridges.threads import block, block_caller
+from polars_async.scheduling.describing import essence_of
 from polars_async.watches import Watchable
 
 if TYPE_CHECKING:
@@ -65,7 +66,7 @@ class QueryHandle(Watchable, Coroutine[Any, Any, T], Generic[T]):
         self._query = query
 
     def __repr__(self) -> str:
-        return f"<QueryHandle: {self._query.essence}>"
+        return f"<QueryHandle: {essence_of(self._query)}>"
 
     @property
     def label(self) -> str | None:
@@ -263,7 +264,7 @@ class BackgroundQuery(Watchable, InProcessQuery, Generic[T]):
         self._handle = QueryHandle(query)
 
     def __repr__(self) -> str:
-        return f"<BackgroundQuery: {self._query.essence}>"
+        return f"<BackgroundQuery: {essence_of(self._query)}>"
 
     def cancel(self) -> None:
         """Cancel the query; its result or error is dropped."""

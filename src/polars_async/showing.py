@@ -13,6 +13,7 @@ from polars_async._runtime.logs import complain
 from polars_async._runtime.unpatched import SimpleQueue, allocate_lock, start_new_thread, when_put
 from polars_async.bridges.waiting import Onlooker
 from polars_async.drawing import Bar, drawing
+from polars_async.scheduling.describing import progress_of
 from polars_async.streams import Completions
 from polars_async.watches import Watchable, check_every
 from polars_async.wording import in_bytes, in_seconds
@@ -159,7 +160,7 @@ class _Onlooker(Onlooker):
 
 
 def _bars_of(queries: Sequence[Query[Any]]) -> list[Bar]:
-    progresses = [query.progress for query in queries]
+    progresses = [progress_of(query) for query in queries]
     if len(queries) > _MOST_BARS:
         return [_bar_of_all(progresses)]
     return [_bar_of(query, each) for query, each in zip(queries, progresses, strict=True)]

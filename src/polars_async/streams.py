@@ -9,6 +9,7 @@ import polars as pl
 from polars_async import bridges
 from polars_async.bridges.buffer import Arrivals, Buffer
 from polars_async.iteration import ResultStream
+from polars_async.scheduling.describing import essence_of
 from polars_async.watches import Watchable
 
 if TYPE_CHECKING:
@@ -87,7 +88,7 @@ class Batches(Watchable, ResultStream[pl.DataFrame]):
             ending.wake()
 
     def __repr__(self) -> str:
-        return f"<ResultStream: batches of {self._query.essence}>"
+        return f"<ResultStream: batches of {essence_of(self._query)}>"
 
     @property
     def resolution(self) -> Resolution:

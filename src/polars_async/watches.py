@@ -11,6 +11,7 @@ from polars_async.bridges.buffer import Arrivals
 from polars_async.bridges.waiting import Onlooker
 from polars_async.iteration import ResultStream
 from polars_async.progress import Progress
+from polars_async.scheduling.describing import essence_of, progress_of, summary_of
 
 if TYPE_CHECKING:
     from polars_async.bridges import Bridge
@@ -43,7 +44,7 @@ class Watchable:
         It tells what the query waited behind, where it ran, and why on another engine than the one
         that was asked for, as far as these are known.
         """
-        return self._query.summary
+        return summary_of(self._query)
 
     @property
     def peak_memory(self) -> int | None:
@@ -65,7 +66,7 @@ class Watchable:
         is known whether they run, and how long.
         """
         self._query.want_progress()
-        return self._query.progress
+        return progress_of(self._query)
 
     def watch(self, every: float = 0.5) -> ResultStream[Progress]:
         """
@@ -108,7 +109,7 @@ class Watch(ResultStream[Progress]):
             self._turns.finish()
 
     def __repr__(self) -> str:
-        return f"<ResultStream: progress of {self._query.essence}>"
+        return f"<ResultStream: progress of {essence_of(self._query)}>"
 
     async def _next(self, bridge: Bridge | None = None) -> Progress:
         if bridge is None:
@@ -120,7 +121,7 @@ class Watch(ResultStream[Progress]):
         if self._is_over:
             raise StopAsyncIteration
         self._has_begun = True
-        progress = self._query.progress
+        progress = progress_of(self._query)
         self._is_over = progress.has_ended
         return progress
 

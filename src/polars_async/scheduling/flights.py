@@ -29,6 +29,7 @@ from polars_async.scheduling.counts import Counts, State
 from polars_async.scheduling.equality import Plans
 from polars_async.scheduling.outcome import Outcome
 from polars_async.scheduling.query import Query
+from polars_async.scheduling.telling import GOES_ON_FOR_OTHERS
 
 if TYPE_CHECKING:
     from _thread import RLock
@@ -200,11 +201,11 @@ class Flight(Query[T]):
         # In a forked child those that `close` was about to cancel are left.
         return [*super().set_error(error), *self._land()]
 
-    def how_it_ends(self, without: Query[T]) -> str:
-        """Return what is to be said of the run when `without` times out."""
+    def how_it_ends(self, without: Query[Any]) -> str:
+        """See `Query`; it goes on unless `without` is the last asker."""
         if any(asker is not without for asker in self.askers):
-            return " and ran for {ran}{where}. It goes on, since others wait for it, too"
-        return self._how_it_ends()
+            return GOES_ON_FOR_OTHERS
+        return super().how_it_ends(without)
 
     def listed(self, state: str) -> dict[Query[Any], str]:
         """See `Query`: those that wait for it, of which its captain is where it is."""

@@ -46,6 +46,7 @@ from polars_async.executors.operations import Collect, CollectAll
 from polars_async.scheduling.counts import State
 from polars_async.scheduling.estimates import Estimate
 from polars_async.scheduling.slots import Slot
+from polars_async.scheduling.telling import report_engine
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -339,7 +340,7 @@ class Inline:
             query.is_inline = True
             query.run(_run_operation)
             if query.reports:
-                query.report_engine()
+                report_engine(query)
             holding(admission.lock, self._finish, admission, query, slot, waiters)
             if query.reports:
                 query.report_end()

@@ -27,6 +27,7 @@ from polars_async.scheduling.load import LoadMeter
 from polars_async.scheduling.memory_watch import MemoryWatch
 from polars_async.scheduling.open_streams import MAX_STREAMS, OpenStreams
 from polars_async.scheduling.sizes import Limits
+from polars_async.scheduling.telling import report_engine, report_queued
 
 if TYPE_CHECKING:
     from _thread import LockType
@@ -164,7 +165,8 @@ class Lane:
         admission = self.admission
         admitted: Slot | BaseException | None = None
         try:
-            query.report_queued()
+            if query.reports:
+                report_queued(query)
             if self.inline is not None and self.inline.run(admission, query):
                 return None
             admitted = (admit or self.admit)(query)
@@ -369,10 +371,10 @@ class Lane:
         if watch is not None:
             watch.stop()
         if self.fallback is not None and fall_back(query, operation, self.fallback.admission):
-            query.report_fall_back()
+            query.announce(EventKind.FELL_BACK, query.resolution.cause)
             return self._hand_over(query, slot, self.fallback, fell_back=True)
         if query.reports:
-            query.report_engine()
+            report_engine(query)
         # First the query is done, then its slot is free, in one hold of the lock. `close` waits for
         # the queries in slots: with the slot free first, it could return before the result is
         # there, and a fork in between would lose the query. The waiters are woken last: one that

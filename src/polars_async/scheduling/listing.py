@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Final, Literal, TypeAlias
 
 from polars_async._runtime.unpatched import holding
 from polars_async.resolution import engine_text
+from polars_async.scheduling.describing import progress_of
 from polars_async.wording import how_shared, in_bytes, in_seconds
 
 if TYPE_CHECKING:
@@ -115,7 +116,7 @@ def info_of(query: Query[Any], state: str) -> QueryInfo:
         ran=times.run_seconds,
         place=(run.place or _THREAD) if started else None,
         memory=run.peak_memory,
-        progress=None if run.meter is None else query.progress,
+        progress=None if run.meter is None else progress_of(query),
         shared_with=query.shared_with,
     )
 

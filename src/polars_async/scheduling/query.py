@@ -1,31 +1,36 @@
-"""A query from its submission to its outcome: its state, its waiters and its events."""
+"""A query from its submission to its outcome: its state, its waiters and how it is cancelled."""
 
 from __future__ import annotations
 
 from contextlib import suppress
 from contextvars import copy_context
-from functools import partial
 from itertools import count
 from typing import TYPE_CHECKING, Any, Final, Generic, NamedTuple, Protocol, TypeVar
 
 import polars as pl
 
-from polars_async._runtime.frames import count_rows
 from polars_async._runtime.green import delivery
 from polars_async._runtime.timers import start_timer
 from polars_async._runtime.unpatched import get_ident, holding
 from polars_async.bridges.waiting import Onlooker, persist, wake
-from polars_async.errors import QueryTimeoutError, describe
-from polars_async.events import EventKind, new_event, notify_observers
+from polars_async.events import EventKind
 from polars_async.executors.meters import SentMeter
 from polars_async.executors.operations import Batches, on_engine
-from polars_async.progress import NOTHING_READ, Progress
-from polars_async.resolution import ADAPTIVE, engine_text, is_on_gpu, tried_again
+from polars_async.resolution import ADAPTIVE, tried_again
 from polars_async.scheduling.counts import State
 from polars_async.scheduling.outcome import Outcome
 from polars_async.scheduling.sizes import SMALL, UNKNOWN, Load, size_with
+from polars_async.scheduling.telling import (
+    GOES_ON,
+    IS_ASKED_TO_STOP,
+    IS_STOPPED,
+    Run,
+    emit,
+    is_wanted,
+    report_cancelled,
+    timeout_error,
+)
 from polars_async.scheduling.times import Times
-from polars_async.wording import behind, how_shared, in_bytes, summarize, where
 
 if TYPE_CHECKING:
     from _thread import RLock
@@ -33,9 +38,9 @@ if TYPE_CHECKING:
     from contextlib import AbstractContextManager
 
     from polars_async._runtime.callers import CallSite
-    from polars_async._runtime.instruments import Listener
     from polars_async._runtime.timers import Timer
     from polars_async.bridges.waiting import Waiter
+    from polars_async.errors import QueryTimeoutError
     from polars_async.events import Reporter, Tags
     from polars_async.executors.operations import Operation
     from polars_async.progress import Meter
@@ -64,24 +69,11 @@ class Owner(NamedTuple):
     """Called with the lock held when a query is cancelled or timed out before it has a slot."""
 
 
-class Run(Protocol):
-    """What is known of the run of a query."""
-
-    ahead: Ahead | None
-    place: str | None
-    meter: Meter | None
-    peak_memory: int | None
-
-
 class RunOfSeveral(Run, Protocol):
     """What runs in the place of several queries: see `scheduling.flights`."""
 
     def leave(self, asker: Any) -> Callable[[], object] | None:
         """Note, with the lock held, that `asker` waits no more; return what is to follow."""
-        ...
-
-    def how_it_ends(self, without: Any) -> str:
-        """Return what is to be said of the run when `without` times out."""
         ...
 
 
@@ -104,11 +96,9 @@ class Query(Generic[T]):
         "_canceller",
         "_counts",
         "_leave_queue",
-        "_listeners",
         "_operation",
         "_outcome",
         "_owes_event",
-        "_reporter",
         "_stop",
         "_stop_is_sure",
         "_timeout",
@@ -131,12 +121,14 @@ class Query(Generic[T]):
         "is_nested",
         "is_stream",
         "label",
+        "listeners",
         "lock",
         "meter",
         "name",
         "peak_memory",
         "place",
         "priority",
+        "reporter",
         "reports",
         "resolution",
         "runs_engine",
@@ -197,11 +189,13 @@ class Query(Generic[T]):
         self.peak_memory: int | None = None
         """Bytes that it took at its peak, so far; None if that was not measured."""
         self.times = Times()
+        self.reporter = reporter
         self.reports = reporter.listens
-        self._listeners = reporter.listeners if self.reports else ()
+        """Whether anything takes any event of it."""
+        self.listeners = reporter.listeners if self.reports else ()
         self.delivery = delivery() if self.reports else None
+        """Makes the calls of hooks and listeners, where gevent has patched."""
         self.lock, self._counts, self._leave_queue = owner
-        self._reporter = reporter
         self._operation: Operation[T] | None = operation
         self.frames: Sequence[pl.LazyFrame] = operation.frames
         self.context = copy_context()
@@ -237,7 +231,7 @@ class Query(Generic[T]):
     def is_counted(self) -> bool:
         """Whether what it reads is to be counted when it runs, and its engine can."""
         return (
-            self._reporter.counts
+            self.reporter.counts
             and self.runs_engine
             and type(self.resolution.engine) is pl.StreamingEngine
         )
@@ -249,70 +243,16 @@ class Query(Generic[T]):
 
     def want_progress(self) -> None:
         """Have what queries of this collector read be counted, those that start from now on."""
-        self._reporter.want_counts()
-
-    @property
-    def progress(self) -> Progress:
-        """How far it is."""
-        # The state first: of a query that ends meanwhile, all is counted then.
-        state, meter = self.state, self.run_of_it.meter
-        reading = NOTHING_READ if meter is None else meter.read()
-        return Progress(
-            state=state.name.lower(),
-            seconds=self.times.run_seconds or 0.0,
-            rows=reading.rows,
-            bytes=reading.bytes,
-            fraction=1.0 if state is State.COMPLETED else reading.fraction,
-            operator=None if self.done else reading.operator,
-        )
-
-    @property
-    def summary(self) -> str:
-        """What took the query how long so far, in one sentence."""
-        end: str | None = None
-        error = self._outcome.error
-        if self.state is State.FAILED and error is not None:
-            end = f"failed by {describe(error)}"
-        elif self.state is State.TIMED_OUT:
-            end = "timed out"
-        elif self.done and self.state is not State.COMPLETED:
-            end = f"was {self.state.name.lower()}"
-        run = self.run_of_it
-        return summarize(
-            waited=self.times.queue_seconds,
-            ran=self.times.run_seconds,
-            resolution=self.resolution,
-            ahead=run.ahead,
-            place=run.place,
-            inline=self.is_inline,
-            peak_memory=run.peak_memory,
-            gpu_seconds=self.times.gpu_seconds,
-            memory_seconds=self.times.memory_seconds,
-            shared=self.sharing,
-            end=end,
-        )
+        self.reporter.want_counts()
 
     @property
     def run_of_it(self) -> Run:
         """What runs for it: itself, or the run that it shares with others."""
         return self if self.flight is None else self.flight
 
-    @property
-    def sharing(self) -> str | None:
-        """Whose result it gets instead of running itself, in words; None if it runs itself."""
-        return how_shared(self.shared_with, from_cache=self.from_cache)
-
     def listed(self, state: str) -> dict[Query[Any], str]:
         """Return the queries of callers that this is, and their states, if it is in a `state`."""
         return {self: state}
-
-    @property
-    def essence(self) -> str:
-        """Its number, label, state and engine, in a few words."""
-        label = "" if self.label is None else f" {self.label!r}"
-        state = self.state.name.lower().replace("_", " ")
-        shared = "" if self.sharing is None else f", {self.sharing}"
-        return f"query {self.id}{label}, {state}, {engine_text(self.resolution.name)}{shared}"
 
     @property
     def is_small(self) -> bool:
@@ -436,7 +376,7 @@ class Query(Generic[T]):
 
     def run(self, run: Callable[[Operation[T], Query[T]], T]) -> None:
         """Run the operation by `run` and keep its outcome, which `set_finished` makes final."""
-        if self.reports and self._tells(EventKind.STARTED):
+        if self.reports and is_wanted(self, EventKind.STARTED):
             self.announce(EventKind.STARTED)
         operation, self._operation = self._operation, None
         if (
@@ -471,6 +411,12 @@ class Query(Generic[T]):
             self._stop = stop
             self._stop_is_sure = for_sure
             return not self.done
+
+    def how_it_ends(self, without: Query[Any]) -> str:  # noqa: ARG002  # a run of several needs it
+        """Return what is to be said of the run when `without` times out: see `telling`."""
+        if self._stop is None:
+            return GOES_ON
+        return IS_STOPPED if self._stop_is_sure else IS_ASKED_TO_STOP
 
     @property
     def error(self) -> BaseException | None:
@@ -509,67 +455,12 @@ class Query(Generic[T]):
         self, kind: EventKind, *, result: object = None, error: BaseException | None = None
     ) -> None:
         """Emit the event `kind`, with no lock held, since hooks and log handlers run."""
-        listeners = self._listeners_of(kind)
-        if not listeners and not self._reporter.wants(kind):
-            return
-        times, resolution, run = self.times, self.resolution, self.run_of_it
-        event = new_event(
-            kind,
-            self.id,
-            self.label,
-            resolution.name,
-            times.queue_seconds,
-            times.run_seconds,
-            # The operation of a stream returns their number.
-            result if self.is_stream and isinstance(result, int) else count_rows(result),
-            error,
-            resolution,
-            self.is_inline,
-            self.tags or {},
-            run.place,
-            run.ahead,
-            run.peak_memory,
-            self.shared_with,
-            self.from_cache,
-            self.name,
-            self._reporter.executor,
-            times.gpu_seconds,
-            times.memory_seconds,
-        )
-        if self.delivery is None:
-            self._reporter(event, listeners, self.context)
-        else:
-            self.delivery.post(partial(self._reporter, event, listeners, self.context))
-
-    def _tells(self, kind: EventKind) -> bool:
-        return self._reporter.wants(kind) or bool(self._listeners_of(kind))
-
-    def _listeners_of(self, kind: EventKind) -> tuple[Listener, ...]:
-        # On a GPU a query takes some ms, and may start more than once.
-        if not self._listeners or is_on_gpu(self.resolution):
-            return self._listeners
-        return tuple([each for each in self._listeners if kind in each.kinds])
-
-    def report_queued(self) -> None:
-        """Emit the events of a query that is submitted."""
-        if self.reports:
-            self.report(EventKind.QUEUED)
-            if self.resolution.downgraded:
-                self.report(EventKind.DOWNGRADED)
+        emit(self, kind, result, error)
 
     def note_retry(self, how: str, cause: Exception) -> None:
         """Note that the GPU tries the query once more, after `cause`, and emit RETRIED."""
         self.resolve(tried_again(self.resolution, how))
         self.announce(EventKind.RETRIED, cause)
-
-    def report_fall_back(self) -> None:
-        """Emit FELL_BACK: the GPU engine failed, and another engine runs the query."""
-        self.announce(EventKind.FELL_BACK, self.resolution.cause)
-
-    def report_engine(self) -> None:
-        """Tell observers which engine ran the query, before a waiter can see that it is done."""
-        if self.state is State.RUNNING and self.runs_engine:
-            notify_observers(self.resolution)
 
     def set_error(self, error: BaseException) -> Iterable[Waiter]:
         """Make an error of the library the outcome; with the lock held. Return waiters to wake."""
@@ -762,7 +653,7 @@ class Query(Generic[T]):
             thread=get_ident(),
             # While another thread announces an event, this one is left to it: see `announce`.
             owes_event=self.reports and not self._announcing,
-            error=self._new_timeout_error() if state is State.TIMED_OUT else None,
+            error=timeout_error(self, self._timeout) if state is State.TIMED_OUT else None,
         )
         if changed:
             self._leave()
@@ -786,7 +677,7 @@ class Query(Generic[T]):
             persist(self._stop, "a query that was cancelled or timed out could not be stopped")
         if self._owes_event:
             self._owes_event = False
-            self._report_cancelled()
+            report_cancelled(self, self._timeout_error)
         # Woken last: a waiter finds the query stopped, and its event emitted.
         wake(self._waiters)
         self._waiters = {}
@@ -806,7 +697,7 @@ class Query(Generic[T]):
         finally:
             is_done = holding(self.lock, self._end_announcing)
         if is_done:
-            self._report_cancelled()
+            report_cancelled(self, self._timeout_error)
 
     def _begin_to_announce(self) -> bool:
         self._announcing = not self.done
@@ -817,43 +708,6 @@ class Query(Generic[T]):
         # the announcing thread, or comes later and emits it itself.
         self._announcing = False
         return self.done
-
-    def _report_cancelled(self) -> None:
-        if self.frames and self.runs_engine:  # without frames it was still in the queue
-            notify_observers(self.resolution)
-        kind = EventKind.CANCELLED if self.state is State.CANCELLED else EventKind.TIMED_OUT
-        self.report(kind, error=self._timeout_error)
-
-    def _new_timeout_error(self) -> QueryTimeoutError:
-        # Read once: the query may still run, and its text and attributes have to agree.
-        waited, ran = self.times.queue_seconds, self.times.run_seconds
-        if self.flight is not None and self.shared_with is not None:
-            spent = f"it waited {waited:.3f} s for query {self.shared_with}, whose run it shared"
-        else:
-            flight = self.flight
-            ends = self._how_it_ends() if flight is None else flight.how_it_ends(without=self)
-            run = self.run_of_it
-            there = "" if run.place is None else where(self.resolution, run.place)
-            if run.peak_memory is not None:
-                there += f", with {in_bytes(run.peak_memory)} at its peak"
-            ends = ends.replace("{where}", there)
-            spent = self.times.described(waited, ran, behind(run.ahead), ends)
-        message = f"{self.named} was not done after {self._timeout:g} s: {spent}"
-        return QueryTimeoutError(message, self._timeout, waited, ran)
-
-    def _how_it_ends(self) -> str:
-        """Return what is to be said of the run of a query that times out."""
-        if self._stop is None:
-            return (
-                " and ran for {ran}{where}. Polars cannot stop it, so it keeps its slot until it "
-                "really ends"
-            )
-        if self._stop_is_sure:
-            return " and ran for {ran}{where}. It is stopped now"
-        return (
-            " and was with its executor for {ran}, which is asked to drop it and may go on with it "
-            "all the same"
-        )
 
 
 def _name_in(error: BaseException, label: str) -> None:
