@@ -10,10 +10,10 @@ from pathlib import Path
 
 import polars as pl
 import pytest
-from places import Blocked, Source, until
+from places import LIMIT, Blocked, Source, until
 
 import polars_async
-from polars_async import Collector, resolve_engine
+from polars_async import Cache, Collector, CollectorClosedError, resolve_engine
 from polars_async.events import Reporter
 from polars_async.executors.operations import Collect
 from polars_async.scheduling.admission import Admission, Slot
@@ -53,6 +53,48 @@ def interrupting(act, meanwhile, step):
         sys.settrace(before)
         gc.enable()
     return left <= 0
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"single_flight": True}, {"cache": Cache(seconds=1000, max_bytes="1 GB")}],
+    ids=["alone", "shared", "kept"],
+)
+def test_queries_are_submitted_while_others_are(options):
+    blocked, late = Blocked(), []
+    with Collector(engine="in-memory", inline=0, **options) as collector:
+        handles = [collector.collect_async(blocked.lf) for _ in range(6)]
+
+        def submit(priority=0):
+            query = TINY.select(pl.col("a") + 1)
+            return collector.collect_async(query, priority=priority)
+
+        def make():
+            return (
+                lambda: handles.append(submit()),
+                lambda: late.extend([submit(), submit(3), collector.collect_async(blocked.lf)]),
+            )
+
+        try:
+            at_each_step(make)
+        finally:
+            blocked.gate.set()
+        for handle in handles + late:
+            assert handle.result(LIMIT).height == 1
+        stats = collector.stats()
+        assert stats["submitted"] == stats["completed"] == len(handles) + len(late)
+
+
+def test_query_that_is_submitted_within_a_step_and_rejected_says_so(caplog):
+    caplog.set_level("DEBUG", "polars_async")
+    with Collector() as collector:
+        with collector._cpu.admission.lock:  # as where a signal handler comes in
+            handle = collector.collect_async(TINY)
+            collector.close(wait=False)
+        with pytest.raises(CollectorClosedError):
+            handle.result(LIMIT)
+        assert collector.stats()["rejected"] == 1
+        until(lambda: any("rejected" in each.getMessage() for each in caplog.records))
 
 
 class Interrupt(BaseException):

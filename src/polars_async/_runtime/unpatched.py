@@ -77,6 +77,11 @@ def holding(lock: RLock, do: Callable[..., T], *arguments: object) -> T:
             release()
 
 
+def is_held(lock: RLock) -> bool:
+    """Return whether the calling thread holds `lock`."""
+    return lock._is_owned()  # type: ignore[attr-defined, no-any-return]  # noqa: SLF001  # as threading uses it
+
+
 def wait_for(lock: LockType | RLock, timeout: float | None = None) -> bool:
     """Acquire `lock`, interruptible by Ctrl-C; return False if `timeout` seconds pass before."""
     end = inf if timeout is None else monotonic() + timeout
@@ -100,6 +105,7 @@ __all__ = [
     "allocate_lock",
     "get_ident",
     "holding",
+    "is_held",
     "local",
     "posix_spawn",
     "sleep",

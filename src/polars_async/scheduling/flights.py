@@ -25,6 +25,7 @@ import polars as pl
 
 from polars_async._runtime.nesting import in_query, on_thread_of_polars
 from polars_async._runtime.unpatched import holding
+from polars_async.bridges.waiting import wake
 from polars_async.scheduling.counts import Counts, State
 from polars_async.scheduling.equality import Plans
 from polars_async.scheduling.outcome import Outcome
@@ -345,8 +346,10 @@ class Flights:
             return lane.admit(query)
         if self.results is not None and equality.is_lasting:
             kept = self.results.get(equality.key)
-            if kept is not None and holding(self._lock, self._hand_out, kept, query, lane):
+            waiters: list[Waiter] = []
+            if kept is not None and holding(self._lock, self._hand_out, kept, query, lane, waiters):
                 query.report_end()
+                wake(waiters)
                 return None
         flight = self._by_key.get(equality.key)
         if flight is not None and not flight.done:
@@ -426,8 +429,12 @@ class Flights:
                 each.admission.raise_priority(flight, query.priority)
         return True
 
-    def _hand_out(self, kept: Kept, query: Query[Any], lane: Lane) -> bool:
-        """Give `query` a result that is kept, with the lock held; return False if it is closed."""
+    def _hand_out(self, kept: Kept, query: Query[Any], lane: Lane, waiters: list[Waiter]) -> bool:
+        """
+        Give `query` a result that is kept, with the lock held; return False if it is closed.
+
+        Add the waiters to wake: one that is admitted late may have some.
+        """
         if lane.admission.closed:
             return False
         outcome: Outcome[Any] = Outcome()
@@ -439,5 +446,5 @@ class Flights:
         self.from_results += 1
         lane.admission.counts.downgraded += query.resolution.downgraded
         query.board(None, shared_with=kept.query_id, from_cache=True)
-        query.land(_Shared(outcome))
+        waiters += query.land(_Shared(outcome))
         return True

@@ -9,7 +9,7 @@ from weakref import WeakSet
 
 from polars_async._runtime import fork
 from polars_async._runtime.nesting import in_query
-from polars_async._runtime.unpatched import holding, sleep
+from polars_async._runtime.unpatched import holding, is_held, sleep, start_new_thread
 from polars_async._runtime.upstream import BUILT_IN_ENGINES
 from polars_async.bridges.waiting import wake
 from polars_async.events import EventKind
@@ -169,6 +169,9 @@ class Lane:
                 report_queued(query)
             if self.inline is not None and self.inline.run(admission, query):
                 return None
+            if is_held(admission.lock):
+                start_new_thread(self._admit_late, (query, admit or self.admit))
+                return None
             admitted = (admit or self.admit)(query)
             if isinstance(admitted, BaseException):
                 raise admitted  # noqa: TRY301  # as one that comes from elsewhere
@@ -184,6 +187,21 @@ class Lane:
             return admitted
         finally:
             admitted = None  # an error's traceback holds this frame
+
+    def _admit_late(
+        self, query: Query[Any], admit: Callable[[Query[Any]], Slot | BaseException | None]
+    ) -> None:
+        """
+        Admit `query` on a thread of its own.
+
+        A signal handler, or a finaliser, has submitted it while its thread was changing what the
+        lock guards: the queue, which was half changed, could not take it.
+        """
+        admitted = None if query.done else admit(query)
+        if isinstance(admitted, BaseException):
+            query.fail_late(admitted)
+            if query.reports:
+                query.report(EventKind.REJECTED, error=admitted)
 
     def run_inline(self, query: Query[Any], slot: Slot) -> None:
         """Run `query` on the thread that submitted it, one of Polars' own, in `slot`."""

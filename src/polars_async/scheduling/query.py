@@ -300,6 +300,13 @@ class Query(Generic[T]):
         self.times.reject()
         self._settle(State.REJECTED)
 
+    def fail_late(self, error: BaseException) -> None:
+        """Have waiters get the `error` of a query that was REJECTED after its caller had it."""
+        with self.lock:
+            self._outcome.fail(error)
+            waiters, self._waiters = self._waiters, {}
+        wake(waiters)
+
     def choose_engine(self, *, is_idle: bool = False) -> None:
         """
         Have the engine chosen, if that is left to this library, and was not done before.
