@@ -16,12 +16,13 @@ import polars_async
 from polars_async import Cache, Collector, CollectorClosedError, resolve_engine
 from polars_async.events import Reporter
 from polars_async.executors.operations import Collect
-from polars_async.scheduling.admission import Admission, Slot
+from polars_async.scheduling.admission import Admission
 from polars_async.scheduling.estimates import CostModel
 from polars_async.scheduling.kept import Results
 from polars_async.scheduling.open_streams import OpenStreams
 from polars_async.scheduling.query import Query
 from polars_async.scheduling.sizes import Limits
+from polars_async.scheduling.slots import Slot
 from polars_async.streams import Batches
 
 OURS = str(Path(polars_async.__file__).parent)

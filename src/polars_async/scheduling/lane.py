@@ -165,8 +165,7 @@ class Lane:
         admission = self.admission
         admitted: Slot | BaseException | None = None
         try:
-            if query.reports:
-                report_queued(query)
+            report_queued(query)
             if self.inline is not None and self.inline.run(admission, query):
                 return None
             if is_held(admission.lock):

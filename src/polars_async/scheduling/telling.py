@@ -66,6 +66,7 @@ class Told(Protocol):
     times: Times
     frames: Sequence[pl.LazyFrame]
     context: Context
+    reports: bool
     shared_with: int | None
     from_cache: bool
     reporter: Reporter
@@ -131,9 +132,10 @@ def is_wanted(query: Told, kind: EventKind) -> bool:
 
 def report_queued(query: Told) -> None:
     """Emit the events of a query that is submitted."""
-    query.report(EventKind.QUEUED)
-    if query.resolution.downgraded:
-        query.report(EventKind.DOWNGRADED)
+    if query.reports:
+        query.report(EventKind.QUEUED)
+        if query.resolution.downgraded:
+            query.report(EventKind.DOWNGRADED)
 
 
 def report_engine(query: Told) -> None:
