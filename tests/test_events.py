@@ -502,6 +502,9 @@ class WatchedLock:
         self._depth -= 1
         self._lock.release()
 
+    def _is_owned(self):  # as threading calls it
+        return self._lock._is_owned()
+
 
 @pytest.mark.everywhere
 def test_counts_add_up_at_every_moment(executor):
