@@ -304,7 +304,7 @@ def test_what_a_worker_takes_counts_beside_what_it_takes_idle_and_with_its_resul
     call._check_memory()
     assert noted == [40]
     query = SimpleNamespace(peak_memory=40, place="worker 7", keep_result=lambda _: 8)
-    assert limited()._cpu.admission.memory_of(SimpleNamespace(query=query)) == 48
+    assert limited()._cpu.admission.memory_use.of_ended(SimpleNamespace(query=query), 2) == 48
 
 
 # In a collector

@@ -7,6 +7,7 @@ import sys
 from contextlib import suppress
 from itertools import count
 from pathlib import Path
+from threading import Event
 
 import polars as pl
 import pytest
@@ -29,13 +30,17 @@ OURS = str(Path(polars_async.__file__).parent)
 TINY = pl.LazyFrame({"a": [1]})
 
 
-def interrupting(act, meanwhile, step):
+def is_ours(code):
+    return code.co_filename.startswith(OURS)
+
+
+def interrupting(act, meanwhile, step, counts=is_ours):
     """Do `act`, and `meanwhile` before its `step`-th instruction of ours; False if it has fewer."""
     left = step
 
     def trace(frame, event, _):
         nonlocal left
-        if not frame.f_code.co_filename.startswith(OURS):
+        if not counts(frame.f_code):
             return None
         frame.f_trace_opcodes = True
         if event == "opcode" and left > 0:
@@ -86,20 +91,28 @@ def test_queries_are_submitted_while_others_are(options):
         assert stats["submitted"] == stats["completed"] == len(handles) + len(late)
 
 
-def test_query_that_is_submitted_within_a_step_and_rejected_says_so(caplog):
+def test_query_that_is_submitted_within_a_step_and_rejected_says_so(caplog, monkeypatch):
     caplog.set_level("DEBUG", "polars_async")
+    looked, wake = Event(), Query.wake_rejected
+    monkeypatch.setattr(Query, "wake_rejected", lambda query: looked.wait(LIMIT) and wake(query))
     with Collector() as collector:
         with collector._cpu.admission.lock:  # as where a signal handler comes in
             handle = collector.collect_async(TINY)
             collector.close(wait=False)
-        with pytest.raises(CollectorClosedError):
+        until(handle.done)
+        with pytest.raises(CollectorClosedError):  # at once, not only when it is woken
             handle.result(LIMIT)
+        looked.set()
         assert collector.stats()["rejected"] == 1
         until(lambda: any("rejected" in each.getMessage() for each in caplog.records))
 
 
 class Interrupt(BaseException):
     """What a signal handler raises."""
+
+
+def interrupt():
+    raise Interrupt
 
 
 def at_each_step(make):
@@ -214,30 +227,16 @@ def test_stream_that_no_caller_gets_is_ended(monkeypatch):
     with Collector(engine="streaming") as collector:
         names = {"collect_batches_async", "__init__", "close"}
         files = {Collector.__init__.__code__.co_filename, Batches.__init__.__code__.co_filename}
+
+        def counts(code):
+            return code.co_filename in files and code.co_name in names
+
+        def submit():
+            with suppress(Interrupt):
+                collector.collect_batches_async(source.lf)
+
         for step in count(1):
-            left = step
-
-            def trace(frame, event, _):
-                nonlocal left
-                code = frame.f_code
-                if code.co_filename not in files or code.co_name not in names:
-                    return None
-                frame.f_trace_opcodes = True
-                if event == "opcode" and left > 0:
-                    left -= 1
-                    if left == 0:
-                        sys.settrace(None)
-                        raise Interrupt
-                return trace
-
-            before = sys.gettrace()
-            sys.settrace(trace)
-            try:
-                with suppress(Interrupt):
-                    collector.collect_batches_async(source.lf)
-            finally:
-                sys.settrace(before)
-            if left > 0:
+            if not interrupting(submit, interrupt, step, counts):
                 break
             until(lambda: not collector.stats()["streams"])
         assert step > 20

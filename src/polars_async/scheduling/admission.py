@@ -329,11 +329,6 @@ class Admission:
             self._inline.discard(slot)
             self._free(slot)
 
-    def memory_of(self, slot: Slot) -> int | None:
-        """Return the bytes that the slot's query, which has ended, took, if there is a limit."""
-        use = self.memory_use
-        return None if use is None else use.of_ended(slot, self.limits.processors)
-
     def share_of(self, slot: Slot) -> float | None:
         """Return the share of the processors that were busy since the slot's query started."""
         query, before = slot.query, slot.cpu_seconds
@@ -666,7 +661,8 @@ class Admission:
 
     def _resume(self, query: Query[Any]) -> None:
         self._pauses.note_return(query)
-        self._resume_next()
+        if self._pauses.any_returns:
+            self._resume_next()
 
     def _leave(self, query: Query[Any]) -> None:
         """

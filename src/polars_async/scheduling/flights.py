@@ -58,7 +58,7 @@ class Flight(Query[T]):
         "_flights",
         "_landed",
         "askers",
-        "clears",
+        "clears_before",
         "equality",
         "lane",
     )
@@ -93,8 +93,7 @@ class Flight(Query[T]):
         self.equality = equality
         self._first_resolution = captain.resolution
         self._flights = flights
-        self.clears = flights.clears
-        """That of `flights` when it was made."""
+        self.clears_before = flights.clears
         self._landed: list[Query[T]] = []
         # In this order: if a signal handler cancels it in between, it has no flight yet.
         self.askers[captain] = None
@@ -154,12 +153,13 @@ class Flight(Query[T]):
             self._captain.state = State.RUNNING
         return waited
 
-    def set_rejected(self) -> None:
+    def set_rejected(self, error: BaseException) -> None:
         """See `Query`; so are its askers."""
-        super().set_rejected()
+        super().set_rejected(error)
+        self.drop_error()
         self._flights.forget(self)
         for asker in list(self.askers):
-            asker.set_rejected()
+            asker.set_rejected(error)
 
     def requeue(
         self,
@@ -390,7 +390,7 @@ class Flights:
             results.discard(flight.equality.key)
 
     def _may_keep(self, flight: Flight[Any]) -> bool:
-        return flight.clears == self.clears and not flight.lane.admission.closed
+        return flight.clears_before == self.clears and not flight.lane.admission.closed
 
     def sharing(self) -> int:
         """Return how many queries wait for the runs of others, with the lock held."""

@@ -27,7 +27,7 @@ from polars_async.scheduling.load import LoadMeter
 from polars_async.scheduling.memory_watch import MemoryWatch
 from polars_async.scheduling.open_streams import MAX_STREAMS, OpenStreams
 from polars_async.scheduling.sizes import Limits
-from polars_async.scheduling.telling import report_engine, report_queued
+from polars_async.scheduling.telling import report_engine, report_queued, report_rejected
 
 if TYPE_CHECKING:
     from _thread import LockType
@@ -179,8 +179,9 @@ class Lane:
             query.cancel()
             if admission.waiters:  # for the last query to end, which this one may have been
                 admission.wake_if_empty()
-            if query.reports and query.state is State.REJECTED:
-                query.report(EventKind.REJECTED, error=error)
+            if query.state is State.REJECTED:
+                query.drop_error()
+                report_rejected(query, error)
             raise
         else:
             return admitted
@@ -198,9 +199,8 @@ class Lane:
         """
         admitted = None if query.done else admit(query)
         if isinstance(admitted, BaseException):
-            query.fail_late(admitted)
-            if query.reports:
-                query.report(EventKind.REJECTED, error=admitted)
+            query.wake_rejected()
+            report_rejected(query, admitted)
 
     def run_inline(self, query: Query[Any], slot: Slot) -> None:
         """Run `query` on the thread that submitted it, one of Polars' own, in `slot`."""
@@ -288,7 +288,7 @@ class Lane:
                 then(query)
         except BaseException as error:  # noqa: BLE001  # full, closed, no thread can start, or Ctrl-C
             admission.forget(query, admission.reserved)
-            query.set_rejected()
+            query.set_rejected(error)
             return error
         finally:
             admission.reserved = before
@@ -398,7 +398,8 @@ class Lane:
         # submits its next query at once finds the slot free, or given to the next in the queue.
         admission = self.admission
         share = admission.share_of(slot)
-        memory = None if admission.memory_use is None else admission.memory_of(slot)
+        use = admission.memory_use
+        memory = None if use is None else use.of_ended(slot, admission.limits.processors)
         with admission.lock:
             alone = slot.alone
             waiters = query.set_finished()

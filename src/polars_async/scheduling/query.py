@@ -295,15 +295,25 @@ class Query(Generic[T]):
         """Return a context whose time does not count as run time."""
         return self.times.clock_stopped()
 
-    def set_rejected(self) -> None:
-        """Make the query REJECTED, unless it is done: it was not admitted, and never waited."""
-        self.times.reject()
-        self._settle(State.REJECTED)
+    def set_rejected(self, error: BaseException) -> None:
+        """
+        Make the query REJECTED, unless it is done: it was not admitted, and never waited.
 
-    def fail_late(self, error: BaseException) -> None:
-        """Have waiters get the `error` of a query that was REJECTED after its caller had it."""
+        `error` is its outcome, for callers who have its handle already: see `Lane._admit_late`.
+        """
+        self.times.reject()
+        # In this order: they read the state without the lock, and then take the outcome.
+        self._outcome.fail(error)
+        if not self._settle(State.REJECTED):
+            self.drop_error()
+
+    def drop_error(self) -> None:
+        """Drop the error of a query that nobody has, whose traceback leads back to the query."""
+        self._outcome.drop()
+
+    def wake_rejected(self) -> None:
+        """Wake those who wait for a query that was REJECTED after its caller had its handle."""
         with self.lock:
-            self._outcome.fail(error)
             waiters, self._waiters = self._waiters, {}
         wake(waiters)
 

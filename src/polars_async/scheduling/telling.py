@@ -138,6 +138,12 @@ def report_queued(query: Told) -> None:
             query.report(EventKind.DOWNGRADED)
 
 
+def report_rejected(query: Told, error: BaseException) -> None:
+    """Emit the event of a query that was not admitted."""
+    if query.reports:
+        query.report(EventKind.REJECTED, error=error)
+
+
 def report_engine(query: Told) -> None:
     """Tell observers which engine ran the query, before a waiter can see that it is done."""
     if query.state is State.RUNNING and query.runs_engine:
