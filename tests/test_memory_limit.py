@@ -22,6 +22,7 @@ from polars_async.options import checked_memory
 from polars_async.scheduling.estimates import CostModel, Estimate
 from polars_async.scheduling.fair_queue import FairQueue
 from polars_async.scheduling.memory import Memory
+from polars_async.scheduling.memory_watch import MemoryWatch
 from polars_async.scheduling.query import Query
 from polars_async.scheduling.sizes import Limits, Load
 
@@ -75,15 +76,18 @@ def taker(load, *, alone=True, before=0):
 def test_a_query_that_runs_alone_may_take_all(memory, held):
     held.held = 2 * LIMIT
     assert memory.left([]) == inf
-    assert memory.left([Load(0, memory=memory.small)]) == inf  # beside small ones, too
+    small = taker(Load(0, memory=memory.small), before=2 * LIMIT)
+    assert memory.left([small]) == inf  # beside small ones, too
+    held.held += memory.small + 1
+    assert memory.left([small]) == LIMIT - held.held  # unless one has taken much all the same
 
 
 def test_what_runs_counts_for_what_it_will_take_or_for_what_is_taken_if_that_is_more(memory, held):
     held.held = 40 * MB
     memory.note_start(taker(large(200 * MB)), alone=True)
-    assert memory.left([large(200 * MB)]) == LIMIT - 240 * MB
+    assert memory.left([taker(large(200 * MB))]) == LIMIT - 240 * MB
     held.held = 340 * MB
-    assert memory.left([large(200 * MB)]) == LIMIT - 340 * MB
+    assert memory.left([taker(large(200 * MB))]) == LIMIT - 340 * MB
 
 
 def test_what_the_process_takes_beside_polars_is_the_least_of_some_measurements(memory, held):
@@ -110,10 +114,10 @@ def test_results_count_while_they_live(memory, held):
     assert memory.keep([frame, small]) == 8 * MB
     assert memory.keep(small) == memory.keep(None) == 0
     held.held = 100 * MB
-    assert memory.left([large(100 * MB)]) == LIMIT - 108 * MB
+    assert memory.left([taker(large(100 * MB))]) == LIMIT - 108 * MB
     del frame
     gc.collect()
-    assert memory.left([large(100 * MB)]) == LIMIT - 100 * MB
+    assert memory.left([taker(large(100 * MB))]) == LIMIT - 100 * MB
 
 
 def test_result_counts_for_no_more_than_its_query_can_have_filled(memory):
@@ -230,6 +234,55 @@ def test_first_guess_is_by_what_is_read_and_cautious_where_that_may_be_much(
     memory, frames, files, expected
 ):
     assert memory.need(7, frames, files) == expected
+
+
+def test_what_may_grow_is_unknown_until_it_was_measured(memory):
+    assert memory.need(7, MB, 0, may_grow=True) == LIMIT // 2 + 1
+    assert memory.need(7, 100 * MB, 0, may_grow=True) == 500 * MB
+    memory.learn(7, MB, completed=True)
+    assert memory.need(7, MB, 0, may_grow=True) == int(1.1 * MB)
+
+
+SMALL = pl.LazyFrame({"a": [1, 2], "b": ["x", "y"], "l": [[1], [2]]})
+DAY = pl.date(2026, 1, 1)
+NOT_GROWING = [
+    SMALL.filter(pl.col("a") > 1).group_by("b").agg(pl.col("a").sum()).sort("b"),
+    SMALL.with_columns(pl.col("a").cum_sum().over("b"), c=pl.col("b").str.to_uppercase()),
+    SMALL.join(SMALL, on="a").select(pl.col("a", "b_right")),
+    SMALL.join(SMALL, on="a", how="anti").unique(),
+]
+GROWING = [
+    SMALL.select(pl.int_range(10)),
+    SMALL.select(pl.int_ranges("a")),
+    SMALL.select(pl.date_range(DAY, DAY)),
+    SMALL.select(pl.date_ranges(DAY, DAY)),
+    SMALL.select(pl.datetime_range(DAY, DAY)),
+    SMALL.select(pl.linear_space(0, 1, 10)),
+    SMALL.select(pl.repeat(1, 10)),
+    SMALL.select(pl.col("a").repeat_by(10)),
+    SMALL.select(pl.col("a").extend_constant(1, 10)),
+    SMALL.select(pl.col("a").sample(10, with_replacement=True)),
+    SMALL.select(pl.col("l").list.sample(10, with_replacement=True)),
+    SMALL.select(pl.col("b").str.pad_start(10)),
+    SMALL.select(pl.col("b").str.pad_end(10)),
+    SMALL.select(pl.col("b").str.zfill(10)),
+    SMALL.explode("l", empty_as_null=True),
+    SMALL.select(pl.col("l").list.explode(empty_as_null=True)),
+    SMALL.join(SMALL, how="cross"),
+    SMALL.join_where(SMALL, pl.col("a") < pl.col("a_right")),
+    SMALL.map_batches(lambda df: df),
+    SMALL.select(pl.col("a").map_batches(lambda s: s)),
+]
+
+
+@pytest.mark.parametrize("held_by_polars", [0, 1 << 40], ids=["text", "nodes"])
+def test_what_may_grow_is_seen_in_the_plan(held_by_polars, held, monkeypatch):
+    monkeypatch.setattr("polars_async.scheduling.estimates.memory_held", lambda: held_by_polars)
+    costs = CostModel(memory=Memory(LIMIT, held))
+    for query in NOT_GROWING:
+        assert costs.of([query], "in-memory").memory <= LIMIT // 64, query.explain()
+    for query in GROWING:
+        assert costs.of([query], "in-memory").memory > LIMIT // 2, query.explain()
 
 
 def test_what_was_learned_goes_before_any_guess(memory):
@@ -384,6 +437,10 @@ def pretend_held_up(handle):
 def test_query_that_memory_has_held_up_says_so(limited, block, caplog):
     heard = []
     collector = limited(on_event=heard.append, slow=0)
+
+    def ends():
+        return {each.query_id: each for each in heard if each.kind in {"finished", "timed_out"}}
+
     first, gates = start(collector, "400", block=block)
     late = collector.collect_async(TINY, label="400 11", timeout=3600)
     waiting = collector.collect_async(TINY, label="400 11")
@@ -403,13 +460,16 @@ def test_query_that_memory_has_held_up_says_so(limited, block, caplog):
     gates[0].gate.set()
     for handle in (*first, waiting):
         handle.result()
-    ends = {event.query_id: event for event in heard if event.kind in {"finished", "timed_out"}}
-    assert re.fullmatch(rf"{held_up}, timed out", ends[late.id].summary)
-    assert re.match(rf"{held_up}, ran ", ends[waiting.id].summary)
-    assert 5 < ends[waiting.id].memory_seconds < ends[waiting.id].queue_seconds
-    assert ends[first[0].id].memory_seconds == 0
-    slow = [each.getMessage() for each in caplog.records if each.name == "polars_async.slow"]
-    assert sum("held up by max_memory" in each for each in slow) == 2
+    until(lambda: len(ends()) == 3)  # the results are there before the events
+    assert re.fullmatch(rf"{held_up}, timed out", ends()[late.id].summary)
+    assert re.match(rf"{held_up}, ran ", ends()[waiting.id].summary)
+    assert 5 < ends()[waiting.id].memory_seconds < ends()[waiting.id].queue_seconds
+    assert ends()[first[0].id].memory_seconds == 0
+
+    def slow():
+        return [each.getMessage() for each in caplog.records if each.name == "polars_async.slow"]
+
+    until(lambda: sum("held up by max_memory" in each for each in slow()) == 2)
 
 
 def test_time_out_of_a_query_that_ran_says_that_memory_has_held_it_up(limited, block):
@@ -432,6 +492,18 @@ def test_what_a_query_takes_is_told_while_it_runs(limited, block):
     until(lambda: handle.peak_memory == 70 * MB)
     assert [each.memory for each in collector.queries()] == [70 * MB]
     assert handle.summary.endswith("took 70.0 MB at its peak")
+
+
+def test_what_is_taken_at_the_end_counts_however_late_the_watch_is(limited, block, monkeypatch):
+    collector = limited()
+    (handle,), gates = start(collector, "400", block=block)
+    limited.held.held += MB
+    until(lambda: handle.peak_memory == MB)
+    monkeypatch.setattr(MemoryWatch, "_measure_and_look", lambda _: False)
+    limited.held.held += 70 * MB
+    gates[0].gate.set()
+    handle.result()
+    assert handle.peak_memory == 71 * MB
 
 
 @pytest.mark.usefixtures("small_frames")
@@ -457,6 +529,32 @@ def test_small_queries_go_on_meanwhile(limited, block):
     until(is_held_up(collector, running=1))
     assert collector.collect_async(TINY, label="5 0.001").result().item() == 1
     assert inside.waiting(collector) == 1
+
+
+def test_a_query_that_was_taken_for_small_and_grows_holds_others_up(limited, block):
+    collector = limited()
+    start(collector, "5 0.001", block=block)
+    limited.held.held = 600 * MB
+    (handle,), _ = start(collector, "400", block=block)
+    until(is_held_up(collector, running=1))
+    limited.held.held = 0
+    until(lambda: inside.running(collector) == 2)  # as soon as there is memory
+    assert not handle.done()
+
+
+def test_a_query_that_was_taken_for_small_and_outgrows_the_memory_alone_is_warned_of(
+    limited, block, monkeypatch
+):
+    monkeypatch.setattr("polars_async._runtime.callers._texts", {})  # those of other tests' queries
+    collector = limited()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        start(collector, "5 0.001", block=block)
+        limited.held.held = LIMIT + 1
+        start(collector, "10", block=block)
+        until(lambda: caught)
+    assert [each.category for each in caught] == [pa.MemoryLimitWarning]
+    assert "the query '5 0.001' runs alone" in str(caught[0].message)
 
 
 def test_a_query_that_needs_more_than_there_is_runs_alone(limited, block):
@@ -621,7 +719,8 @@ def sort(rows=2_000_000):
 
 @pytest.mark.parametrize("executor", ["threads", "processes"])
 def test_peak_of_a_query_is_measured_and_learned(executor):
-    query = sort(500_000)
+    # It takes so long that many looks fall within it, and reads nothing that must be sent.
+    query = pl.LazyFrame({"a": [0]}).select(a=pl.int_range(3_000_000).shuffle(1)).sort("a")
     with pa.Collector(engine="in-memory", executor=executor, max_memory="4 GB") as collector:
         for _ in range(2):
             handle = collector.collect_async(query)
@@ -641,6 +740,16 @@ def test_what_a_result_has_in_common_with_other_frames_does_not_count():
         ]
         kept = sum(size for _, size in collector._cpu.admission.memory._kept.values())
     assert kept < sum(result.estimated_size() for result in results) / 2
+
+
+def test_of_a_query_that_was_not_measured_its_result_tells_what_it_took(limited, monkeypatch):
+    learned = []
+    monkeypatch.setattr(CostModel, "observe", lambda *_, memory, **__: learned.append(memory))
+    collector = limited()
+    collector._cpu.admission.limits.processors = 1e6  # so that the time bounds nothing
+    collector.collect_async(TINY.select(pl.int_range(1_000_000)), label="1 0.001").result()
+    until(lambda: learned)
+    assert learned == [8 * MB]
 
 
 def test_need_of_queries_too_quick_to_be_measured_does_not_rise(limited, monkeypatch, memory):

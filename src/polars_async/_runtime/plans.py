@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 from polars_async._runtime.fork import Step, in_child
 from polars_async._runtime.repeatable import is_repeatable
 from polars_async._runtime.unpatched import get_ident, sleep
-from polars_async._runtime.upstream import PICKLED, PlanEnd, plan_bytes, plan_text
+from polars_async._runtime.upstream import GROWING, PICKLED, PlanEnd, plan_bytes, plan_text
 
 if TYPE_CHECKING:
     import polars as pl
@@ -46,6 +46,7 @@ _NOT_IN_MEMORY: Final = re.compile(
 function. It may be there for another reason, such as the name of a column."""
 _RESOLVED: Final = re.compile(rb'\{"IR":\{"dsl":|,"version":\d+\}\}')
 """What Polars puts around a node whose schema was resolved."""
+_GROWING: Final = re.compile(b'"(?:%b)"' % "|".join(sorted(GROWING)).encode())
 _PATHS: Final = '"sources":{"Paths":'
 _JSON: Final = json.JSONDecoder()
 _NODE: Final = re.compile(
@@ -70,6 +71,8 @@ class Plan(NamedTuple):
     """Whether it has functions of Python or of a compiled plugin; None if it was not seen whole."""
     is_sendable: bool
     """Whether it can be sent to another process, as far as it was seen."""
+    may_grow: bool
+    """Whether it may make much more than it reads; so may what was not seen."""
     summary: str
     """Its nodes in one line, from the result to the sources."""
 
@@ -82,6 +85,7 @@ NOTHING: Final = Plan(
     is_sized=False,
     runs_python=None,
     is_sendable=True,
+    may_grow=True,
     summary="an unknown plan",
 )
 """What is known of a plan that cannot be read."""
@@ -132,6 +136,7 @@ def look_at(lf: pl.LazyFrame, limit: int = NEAR) -> Plan:
         is_sized=plan.end in {PlanEnd.WHOLE, PlanEnd.FRAME} and not runs_python,
         runs_python=runs_python,
         is_sendable=plan.end is not PlanEnd.UNSENDABLE,
+        may_grow=plan.end is not PlanEnd.WHOLE or bool(runs_python) or bool(_GROWING.search(text)),
         summary=_summary(text, paths, runs_python=bool(runs_python)),
     )
 

@@ -151,7 +151,8 @@ class CostModel:
         frames = sum(each.plan.frame_bytes for each in known)
         sizes = [each.size for each in known if each.size is not None]
         files = sum(sizes) - frames if known and len(sizes) == len(known) else None
-        return self._memory.need(fingerprint, frames, files)
+        may_grow = any(each.plan.may_grow for each in known)
+        return self._memory.need(fingerprint, frames, files, may_grow=may_grow)
 
     def of_ended(self, frames: Sequence[pl.LazyFrame], engine: str) -> Estimate | None:
         """Return the estimate of a query that has ended, to learn from it; None if that is dear."""
@@ -311,6 +312,7 @@ def _planned(frame: pl.LazyFrame) -> Plan | None:
         is_whole=not nodes.runs_python,
         is_sized=not nodes.runs_python,
         runs_python=nodes.runs_python,
+        may_grow=nodes.may_grow,
     )
 
 

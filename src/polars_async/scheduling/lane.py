@@ -344,6 +344,8 @@ class Lane:
             estimated, was_slow = self._estimate(slot, together, was_slow=was_slow)
             if not admission.fill(slot, estimated, only_if_certain=together < _MOST_TOGETHER):
                 self._meter.start(self.use_idle_slots)
+                if self._memory_watch is not None and admission.lacks_memory:
+                    self._memory_watch.start(self.use_idle_slots)
                 return False
             together = min(2 * together, _MOST_TOGETHER)
             # Threads that looked for a query meanwhile did not see those that this one had taken
@@ -398,8 +400,11 @@ class Lane:
         # submits its next query at once finds the slot free, or given to the next in the queue.
         admission = self.admission
         share = admission.share_of(slot)
-        use = admission.memory_use
-        memory = None if use is None else use.of_ended(slot, admission.limits.processors)
+        use, memory = admission.memory_use, None
+        if use is not None:
+            if slot.peak is not None or not use.is_free((slot,)):
+                admission.sample_memory()  # the last one may be long ago: now the result is there
+            memory = use.of_ended(slot, admission.limits.processors)
         with admission.lock:
             alone = slot.alone
             waiters = query.set_finished()

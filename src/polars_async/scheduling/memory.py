@@ -17,7 +17,7 @@ from polars_async._runtime.fork import new_lock
 from polars_async._runtime.frames import frames_of, size_of
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterable, Sequence
 
     import polars as pl
 
@@ -105,11 +105,16 @@ class Memory:
         """Return whether a query with this load goes on whatever the others take."""
         return load.is_small and load.memory <= self.small
 
-    def left(self, running: Sequence[Load]) -> float:
+    def are_small(self, running: Iterable[Taker]) -> bool:
+        """Return whether all that run go on whatever others take, and have not taken much yet."""
+        before = self.used - self.small
+        return all(self.is_small(slot.load) and slot.used_before >= before for slot in running)
+
+    def left(self, running: Sequence[Taker]) -> float:
         """Return how many bytes the next query may take beside the `running` ones."""
-        if all(map(self.is_small, running)):
+        if self.are_small(running):
             return inf
-        expected = self._base + sum(load.memory for load in running)
+        expected = self._base + sum(slot.load.memory for slot in running)
         return self.limit - max(self.used, expected)
 
     def note_start(self, slot: Taker, *, alone: bool) -> None:
@@ -146,22 +151,28 @@ class Memory:
                 kept += own
         return kept
 
-    def need(self, fingerprint: int | None, frame_bytes: int, file_bytes: int | None) -> int:
+    def need(
+        self,
+        fingerprint: int | None,
+        frame_bytes: int,
+        file_bytes: int | None,
+        *,
+        may_grow: bool = False,
+    ) -> int:
         """
         Return how many bytes a query is expected to take at its peak.
 
         That is what its like took, or else a guess by what it reads: by `file_bytes` in files, or
-        None if that is not known. Of queries that may be large by that, only one has room at a
-        time, until one of its like is done.
+        None if that is not known. Of queries that may be large by that, or since they `may_grow`
+        beyond what they read, only one has room at a time, until one of its like is done.
         """
         learned = None if fingerprint is None else self._learned.get(fingerprint)
         if learned is not None:
             return int(_MARGIN * learned)
         cautious = self.limit // 2 + 1
-        if file_bytes is None or not frame_bytes + file_bytes:  # it may read or make anything
-            return cautious
-        guess = _OF_FRAMES * frame_bytes + _OF_FILES * file_bytes
-        return guess if guess <= self.small else max(guess, cautious)
+        guess = _OF_FRAMES * frame_bytes + _OF_FILES * (file_bytes or 0)
+        is_known = file_bytes is not None and guess > 0 and not may_grow  # else it may be anything
+        return guess if is_known and guess <= self.small else max(guess, cautious)
 
     def most_within(self, seconds: float, processors: float) -> int:
         """Return how many bytes a query may have filled in so many seconds."""

@@ -29,7 +29,7 @@ class MemoryUse:
 
     def limit_room(self, room: Room, running: Sequence[Slot]) -> None:
         """Have no query find room that would take more than what is left beside the `running`."""
-        room.memory = self.memory.left([slot.load for slot in running])
+        room.memory = self.memory.left(running)
         room.small_memory = self.memory.small
 
     def lacking_in(self, room: Room) -> Callable[[Query[Any], Load], bool]:
@@ -46,8 +46,8 @@ class MemoryUse:
         return lacks_memory
 
     def is_free(self, running: Iterable[Slot]) -> bool:
-        """Return whether a query may take as much as it likes: the `running` ones are small."""
-        return all(self.memory.is_small(slot.load) for slot in running)
+        """Return whether a query may take as much as it likes: see `Memory.are_small`."""
+        return self.memory.are_small(running)
 
     def count_as_all(self, slot: Slot) -> None:
         """Have none but small queries start beside that of `slot`, of which nothing is known."""
@@ -72,12 +72,13 @@ class MemoryUse:
         return True
 
     def too_large(self, running: Iterable[Slot]) -> Query[Any] | None:
-        """Return the query that runs beside none but small ones, and has outgrown the memory."""
+        """Return the query that has outgrown the memory: alone, or beside none but small ones."""
         memory = self.memory
         if memory.used <= memory.limit:
             return None
-        large = [slot.query for slot in running if not memory.is_small(slot.load)]
-        return large[0] if len(large) == 1 else None
+        slots = list(running)
+        large = [slot for slot in slots if not memory.is_small(slot.load)] or slots
+        return large[0].query if len(large) == 1 else None
 
     def of_ended(self, slot: Slot, processors: float) -> int | None:
         """
@@ -93,8 +94,8 @@ class MemoryUse:
             # By its worker, which has also packed the result.
             return query.peak_memory + query.keep_result(memory)
         most = memory.most_within(query.times.run_seconds or 0.0, processors)
-        query.keep_result(memory, most=most)
+        kept = query.keep_result(memory, most=most)
         if slot.peak is not None:
             query.peak_memory = slot.peak
             return slot.peak
-        return min(memory.of_its_like(slot.load), most)
+        return max(kept, min(memory.of_its_like(slot.load), most))

@@ -34,7 +34,7 @@ from polars_async._runtime.upstream.installed import (
     namespaces_of,
 )
 from polars_async._runtime.upstream.ipc import map_ipc
-from polars_async._runtime.upstream.nodes import PlanNodes, plan_nodes
+from polars_async._runtime.upstream.nodes import GROWING, PlanNodes, plan_nodes
 from polars_async._runtime.upstream.observer import CountingEngine, counting_engine, observed
 from polars_async._runtime.upstream.serialized import (
     PICKLED,
@@ -53,6 +53,7 @@ __all__ = [
     "BUILT_IN_ENGINES",
     "DEFAULT_ENGINE",
     "DEFAULT_OPTIMIZATIONS",
+    "GROWING",
     "LIBRARY",
     "PACKAGE_FOLDER",
     "PICKLED",

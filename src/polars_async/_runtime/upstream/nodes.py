@@ -26,6 +26,36 @@ _REPEATABLE: Final = frozenset(_KINDS.split())
 some draw random numbers."""
 
 
+GROWING: Final = frozenset(
+    [
+        "Cross",
+        "DateRange",
+        "DateRanges",
+        "DatetimeRange",
+        "DatetimeRanges",
+        "Explode",
+        "ExtendConstant",
+        "IEJoin",
+        "IntRange",
+        "IntRanges",
+        "LinearSpace",
+        "LinearSpaces",
+        "NonEqui",
+        "PadEnd",
+        "PadStart",
+        "Repeat",
+        "RepeatBy",
+        "Sample",
+        "TimeRange",
+        "TimeRanges",
+        "ZFill",
+    ]
+)
+"""What may make much more than it reads. Polars gives these names in the text of a plan, or as
+words in lower case."""
+_GROWING_WORDS: Final = frozenset(map(str.lower, GROWING))
+
+
 class PlanNodes(NamedTuple):
     """What a query reads and runs."""
 
@@ -38,6 +68,8 @@ class PlanNodes(NamedTuple):
     """A hash of the nodes and expressions, without the numbers in them."""
     is_repeatable: bool
     """Whether all of it is known to give the same result each time."""
+    may_grow: bool
+    """Whether it may make much more than it reads."""
 
 
 def plan_nodes(lf: pl.LazyFrame) -> PlanNodes | None:
@@ -57,6 +89,7 @@ def _read(plan: Any) -> PlanNodes:
     size, last = 0, -1
     paths: list[str] = []
     shown: list[str] = []
+    may_grow = False
     waiting, seen = [plan.get_node()], set()
     while waiting:
         number = waiting.pop()
@@ -68,16 +101,30 @@ def _read(plan: Any) -> PlanNodes:
         node = _shown(plan.view_current_node, shown)
         if hasattr(node, "df"):
             size += node.df.estimated_size()
+        may_grow = may_grow or _grows(node)
         paths += map(str, getattr(node, "paths", ()))
         last = max((last, *(each.node for each in plan.get_exprs())))
     # Parts of an expression come before it. Some of these are of no use any more, which is no harm.
     for number in range(last + 1):
-        _shown(partial(plan.view_expression, number), shown)
+        may_grow = _grows(_shown(partial(plan.view_expression, number), shown)) or may_grow
     runs_python = "PythonScan" in shown or any(
         word in each for each in shown for word in _RUNS_PYTHON
     )
     is_repeatable = not runs_python and all(each.split()[0] in _REPEATABLE for each in shown)
-    return PlanNodes(size, paths, runs_python, hash(tuple(shown)), is_repeatable)
+    may_grow = may_grow or runs_python
+    return PlanNodes(size, paths, runs_python, hash(tuple(shown)), is_repeatable, may_grow)
+
+
+def _grows(node: Any) -> bool:
+    """Return whether a node or an expression may make much more than its inputs have."""
+    for name in ("function_data", "function", "options"):  # of a function, of a frame's, of a join
+        what = getattr(node, name, None)
+        while isinstance(what, tuple):  # a name with its parameters
+            what = what[0] if what else None
+        word = str(what).rpartition(".")[2].replace("_", "").lower()
+        if word in _GROWING_WORDS:
+            return True
+    return type(node).__name__ == "Explode"
 
 
 def _shown(view: Callable[[], Any], shown: list[str]) -> Any:
