@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import gzip
 import os
 import re
 import warnings
@@ -248,8 +249,9 @@ DAY = pl.date(2026, 1, 1)
 NOT_GROWING = [
     SMALL.filter(pl.col("a") > 1).group_by("b").agg(pl.col("a").sum()).sort("b"),
     SMALL.with_columns(pl.col("a").cum_sum().over("b"), c=pl.col("b").str.to_uppercase()),
-    SMALL.join(SMALL, on="a").select(pl.col("a", "b_right")),
+    SMALL.select(pl.col("a").alias("sample"), pl.lit("repeat").alias("Cross")),
     SMALL.join(SMALL, on="a", how="anti").unique(),
+    SMALL.sort("a").join_asof(SMALL.sort("a"), on="a"),
 ]
 GROWING = [
     SMALL.select(pl.int_range(10)),
@@ -268,6 +270,9 @@ GROWING = [
     SMALL.select(pl.col("b").str.zfill(10)),
     SMALL.explode("l", empty_as_null=True),
     SMALL.select(pl.col("l").list.explode(empty_as_null=True)),
+    SMALL.join(SMALL, on="a"),
+    SMALL.join(SMALL, on="a", how="left"),
+    SMALL.join(SMALL, on="a", how="full"),
     SMALL.join(SMALL, how="cross"),
     SMALL.join_where(SMALL, pl.col("a") < pl.col("a_right")),
     SMALL.map_batches(lambda df: df),
@@ -275,14 +280,65 @@ GROWING = [
 ]
 
 
-@pytest.mark.parametrize("held_by_polars", [0, 1 << 40], ids=["text", "nodes"])
-def test_what_may_grow_is_seen_in_the_plan(held_by_polars, held, monkeypatch):
-    monkeypatch.setattr("polars_async.scheduling.estimates.memory_held", lambda: held_by_polars)
-    costs = CostModel(memory=Memory(LIMIT, held))
+@pytest.fixture(params=["text", "nodes"])
+def costs(request, held, monkeypatch):
+    """Return a cost model that sees the text of a plan, or its nodes."""
+    if request.param == "nodes":
+        monkeypatch.setattr("polars_async.scheduling.estimates.MUCH_HELD", -1)
+        monkeypatch.setattr("polars_async.scheduling.estimates.look_at", None)
+    return CostModel(memory=Memory(LIMIT, held))
+
+
+def test_what_may_grow_is_seen_in_the_plan(costs):
     for query in NOT_GROWING:
         assert costs.of([query], "in-memory").memory <= LIMIT // 64, query.explain()
     for query in GROWING:
         assert costs.of([query], "in-memory").memory > LIMIT // 2, query.explain()
+
+
+@pytest.mark.parametrize("packed", ["parquet", "arrow", "csv.gz", "gz"])
+def test_small_files_that_may_be_much_in_memory_are_unknown(packed, costs, tmp_path):
+    rows = 2_000_000
+    frame = pl.select(a=pl.zeros(rows, dtype=pl.Int64))
+    path = tmp_path / f"a.{packed}"
+    if packed == "parquet":
+        frame.write_parquet(path)
+        query = pl.scan_parquet(path)
+    elif packed == "arrow":
+        frame.write_ipc(path, compression="zstd")
+        query = pl.scan_ipc(path)
+    else:
+        path.write_bytes(gzip.compress(frame.write_csv().encode()))
+        query = pl.scan_csv(path)
+    assert path.stat().st_size * 8 < LIMIT // 64
+    query = query.select(pl.col("a").max())
+    expected = costs.of([query], "in-memory")
+    assert expected.memory > LIMIT // 2
+    costs._memory.learn(expected.fingerprint, MB, completed=True)
+    assert costs.of([query], "in-memory").memory == int(1.1 * MB)
+
+
+@pytest.mark.parametrize("form", ["parquet", "csv", "ndjson"])
+def test_small_files_that_are_little_in_memory_are_known(form, costs, tmp_path):
+    path = tmp_path / f"a.{form}"
+    getattr(pl.select(a=pl.int_range(1000)), f"write_{form}")(path)
+    query = getattr(pl, f"scan_{form}")(path)
+    assert 8000 < costs.of([query], "in-memory").memory <= LIMIT // 64
+
+
+def test_join_that_is_said_to_find_one_row_at_most_does_not_grow(held):
+    costs = CostModel(memory=Memory(LIMIT, held))
+    query = SMALL.join(SMALL, on="a", how="left", validate="m:1")
+    assert costs.of([query], "in-memory").memory <= LIMIT // 64
+
+
+def test_what_is_made_by_numbers_is_not_learned_from_much_smaller_ones(costs):
+    def shape(query):
+        return costs.of([query], "in-memory").fingerprint
+
+    assert shape(SMALL.select(pl.int_range(10))) == shape(SMALL.select(pl.int_range(20)))
+    assert shape(SMALL.select(pl.int_range(10))) != shape(SMALL.select(pl.int_range(10**8)))
+    assert shape(SMALL.filter(pl.col("a") > 10)) == shape(SMALL.filter(pl.col("a") > 10**8))
 
 
 def test_what_was_learned_goes_before_any_guess(memory):
@@ -340,12 +396,15 @@ def test_what_is_learned_has_an_end(memory):
 
 def test_first_guess_of_a_query_counts_frames_and_files_apart(tmp_path, held):
     frame = pl.DataFrame({"a": range(100_000)})
+    frame.write_csv(tmp_path / "a.csv")
     frame.write_parquet(tmp_path / "a.parquet")
     costs = CostModel(memory=Memory(10**12, held))
     assert costs.of([frame.lazy().select("a")], "in-memory").memory == 5 * 800_000
-    scan = pl.scan_parquet(tmp_path / "a.parquet")
-    size = (tmp_path / "a.parquet").stat().st_size
+    size = (tmp_path / "a.csv").stat().st_size
+    scan = pl.scan_csv(tmp_path / "a.csv")
     assert costs.of([scan.select("a")], "in-memory").memory == 8 * size
+    scan = pl.scan_parquet(tmp_path / "a.parquet")  # as if it was in memory, if that is more
+    assert costs.of([scan.select("a")], "in-memory").memory == 5 * 800_000
 
 
 def test_what_a_worker_takes_counts_beside_what_it_takes_idle_and_with_its_result(limited):

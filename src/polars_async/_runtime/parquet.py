@@ -1,22 +1,23 @@
 # ruff: noqa: PLR2004  # the numbers are those of the format
-"""Reads the footer of a Parquet file, which Polars keeps for itself: how large the columns are."""
+"""Reads the footer of a Parquet file, which Polars keeps for itself: what the columns have."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 if TYPE_CHECKING:
     from collections.abc import Collection
 
 _MAGIC: Final = b"PAR1"
 _MOST_READ: Final = 1 << 20
-"""Bytes of a footer, which take some 0.2 s: those of longer ones are not read."""
+"""Bytes of a footer: those of longer ones are not read."""
 # Fields of the format's structures.
 _ROW_GROUPS: Final = 4
 _COLUMNS: Final = 1
 _META_DATA: Final = 3
 _PATH: Final = 3
+_VALUES: Final = 5
 _COMPRESSED_SIZE: Final = 7
 
 
@@ -31,22 +32,57 @@ def share_of_columns(path: str, names: Collection[str]) -> float | None:
     OSError
         The file cannot be read.
     """
+    columns = _columns(path, _MOST_READ)
+    if columns is None:
+        return None
+    whole = sum(column.size for column in columns)
+    size = sum(column.size for column in columns if column.name in names)
+    return size / whole if whole else None
+
+
+def number_of_values(path: str, most_read: int) -> int | None:
+    """
+    Return how many values all columns of a file have together.
+
+    None if the footer is longer than `most_read` bytes, of which each MB takes some 0.2 s; or is no
+    footer.
+
+    Raises
+    ------
+    OSError
+        The file cannot be read.
+    """
+    columns = _columns(path, most_read)
+    return None if columns is None else sum(column.values for column in columns)
+
+
+class _Column(NamedTuple):
+    """A column in one group of rows."""
+
+    name: str
+    size: int
+    """In bytes, compressed."""
+    values: int
+
+
+def _columns(path: str, most_read: int) -> list[_Column] | None:
     with Path(path).open("rb") as file:
         size = file.seek(0, 2)
         file.seek(max(size - 8, 0))
         length, magic = int.from_bytes(file.read(4), "little"), file.read(4)
-        if magic != _MAGIC or not 0 < length <= min(size - 8, _MOST_READ):
+        if magic != _MAGIC or not 0 < length <= min(size - 8, most_read):
             return None
         file.seek(size - 8 - length)
         footer = file.read(length)
     try:
         groups = _struct(footer, 0)[0][_ROW_GROUPS]
         columns = [column[_META_DATA] for group in groups for column in group[_COLUMNS]]
-        sizes = [(each[_PATH][0].decode(), each[_COMPRESSED_SIZE]) for each in columns]
+        return [
+            _Column(each[_PATH][0].decode(), each[_COMPRESSED_SIZE], each[_VALUES])
+            for each in columns
+        ]
     except (IndexError, LookupError, TypeError, ValueError, AttributeError):
         return None
-    whole = sum(size for _, size in sizes)
-    return sum(size for name, size in sizes if name in names) / whole if whole else None
 
 
 def _struct(data: bytes, at: int) -> tuple[dict[int, Any], int]:

@@ -46,7 +46,11 @@ _NOT_IN_MEMORY: Final = re.compile(
 function. It may be there for another reason, such as the name of a column."""
 _RESOLVED: Final = re.compile(rb'\{"IR":\{"dsl":|,"version":\d+\}\}')
 """What Polars puts around a node whose schema was resolved."""
-_GROWING: Final = re.compile(b'"(?:%b)"' % "|".join(sorted(GROWING)).encode())
+_MAKES_MORE: Final = re.compile(b'"(?:%b)"' % "|".join(GROWING).encode())
+_MULTIPLIES: Final = re.compile(
+    rb'"how":"(?:Cross|Full|Inner|Left|Right)","validation":"(?:Many|One)ToMany"|"sources":\{"(?!Paths)'
+)
+"""What may find many rows for each, or reads what was not counted."""
 _PATHS: Final = '"sources":{"Paths":'
 _JSON: Final = json.JSONDecoder()
 _NODE: Final = re.compile(
@@ -58,7 +62,8 @@ class Plan(NamedTuple):
     """What the text of a plan has shown."""
 
     shape: int
-    """A hash of the text without its numbers: plans that differ in numbers alone have the same."""
+    """A hash of the text without its numbers: plans that differ in numbers alone have the same,
+    or, where numbers tell how much is made, in numbers of as many digits."""
     frame_bytes: int
     """The size of the frames in memory that it reads, as far as they were seen."""
     paths: list[str]
@@ -128,15 +133,18 @@ def look_at(lf: pl.LazyFrame, limit: int = NEAR) -> Plan:
     if plan.end in {PlanEnd.LIMIT, PlanEnd.FRAME} and not runs_python:
         runs_python = None
     paths = _paths(text)
+    makes_more = _MAKES_MORE.search(text) is not None
+    shape = _shape_with_digits(text) if makes_more else _NUMBERS.sub(b"0", text)
+    is_whole = plan.end is PlanEnd.WHOLE and not runs_python
     return Plan(
-        shape=hash(_NUMBERS.sub(b"0", text)),
+        shape=hash(shape),
         frame_bytes=plan.frame_bytes,
         paths=paths,
-        is_whole=plan.end is PlanEnd.WHOLE and not runs_python,
+        is_whole=is_whole,
         is_sized=plan.end in {PlanEnd.WHOLE, PlanEnd.FRAME} and not runs_python,
         runs_python=runs_python,
         is_sendable=plan.end is not PlanEnd.UNSENDABLE,
-        may_grow=plan.end is not PlanEnd.WHOLE or bool(runs_python) or bool(_GROWING.search(text)),
+        may_grow=makes_more or not is_whole or _MULTIPLIES.search(text) is not None,
         summary=_summary(text, paths, runs_python=bool(runs_python)),
     )
 
@@ -157,9 +165,8 @@ def shape_in_memory(lf: pl.LazyFrame, limit: int) -> int | None:
         return None
     if plan is None or plan.end is not PlanEnd.WHOLE or _NOT_IN_MEMORY.search(plan.text):
         return UNFIT
-    # The bytes of frames that are in the text, and how many others there were.
-    text = _BYTES_OF_FRAMES.sub(_magnitude, plan.text).translate(_DIGITS)
-    return hash((text, plan.frame_bytes.bit_length())) or 1
+    # With the frames that are not in the text.
+    return hash((_shape_with_digits(plan.text), plan.frame_bytes.bit_length())) or 1
 
 
 def packed(lf: pl.LazyFrame, limit: int) -> bytes | None:
@@ -190,6 +197,10 @@ def is_same_each_time(lf: pl.LazyFrame, paths: list[str]) -> bool:
         return False
     # What several parts of a plan share is packed once, and written for each of them.
     return set(_paths(plan.text)) == set(paths) and is_repeatable(plan.text)
+
+
+def _shape_with_digits(text: bytes) -> bytes:
+    return _BYTES_OF_FRAMES.sub(_magnitude, text).translate(_DIGITS)
 
 
 def _magnitude(numbers: re.Match[bytes]) -> bytes:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 from weakref import ref
 
 from polars_async._runtime.fork import new_lock
+from polars_async._runtime.parquet import number_of_values
 from polars_async._runtime.plans import FAR, NEAR, NOTHING, SENT_RATE, look_at
 from polars_async._runtime.upstream import memory_held, plan_nodes
 from polars_async.scheduling.sizes import UNKNOWN, Load, size_of
@@ -38,6 +39,14 @@ _NO_MEMORY: Final = 1 << 20
 """Bytes below which estimates make no difference."""
 _SHARE_OF_REMOTE: Final = 0.25
 """The share of the processors that a query over remote files is expected to take at first."""
+_TEXTS: Final = (".csv", ".json", ".jsonl", ".log", ".ndjson", ".tsv", ".txt")
+"""How the names of files end that are not compressed."""
+_OF_VALUE: Final = 5
+"""Bytes of a file that a value in a Parquet file counts for at least: eight times that is what five
+times its eight bytes in memory are."""
+_MOST_FOOTER: Final = 1 << 16
+"""Bytes of a footer of such a file, which take some 13 ms."""
+_MOST_UNPACKED: Final = 16
 _MOST_KNOWN: Final = 4096
 _MOST_COPIED: Final = 1 << 30
 """Bytes of frames in memory: where there are more, no plan is looked at, since a look may copy one
@@ -146,13 +155,18 @@ class CostModel:
             return Estimate(UNKNOWN, None, memory=self._memory_of((), None))
 
     def _memory_of(self, known: Sequence[_Known], fingerprint: int | None) -> int:
-        if self._memory is None:
+        memory = self._memory
+        if memory is None:
             return 0
         frames = sum(each.plan.frame_bytes for each in known)
         sizes = [each.size for each in known if each.size is not None]
         files = sum(sizes) - frames if known and len(sizes) == len(known) else None
         may_grow = any(each.plan.may_grow for each in known)
-        return self._memory.need(fingerprint, frames, files, may_grow=may_grow)
+        need = memory.need(fingerprint, frames, files, may_grow=may_grow)
+        paths = [path for each in known for path in each.plan.paths]
+        if paths and need <= memory.small and not memory.knows(fingerprint):
+            need = memory.need(fingerprint, frames, _unpacked_size(paths))
+        return need
 
     def of_ended(self, frames: Sequence[pl.LazyFrame], engine: str) -> Estimate | None:
         """Return the estimate of a query that has ended, to learn from it; None if that is dear."""
@@ -329,6 +343,23 @@ def _amount(plan: Plan) -> tuple[int | None, float]:
     if not plan.is_sized:  # the plan is longer than was read of it
         return plan.frame_bytes or None, max(seconds, UNKNOWN)
     return plan.frame_bytes + sum(sizes) if len(sizes) == len(files) else None, seconds
+
+
+def _unpacked_size(paths: Sequence[str]) -> int | None:
+    """Return the size of files as it counts for memory; None if they may be well compressed."""
+    sizes = [_unpacked(path) for path in paths[:_MOST_UNPACKED]]
+    return None if None in sizes or len(sizes) < len(paths) else sum(size or 0 for size in sizes)
+
+
+def _unpacked(path: str) -> int | None:
+    size = _file_size(path)
+    if size is None or path.lower().endswith(_TEXTS):
+        return size
+    try:
+        values = number_of_values(path, _MOST_FOOTER)
+    except OSError:
+        return None
+    return None if values is None else max(size, _OF_VALUE * values)
 
 
 def _is_remote(path: str) -> bool:

@@ -174,6 +174,10 @@ class Memory:
         is_known = file_bytes is not None and guess > 0 and not may_grow  # else it may be anything
         return guess if is_known and guess <= self.small else max(guess, cautious)
 
+    def knows(self, fingerprint: int | None) -> bool:
+        """Return whether what queries with this fingerprint take was learned."""
+        return fingerprint in self._learned
+
     def most_within(self, seconds: float, processors: float) -> int:
         """Return how many bytes a query may have filled in so many seconds."""
         return int(_ALLOCATED * seconds * processors)

@@ -26,34 +26,15 @@ _REPEATABLE: Final = frozenset(_KINDS.split())
 some draw random numbers."""
 
 
-GROWING: Final = frozenset(
-    [
-        "Cross",
-        "DateRange",
-        "DateRanges",
-        "DatetimeRange",
-        "DatetimeRanges",
-        "Explode",
-        "ExtendConstant",
-        "IEJoin",
-        "IntRange",
-        "IntRanges",
-        "LinearSpace",
-        "LinearSpaces",
-        "NonEqui",
-        "PadEnd",
-        "PadStart",
-        "Repeat",
-        "RepeatBy",
-        "Sample",
-        "TimeRange",
-        "TimeRanges",
-        "ZFill",
-    ]
+_FUNCTIONS: Final = (
+    "DateRange DateRanges DatetimeRange DatetimeRanges Explode ExtendConstant IntRange IntRanges "
+    "LinearSpace LinearSpaces PadEnd PadStart Repeat RepeatBy Sample TimeRange TimeRanges ZFill"
 )
-"""What may make much more than it reads. Polars gives these names in the text of a plan, or as
-words in lower case."""
+GROWING: Final = tuple(_FUNCTIONS.split())
+"""Functions that make as much as the numbers among their arguments say, or as lists have items.
+Polars gives these names in the text of a plan, or as words in lower case."""
 _GROWING_WORDS: Final = frozenset(map(str.lower, GROWING))
+_GROWING_JOINS: Final = frozenset({"Cross", "Full", "IEJoin", "Inner", "Left", "Right"})
 
 
 class PlanNodes(NamedTuple):
@@ -65,7 +46,8 @@ class PlanNodes(NamedTuple):
     runs_python: bool
     """Whether it has functions of Python or of a plugin, or a source of Python."""
     shape: int
-    """A hash of the nodes and expressions, without the numbers in them."""
+    """A hash of the nodes and expressions, without the numbers in them; with how long these are,
+    where that tells how much is made."""
     is_repeatable: bool
     """Whether all of it is known to give the same result each time."""
     may_grow: bool
@@ -89,7 +71,7 @@ def _read(plan: Any) -> PlanNodes:
     size, last = 0, -1
     paths: list[str] = []
     shown: list[str] = []
-    may_grow = False
+    found: list[Any] = []
     waiting, seen = [plan.get_node()], set()
     while waiting:
         number = waiting.pop()
@@ -99,32 +81,46 @@ def _read(plan: Any) -> PlanNodes:
         plan.set_node(number)
         waiting += plan.get_inputs()
         node = _shown(plan.view_current_node, shown)
+        found.append(node)
         if hasattr(node, "df"):
             size += node.df.estimated_size()
-        may_grow = may_grow or _grows(node)
         paths += map(str, getattr(node, "paths", ()))
         last = max((last, *(each.node for each in plan.get_exprs())))
     # Parts of an expression come before it. Some of these are of no use any more, which is no harm.
-    for number in range(last + 1):
-        may_grow = _grows(_shown(partial(plan.view_expression, number), shown)) or may_grow
+    found += [_shown(partial(plan.view_expression, number), shown) for number in range(last + 1)]
+    values = [each.value for each in found if type(each).__name__ == "Literal"]
+    size += sum(each.estimated_size() for each in values if hasattr(each, "estimated_size"))
+    makes_more = any(_name(each) in _GROWING_WORDS for each in found)
+    if makes_more:
+        shown += [f"{len(str(each))} characters" for each in values]
     runs_python = "PythonScan" in shown or any(
         word in each for each in shown for word in _RUNS_PYTHON
     )
-    is_repeatable = not runs_python and all(each.split()[0] in _REPEATABLE for each in shown)
-    may_grow = may_grow or runs_python
-    return PlanNodes(size, paths, runs_python, hash(tuple(shown)), is_repeatable, may_grow)
+    return PlanNodes(
+        frame_bytes=size,
+        paths=paths,
+        runs_python=runs_python,
+        shape=hash(tuple(shown)),
+        is_repeatable=not runs_python and all(each.split()[0] in _REPEATABLE for each in shown),
+        may_grow=makes_more or runs_python or None in found or any(map(_multiplies, found)),
+    )
 
 
-def _grows(node: Any) -> bool:
-    """Return whether a node or an expression may make much more than its inputs have."""
-    for name in ("function_data", "function", "options"):  # of a function, of a frame's, of a join
-        what = getattr(node, name, None)
-        while isinstance(what, tuple):  # a name with its parameters
-            what = what[0] if what else None
-        word = str(what).rpartition(".")[2].replace("_", "").lower()
-        if word in _GROWING_WORDS:
-            return True
-    return type(node).__name__ == "Explode"
+def _name(part: Any) -> str:
+    """Return the name of a function, as a word in lower case, as far as Polars shows it."""
+    kind = type(part).__name__
+    if kind not in {"Function", "MapFunction"}:
+        return kind.lower()
+    what = part.function_data if kind == "Function" else part.function
+    return str(what[0]).rpartition(".")[2].replace("_", "").lower()
+
+
+def _multiplies(node: Any) -> bool:
+    """Return whether a node is a join that may find many rows for each."""
+    if type(node).__name__ != "Join":
+        return False
+    how = node.options[0]  # a name, or a tuple of a name and what belongs to it
+    return (how if isinstance(how, str) else how[0]) in _GROWING_JOINS
 
 
 def _shown(view: Callable[[], Any], shown: list[str]) -> Any:
