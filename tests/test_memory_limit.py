@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import gzip
+import io
 import os
 import re
 import warnings
@@ -253,7 +254,10 @@ NOT_GROWING = [
     SMALL.join(SMALL, on="a", how="anti").unique(),
     SMALL.sort("a").join_asof(SMALL.sort("a"), on="a"),
 ]
+IN_MEMORY = io.BytesIO()
+SMALL.collect().write_parquet(IN_MEMORY)
 GROWING = [
+    pl.concat([SMALL.select("a"), pl.scan_parquet(IN_MEMORY).select("a")]),
     SMALL.select(pl.int_range(10)),
     SMALL.select(pl.int_ranges("a")),
     SMALL.select(pl.date_range(DAY, DAY)),
@@ -311,7 +315,7 @@ def test_small_files_that_may_be_much_in_memory_are_unknown(packed, costs, tmp_p
         path.write_bytes(gzip.compress(frame.write_csv().encode()))
         query = pl.scan_csv(path)
     assert path.stat().st_size * 8 < LIMIT // 64
-    query = query.select(pl.col("a").max())
+    query = pl.concat([SMALL.select("a"), query]).select(pl.col("a").max())
     expected = costs.of([query], "in-memory")
     assert expected.memory > LIMIT // 2
     costs._memory.learn(expected.fingerprint, MB, completed=True)
@@ -324,12 +328,6 @@ def test_small_files_that_are_little_in_memory_are_known(form, costs, tmp_path):
     getattr(pl.select(a=pl.int_range(1000)), f"write_{form}")(path)
     query = getattr(pl, f"scan_{form}")(path)
     assert 8000 < costs.of([query], "in-memory").memory <= LIMIT // 64
-
-
-def test_join_that_is_said_to_find_one_row_at_most_does_not_grow(held):
-    costs = CostModel(memory=Memory(LIMIT, held))
-    query = SMALL.join(SMALL, on="a", how="left", validate="m:1")
-    assert costs.of([query], "in-memory").memory <= LIMIT // 64
 
 
 def test_what_is_made_by_numbers_is_not_learned_from_much_smaller_ones(costs):

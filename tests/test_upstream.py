@@ -54,6 +54,7 @@ def test_every_name_is_polars_own_or_tested_here():
         "CountingEngine",
         "DEFAULT_ENGINE",
         "DEFAULT_OPTIMIZATIONS",
+        "GROWING",
         "InProcessQuery",
         "LIBRARY",
         "PACKAGE_FOLDER",

@@ -47,9 +47,7 @@ function. It may be there for another reason, such as the name of a column."""
 _RESOLVED: Final = re.compile(rb'\{"IR":\{"dsl":|,"version":\d+\}\}')
 """What Polars puts around a node whose schema was resolved."""
 _MAKES_MORE: Final = re.compile(b'"(?:%b)"' % "|".join(GROWING).encode())
-_MULTIPLIES: Final = re.compile(
-    rb'"how":"(?:Cross|Full|Inner|Left|Right)","validation":"(?:Many|One)ToMany"|"sources":\{"(?!Paths)'
-)
+_MULTIPLIES: Final = re.compile(rb'"how":"(?:Cross|Full|Inner|Left|Right)"|"sources":\{"(?!Paths)')
 """What may find many rows for each, or reads what was not counted."""
 _PATHS: Final = '"sources":{"Paths":'
 _JSON: Final = json.JSONDecoder()
