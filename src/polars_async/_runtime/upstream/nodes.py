@@ -112,7 +112,8 @@ def _name(part: Any) -> str:
     if kind not in {"Function", "MapFunction"}:
         return kind.lower()
     what = part.function_data if kind == "Function" else part.function
-    return str(what[0]).rpartition(".")[2].replace("_", "").lower()
+    name = what[0] if isinstance(what, tuple) and what else what
+    return str(name).rpartition(".")[2].replace("_", "").lower()
 
 
 def _multiplies(node: Any) -> bool:
