@@ -253,6 +253,9 @@ NOT_GROWING = [
     SMALL.select(pl.col("a").alias("sample"), pl.lit("repeat").alias("Cross")),
     SMALL.join(SMALL, on="a", how="anti").unique(),
     SMALL.sort("a").join_asof(SMALL.sort("a"), on="a"),
+    SMALL.select(pl.col("a").rolling_mean(2), pl.col("a").sum().over("b").alias("rolling")),
+    SMALL.group_by("b").agg(pl.col("a").implode()),
+    pl.concat([SMALL, SMALL]).sort("a"),
 ]
 IN_MEMORY = io.BytesIO()
 SMALL.collect().write_parquet(IN_MEMORY)
@@ -279,6 +282,11 @@ GROWING = [
     SMALL.join(SMALL, on="a", how="full"),
     SMALL.join(SMALL, how="cross"),
     SMALL.join_where(SMALL, pl.col("a") < pl.col("a_right")),
+    SMALL.select(pl.col("a").over("b", mapping_strategy="join")),
+    SMALL.select(pl.col("a").sort().implode().over("b")),
+    SMALL.select(pl.col("a").set_sorted().sum().rolling("a", period="2i")),
+    SMALL.rolling("a", period="2i").agg(pl.col("b")),
+    SMALL.group_by_dynamic("a", every="1i", period="2i").agg(pl.col("b")),
     SMALL.map_batches(lambda df: df),
     SMALL.select(pl.col("a").map_batches(lambda s: s)),
 ]
@@ -297,6 +305,17 @@ def test_what_may_grow_is_seen_in_the_plan(costs):
     for query in NOT_GROWING:
         assert costs.of([query], "in-memory").memory <= LIMIT // 64, query.explain()
     for query in GROWING:
+        assert costs.of([query], "in-memory").memory > LIMIT // 2, query.explain()
+
+
+def test_frame_that_is_concatenated_with_itself_often_counts_as_often(costs):
+    frame = pl.DataFrame({"a": range(10_000)})
+    assert costs.of([frame.lazy()], "in-memory").memory <= LIMIT // 64
+    often = pl.concat([frame.lazy()] * 300)
+    twice = frame.lazy()
+    for _ in range(8):
+        twice = pl.concat([twice.with_columns(pl.col("a") + 1)] * 2).sort("a")
+    for query in (often.sort("a"), twice):
         assert costs.of([query], "in-memory").memory > LIMIT // 2, query.explain()
 
 
@@ -336,6 +355,8 @@ def test_what_is_made_by_numbers_is_not_learned_from_much_smaller_ones(costs):
 
     assert shape(SMALL.select(pl.int_range(10))) == shape(SMALL.select(pl.int_range(20)))
     assert shape(SMALL.select(pl.int_range(10))) != shape(SMALL.select(pl.int_range(10**8)))
+    few, many = (SMALL.rolling("a", period=period).agg("b") for period in ("9i", "999i"))
+    assert shape(few) != shape(many)
     assert shape(SMALL.filter(pl.col("a") > 10)) == shape(SMALL.filter(pl.col("a") > 10**8))
 
 

@@ -46,9 +46,13 @@ _NOT_IN_MEMORY: Final = re.compile(
 function. It may be there for another reason, such as the name of a column."""
 _RESOLVED: Final = re.compile(rb'\{"IR":\{"dsl":|,"version":\d+\}\}')
 """What Polars puts around a node whose schema was resolved."""
-_MAKES_MORE: Final = re.compile(b'"(?:%b)"' % "|".join(GROWING).encode())
-_MULTIPLIES: Final = re.compile(rb'"how":"(?:Cross|Full|Inner|Left|Right)"|"sources":\{"(?!Paths)')
-"""What may find many rows for each, or reads what was not counted."""
+_MAKES_MORE: Final = re.compile(b'"(?:%b)"|"(?:dynamic|rolling)":[{]' % "|".join(GROWING).encode())
+_MULTIPLIES: Final = re.compile(
+    rb'"how":"(?:Cross|Full|Inner|Left|Right)"|"mapping":"Join"|"sources":\{"(?!Paths)'
+)
+"""What may find many rows for each, or makes a list for each, or reads what was not counted."""
+_MAKES_LISTS: Final = (b'"Over":', b'"Implode":')
+"""What makes a list for each row, where both are there."""
 _PATHS: Final = '"sources":{"Paths":'
 _JSON: Final = json.JSONDecoder()
 _NODE: Final = re.compile(
@@ -142,7 +146,10 @@ def look_at(lf: pl.LazyFrame, limit: int = NEAR) -> Plan:
         is_sized=plan.end in {PlanEnd.WHOLE, PlanEnd.FRAME} and not runs_python,
         runs_python=runs_python,
         is_sendable=plan.end is not PlanEnd.UNSENDABLE,
-        may_grow=makes_more or not is_whole or _MULTIPLIES.search(text) is not None,
+        may_grow=makes_more
+        or not is_whole
+        or _MULTIPLIES.search(text) is not None
+        or all(each in text for each in _MAKES_LISTS),
         summary=_summary(text, paths, runs_python=bool(runs_python)),
     )
 

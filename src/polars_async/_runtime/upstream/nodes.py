@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from functools import partial
+from math import prod
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from polars_async._runtime.upstream.engines import DEFAULT_OPTIMIZATIONS, ask_optimized_plan
@@ -28,12 +30,16 @@ some draw random numbers."""
 
 _FUNCTIONS: Final = (
     "DateRange DateRanges DatetimeRange DatetimeRanges Explode ExtendConstant IntRange IntRanges "
-    "LinearSpace LinearSpaces PadEnd PadStart Repeat RepeatBy Sample TimeRange TimeRanges ZFill"
+    "LinearSpace LinearSpaces PadEnd PadStart Repeat RepeatBy Rolling Sample TimeRange TimeRanges "
+    "ZFill"
 )
 GROWING: Final = tuple(_FUNCTIONS.split())
-"""Functions that make as much as the numbers among their arguments say, or as lists have items.
-Polars gives these names in the text of a plan, or as words in lower case."""
+"""Functions that make as much as the numbers among their arguments say, or as lists have items,
+or, with `Rolling`, as windows have rows. Polars gives these names in the text of a plan, or as words in lower case."""
 _GROWING_WORDS: Final = frozenset(map(str.lower, GROWING))
+_OFTEN: Final = 8
+"""How often a part of a plan may be read by others before the whole makes much more than it reads:
+frames that are concatenated with themselves."""
 _GROWING_JOINS: Final = frozenset({"Cross", "Full", "IEJoin", "Inner", "Left", "Right"})
 
 
@@ -90,9 +96,14 @@ def _read(plan: Any) -> PlanNodes:
     found += [_shown(partial(plan.view_expression, number), shown) for number in range(last + 1)]
     values = [each.value for each in found if type(each).__name__ == "Literal"]
     size += sum(each.estimated_size() for each in values if hasattr(each, "estimated_size"))
-    makes_more = any(_name(each) in _GROWING_WORDS for each in found)
+    values += filter(None, map(_windows, found))
+    makes_more = any(_name(each) in _GROWING_WORDS or _windows(each) for each in found)
     if makes_more:
         shown += [f"{len(str(each))} characters" for each in values]
+    shared = Counter(each.id_ for each in found if type(each).__name__ == "Cache")
+    multiplies = any(map(_multiplies, found)) or prod(shared.values()) > _OFTEN
+    kinds = {getattr(each, "name", type(each).__name__) for each in found}
+    makes_lists = {"Window", "implode"} <= kinds
     runs_python = "PythonScan" in shown or any(
         word in each for each in shown for word in _RUNS_PYTHON
     )
@@ -102,7 +113,7 @@ def _read(plan: Any) -> PlanNodes:
         runs_python=runs_python,
         shape=hash(tuple(shown)),
         is_repeatable=not runs_python and all(each.split()[0] in _REPEATABLE for each in shown),
-        may_grow=makes_more or runs_python or None in found or any(map(_multiplies, found)),
+        may_grow=makes_more or multiplies or makes_lists or runs_python or None in found,
     )
 
 
@@ -116,11 +127,27 @@ def _name(part: Any) -> str:
     return str(name).rpartition(".")[2].replace("_", "").lower()
 
 
-def _multiplies(node: Any) -> bool:
-    """Return whether a node is a join that may find many rows for each."""
-    if type(node).__name__ != "Join":
+def _windows(part: Any) -> object:
+    """Return how long the windows are by which rows are grouped; None if there are none."""
+    kind = type(part).__name__
+    if kind == "Rolling":
+        return part.period
+    if kind != "GroupBy":
+        return None
+    rolling, dynamic = part.options.rolling, part.options.dynamic
+    if dynamic is not None:
+        return dynamic.every, dynamic.period
+    return None if rolling is None else rolling.period
+
+
+def _multiplies(part: Any) -> bool:
+    """Return whether it is a join that may find many rows for each, or a list for each row."""
+    kind = type(part).__name__
+    if kind == "Window":
+        return part.options.kind == "join"
+    if kind != "Join":
         return False
-    how = node.options[0]  # a name, or a tuple of a name and what belongs to it
+    how = part.options[0]  # a name, or a tuple of a name and what belongs to it
     return (how if isinstance(how, str) else how[0]) in _GROWING_JOINS
 
 
