@@ -18,7 +18,7 @@ import pytest
 from places import TINY, until
 
 import polars_async as pa
-from polars_async._runtime import machine
+from polars_async._runtime import machine, parquet
 from polars_async._runtime.upstream import spilling
 from polars_async.options import checked_memory
 from polars_async.scheduling.estimates import CostModel, Estimate
@@ -341,6 +341,12 @@ def test_small_files_that_may_be_much_in_memory_are_unknown(packed, costs, tmp_p
     assert costs.of([query], "in-memory").memory == int(1.1 * MB)
 
 
+def test_damaged_footer_has_no_list_that_is_longer_than_itself():
+    million = b"\xf7\xc0\x84\x3d"  # the head of a list of so many doubles
+    with pytest.raises(IndexError):
+        parquet._value(million + b"\0" * 80, 0, 9)
+
+
 @pytest.mark.parametrize("form", ["parquet", "csv", "ndjson"])
 def test_small_files_that_are_little_in_memory_are_known(form, costs, tmp_path):
     path = tmp_path / f"a.{form}"
@@ -618,6 +624,17 @@ def test_a_query_that_was_taken_for_small_and_grows_holds_others_up(limited, blo
     limited.held.held = 0
     until(lambda: inside.running(collector) == 2)  # as soon as there is memory
     assert not handle.done()
+
+
+def test_what_a_worker_was_seen_to_take_holds_others_up_though_nothing_else_is_measured(
+    limited, block
+):
+    collector = limited()
+    (handle,), _ = start(collector, "5 0.001", block=block)
+    handle._query.place = "worker 7"
+    handle._query.note_memory(600 * MB)
+    start(collector, "400", block=block)
+    until(is_held_up(collector, running=1))
 
 
 def test_a_query_that_was_taken_for_small_and_outgrows_the_memory_alone_is_warned_of(

@@ -81,7 +81,7 @@ def _columns(path: str, most_read: int) -> list[_Column] | None:
             _Column(each[_PATH][0].decode(), each[_COMPRESSED_SIZE], each[_VALUES])
             for each in columns
         ]
-    except (IndexError, LookupError, TypeError, ValueError, AttributeError):
+    except (LookupError, TypeError, ValueError, AttributeError, RecursionError):
         return None
 
 
@@ -108,6 +108,8 @@ def _value(data: bytes, at: int, kind: int) -> tuple[Any, int]:
     if kind in {4, 5, 6}:
         return _signed(data, at)
     if kind == 7:
+        if at + 8 > len(data):  # else a list may go on for ever, if the file is damaged
+            raise IndexError("the footer has come to its end")
         return None, at + 8
     if kind == 8:
         length, at = _unsigned(data, at)

@@ -29,6 +29,7 @@ class MemoryUse:
 
     def limit_room(self, room: Room, running: Sequence[Slot]) -> None:
         """Have no query find room that would take more than what is left beside the `running`."""
+        self._count_as_taken(running)
         room.memory = self.memory.left(running)
         room.small_memory = self.memory.small
 
@@ -47,7 +48,18 @@ class MemoryUse:
 
     def is_free(self, running: Iterable[Slot]) -> bool:
         """Return whether a query may take as much as it likes: see `Memory.are_small`."""
-        return self.memory.are_small(running)
+        slots = list(running)
+        self._count_as_taken(slots)
+        return self.memory.are_small(slots)
+
+    def _count_as_taken(self, running: Sequence[Slot]) -> None:
+        """Have a query that a worker has seen take more than was expected count for that."""
+        # Each worker is measured by itself, also where nothing else is, since all were small.
+        for slot in running:
+            query = slot.query
+            peak = None if query is None or query.place is None else query.peak_memory
+            if peak is not None and peak > slot.load.memory:
+                slot.load = slot.load._replace(memory=peak)
 
     def count_as_all(self, slot: Slot) -> None:
         """Have none but small queries start beside that of `slot`, of which nothing is known."""

@@ -35,7 +35,8 @@ _FUNCTIONS: Final = (
 )
 GROWING: Final = tuple(_FUNCTIONS.split())
 """Functions that make as much as the numbers among their arguments say, or as lists have items,
-or, with `Rolling`, as windows have rows. Polars gives these names in the text of a plan, or as words in lower case."""
+or, with `Rolling`, as windows have rows. Polars gives these names in the text of a plan, or as
+words in lower case."""
 _GROWING_WORDS: Final = frozenset(map(str.lower, GROWING))
 _OFTEN: Final = 8
 """How often a part of a plan may be read by others before the whole makes much more than it reads:
