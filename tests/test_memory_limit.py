@@ -21,6 +21,7 @@ import polars_async as pa
 from polars_async._runtime import machine, parquet
 from polars_async._runtime.upstream import spilling
 from polars_async.options import checked_memory
+from polars_async.scheduling import estimates
 from polars_async.scheduling.estimates import CostModel, Estimate
 from polars_async.scheduling.fair_queue import FairQueue
 from polars_async.scheduling.memory import Memory
@@ -339,6 +340,16 @@ def test_small_files_that_may_be_much_in_memory_are_unknown(packed, costs, tmp_p
     assert expected.memory > LIMIT // 2
     costs._memory.learn(expected.fingerprint, MB, completed=True)
     assert costs.of([query], "in-memory").memory == int(1.1 * MB)
+
+
+def test_footer_is_read_once_for_all_queries_until_the_file_changes(costs, tmp_path, monkeypatch):
+    path, read = tmp_path / "a.parquet", []
+    monkeypatch.setattr(estimates, "number_of_values", lambda *args: read.append(args) or 1)
+    for rows in (10, 1000):
+        pl.select(a=pl.int_range(rows)).write_parquet(path)
+        for name in ("b", "c"):
+            costs.of([pl.scan_parquet(path).select(pl.col("a").alias(name))], "in-memory")
+    assert len(read) == 2
 
 
 def test_damaged_footer_has_no_list_that_is_longer_than_itself():

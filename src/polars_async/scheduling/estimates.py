@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from functools import lru_cache
 from math import frexp
 from stat import S_ISREG
 from time import perf_counter, thread_time
@@ -352,14 +353,22 @@ def _unpacked_size(paths: Sequence[str]) -> int | None:
 
 
 def _unpacked(path: str) -> int | None:
-    size = _file_size(path)
-    if size is None or path.lower().endswith(_TEXTS):
-        return size
+    status = _file_status(path)
+    if status is None:
+        return None
+    if path.lower().endswith(_TEXTS):
+        return status.st_size
     try:
-        values = number_of_values(path, _MOST_FOOTER)
+        values = _values_of(path, status.st_size, status.st_mtime_ns)
     except OSError:
         return None
-    return None if values is None else max(size, _OF_VALUE * values)
+    return None if values is None else max(status.st_size, _OF_VALUE * values)
+
+
+@lru_cache(_MOST_KNOWN)
+def _values_of(path: str, _size: int, _changed: int) -> int | None:
+    """Read the footer of a file once, as long as it is the same: many queries may scan it."""
+    return number_of_values(path, _MOST_FOOTER)
 
 
 def _is_remote(path: str) -> bool:
@@ -368,8 +377,13 @@ def _is_remote(path: str) -> bool:
 
 
 def _file_size(path: str) -> int | None:
+    status = _file_status(path)
+    return None if status is None else status.st_size
+
+
+def _file_status(path: str) -> os.stat_result | None:
     try:
         status = os.stat(path)  # noqa: PTH116  # as given, maybe an address
     except (OSError, ValueError):
         return None
-    return status.st_size if S_ISREG(status.st_mode) else None
+    return status if S_ISREG(status.st_mode) else None

@@ -145,7 +145,7 @@ def _multiplies(part: Any) -> bool:
     """Return whether it is a join that may find many rows for each, or a list for each row."""
     kind = type(part).__name__
     if kind == "Window":
-        return part.options.kind == "join"
+        return bool(part.options.kind == "join")
     if kind != "Join":
         return False
     how = part.options[0]  # a name, or a tuple of a name and what belongs to it
