@@ -7,6 +7,7 @@ import gzip
 import io
 import os
 import re
+import threading
 import warnings
 from functools import partial
 from math import inf
@@ -240,10 +241,14 @@ def test_first_guess_is_by_what_is_read_and_cautious_where_that_may_be_much(
 
 
 def test_what_may_grow_is_unknown_until_it_was_measured(memory):
-    assert memory.need(7, MB, 0, may_grow=True) == LIMIT // 2 + 1
-    assert memory.need(7, 100 * MB, 0, may_grow=True) == 500 * MB
+    assert memory.need(7, MB, None) == LIMIT // 2 + 1
+    assert memory.need(7, 100 * MB, None) == 500 * MB
+    assert memory.is_mere_guess(7, MB)
+    assert not memory.is_mere_guess(7, 100 * MB)
+    assert not memory.is_mere_guess(None, 0)
     memory.learn(7, MB, completed=True)
-    assert memory.need(7, MB, 0, may_grow=True) == int(1.1 * MB)
+    assert memory.need(7, MB, None) == int(1.1 * MB)
+    assert not memory.is_mere_guess(7, MB)
 
 
 SMALL = pl.LazyFrame({"a": [1, 2], "b": ["x", "y"], "l": [[1], [2]]})
@@ -304,9 +309,14 @@ def costs(request, held, monkeypatch):
 
 def test_what_may_grow_is_seen_in_the_plan(costs):
     for query in NOT_GROWING:
-        assert costs.of([query], "in-memory").memory <= LIMIT // 64, query.explain()
+        expected = costs.of([query], "in-memory")
+        assert expected.memory <= LIMIT // 64, query.explain()
+        assert not expected.is_mere_guess
     for query in GROWING:
-        assert costs.of([query], "in-memory").memory > LIMIT // 2, query.explain()
+        expected = costs.of([query], "in-memory")
+        assert expected.memory > LIMIT // 2, query.explain()
+        # Where Polars shows nothing of a plan, that may read much as well.
+        assert expected.is_mere_guess == (expected.fingerprint is not None)
 
 
 def test_frame_that_is_concatenated_with_itself_often_counts_as_often(costs):
@@ -661,6 +671,61 @@ def test_a_query_that_was_taken_for_small_and_outgrows_the_memory_alone_is_warne
         until(lambda: caught)
     assert [each.category for each in caught] == [pa.MemoryLimitWarning]
     assert "the query '5 0.001' runs alone" in str(caught[0].message)
+
+
+def guess(query, _):
+    query.estimate = Estimate(1.0, None, memory=LIMIT // 2 + 1, is_mere_guess=True)
+
+
+def test_what_is_unknown_holds_others_up_until_it_is_seen_to_take_little(
+    limited, block, monkeypatch
+):
+    collector = limited()
+    monkeypatch.setattr(Query, "set_estimate", guess)
+    start(collector, "1", "2", block=block)
+    until(is_held_up(collector, running=1))
+    until(lambda: inside.running(collector) == 2)
+    start(collector, *map(str, range(9)), block=block)
+    # Each counts for an eighth by and by, and the next one for half.
+    until(is_held_up(collector, running=4))
+    watch = collector._cpu._memory_watch
+    count = watch._count
+    until(lambda: watch._count > count + 30)
+    assert inside.running(collector) == 4
+
+
+def test_what_is_unknown_and_seen_to_take_much_holds_others_up(limited, block, monkeypatch):
+    collector = limited()
+    monkeypatch.setattr(Query, "set_estimate", guess)
+    (handle, _), gates = start(collector, "1", "2", block=block)
+    limited.held.held += 100 * MB  # and maybe four times as much in the end
+    until(lambda: handle._query.times.run_seconds > 0.1)
+    watch = collector._cpu._memory_watch
+    count = watch._count
+    until(lambda: watch._count > count + 10)
+    assert is_held_up(collector, running=1)()
+    limited.held.held -= 100 * MB  # that was its peak all the same
+    until(lambda: watch._count > count + 20)
+    assert is_held_up(collector, running=1)()
+    gates[0].gate.set()
+    until(lambda: not inside.waiting(collector))
+
+
+def test_a_query_that_waits_for_one_outside_that_waits_for_memory_ends(limited, monkeypatch):
+    collector = limited()
+    monkeypatch.setattr(Query, "set_estimate", guess)
+    outside = []
+    has_begun = threading.Event()
+
+    def wait(_):
+        has_begun.set()
+        until(lambda: outside)
+        return outside[0].result(60)
+
+    waits = collector.collect_async(TINY.map_batches(wait), label="1")
+    assert has_begun.wait(60)
+    outside.append(collector.collect_async(TINY, label="2"))
+    assert waits.result().item() == 1
 
 
 def test_a_query_that_needs_more_than_there_is_runs_alone(limited, block):

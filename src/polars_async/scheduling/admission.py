@@ -391,7 +391,7 @@ class Admission:
                 if expected is None:
                     queue.rank(entry, UNKNOWN)
                 else:
-                    seconds, fingerprint, _, share, memory = expected
+                    seconds, fingerprint, _, share, memory, _ = expected
                     queue.rank(entry, seconds, fingerprint, share, memory)
             if slot not in self._slots or len(self._slots) > self.max_running:
                 self._free(slot)
@@ -547,7 +547,7 @@ class Admission:
         query.ahead = Ahead(running, len(self._queue))
         work, share, memory = None, None, 0 if self.memory_use is None else None
         if query.estimate is not None:
-            work, _, _, share, memory = query.estimate
+            work, _, _, share, memory, _ = query.estimate
         self._queue.add(
             query,
             priority=query.priority,

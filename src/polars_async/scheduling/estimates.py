@@ -77,6 +77,8 @@ class Estimate(NamedTuple):
     """The share of the processors that it keeps busy; None if that is not known: maybe all."""
     memory: int = 0
     """Bytes that it takes at its peak; 0 where memory has no limit."""
+    is_mere_guess: bool = False
+    """Whether that is much for want of knowledge alone: it reads little here, and may make much."""
 
     @property
     def is_light(self) -> bool:
@@ -142,7 +144,7 @@ class CostModel:
             ]
             seconds = sum(each.seconds for each in known)
             if any(each.plan is NOTHING for each in known):
-                return Estimate(seconds, None, memory=self._memory_of(known, None))
+                return Estimate(seconds, None, memory=self._need(None, known)[0])
             fingerprint = hash((engine, *_shapes_of(known)))
             is_exact = all(each.plan.is_whole for each in known)
             seconds, share = self._taken.get(fingerprint, seconds), self._shares.get(fingerprint)
@@ -150,24 +152,26 @@ class CostModel:
                 _is_remote(path) for each in known for path in each.plan.paths
             ):
                 share = _SHARE_OF_REMOTE
-            memory = self._memory_of(known, fingerprint)
-            return Estimate(seconds, fingerprint, is_exact, share, memory)
+            return Estimate(seconds, fingerprint, is_exact, share, *self._need(fingerprint, known))
         except BaseException:  # noqa: BLE001  # what is wrong with a plan, the query will tell
-            return Estimate(UNKNOWN, None, memory=self._memory_of((), None))
+            return Estimate(UNKNOWN, None, memory=self._need(None)[0])
 
-    def _memory_of(self, known: Sequence[_Known], fingerprint: int | None) -> int:
+    def _need(self, fingerprint: int | None, known: Sequence[_Known] = ()) -> tuple[int, bool]:
+        """Return the bytes that a query is expected to take, and whether that is a mere guess."""
         memory = self._memory
         if memory is None:
-            return 0
+            return 0, False
         frames = sum(each.plan.frame_bytes for each in known)
         sizes = [each.size for each in known if each.size is not None]
         files = sum(sizes) - frames if known and len(sizes) == len(known) else None
-        may_grow = any(each.plan.may_grow for each in known)
-        need = memory.need(fingerprint, frames, files, may_grow=may_grow)
+        if not frames + (files or 0) or any(each.plan.may_grow for each in known):
+            files = None
+        need = memory.need(fingerprint, frames, files)
         paths = [path for each in known for path in each.plan.paths]
         if paths and need <= memory.small and not memory.knows(fingerprint):
-            need = memory.need(fingerprint, frames, _unpacked_size(paths))
-        return need
+            files = _unpacked_size(paths)
+            need = memory.need(fingerprint, frames, files)
+        return need, files is None and memory.is_mere_guess(fingerprint, frames)
 
     def of_ended(self, frames: Sequence[pl.LazyFrame], engine: str) -> Estimate | None:
         """Return the estimate of a query that has ended, to learn from it; None if that is dear."""
@@ -182,8 +186,7 @@ class CostModel:
     def of_function(self, fingerprint: int) -> Estimate:
         """Return the estimate of a function, of which nothing is known but its earlier calls."""
         seconds, share = self._taken.get(fingerprint, UNKNOWN), self._shares.get(fingerprint)
-        memory = self._memory_of((), fingerprint)
-        return Estimate(seconds, fingerprint, is_exact=False, share=share, memory=memory)
+        return Estimate(seconds, fingerprint, False, share, *self._need(fingerprint))  # noqa: FBT003  # it is not exact
 
     def is_look_dear(self) -> bool:
         """Return whether looks have taken much time of late."""
@@ -300,7 +303,7 @@ class CostModel:
             if share is not None:
                 self._learn_share(expected, share, alone=alone)
             share = self._shares.get(expected.fingerprint, expected.share)
-        new = expected._replace(seconds=now, share=share, memory=needs)
+        new = expected._replace(seconds=now, share=share, memory=needs, is_mere_guess=False)
         fits = fits and is_near and new.is_light == expected.is_light
         return None if fits else new
 

@@ -35,6 +35,10 @@ _LEAST: Final = 1 << 20
 for where the growth of the process is put down to several."""
 _ALLOCATED: Final = 4e9
 """Bytes per second that one processor may fill at most."""
+_SLOW: Final = 8
+"""The part of the limit for which a query counts at least that runs for long, and was unknown."""
+_RISE: Final = 4
+"""How many times what it has taken so far such a query may take in the end."""
 _MARGIN: Final = 1.1
 _MOST_KNOWN: Final = 4096
 
@@ -156,27 +160,39 @@ class Memory:
         fingerprint: int | None,
         frame_bytes: int,
         file_bytes: int | None,
-        *,
-        may_grow: bool = False,
     ) -> int:
         """
         Return how many bytes a query is expected to take at its peak.
 
         That is what its like took, or else a guess by what it reads: by `file_bytes` in files, or
-        None if that is not known. Of queries that may be large by that, or since they `may_grow`
-        beyond what they read, only one has room at a time, until one of its like is done.
+        None if that tells too little. Of queries that may be large by that, only one has room at a
+        time, until one of its like is done.
         """
         learned = None if fingerprint is None else self._learned.get(fingerprint)
         if learned is not None:
             return int(_MARGIN * learned)
         cautious = self.limit // 2 + 1
         guess = _OF_FRAMES * frame_bytes + _OF_FILES * (file_bytes or 0)
-        is_known = file_bytes is not None and guess > 0 and not may_grow  # else it may be anything
-        return guess if is_known and guess <= self.small else max(guess, cautious)
+        is_small = file_bytes is not None and 0 < guess <= self.small
+        return guess if is_small else max(guess, cautious)
 
     def knows(self, fingerprint: int | None) -> bool:
         """Return whether what queries with this fingerprint take was learned."""
         return fingerprint in self._learned
+
+    def is_mere_guess(self, fingerprint: int | None, frame_bytes: int) -> bool:
+        """
+        Return whether a query that may make anything is known to read little, and that is all.
+
+        What it has taken then tells more, once it has run for a moment: see `by_what_it_took`.
+        """
+        if fingerprint is None or fingerprint in self._learned:
+            return False
+        return _OF_FRAMES * frame_bytes <= self.small
+
+    def by_what_it_took(self, taken: int) -> int:
+        """Return how many bytes such a query counts for that has `taken` so many by then."""
+        return max(self.limit // _SLOW, _RISE * taken)
 
     def most_within(self, seconds: float, processors: float) -> int:
         """Return how many bytes a query may have filled in so many seconds."""

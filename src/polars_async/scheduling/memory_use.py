@@ -13,6 +13,10 @@ if TYPE_CHECKING:
     from polars_async.scheduling.slots import Slot
 
 
+_MOMENT: Final = 0.1
+"""Seconds after which what a query has taken so far tells what it may take."""
+
+
 class MemoryUse:
     """
     The slots of one admission, as far as the `memory` of its collector is concerned.
@@ -29,7 +33,7 @@ class MemoryUse:
 
     def limit_room(self, room: Room, running: Sequence[Slot]) -> None:
         """Have no query find room that would take more than what is left beside the `running`."""
-        self._count_as_taken(running)
+        self._correct(running)
         room.memory = self.memory.left(running)
         room.small_memory = self.memory.small
 
@@ -49,16 +53,26 @@ class MemoryUse:
     def is_free(self, running: Iterable[Slot]) -> bool:
         """Return whether a query may take as much as it likes: see `Memory.are_small`."""
         slots = list(running)
-        self._count_as_taken(slots)
+        self._correct(slots)
         return self.memory.are_small(slots)
 
-    def _count_as_taken(self, running: Sequence[Slot]) -> None:
-        """Have a query that a worker has seen take more than was expected count for that."""
-        # Each worker is measured by itself, also where nothing else is, since all were small.
+    def _correct(self, running: Sequence[Slot]) -> None:
+        """Have queries of which little was known count for what they were seen to take."""
         for slot in running:
             query = slot.query
-            peak = None if query is None or query.place is None else query.peak_memory
-            if peak is not None and peak > slot.load.memory:
+            if query is None:
+                continue
+            in_worker = query.place is not None
+            peak = query.peak_memory if in_worker else slot.peak
+            expected = query.estimate
+            if expected is not None and expected.is_mere_guess:
+                # Others of which nothing is known would wait for it, however long it runs: maybe
+                # for ever, if it waits for one of them.
+                if (query.times.run_seconds or 0.0) > _MOMENT:
+                    taken = self.memory.by_what_it_took(peak or 0)
+                    slot.load = slot.load._replace(memory=taken)
+            # Workers are measured also where nothing else is, since all were small.
+            elif in_worker and peak is not None and peak > slot.load.memory:
                 slot.load = slot.load._replace(memory=peak)
 
     def count_as_all(self, slot: Slot) -> None:

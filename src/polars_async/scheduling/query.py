@@ -264,7 +264,7 @@ class Query(Generic[T]):
         """What the query takes, as far as it is known. A priority overrides the estimate."""
         seconds, share, memory = UNKNOWN, None, 0
         if self.estimate is not None:
-            seconds, _, _, share, memory = self.estimate
+            seconds, _, _, share, memory, _ = self.estimate
         return Load(size_with(self.priority, seconds), share, self.is_pooled, memory)
 
     @property
