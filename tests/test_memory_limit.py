@@ -243,12 +243,8 @@ def test_first_guess_is_by_what_is_read_and_cautious_where_that_may_be_much(
 def test_what_may_grow_is_unknown_until_it_was_measured(memory):
     assert memory.need(7, MB, None) == LIMIT // 2 + 1
     assert memory.need(7, 100 * MB, None) == 500 * MB
-    assert memory.is_mere_guess(7, MB)
-    assert not memory.is_mere_guess(7, 100 * MB)
-    assert not memory.is_mere_guess(None, 0)
     memory.learn(7, MB, completed=True)
     assert memory.need(7, MB, None) == int(1.1 * MB)
-    assert not memory.is_mere_guess(7, MB)
 
 
 SMALL = pl.LazyFrame({"a": [1, 2], "b": ["x", "y"], "l": [[1], [2]]})
@@ -374,6 +370,19 @@ def test_small_files_that_are_little_in_memory_are_known(form, costs, tmp_path):
     getattr(pl.select(a=pl.int_range(1000)), f"write_{form}")(path)
     query = getattr(pl, f"scan_{form}")(path)
     assert 8000 < costs.of([query], "in-memory").memory <= LIMIT // 64
+
+
+def test_what_reads_much_counts_for_that_however_little_it_is_seen_to_take(costs, tmp_path):
+    large = pl.select(a=pl.int_range(3_000_000))
+    large.write_csv(tmp_path / "a.csv")
+    for query in (large.lazy(), pl.scan_csv(tmp_path / "a.csv")):
+        expected = costs.of([query.join(query.head(1), on="a")], "in-memory")
+        assert expected.memory > LIMIT // 2
+        assert not expected.is_mere_guess
+    for function in (pl.int_range(10), pl.col("a").repeat_by("a")):
+        expected = costs.of([pl.scan_csv(tmp_path / "a.csv").select(function)], "in-memory")
+        assert expected.memory == max(LIMIT // 2 + 1, 8 * (tmp_path / "a.csv").stat().st_size)
+        assert not expected.is_mere_guess
 
 
 def test_what_is_made_by_numbers_is_not_learned_from_much_smaller_ones(costs):

@@ -78,7 +78,8 @@ class Estimate(NamedTuple):
     memory: int = 0
     """Bytes that it takes at its peak; 0 where memory has no limit."""
     is_mere_guess: bool = False
-    """Whether that is much for want of knowledge alone: it reads little here, and may make much."""
+    """Whether that is much for want of knowledge alone: it may take anything, also next to
+    nothing."""
 
     @property
     def is_light(self) -> bool:
@@ -164,14 +165,16 @@ class CostModel:
         frames = sum(each.plan.frame_bytes for each in known)
         sizes = [each.size for each in known if each.size is not None]
         files = sum(sizes) - frames if known and len(sizes) == len(known) else None
-        if not frames + (files or 0) or any(each.plan.may_grow for each in known):
-            files = None
-        need = memory.need(fingerprint, frames, files)
-        paths = [path for each in known for path in each.plan.paths]
-        if paths and need <= memory.small and not memory.knows(fingerprint):
-            files = _unpacked_size(paths)
-            need = memory.need(fingerprint, frames, files)
-        return need, files is None and memory.is_mere_guess(fingerprint, frames)
+        if memory.knows(fingerprint):
+            return memory.need(fingerprint, frames, files), False
+        if files is not None and memory.guess(frames, files) <= memory.small:
+            paths = [path for each in known for path in each.plan.paths]
+            if any(each.plan.may_grow for each in known) or not frames + files:
+                files = None
+            elif paths:
+                files = _unpacked_size(paths)
+        reads_little = fingerprint is not None and memory.guess(frames, 0) <= memory.small
+        return memory.need(fingerprint, frames, files), files is None and reads_little
 
     def of_ended(self, frames: Sequence[pl.LazyFrame], engine: str) -> Estimate | None:
         """Return the estimate of a query that has ended, to learn from it; None if that is dear."""

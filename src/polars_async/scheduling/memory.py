@@ -155,12 +155,11 @@ class Memory:
                 kept += own
         return kept
 
-    def need(
-        self,
-        fingerprint: int | None,
-        frame_bytes: int,
-        file_bytes: int | None,
-    ) -> int:
+    def guess(self, frame_bytes: int, file_bytes: int) -> int:
+        """Return how many bytes a query takes that makes no more than usual of what it reads."""
+        return _OF_FRAMES * frame_bytes + _OF_FILES * file_bytes
+
+    def need(self, fingerprint: int | None, frame_bytes: int, file_bytes: int | None) -> int:
         """
         Return how many bytes a query is expected to take at its peak.
 
@@ -172,7 +171,7 @@ class Memory:
         if learned is not None:
             return int(_MARGIN * learned)
         cautious = self.limit // 2 + 1
-        guess = _OF_FRAMES * frame_bytes + _OF_FILES * (file_bytes or 0)
+        guess = self.guess(frame_bytes, file_bytes or 0)
         is_small = file_bytes is not None and 0 < guess <= self.small
         return guess if is_small else max(guess, cautious)
 
@@ -180,18 +179,8 @@ class Memory:
         """Return whether what queries with this fingerprint take was learned."""
         return fingerprint in self._learned
 
-    def is_mere_guess(self, fingerprint: int | None, frame_bytes: int) -> bool:
-        """
-        Return whether a query that may make anything is known to read little, and that is all.
-
-        What it has taken then tells more, once it has run for a moment: see `by_what_it_took`.
-        """
-        if fingerprint is None or fingerprint in self._learned:
-            return False
-        return _OF_FRAMES * frame_bytes <= self.small
-
     def by_what_it_took(self, taken: int) -> int:
-        """Return how many bytes such a query counts for that has `taken` so many by then."""
+        """Return what a query counts for that was unknown, and has `taken` so many bytes so far."""
         return max(self.limit // _SLOW, _RISE * taken)
 
     def most_within(self, seconds: float, processors: float) -> int:
