@@ -375,6 +375,8 @@ def test_small_files_that_are_little_in_memory_are_known(form, costs, tmp_path):
 def test_what_reads_much_counts_for_that_however_little_it_is_seen_to_take(costs, tmp_path):
     large = pl.select(a=pl.int_range(3_000_000))
     large.write_csv(tmp_path / "a.csv")
+    beside = pl.concat([pl.scan_csv(tmp_path / "of_unknown_size.csv"), large.lazy()])
+    assert not costs.of([beside], "in-memory").is_mere_guess
     for query in (large.lazy(), pl.scan_csv(tmp_path / "a.csv")):
         expected = costs.of([query.join(query.head(1), on="a")], "in-memory")
         assert expected.memory > LIMIT // 2
