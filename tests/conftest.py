@@ -249,7 +249,7 @@ def run_script():
     def run(script, *arguments):
         command = [sys.executable, "-c", script, *arguments]
         run = subprocess.run(command, capture_output=True, text=True, timeout=150, check=False)
-        assert (run.returncode, run.stderr) == (0, "")
+        assert (run.returncode, run.stderr) == (0, ""), run.stderr  # all of it
         return run.stdout.split()
 
     return run
