@@ -232,19 +232,13 @@ def test_a_priority_is_kept_until_the_item_has_its_estimate():
         (0, 0, LIMIT // 2 + 1),  # it may make anything
         (10 * MB, 0, LIMIT // 2 + 1),
         (100 * MB, 0, 500 * MB),
+        (100 * MB, None, 500 * MB),
     ],
 )
 def test_first_guess_is_by_what_is_read_and_cautious_where_that_may_be_much(
     memory, frames, files, expected
 ):
     assert memory.need(7, frames, files) == expected
-
-
-def test_what_may_grow_is_unknown_until_it_was_measured(memory):
-    assert memory.need(7, MB, None) == LIMIT // 2 + 1
-    assert memory.need(7, 100 * MB, None) == 500 * MB
-    memory.learn(7, MB, completed=True)
-    assert memory.need(7, MB, None) == int(1.1 * MB)
 
 
 SMALL = pl.LazyFrame({"a": [1, 2], "b": ["x", "y"], "l": [[1], [2]]})
@@ -400,7 +394,7 @@ def test_what_is_made_by_numbers_is_not_learned_from_much_smaller_ones(costs):
 
 def test_what_was_learned_goes_before_any_guess(memory):
     memory.learn(7, 200 * MB, completed=True)
-    assert memory.need(7, MB, 0) == memory.need(7, 0, None) == 220 * MB
+    assert memory.need(7, MB, 0) == memory.need(7, MB, None) == memory.need(7, 0, None) == 220 * MB
     assert memory.need(8, 0, None) == memory.need(None, 0, None) == LIMIT // 2 + 1
 
 

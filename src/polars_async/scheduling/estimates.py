@@ -48,6 +48,7 @@ times its eight bytes in memory are."""
 _MOST_FOOTER: Final = 1 << 16
 """Bytes of a footer of such a file, which take some 13 ms."""
 _MOST_UNPACKED: Final = 16
+"""Files of one query of which the footers are read; of more, how much they unpack to is unknown."""
 _MOST_KNOWN: Final = 4096
 _MOST_COPIED: Final = 1 << 30
 """Bytes of frames in memory: where there are more, no plan is looked at, since a look may copy one

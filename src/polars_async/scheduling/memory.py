@@ -35,9 +35,9 @@ _LEAST: Final = 1 << 20
 for where the growth of the process is put down to several."""
 _ALLOCATED: Final = 4e9
 """Bytes per second that one processor may fill at most."""
-_SLOW: Final = 8
-"""The part of the limit for which a query counts at least that runs for long, and was unknown."""
-_RISE: Final = 4
+_LEAST_OF_UNKNOWN: Final = 8
+"""A query that was unknown when it started counts for this part of the limit at least."""
+_RISE_OF_UNKNOWN: Final = 4
 """How many times what it has taken so far such a query may take in the end."""
 _MARGIN: Final = 1.1
 _MOST_KNOWN: Final = 4096
@@ -181,7 +181,7 @@ class Memory:
 
     def by_what_it_took(self, taken: int) -> int:
         """Return what a query counts for that was unknown, and has `taken` so many bytes so far."""
-        return max(self.limit // _SLOW, _RISE * taken)
+        return max(self.limit // _LEAST_OF_UNKNOWN, _RISE_OF_UNKNOWN * taken)
 
     def most_within(self, seconds: float, processors: float) -> int:
         """Return how many bytes a query may have filled in so many seconds."""
