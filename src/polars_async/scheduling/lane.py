@@ -402,7 +402,7 @@ class Lane:
         share = admission.share_of(slot)
         use, memory = admission.memory_use, None
         if use is not None:
-            if use.has_taken_much(slot):
+            if not use.memory.are_small((slot,)):
                 admission.sample_memory()  # the last one may be long ago: now the result is there
             memory = use.of_ended(slot, admission.limits.processors)
         with admission.lock:

@@ -21,8 +21,7 @@ class MemoryUse:
     """
     The slots of one admission, as far as the `memory` of its collector is concerned.
 
-    All methods are called with the lock of the admission held, but for `has_taken_much` and
-    `of_ended`, which the thread of the query calls.
+    All methods are called with the lock of the admission held, but for `of_ended`.
     """
 
     __slots__ = ("is_lacking", "memory")
@@ -97,10 +96,6 @@ class MemoryUse:
             if slot.query is not None:
                 slot.query.peak_memory = slot.peak
         return True
-
-    def has_taken_much(self, slot: Slot) -> bool:
-        """Return whether the query in `slot` was sampled, or should have been."""
-        return slot.peak is not None or not self.memory.are_small((slot,))
 
     def too_large(self, running: Iterable[Slot]) -> Query[Any] | None:
         """Return the query that has outgrown the memory: alone, or beside none but small ones."""
