@@ -171,8 +171,10 @@ signal.set_wakeup_fd(wakeup)  # written to by Python's part of the handler, in a
 
 WORKER_HIT = """
 def udf(df):
-    os.kill(os.getpid(), signal.SIGINT)
-    os.read(handled, 1)
+    # To this very thread, so that the handler of Polars has returned when this has: that of another
+    # thread may have run the handler before it alone, and come to its own when the query is over.
+    signal.raise_signal(signal.SIGINT)
+    os.read(handled, 1)  # without blocking: it has run, here
     return df
 
 for engine in "in-memory", "streaming":
