@@ -7,8 +7,10 @@ import signal
 import threading
 import warnings
 
+import polars as pl
 import pytest
 
+from polars_async import Collector, EventKind
 from polars_async._runtime import fork
 from polars_async._runtime.fork import Step, in_child, new_lock
 
@@ -83,3 +85,19 @@ def test_queries_fail_after_all_else_is_forgotten_and_whatever_raises():
     in_child(Step.FORGET, lambda: order.append("forget"))
     assert exit_code_of(lambda: 7 if order == ["forget", "fail"] else 1) == 7
     assert order == []
+
+
+def test_query_whose_end_is_still_being_told_keeps_its_result_in_the_child():
+    told, gate = threading.Event(), threading.Event()
+
+    def on_event(event):
+        if event.kind is EventKind.FINISHED:
+            told.set()
+            gate.wait(60)
+
+    with Collector(inline=0, on_event=on_event) as collector:
+        handle = collector.collect_async(pl.LazyFrame({"a": [7]}))
+        assert told.wait(30)
+        code = exit_code_of(lambda: handle.result().item())
+        gate.set()
+    assert code == 7

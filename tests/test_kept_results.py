@@ -6,13 +6,13 @@ import gc
 import json
 import re
 import weakref
-from threading import Thread
+from threading import Event, Thread
 
 import polars as pl
 import pytest
 from places import Blocked, until
 
-from polars_async import Cache, Collector, CollectorClosedError
+from polars_async import Cache, Collector, CollectorClosedError, EventKind
 from polars_async._runtime import file_states
 from polars_async.scheduling import equality, kept
 from polars_async.scheduling.kept import Results
@@ -258,6 +258,44 @@ def test_closed_collector_keeps_and_gives_nothing(made):
     assert collector.stats()["cached"] == 0
     with pytest.raises(CollectorClosedError):
         collector.collect_async(lf())
+
+
+def test_all_is_told_of_kept_results_when_close_returns(made):
+    told, gate, closed = Event(), Event(), Event()
+
+    def on_event(event):
+        if event.from_cache and event.kind is EventKind.FINISHED:
+            told.set()
+            gate.wait(30)
+
+    collector = made(on_event=on_event)
+    assert answers(collector, lf()) == ([1, 2, 3], False)
+    asker = Thread(target=lambda: collector.collect_async(lf()).result(30))
+    closer = Thread(target=lambda: (collector.close(), closed.set()))
+    asker.start()
+    assert told.wait(30)
+    closer.start()
+    early = closed.wait(0.2)  # where close does not wait, this is time enough to see it
+    gate.set()
+    for each in (asker, closer):
+        each.join(30)
+    assert not early
+    assert closed.is_set()
+
+
+def test_ctrl_c_in_the_hook_of_a_kept_result_leaves_nothing_to_wait_for(made):
+    def on_event(event):
+        if event.from_cache and event.kind is EventKind.FINISHED:
+            raise KeyboardInterrupt
+
+    collector = made(on_event=on_event)
+    assert answers(collector, lf()) == ([1, 2, 3], False)
+    with pytest.raises(KeyboardInterrupt):
+        collector.collect_async(lf())
+    closer = Thread(target=collector.close, daemon=True)
+    closer.start()
+    closer.join(30)
+    assert not closer.is_alive()
 
 
 def test_timer_does_not_keep_the_results_of_a_dropped_collector():

@@ -278,9 +278,13 @@ class Admission:
         if self.closed:
             return False
         query.set_running()
+        self.take_inline(query, slot)
+        return True
+
+    def take_inline(self, query: Query[Any], slot: Slot) -> None:
+        """Have `close` wait for `query` until `end_inline`; called with the lock held."""
         slot.query = query
         self._inline.add(slot)
-        return True
 
     def end_inline(self, query: Query[Any], slot: Slot) -> None:
         """Free `slot` of `query`, which has ended, with the lock held; may be called again."""

@@ -30,6 +30,7 @@ from polars_async.scheduling.counts import Counts, State
 from polars_async.scheduling.equality import Plans
 from polars_async.scheduling.outcome import Outcome
 from polars_async.scheduling.query import Query
+from polars_async.scheduling.slots import Slot
 from polars_async.scheduling.telling import GOES_ON_FOR_OTHERS
 
 if TYPE_CHECKING:
@@ -40,11 +41,11 @@ if TYPE_CHECKING:
     from polars_async.events import EventKind, Reporter
     from polars_async.executors.operations import Operation
     from polars_async.resolution import Resolution
+    from polars_async.scheduling.admission import Admission
     from polars_async.scheduling.equality import Equality
     from polars_async.scheduling.kept import Kept, Results
     from polars_async.scheduling.lane import Lane
     from polars_async.scheduling.query import Owner
-    from polars_async.scheduling.slots import Slot
 
 T = TypeVar("T")
 
@@ -346,10 +347,7 @@ class Flights:
             return lane.admit(query)
         if self.results is not None and equality.is_lasting:
             kept = self.results.get(equality.key)
-            waiters: list[Waiter] = []
-            if kept is not None and holding(self._lock, self._hand_out, kept, query, lane, waiters):
-                query.report_end()
-                wake(waiters)
+            if kept is not None and self._end_with(kept, query, lane):
                 return None
         flight = self._by_key.get(equality.key)
         if flight is not None and not flight.done:
@@ -429,14 +427,42 @@ class Flights:
                 each.admission.raise_priority(flight, query.priority)
         return True
 
-    def _hand_out(self, kept: Kept, query: Query[Any], lane: Lane, waiters: list[Waiter]) -> bool:
+    def _end_with(self, kept: Kept, query: Query[Any], lane: Lane) -> bool:
+        """Have `query` end with a result that is kept; return False if `lane` is closed."""
+        admission = lane.admission
+        slot = Slot(inline=True)
+        waiters: list[Waiter] = []
+        try:
+            if not holding(self._lock, self._hand_out, kept, query, admission, slot, waiters):
+                return False
+            query.report_end()
+            return True
+        finally:
+            # Also when a signal handler or a hook has raised. As with a query that runs inline: all
+            # is told before the slot is free, for which `close` waits.
+            holding(self._lock, admission.end_inline, query, slot)
+            wake(waiters)
+            if admission.waiters:
+                admission.wake_if_empty()
+
+    def _hand_out(
+        self,
+        kept: Kept,
+        query: Query[Any],
+        admission: Admission,
+        slot: Slot,
+        waiters: list[Waiter],
+    ) -> bool:
         """
         Give `query` a result that is kept, with the lock held; return False if it is closed.
 
-        Add the waiters to wake: one that is admitted late may have some.
+        Take `slot` if there is an event to emit. Add the waiters to wake: a query that is admitted
+        late may have some.
         """
-        if lane.admission.closed:
+        if admission.closed:
             return False
+        if query.reports:
+            admission.take_inline(query, slot)
         outcome: Outcome[Any] = Outcome()
         outcome.value = kept.value
         if (
@@ -444,7 +470,7 @@ class Flights:
         ):  # another engine has run it than asked for
             query.resolution = kept.resolution
         self.from_results += 1
-        lane.admission.counts.downgraded += query.resolution.downgraded
+        admission.counts.downgraded += query.resolution.downgraded
         query.board(None, shared_with=kept.query_id, from_cache=True)
         waiters += query.land(_Shared(outcome))
         return True

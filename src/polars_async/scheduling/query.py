@@ -567,7 +567,9 @@ class Query(Generic[T]):
     def fail_in_fork(self, error: BaseException) -> None:
         """End the query with `error` in a forked child, which does not have its thread."""
         with self.lock:
-            waiters = self.set_error(error)
+            # One that has its outcome, and whose last event was still being emitted, keeps it.
+            has_ended = self.state in (State.COMPLETED, State.FAILED)
+            waiters = () if has_ended else self.set_error(error)
         wake([waiter for waiter in waiters if waiter.survives_fork])
 
     def cancel(self) -> bool:
