@@ -126,7 +126,7 @@ def _end_queries(lanes: list[_Lane]) -> None:
     """Cancel what runs, and throw SystemExit into Python functions until they end or time is up."""
     thrown_at: dict[FrameType, float] = {}
     begun = in_udf = monotonic()
-    while _running(lanes) and (now := monotonic()) - begun < _PATIENCE and now - in_udf < _GRACE:
+    while _running(lanes) and (now := monotonic()) - begun < _PATIENCE:
         for thread, entrance, top in _threads_in_queries():
             if entrance not in thrown_at:
                 thrown_at[entrance] = -inf
@@ -137,6 +137,9 @@ def _end_queries(lanes: list[_Lane]) -> None:
             if now - thrown_at[entrance] > _AGAIN:
                 thrown_at[entrance] = now
                 _throw_exit(thread)
+        # After the look: the last one may be long ago, if this process had no processor meanwhile.
+        if now - in_udf >= _GRACE:
+            break
         sleep(_PAUSE)
 
 
