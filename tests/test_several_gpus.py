@@ -140,8 +140,16 @@ def test_collectors_of_a_process_share_what_they_know_of_a_gpu(offloading):
 def test_queries_that_wait_when_the_last_gpu_begins_its_cooldown_do_not_try_it(offloading):
     with simulate_gpu(1, fail="oom") as gpu:
         almost_cools_down(0)
+        all_asked, next_fault = threading.Event(), gpu.next_fault
+
+        def fail_late(*arguments, **options):
+            assert all_asked.wait(60)
+            return next_fault(*arguments, **options)
+
+        gpu.next_fault = fail_late
         collector = offloading()
         handles = [collector.collect_async(WHERE) for _ in range(3)]
+        all_asked.set()
         assert [ran_on(handle) for handle in handles] == ["none"] * 3
         reasons = [handle.resolution.reason for handle in handles]
         assert reasons == [pa.Reason.OUT_OF_MEMORY, *[pa.Reason.GPU_COOLDOWN] * 2]
@@ -370,8 +378,8 @@ def test_gpu_that_runs_any_query_is_waited_for_by_one_that_names_it(offloading, 
         assert ran_on(named) == uuid(0)
         for handle in anywhere:
             handle.result(30)
-        # In its turn: no query that came later has had that GPU before.
-        assert workers.ran.index(uuid(0), 1) == len(workers.ran) - 1
+        # In its turn: no query that came after the first two has had that GPU before.
+        assert workers.ran.index(uuid(0), 2) == len(workers.ran) - 1
 
 
 def test_query_that_is_cancelled_while_it_waits_for_its_gpu_gives_up_its_slot(offloading, workers):
@@ -403,12 +411,13 @@ def test_query_waits_for_a_gpu_that_works_rather_than_try_one_in_its_cooldown(of
 
 def test_query_that_waits_tries_a_gpu_whose_cooldown_is_over(offloading, workers):
     with simulate_gpu(2):
-        opened(1, seconds=0.2)
         workers.hold(0)
         collector = offloading()
-        handles = [collector.collect_async(TINY) for _ in range(2)]
-        assert ran_on(handles[1]) == uuid(1)
-        assert not handles[0].done()
+        first = collector.collect_async(TINY)
+        until(lambda: workers.ran == [uuid(0)])
+        opened(1, seconds=0.2)
+        assert ran_on(collector.collect_async(TINY)) == uuid(1)
+        assert not first.done()
         assert of_gpu(1).health == Health()
 
 
@@ -486,6 +495,8 @@ def test_queue_for_a_gpu_that_is_named_has_a_bound_of_its_own(offloading, worker
 
 def test_doctor_tells_of_each_gpu_of_this_process(capsys):
     with simulate_gpu(2):
+        now = of_gpu(1)._clock()
+        of_gpu(1)._clock = lambda: now
         opened(1)
         cli.main(["doctor", "--json"])
         devices = json.loads(capsys.readouterr().out)["gpu"]["devices"]
