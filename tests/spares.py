@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from contextlib import suppress
 
 from polars_async.executors.initializer import current
 from polars_async.executors.processes import pool
@@ -33,11 +34,12 @@ class Spares:
 
     def _start(self, env):
         idle = self._idle[frozenset(env.items())]
-        while idle and current() is None:
-            worker = idle.pop()
-            if worker.is_alive():
-                return worker
-            worker.kill()
+        with suppress(IndexError):  # another thread may have taken the last one
+            while current() is None:
+                worker = idle.pop()
+                if worker.is_alive():
+                    return worker
+                worker.kill()
         worker = WorkerProcess(env)
         worker.idle = idle
         return worker
