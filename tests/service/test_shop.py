@@ -112,12 +112,7 @@ def test_error_of_a_query_is_no_fault_of_the_gpu(engine_log):
 def test_others_are_answered_while_the_gpu_takes_its_time():
     async def meanwhile(shop):
         slow = asyncio.create_task(shop.best(1))
-        beats = 0
-        while not slow.done():
-            await asyncio.sleep(0.01)
-            beats += 1
-        return await slow, beats
+        await asyncio.sleep(0)  # it has asked
+        return slow.done(), await slow
 
-    answer, beats = ask(meanwhile)
-    assert answer == BEST[:1]
-    assert beats > 3
+    assert ask(meanwhile) == (False, BEST[:1])
