@@ -284,6 +284,7 @@ def test_waiter_that_cannot_be_told_is_logged_and_costs_nobody_else_the_result(
     blocked.gate.set()
     assert loop.outcome(handle).item() == 1
     works_after()
+    until(lambda: quiet)  # the slot is free, and others are woken, before it is told
     assert quiet == ["a waiter could not be woken"]
     quiet.clear()
 
