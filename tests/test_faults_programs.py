@@ -195,27 +195,34 @@ def test_worker_hit_by_the_signal_survives_and_its_query_raises(run_script, loop
 
 
 LONG_QUERY_HIT = """
+from contextlib import suppress
+
 long = pl.LazyFrame({"k": pl.int_range(1_000_000, eager=True)})
 for _ in range(40):
     long = long.with_columns(pl.col("k").hash()).sort("k").with_columns(pl.col("k").cum_sum())
 
-for engine in "in-memory", "streaming":
+def until_all_have_stopped():
+    while True:  # Polars stops others, too, until all threads of one that it stops have left it
+        with suppress(KeyboardInterrupt):
+            return outcome(lf=long.head(1000))
+
+def is_hit(engine):
     handle = collector.collect_async(long, engine=engine)
     while not handle.done():
         os.kill(os.getpid(), signal.SIGINT)
-        try:
+        with suppress(TimeoutError, KeyboardInterrupt):
             handle.result(0.05)
-        except TimeoutError:
-            pass
-        except KeyboardInterrupt:
-            print("interrupted")
-stopped = True
-while stopped:  # Polars stops others, too, until all threads of one that it stops have left it
     try:
-        outcome(lf=long.head(1000))
-        stopped = False
+        handle.result()
     except KeyboardInterrupt:
-        pass
+        return True
+    return False
+
+for engine in "in-memory", "streaming":
+    while not is_hit(engine):  # it was over before the first signal
+        until_all_have_stopped()
+    print("interrupted")
+until_all_have_stopped()
 works()
 """
 
