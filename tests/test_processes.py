@@ -664,9 +664,16 @@ def test_query_that_is_cancelled_while_its_worker_starts_leaves_it_to_the_next(c
 
 
 def test_query_that_outgrows_its_memory_is_stopped_and_the_service_lives(make):
+    def rows(*_):
+        kept = b"x" * 600_000_000
+        while kept:  # until it is stopped, however late its memory is looked at
+            time.sleep(0.005)
+            yield pl.DataFrame({"a": [1]})
+
+    endless = register_io_source(rows, schema={"a": pl.Int64}).sum()
     collector = make(max_memory=400 * 2**20)
     with pytest.raises(pa.QueryMemoryError, match="max_memory=419,430,400") as caught:
-        collector.collect_async(HEAVY).result(30)
+        collector.collect_async(endless, engine="streaming").result(30)
     assert isinstance(caught.value, MemoryError)
     assert caught.value.max_memory == 400 * 2**20
     assert collector.collect_async(TINY).result(30).item() == 6
