@@ -934,8 +934,7 @@ def test_query_that_is_cancelled_while_another_collector_has_the_gpu_does_not_ru
         assert blocked.started.wait(30)
         lf, runs = counting()
         handle = collector.collect_async(lf, engine="gpu")
-        while not collector.stats()["gpu_running"]:
-            time.sleep(0.001)
+        until(lambda: handle._query.times._paused_since is not None)  # it waits for the GPU
         assert handle.cancel()
         blocked.gate.set()
         running.result(30)
@@ -1187,9 +1186,8 @@ def test_one_query_of_several_frames_counts_as_one_failure(collector, gpu):
 def test_gpu_that_keeps_failing_rests_and_is_tried_again(collector, gpu, clock, caplog):
     gpu.fail = "oom"
     for _ in range(FAILURES):
-        assert collector.collect_async(TINY, engine="gpu").resolution.name == "gpu"
-        while collector.stats()["running"]:
-            time.sleep(0.001)
+        assert collector.resolve_engine("gpu").name == "gpu"
+        collector.collect_async(TINY, engine="gpu").result(30)
     stats = collector.stats()
     assert (stats["gpu_failures"], stats["gpu_cooldown_seconds"]) == (FAILURES, COOLDOWN)
     assert "the GPU is in a cooldown of 30 s: the memory of the GPU did not suffice" in caplog.text
