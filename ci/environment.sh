@@ -1,5 +1,7 @@
 # Sourced by the scripts beside it: finds a Python, brings uv, and makes environments in .cache/.
 unset PYTHONDONTWRITEBYTECODE # the interpreters that tests start would take twice as long
+# The network may be away for a minute: by themselves they give up after some ten seconds.
+export UV_HTTP_RETRIES=${UV_HTTP_RETRIES:-6} PIP_RETRIES=${PIP_RETRIES:-8}
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 cache=$root/.cache
 uv=$cache/uv/bin/uv

@@ -14,6 +14,7 @@ from types import SimpleNamespace
 import polars as pl
 import pytest
 import uvloop
+from places import until
 from snippets import ROOT, SNIPPETS
 
 from benchmarks import runner
@@ -363,6 +364,7 @@ def test_tiny_queries_are_submitted_beside_heavy_work(what, loop, monkeypatch):
     def heavy(queries):
         order.extend([False] * len(queries))
         assert threading.current_thread() is not threading.main_thread()
+        until(lambda: order[-1])  # else it may end before the next tiny one
         collect_each(queries)
 
     monkeypatch.setattr(latency, "_submits", recording)
@@ -558,13 +560,19 @@ def test_gpu_says_what_could_not_be_run_without_one(capsys, tmp_path, monkeypatc
         ("os.abort()", "**died of SIGABRT**"),
         ("sys.exit(3)", "**died, exit status 3**"),
         ("raise MemoryError('cuda')", "**died, exit status 1**"),
-        ("time.sleep(600)", "**was killed at its time limit**"),
+        ("open('asleep', 'w'), time.sleep(600)", "**was killed at its time limit**"),
         ("print(json.dumps({'what': 'then', 'found': 'a fault', 'ok': False}))", "1 of 2 FAILED"),
         ("print(json.dumps({'row': {'query': 'q1'}, 'ok': False}))", "1 of 2 FAILED"),
     ],
 )
 def test_gpu_report_outlives_a_check_that_fails(end, verdict, capsys, tmp_path, monkeypatch):
-    check = tmp_path / "benchmarks" / "gpu" / "run_check.py"
+    check, asleep = tmp_path / "benchmarks" / "gpu" / "run_check.py", tmp_path / "asleep"
+    wait_for = gpu._wait
+
+    def wait(process, seconds):
+        until(lambda: asleep.exists() or process.poll() is not None)
+        return wait_for(process, 0.0 if asleep.exists() else seconds)
+
     check.parent.mkdir(parents=True)
     check.write_text(
         "import json, os, sys, time\n"
@@ -574,16 +582,17 @@ def test_gpu_report_outlives_a_check_that_fails(end, verdict, capsys, tmp_path, 
         f"if sys.argv[1] == 'offload': {end}\n"
     )
     monkeypatch.setattr(gpu, "_ROOT", tmp_path)
-    monkeypatch.setattr(gpu, "_GRACE", 0.5)
-    monkeypatch.setattr(gpu, "_SHORTEST", 0.0)
-    minutes = 0.02 if "sleep" in end else 1
-    asked = ["offload", "collectors", f"--minutes={minutes}", f"--report={tmp_path / 'report.md'}"]
+    if "sleep" in end:  # the time is over once it sleeps
+        clock = SimpleNamespace(monotonic=lambda: 3600.0 if asleep.exists() else 0.0)
+        monkeypatch.setattr(gpu, "time", clock)
+        monkeypatch.setattr(gpu, "_wait", wait)
+    asked = ["offload", "collectors", "--minutes=1", f"--report={tmp_path / 'report.md'}"]
     assert gpu.main(asked) == 1
     printed = capsys.readouterr().out
     assert f"## Offload: {verdict}\n\n- ok: before: all\n" in printed
     assert ("Its process" in printed) == ("last words\n" in printed) == ("**" in verdict)
     if "sleep" in end:
-        assert "- Two collectors: the 0.02 minutes were over" in printed
+        assert "- Two collectors: the 1 minutes were over" in printed
     else:
         assert "| Two collectors | passed |" in printed
 

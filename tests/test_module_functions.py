@@ -7,7 +7,7 @@ import inspect
 
 import polars as pl
 import pytest
-from places import TINY, Blocked
+from places import TINY, Blocked, until
 
 import polars_async as pa
 from polars_async import Collector, EventKind, api
@@ -152,6 +152,7 @@ def test_tags_are_those_of_the_handle_and_of_every_event(heard):
     handle = pa.collect_async(TINY, tags=given)
     given["tenant"] = "another"  # too late
     handle.result(30)
+    until(lambda: heard[-1].kind is EventKind.FINISHED)  # which may be told after it is done
     assert handle.tags == TAGS
     assert [event.tags for event in heard] == [TAGS] * len(heard)
     assert str(heard[-1]).endswith(", 1 rows, tenant='a', page=3, share=0.5, paid=True")
@@ -160,6 +161,7 @@ def test_tags_are_those_of_the_handle_and_of_every_event(heard):
 def test_query_without_tags_has_none(heard):
     handle = pa.collect_async(TINY)
     handle.result(30)
+    until(lambda: heard[-1].kind is EventKind.FINISHED)
     assert handle.tags == {} == heard[-1].tags
     assert hash(heard[-1]) == hash(heard[-1])
 
@@ -167,6 +169,7 @@ def test_query_without_tags_has_none(heard):
 def test_methods_in_the_background_take_tags(default, heard):
     default.collect_background(TINY, tags=TAGS).fetch_blocking()
     default.collect_all_background([TINY], tags=TAGS).fetch_blocking()
+    until(lambda: len(heard) == 6)
     assert [event.tags for event in heard] == [TAGS] * 6
 
 

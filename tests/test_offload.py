@@ -36,11 +36,13 @@ from polars_async._runtime import upstream
 from polars_async.executors.threads import ThreadPool
 from polars_async.gpu import attempt, offload
 from polars_async.gpu.breaker import COOLDOWN, FAILURES, Health, breaker
+from polars_async.scheduling import times
 from polars_async.scheduling.admission import Admission
 from polars_async.testing import simulate_gpu
 
 STRICT = pl.GPUEngine(raise_on_fail=True)
 FLAGS = pl.QueryOptFlags()
+ENDS = {"finished", "failed", "cancelled", "timed_out"}
 FAILURES_OF_THE_GPU = {
     "unsupported": (Reason.UNSUPPORTED_QUERY, NotImplementedError),
     "translation": (Reason.TRANSLATION_FAILED, ValueError),
@@ -83,6 +85,8 @@ def clock(monkeypatch):
 
 
 def kinds(events):
+    """Give what happened to a query, once its end is told, which may be after it is done."""
+    until(lambda: events and events[-1].kind in ENDS)
     return [str(event.kind) for event in events]
 
 
@@ -111,46 +115,51 @@ def test_query_that_the_gpu_takes_says_so(collector, gpu, events):
     assert collector.stats()["fell_back"] == 0
 
 
-def test_loop_goes_on_while_the_gpu_works(collector, gpu):
-    gpu.fail = "slow"
-
+def test_loop_goes_on_while_the_gpu_works(collector, blocked):
     async def main():
-        handle, ticks = collector.collect_async(TINY, engine="gpu"), 0
-        while not handle.done():
+        handle = collector.collect_async(blocked.lf, engine="gpu")
+        while not blocked.started.is_set():  # noqa: ASYNC110  # nobody tells
             await asyncio.sleep(0.001)
-            ticks += 1
-        return await handle, ticks
+        assert not handle.done()
+        blocked.gate.set()  # else it would fail in the end
+        return await handle
 
-    frame, ticks = asyncio.run(main())
-    assert frame.item() == 1
-    assert ticks > 50
+    assert asyncio.run(main()).item() == 1
 
 
 @pytest.mark.parametrize("patched", ["before", "after", "never"])
 def test_hub_goes_on_while_the_gpu_works(run_script, patched):
-    assert run_script(GEVENT, patched) == ["1", "gpu", "True"]
+    assert run_script(GEVENT, patched) == ["1", "gpu"]
 
 
 GEVENT = """
-import sys
+import faulthandler, sys
+faulthandler.dump_traceback_later(40, exit=True)
 patch = "import gevent.monkey; gevent.monkey.patch_all()"
 if sys.argv[1] == "before":
     exec(patch)
 import polars as pl, polars_async as pa
+from polars_async._runtime.unpatched import allocate_lock
 from polars_async.testing import simulate_gpu
 if sys.argv[1] == "after":
     exec(patch)
 import gevent
-ticks = 0
-def tick():
-    global ticks
-    while True:
+started, gate = allocate_lock(), allocate_lock()
+started.acquire()
+gate.acquire()
+def udf(df):
+    started.release()
+    gate.acquire()
+    return df
+def let_go_on():
+    while not started.acquire(blocking=False):
         gevent.sleep(0.001)
-        ticks += 1
-gevent.spawn(tick)
-with simulate_gpu(fail="slow"), pa.Collector(gpu="offload") as collector:
-    handle = collector.collect_async(pl.LazyFrame({"a": [1]}), engine="gpu", gevent=True)
-    print(handle.get().item(), handle.resolution.name, ticks > 50)
+    gate.release()
+gevent.spawn(let_go_on)
+with simulate_gpu(), pa.Collector(gpu="offload") as collector:
+    lf = pl.LazyFrame({"a": [1]}).map_batches(udf)
+    handle = collector.collect_async(lf, engine="gpu", gevent=True)
+    print(handle.get().item(), handle.resolution.name)
 """
 
 
@@ -295,6 +304,7 @@ def test_query_falls_back_where_the_gpu_fails(collector, gpu, events, caplog, fa
     assert len(caplog.records) == 1 + len(retried)
     assert record.levelno == logging.WARNING
     assert record.getMessage().startswith(f"query {events[0].query_id} 'it' fell back: ")
+    until(lambda: not collector.stats()["running"])  # its slot is free after its end is told
     stats = collector.stats()
     assert (stats["fell_back"], stats["completed"], stats["submitted"]) == (1, 1, 1)
     assert (stats["running"], stats["gpu_running"], stats["downgraded"]) == (0, 0, 0)
@@ -582,8 +592,8 @@ def test_gpu_is_free_for_the_next_while_one_that_fell_back_runs(collector, gpu, 
     fallen = collector.collect_async(blocked.lf, engine="gpu")
     assert blocked.started.wait(30)
     assert collector.collect_async(TINY, engine="gpu").result(30).item() == 1
-    stats = collector.stats()
-    assert (stats["running"], stats["gpu_running"]) == (1, 0)
+    until(lambda: not collector.stats()["gpu_running"])
+    assert collector.stats()["running"] == 1
     blocked.gate.set()
     assert fallen.result(30).item() == 1
 
@@ -615,18 +625,23 @@ def test_limits_of_the_line_do_not_hold_for_what_was_let_in_already(gpu, blocked
         assert fallen.result(30).item() == running.result(30).item() == 1
 
 
-def test_query_that_fell_back_is_estimated_as_what_it_is_then(collector, tried):
+def test_query_that_fell_back_is_estimated_as_what_it_is_then(collector, tried, blocked):
+    busy = collector.collect_async(blocked.lf)  # so that none starts without an estimate
+    assert blocked.started.wait(30)
     first = collector.collect_async(tried.lf, engine="gpu")
     assert tried.started.wait(30)
     waiting = collector.collect_async(TINY, engine="gpu")
     estimated = waiting._query
     estimated.set_estimate(collector._gpu._costs)  # as it is where more of them wait
     before = estimated.estimate
+    then = collector._cpu._costs.of([TINY], "in-memory")  # before the run corrects it
     tried.gate.set()
-    first.result(30)
     waiting.result(30)
-    assert estimated.estimate == collector._cpu._costs.of([TINY], "in-memory")
+    assert estimated.estimate == then
     assert estimated.estimate != before
+    blocked.gate.set()
+    first.result(30)
+    busy.result(30)
 
 
 def test_time_on_the_gpu_counts_as_time_until_it_ran(collector, tried, events):
@@ -696,19 +711,21 @@ def test_query_that_fell_back_may_leave_the_queue(gpu, blocked, events, how):
         collector.collect_async(blocked.lf)
         assert blocked.started.wait(30)
         lf, runs = counting()
-        timeout = 0.05 if how == "timed_out" else None
+        timeout = 3600 if how == "timed_out" else None
         handle = collector.collect_async(lf, engine="gpu", timeout=timeout, label="it")
         while not inside.waiting(collector):
             time.sleep(0.001)
         if how == "cancelled":
             assert handle.cancel()
+        else:
+            inside.let_time_be_up(handle)
         with pytest.raises((CancelledError, QueryTimeoutError)):
             handle.result(30)
         stats = collector.stats()
         assert (stats["waiting"], stats["fell_back"], stats[how.replace(" ", "_")]) == (0, 1, 1)
         blocked.gate.set()
     assert runs == []
-    assert [kind for event in events if event.label == "it" for kind in kinds([event])] == [
+    assert [str(event.kind) for event in events if event.label == "it"] == [
         "queued",
         "started",
         "retried",
@@ -719,13 +736,15 @@ def test_query_that_fell_back_may_leave_the_queue(gpu, blocked, events, how):
 
 def test_query_that_is_cancelled_while_its_fallback_is_told_does_not_run(gpu):
     gpu.fail = "oom"
-    told = []
+    told, running = [], []
 
     def on_event(event):
         told.append(str(event.kind))
         if event.kind is EventKind.FELL_BACK:
+            assert gate.wait(30)  # there is a handle
             handle.cancel()
-            assert collector.stats()["running"] == 1  # in its slot until it is in the other lane
+            until(lambda: not inside.running(collector))  # the one before
+            running.append(collector.stats()["running"])
 
     with Collector(gpu="offload", on_event=on_event) as collector:
         lf, runs = counting()
@@ -741,6 +760,7 @@ def test_query_that_is_cancelled_while_its_fallback_is_told_does_not_run(gpu):
             handle.result(30)
         before.result(30)
     assert runs == []
+    assert running == [1]  # in its slot until it is in the other lane
     assert told.count("cancelled") == 1
     assert collector.stats()["running"] == collector.stats()["waiting"] == 0
 
@@ -780,6 +800,7 @@ def test_query_fails_where_no_thread_is_to_be_had_for_its_fallback(
     collector, gpu, events, no_thread
 ):
     collector.collect_async(TINY, engine="gpu").result(30)
+    assert kinds(events) == ["queued", "started", "finished"]
     gpu.fail = "oom"
     del events[:]
     no_thread()
@@ -874,10 +895,12 @@ def test_query_is_in_one_lane_at_least_while_it_goes_over(collector, gpu, monkey
 def test_text_of_a_time_out_tells_of_the_gpu(collector, tried, blocked):
     running = [collector.collect_async(blocked.lf) for _ in range(2)]
     assert blocked.started.wait(30)
-    handle = collector.collect_async(tried.lf, engine="gpu", timeout=0.3)
+    handle = collector.collect_async(tried.lf, engine="gpu", timeout=3600)
     assert tried.started.wait(30)
     tried.gate.set()
-    part = r"0\.\d+ s of which the GPU took for a try that failed"
+    until(lambda: handle._query.ahead is not None)  # it waits again
+    inside.let_time_be_up(handle)
+    part = r"\d+\.\d+ s of which the GPU took for a try that failed"
     words = rf"s for a slot behind 1 running .*, {part}, and never ran on the CPU"
     with pytest.raises(QueryTimeoutError, match=words):
         handle.result(30)
@@ -911,8 +934,7 @@ def test_query_that_is_cancelled_while_another_collector_has_the_gpu_does_not_ru
         assert blocked.started.wait(30)
         lf, runs = counting()
         handle = collector.collect_async(lf, engine="gpu")
-        while not collector.stats()["gpu_running"]:
-            time.sleep(0.001)
+        until(lambda: handle._query.times._paused_since is not None)  # it waits for the GPU
         assert handle.cancel()
         blocked.gate.set()
         running.result(30)
@@ -921,22 +943,23 @@ def test_query_that_is_cancelled_while_another_collector_has_the_gpu_does_not_ru
 
 
 @pytest.mark.parametrize("fault", [None, "oom"])
-def test_wait_for_another_collector_is_no_part_of_the_run(collector, gpu, blocked, events, fault):
+def test_wait_for_another_collector_is_no_part_of_the_run(
+    collector, gpu, blocked, events, fault, monkeypatch
+):
     gpu.fail = {} if fault is None else {2: fault}
+    later = 0.0
+    monkeypatch.setattr(times, "perf_counter", lambda: time.perf_counter() + later)
     with Collector(gpu="offload") as other:
         running = other.collect_async(blocked.lf, engine="gpu")
         assert blocked.started.wait(30)
         handle = collector.collect_async(TINY, engine="gpu")
-        while not collector.stats()["gpu_running"]:
-            time.sleep(0.001)
-        begun = time.perf_counter()
-        while (waited := time.perf_counter() - begun) < 0.3:
-            time.sleep(0.1)
+        until(lambda: handle._query.times._paused_since is not None)
+        later = 3600.0
         blocked.gate.set()
         running.result(30)
         handle.result(30)
     collector.close()
-    assert collector.stats()["run_seconds"] < waited
+    assert collector.stats()["run_seconds"] < later
     assert events[-1].run_seconds >= 0
 
 
@@ -1105,11 +1128,7 @@ def test_nothing_is_kept_of_a_query_that_fell_back(gpu, here, fault):
         with pytest.warns(EngineDowngradeWarning):
             kept.append(ref(lf.collect(engine=here)))
         del lf, other, handle
-        while collector.stats()["running"]:
-            time.sleep(0.001)
-        while any(each() is not None for each in kept[:2]):
-            time.sleep(0.001)  # until the threads have let go of them
-    assert [each() for each in kept] == [None] * len(kept)
+        until(lambda: all(each() is None for each in kept))  # the threads have let go of them
     assert resolution.fell_back
 
 
@@ -1167,9 +1186,8 @@ def test_one_query_of_several_frames_counts_as_one_failure(collector, gpu):
 def test_gpu_that_keeps_failing_rests_and_is_tried_again(collector, gpu, clock, caplog):
     gpu.fail = "oom"
     for _ in range(FAILURES):
-        assert collector.collect_async(TINY, engine="gpu").resolution.name == "gpu"
-        while collector.stats()["running"]:
-            time.sleep(0.001)
+        assert collector.resolve_engine("gpu").name == "gpu"
+        collector.collect_async(TINY, engine="gpu").result(30)
     stats = collector.stats()
     assert (stats["gpu_failures"], stats["gpu_cooldown_seconds"]) == (FAILURES, COOLDOWN)
     assert "the GPU is in a cooldown of 30 s: the memory of the GPU did not suffice" in caplog.text
@@ -1359,8 +1377,8 @@ with simulate_gpu(), pa.Collector(engine="gpu", gpu="offload") as collector:
     def interrupt():
         time.sleep(0.1)
         os.kill(os.getpid(), signal.SIGINT)
-    threading.Thread(target=interrupt).start()
     try:
+        threading.Thread(target=interrupt).start()
         lf.collect(engine=pa.AsyncEngine(collector))
     except KeyboardInterrupt:
         print(not handle.done())

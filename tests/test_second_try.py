@@ -8,9 +8,11 @@ import sys
 import threading
 from concurrent.futures import CancelledError, ThreadPoolExecutor
 
+import inside
 import polars as pl
 import pytest
 from conftest import TINY
+from places import until
 from test_gpu_processes import WHERE, uuid
 
 import polars_async as pa
@@ -22,6 +24,7 @@ from polars_async.gpu.partitions import with_smaller_partitions
 from polars_async.testing import simulate_gpu
 
 STRICT = pl.GPUEngine(raise_on_fail=True)
+ENDS = {"finished", "failed", "cancelled", "timed_out"}
 # An eighth of what cudf-polars has by default on a GPU of 80 GiB.
 SMALLER = {"target_partition_size": 187_500_000, "max_rows_per_partition": 125_000}
 HOW = (
@@ -75,6 +78,8 @@ def raising(monkeypatch):
 
 
 def kinds(events):
+    """Give what happened to a query, once its end is told, which may be after it is done."""
+    until(lambda: events and events[-1].kind in ENDS)
     return [str(event.kind) for event in events]
 
 
@@ -327,11 +332,13 @@ def test_query_that_ends_during_its_first_try_is_not_tried_again(
 
     monkeypatch.setattr(upstream, "gpu_callback", lambda _: lambda plan, *_: plan.set_udf(run))
     monkeypatch.setitem(run.__globals__, "__name__", "cudf_polars.callback")
-    timeout = 0.2 if how == "timed_out" else None
+    timeout = 3600 if how == "timed_out" else None
     handle = collector.collect_async(TINY, engine="gpu", timeout=timeout)
     assert blocked.started.wait(30)
     if how == "cancelled":
         handle.cancel()
+    else:
+        inside.let_time_be_up(handle)
     with pytest.raises((CancelledError, pa.QueryTimeoutError)):
         handle.result(30)
     blocked.gate.set()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import TYPE_CHECKING, Final, TypeVar
+from typing import TYPE_CHECKING, Final, TypeVar, cast
 
 from polars_async.executors.threads import ThreadsExecutor
 from polars_async.gpu.devices import named_device
@@ -21,10 +21,16 @@ class GpuThreadExecutor(ThreadsExecutor):
     """Runs a query on the slot's own thread, while no other query of the process is on the GPU."""
 
     def run(self, operation: Operation[T], query: Job) -> T:
-        """Wait for the GPU, and run `operation` on this thread; nothing stops it then."""
+        """
+        Wait for the GPU, and run `operation` on this thread; nothing stops it then.
+
+        A query that is cancelled or times out while it waits does not run.
+        """
         try:
             # Queries of other collectors may have the GPU until this one is cancelled.
             with GpuHold(partial(_is_wanted, query), query.clock_stopped, query.note_retry):
+                if query.done:  # cancelled or timed out meanwhile: its result is dropped
+                    return cast("T", None)
                 query.place = _gpu_of(query.resolution)
                 return super().run(operation, query)
         finally:

@@ -236,7 +236,9 @@ class _Telemetry:
         self._record(event, perf_counter() - submitted, error)
         if span.is_recording():
             if event.run_seconds is not None and event.engine != "gpu":
-                started_ns = submitted_ns + int(event.queue_seconds * 1e9)
+                # A span that began late, since its thread was held up or under gevent, starts late,
+                # but the time before is part of the wait: the sum may lie in the future.
+                started_ns = min(submitted_ns + int(event.queue_seconds * 1e9), time_ns())
                 span.add_event("started", timestamp=started_ns)
             span.set_attributes(_attributes_at_end(event, error))
             if event.error is not None:
