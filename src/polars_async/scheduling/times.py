@@ -99,8 +99,10 @@ class Times:
         try:
             yield
         finally:
-            self._paused_since = None
+            # In this order, for those that read it meanwhile: rather too short a run than one that
+            # seems to have taken long, and makes its query a large one.
             self.paused_seconds += perf_counter() - begun
+            self._paused_since = None
 
     @property
     def submitted(self) -> float:
