@@ -770,6 +770,43 @@ def test_close_that_cancels_all_lets_go_of_shared_runs(runs):
     assert adds_up(collector)
 
 
+def test_close_waits_while_another_one_cancels_those_who_share_a_run(runs, monkeypatch):
+    collector = Collector(engine="in-memory", max_running=1, inline=0, single_flight=True)
+    running, *waiting = (collector.collect_async(lf(number)) for number in (1, 2, 2))
+    begun(runs)
+    cancels, goes_on, cancel = threading.Event(), threading.Event(), Query._cancel
+
+    def cancel_late(query, state):
+        cancelled = cancel(query, state)
+        if threading.current_thread() is other and not cancels.is_set():
+            runs.gate.set()  # so that no query runs that would keep the other `close` waiting
+            cancels.set()
+        return cancelled
+
+    def follow_late(query):
+        if threading.current_thread() is other:
+            assert goes_on.wait(LIMIT)
+        follow(query)
+
+    follow = Query._after_cancel
+    monkeypatch.setattr(Query, "_cancel", cancel_late)
+    monkeypatch.setattr(Query, "_after_cancel", follow_late)
+    other = threading.Thread(target=collector.close)
+    closer = threading.Thread(target=lambda: collector.close(cancel_waiting=False))
+    other.start()
+    assert cancels.wait(LIMIT)
+    closer.start()
+    closer.join(0.2)  # where close does not wait, this is time enough to see it
+    early = not closer.is_alive() and not all(handle.done() for handle in waiting)
+    goes_on.set()
+    for thread in (other, closer):
+        thread.join(LIMIT)
+    assert not early
+    assert running.done()
+    assert [handle.done() for handle in waiting] == [True, True]
+    assert adds_up(collector)
+
+
 def test_fork_fails_all_who_wait_for_a_run(shared, runs):
     handles = [shared.collect_async(lf()) for _ in range(2)]
     begun(runs)
