@@ -12,7 +12,7 @@ from contextlib import aclosing
 from functools import partial
 from itertools import count
 from math import inf
-from time import sleep
+from time import monotonic, sleep
 
 import inside
 import polars as pl
@@ -35,6 +35,7 @@ from polars_async.executors import threads
 from polars_async.executors.outcomes import RemoteTraceback
 from polars_async.scheduling import query as query_module
 from polars_async.scheduling import times
+from polars_async.scheduling.query import Query
 from polars_async.streams import Batches
 from polars_async.testing import simulate_gpu
 
@@ -490,6 +491,23 @@ def test_dropping_a_stream_nobody_iterated_cancels_all(collector, blocked, kind)
     blocked.gate.set()
     assert_free(collector)
     assert not ran
+
+
+@pytest.mark.parametrize("leave", [by_break, by_close])
+def test_query_of_a_stream_that_is_left_is_cancelled_however_soon_it_could_end(
+    loop, collector, endless, leave, monkeypatch
+):
+    cancel = Query.cancel
+
+    def cancel_late(query):
+        ended = monotonic() + 0.2  # where the query may end before, this is time enough
+        until(lambda: query.done or monotonic() > ended)
+        return cancel(query)
+
+    monkeypatch.setattr(Query, "cancel", cancel_late)
+    box = [collector.collect_batches_async(endless.lf, chunk_size=1)]
+    loop.run(leave, loop, box)
+    assert collector.stats()["cancelled"] == 1
 
 
 def test_dropping_a_stream_nobody_iterated_frees_a_query_that_is_held_up(collector, endless):
