@@ -510,6 +510,29 @@ def test_query_of_a_stream_that_is_left_is_cancelled_however_soon_it_could_end(
     assert collector.stats()["cancelled"] == 1
 
 
+def test_queries_of_a_stream_that_is_closed_do_not_start_in_the_slots_of_others(
+    collector, monkeypatch
+):
+    ran, came, run, cancel = Notes(), [], Query.run, Query.cancel
+
+    def run_late(query, place):
+        came.append(query)
+        if query is came[0]:
+            until(lambda: query.done)
+        run(query, place)
+
+    def cancel_slowly(query):
+        cancelled, ended = cancel(query), monotonic() + 0.2
+        until(lambda: ran or monotonic() > ended)  # where another can start, this is time enough
+        return cancelled
+
+    monkeypatch.setattr(Query, "run", run_late)
+    monkeypatch.setattr(Query, "cancel", cancel_slowly)
+    collector.as_completed([TINY, noting(ran)]).close()
+    collector.close(cancel_waiting=False)
+    assert not ran
+
+
 def test_dropping_a_stream_nobody_iterated_frees_a_query_that_is_held_up(collector, endless):
     stream = collector.collect_batches_async(endless.lf, chunk_size=1)
     wait_until_paused(collector)

@@ -71,7 +71,7 @@ class Completions(ResultStream[tuple[int, T]]):
         """Cancel the queries that are not done; any thread may call it, and more than once."""
         queries, self._queries = self._queries, {}
         self._arrivals.finish(drop=True)
-        for query in queries.values():
+        for query in reversed(queries.values()):  # or the last would start in slots of the first
             query.cancel()
 
 
