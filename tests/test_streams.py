@@ -35,6 +35,7 @@ from polars_async.executors import threads
 from polars_async.executors.outcomes import RemoteTraceback
 from polars_async.scheduling import query as query_module
 from polars_async.scheduling import times
+from polars_async.scheduling.admission import Admission
 from polars_async.scheduling.query import Query
 from polars_async.streams import Batches
 from polars_async.testing import simulate_gpu
@@ -884,6 +885,32 @@ def test_close_does_not_wait_for_a_consumer(loop, collector, endless, fetched):
     stream = collector.collect_batches_async(endless.lf, chunk_size=1)
     loop.run(main, stream)
     assert collector.stats()["running"] == 0
+
+
+def test_stream_that_starts_while_close_lists_what_it_cancels_is_cancelled(
+    collector, blocked, endless, monkeypatch
+):
+    def listing(name):
+        listed = getattr(Admission, name)
+
+        def list_and_let_start(admission):
+            found = listed(admission)
+            if threading.current_thread() is closer and admission is collector._cpu.admission:
+                blocked.gate.set()
+                until(lambda: not inside.waiting(collector))
+            return found
+
+        monkeypatch.setattr(Admission, name, list_and_let_start)
+
+    collector.collect_async(blocked.lf)
+    assert blocked.started.wait(30)
+    stream = collector.collect_batches_async(endless.lf, chunk_size=1)
+    closer = threading.Thread(target=lambda: collector.close(wait=False))
+    for name in ("in_slots", "in_queue"):
+        listing(name)
+    closer.start()
+    closer.join(30)
+    assert stream._query.done
 
 
 def test_aclose_does_not_wait_for_a_consumer(loop, endless, executor):
