@@ -399,11 +399,12 @@ def test_new_caller_of_what_was_let_go_has_a_run_of_its_own(shared, runs):
 
 
 def test_last_caller_that_lets_go_stops_it_in_its_worker():
-    heavy = pl.LazyFrame({"a": range(3000)})
-    for _ in range(2):
-        heavy = heavy.join(pl.LazyFrame({"b": range(3000)}), how="cross").select(
-            a=pl.col("a").sort() + pl.col("b")
-        )
+    # Of many seconds, and of little memory, however late it is stopped.
+    column = pl.col("a") + pl.col("b")
+    for _ in range(30):
+        column = (column * 7919 % 1_000_003).sort()
+    heavy = pl.LazyFrame({"a": range(4000)}).join(pl.LazyFrame({"b": range(4000)}), how="cross")
+    heavy = heavy.select(column)
     options = {"executor": "processes", "max_running": 1, "single_flight": True}
     with Collector(engine="in-memory", **options) as collector:
         handles = [collector.collect_async(heavy) for _ in range(2)]
