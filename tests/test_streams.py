@@ -8,7 +8,7 @@ import os
 import signal
 import threading
 import weakref
-from contextlib import aclosing
+from contextlib import aclosing, nullcontext
 from functools import partial
 from itertools import count
 from math import inf
@@ -642,6 +642,46 @@ def test_no_batch_is_put_while_two_lie_ready(loop, collector, monkeypatch, engin
     assert len(loop.run(listed, stream)) == ROWS // 10
     assert len(lying) == ROWS // 10
     assert max(lying) < BATCHES_AHEAD
+
+
+class Paused:
+    """Stands in for a query that is paused, and resumed when the test opens the gate."""
+
+    def __init__(self):
+        self.gates = []
+
+    def clock_stopped(self):
+        return nullcontext()
+
+    def pause(self):
+        self.gates.append(threading.Lock())
+        self.gates[-1].acquire()
+        return self.gates[-1]
+
+    def resume(self):
+        pass
+
+    def let_end(self):
+        for gate in self.gates:
+            if gate.locked():
+                gate.release()
+
+
+def test_query_that_is_resumed_after_the_room_was_filled_is_paused_again():
+    buffer, producer = Buffer(), Paused()
+    buffer.bind(producer)
+    for number in range(BATCHES_AHEAD - 1):
+        buffer.put(number)
+    putting = threading.Thread(target=buffer.put, args=(BATCHES_AHEAD,))
+    putting.start()
+    until(lambda: producer.gates)
+    producer.gates[0].release()
+    putting.join(0.2)  # where it goes on, this is time enough to see it
+    goes_on = not putting.is_alive()
+    buffer.close()
+    putting.join(30)
+    assert not goes_on
+    assert not putting.is_alive()
 
 
 @pytest.mark.everywhere(engine="streaming", other="in-memory")
