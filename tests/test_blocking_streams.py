@@ -8,6 +8,7 @@ import weakref
 from concurrent.futures import CancelledError
 
 import gevent
+import inside
 import polars as pl
 import pytest
 from places import TINY, Blocked, Failure, Source, until
@@ -260,7 +261,9 @@ def test_query_that_raises_stop_iteration_does_not_end_the_stream_in_silence(col
 
 
 def test_time_out_and_closing_collector_are_told(collector, blocked):
-    late = collector.collect_batches_async(blocked.lf, timeout=0.01)
+    late = collector.collect_batches_async(blocked.lf, timeout=3600)
+    assert blocked.started.wait(30)  # else it would leave its slot to the next one
+    inside.let_time_be_up(late)
     with pytest.raises(QueryTimeoutError):
         next(late)
     waiting = collector.as_completed([Blocked().lf])

@@ -399,11 +399,12 @@ def test_new_caller_of_what_was_let_go_has_a_run_of_its_own(shared, runs):
 
 
 def test_last_caller_that_lets_go_stops_it_in_its_worker():
-    heavy = pl.LazyFrame({"a": range(3000)})
-    for _ in range(2):
-        heavy = heavy.join(pl.LazyFrame({"b": range(3000)}), how="cross").select(
-            a=pl.col("a").sort() + pl.col("b")
-        )
+    # Of many seconds, and of little memory, however late it is stopped.
+    column = pl.col("a") + pl.col("b")
+    for _ in range(30):
+        column = (column * 7919 % 1_000_003).sort()
+    heavy = pl.LazyFrame({"a": range(4000)}).join(pl.LazyFrame({"b": range(4000)}), how="cross")
+    heavy = heavy.select(column)
     options = {"executor": "processes", "max_running": 1, "single_flight": True}
     with Collector(engine="in-memory", **options) as collector:
         handles = [collector.collect_async(heavy) for _ in range(2)]
@@ -668,13 +669,13 @@ def test_summary_of_each_caller_says_in_words_whose_run_it_was(shared, runs):
     third.cancel()
     told = rf"waited \S+ m?s, shared with query {first.id}, was cancelled"
     assert re.fullmatch(told, third.summary)
-    first._query.times._submitted -= 3  # as if more than a moment had passed
+    first._query.times._submitted -= 300  # as if more than a moment had passed
     second._query.run_of_it.peak_memory = 1_200_000_000
     runs.gate.set()
     for handle in (busy, first, second):
         handle.result(LIMIT)
     assert re.fullmatch(
-        r"waited 3.\d s behind 1 running query, ran \S+ m?s on the in-memory engine, "
+        r"waited 3\d\d s behind 1 running query, ran \S+ m?s on the in-memory engine, "
         r"took 1.2 GB at its peak",
         first.summary,
     )
@@ -767,6 +768,43 @@ def test_close_that_cancels_all_lets_go_of_shared_runs(runs):
             handle.result()
     runs.gate.set()
     collector.close()
+    assert adds_up(collector)
+
+
+def test_close_waits_while_another_one_cancels_those_who_share_a_run(runs, monkeypatch):
+    collector = Collector(engine="in-memory", max_running=1, inline=0, single_flight=True)
+    running, *waiting = (collector.collect_async(lf(number)) for number in (1, 2, 2))
+    begun(runs)
+    cancels, goes_on, cancel = threading.Event(), threading.Event(), Query._cancel
+
+    def cancel_late(query, state):
+        cancelled = cancel(query, state)
+        if threading.current_thread() is other and not cancels.is_set():
+            runs.gate.set()  # so that no query runs that would keep the other `close` waiting
+            cancels.set()
+        return cancelled
+
+    def follow_late(query):
+        if threading.current_thread() is other:
+            assert goes_on.wait(LIMIT)
+        follow(query)
+
+    follow = Query._after_cancel
+    monkeypatch.setattr(Query, "_cancel", cancel_late)
+    monkeypatch.setattr(Query, "_after_cancel", follow_late)
+    other = threading.Thread(target=collector.close)
+    closer = threading.Thread(target=lambda: collector.close(cancel_waiting=False))
+    other.start()
+    assert cancels.wait(LIMIT)
+    closer.start()
+    closer.join(0.2)  # where close does not wait, this is time enough to see it
+    early = not closer.is_alive() and not all(handle.done() for handle in waiting)
+    goes_on.set()
+    for thread in (other, closer):
+        thread.join(LIMIT)
+    assert not early
+    assert running.done()
+    assert [handle.done() for handle in waiting] == [True, True]
     assert adds_up(collector)
 
 

@@ -474,7 +474,7 @@ class Collector:
                 queries.append(self._collect(frame, "async", options))  # noqa: PERF401  # they are cancelled if one raises
             return Completions(queries)
         except BaseException:
-            for query in queries:
+            for query in reversed(queries):  # see `Completions.close`
                 query.cancel()
             raise
 

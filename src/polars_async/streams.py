@@ -71,7 +71,7 @@ class Completions(ResultStream[tuple[int, T]]):
         """Cancel the queries that are not done; any thread may call it, and more than once."""
         queries, self._queries = self._queries, {}
         self._arrivals.finish(drop=True)
-        for query in queries.values():
+        for query in reversed(queries.values()):  # or the last would start in slots of the first
             query.cancel()
 
 
@@ -113,10 +113,12 @@ class Batches(Watchable, ResultStream[pl.DataFrame]):
 
     def close(self) -> None:
         """Cancel the query if it is not done; any thread may call it, and more than once."""
-        # The buffer first: a consumer that waits in another task then finds the stream closed, and
-        # does not raise that its query was cancelled.
-        self._buffer.close()
+        # Noted first: a consumer that waits in another task then finds the stream closed, and does
+        # not raise that its query was cancelled. The buffer last: a query that may put no more
+        # comes to its end, and would be completed.
+        self._buffer.closed = True
         self._query.cancel()
+        self._buffer.close()
 
 
 def _outcome(query: Query[T], bridge: Bridge) -> T:

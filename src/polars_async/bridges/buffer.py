@@ -73,7 +73,9 @@ class Buffer:
         producer = self._producer  # `finish` may clear it at any time
         if not self._arrivals.put(batch):
             return True
-        if producer is not None and not self._has_room():
+        # More than once if a consumer that had found room has resumed the query late, after this
+        # thread had gone on by itself and filled that room.
+        while producer is not None and not self._has_room():
             with producer.clock_stopped():
                 # The consumer may take a batch, or close the stream, after this thread has found no
                 # room and before it is paused. Its own call to resume the query does nothing then.

@@ -194,14 +194,7 @@ class Flight(Query[T]):
         """See `Query`; its askers end with it, and the waiters are theirs."""
         waiters = [*super().set_finished()]
         self._flights.forget(self)
-        if self.is_cancelled:  # by `close`, which cancels the askers
-            return waiters
         return waiters + self._land()
-
-    def set_error(self, error: BaseException) -> Iterable[Waiter]:
-        """See `Query`."""
-        # In a forked child those that `close` was about to cancel are left.
-        return [*super().set_error(error), *self._land()]
 
     def how_it_ends(self, without: Query[Any]) -> str:
         """See `Query`; it goes on unless `without` is the last asker."""
@@ -249,11 +242,13 @@ class Flight(Query[T]):
         if captain is not None and captain.reports:
             captain.announce(kind, error)
 
-    def _after_cancel(self) -> None:
-        # By `close`, while they still wait for it.
+    def cancel(self) -> bool:
+        """See `Query`; so are its askers, the last of which takes it along."""
+        # It stays in the queue, or its slot, until none of them waits: `close` on another thread
+        # would not find those that are left.
         for asker in list(self.askers):
             asker.cancel()
-        super()._after_cancel()
+        return super().cancel()
 
 
 class _Shared(Outcome[T]):

@@ -230,10 +230,12 @@ class Lane:
             if admission.closed:
                 self._threads.close()
             raise
-        # Running streams count as waiting: their consumers may never come back.
+        # Listed, and cancelled, before those in slots: one that starts meanwhile is in both lists,
+        # and none starts in the slot of another that is cancelled here.
+        waiting = admission.in_queue()
         running = admission.in_slots()
-        waiting = [query for query in running if query.is_stream]
-        waiting += admission.in_queue()
+        # Running streams count as waiting: their consumers may never come back.
+        waiting += [query for query in running if query.is_stream]
         for query in (*(waiting if cancel_waiting else ()), *(running if cancel_running else ())):
             query.cancel()
         self._close_executor()
