@@ -774,7 +774,8 @@ def test_thread_that_goes_to_look_back_is_not_ended_by_another(make, block, monk
     collector = make(max_running=1)
     executor, nested = collector._cpu._threads, [block() for _ in range(2)]
     held = [HeldWaiter() for _ in range(3)]
-    asked, is_out, is_back = [], threading.Event(), threading.Event()
+    asked, all_wait = [], threading.Event()
+    is_out, is_back = threading.Event(), threading.Event()
     observe_cost = query.Query.observe_cost
 
     def look_back(self, *arguments, **options):
@@ -790,6 +791,7 @@ def test_thread_that_goes_to_look_back_is_not_ended_by_another(make, block, monk
             asked.append(collector.collect_async(blocked.lf))
             asked[-1]._query.add_waiter(waiter)
             assert blocked.started.wait()
+        assert all_wait.wait(30)
         for blocked, waiter in zip(nested, held, strict=False):
             blocked.gate.set()
             assert waiter.came.wait(30)  # it has no slot any more
@@ -799,6 +801,7 @@ def test_thread_that_goes_to_look_back_is_not_ended_by_another(make, block, monk
     outer._query.add_waiter(held[2])
     until(lambda: len(asked) == 2)
     waiting = collector.collect_async(TINY)
+    all_wait.set()
     assert held[2].came.wait(30)  # it has kept its slot for the one that waits
     held[1].gate.set()
     until(lambda: executor.threads <= 1)  # that one has looked back, and let go whom it could
