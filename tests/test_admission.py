@@ -571,15 +571,21 @@ def test_equals_start_in_the_order_they_came_and_nobody_is_estimated_by_the_call
 
 @pytest.fixture
 def looked(monkeypatch):
-    """The threads on which plans were looked at."""
-    threads = []
-    look_at = estimates.look_at
+    """The threads on which plans were looked at for what the test has made."""
+    threads, made = [], []
+    make, look = CostModel.__init__, CostModel._look
 
-    def look_and_tell(*arguments):
-        threads.append(threading.get_ident())
-        return look_at(*arguments)
+    def make_and_keep(known, **options):
+        made.append(known)
+        make(known, **options)
 
-    monkeypatch.setattr(estimates, "look_at", look_and_tell)
+    def look_and_tell(known, *arguments, **options):
+        if known in made:  # queries of tests before may still be looked at after their end
+            threads.append(threading.get_ident())
+        return look(known, *arguments, **options)
+
+    monkeypatch.setattr(CostModel, "__init__", make_and_keep)
+    monkeypatch.setattr(CostModel, "_look", look_and_tell)
     return threads
 
 
