@@ -383,10 +383,16 @@ def test_option_of_a_wrong_kind_is_refused_by_name_before_anything_runs(name, va
     assert collector.stats()["submitted"] == 0
 
 
-@pytest.mark.parametrize("timeout", [inf, 1e300, 10**9, True])
+@pytest.mark.parametrize("timeout", [inf, 1e300, 10**9])
 def test_any_time_that_is_long_enough_is_a_timeout(collector, timeout):
-    collector.collect_async(TINY).result(30)  # so that no worker has to start in a second
     assert collector.collect_async(TINY, timeout=timeout).result(30).item() == 1
+
+
+def test_true_is_a_timeout_of_one_second(collector, blocked):
+    handle = collector.collect_async(blocked.lf, timeout=True)
+    inside.let_time_be_up(handle)
+    with pytest.raises(QueryTimeoutError, match=r"was not done after 1 s: "):
+        handle.result(30)
 
 
 def test_decimal_timeout_is_taken_or_refused_before_anything_runs(collector):
