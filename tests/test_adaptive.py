@@ -318,13 +318,21 @@ def test_default_collector_adapts_by_the_variable(monkeypatch):
     pa.default_collector().close()
 
 
-def test_another_engine_is_tried_while_nothing_else_runs(adapting):
-    ran = []
-    for _ in range(12):
-        handle = adapting.collect_async(SMALL)
+def test_another_engine_is_tried_while_nothing_else_runs(make, monkeypatch):
+    ran, noted = [], []
+    collector = make(engine="adaptive", inline=0)
+    times = collector._chooser._times
+
+    def note_fixed_time(choice, _, *, alone):
+        EngineTimes.note(times, choice, 2.0 if choice.engine == "streaming" else 1.0, alone=alone)
+        noted.append(choice)
+
+    monkeypatch.setattr(times, "note", note_fixed_time)
+    for number in range(1, 13):
+        handle = collector.collect_async(SMALL)
         handle.result(LIMIT)
         ran.append(handle.resolution.name)
-        until(lambda: not adapting.stats()["running"])
+        until(lambda number=number: len(noted) == number)  # which is after the result
     assert ran[:8] == ["in-memory"] * 8
     assert ran.count("streaming") == 1
 
