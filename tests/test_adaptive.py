@@ -246,6 +246,7 @@ def test_engine_is_chosen_and_told(make, lf, engine):
         == {"in-memory": "InMemoryEngine", "streaming": "StreamingEngine"}[engine]
     )
     assert found.message.startswith(f"the {engine} engine runs: it reads ")
+    collector.close()  # the result may be there before the last event
     assert [each.engine for each in events] == ["adaptive", engine, engine]
 
 
@@ -443,12 +444,12 @@ def test_large_query_runs_on_the_gpu_where_it_may(make, gpu):
     assert found.gpu.usable
     assert found.message.startswith("the GPU engine runs: it reads ")
     assert gpu.queries == 1
+    until(lambda: not collector.stats()["running"])
     assert [(each.kind, each.engine) for each in events] == [
         ("queued", "adaptive"),
         ("started", "gpu"),
         ("finished", "gpu"),
     ]
-    until(lambda: not collector.stats()["running"])
     stats = collector.stats()
     assert (stats["submitted"], stats["completed"]) == (1, 1)
 
