@@ -538,10 +538,10 @@ def test_queries_wait_until_there_is_memory(limited, block, slots):
 
 
 def pretend_held_up(handle):
-    """Have a query that memory holds up wait for six seconds, five of them for that."""
+    """Have a query that memory holds up wait for 6000 seconds, 5000 of them for that."""
     until(lambda: handle._query.times.memory_seconds > 0)
-    handle._query.times.held_up_since -= 5
-    handle._query.times._submitted -= 6
+    handle._query.times.held_up_since -= 5000
+    handle._query.times._submitted -= 6000
 
 
 def test_query_that_memory_has_held_up_says_so(limited, block, caplog):
@@ -556,15 +556,15 @@ def test_query_that_memory_has_held_up_says_so(limited, block, caplog):
     waiting = collector.collect_async(TINY, label="400 11")
     until(is_held_up(collector, running=1))
     pretend_held_up(late)
-    held_up = r"waited 6\.\d s behind .+, was held up by max_memory for 5\.\d s of that"
+    held_up = r"waited 6,\d+ s behind .+, was held up by max_memory for 5,\d+ s of that"
     assert re.fullmatch(held_up, late.summary)
     inside.let_time_be_up(late)
     pretend_held_up(waiting)  # the next one
     with pytest.raises(pa.QueryTimeoutError) as caught:
         late.result()
     assert re.search(
-        r"it waited 6\.\d+ s for a slot behind 1 running query, "
-        r"5\.\d+ s of which max_memory held it up, and never ran$",
+        r"it waited 6\d{3}\.\d+ s for a slot behind 1 running query, "
+        r"5\d{3}\.\d+ s of which max_memory held it up, and never ran$",
         str(caught.value),
     )
     gates[0].gate.set()
@@ -573,7 +573,7 @@ def test_query_that_memory_has_held_up_says_so(limited, block, caplog):
     until(lambda: len(ends()) == 3)  # the results are there before the events
     assert re.fullmatch(rf"{held_up}, timed out", ends()[late.id].summary)
     assert re.match(rf"{held_up}, ran ", ends()[waiting.id].summary)
-    assert 5 < ends()[waiting.id].memory_seconds < ends()[waiting.id].queue_seconds
+    assert 5000 < ends()[waiting.id].memory_seconds < ends()[waiting.id].queue_seconds
     assert ends()[first[0].id].memory_seconds == 0
 
     def slow():
