@@ -22,7 +22,7 @@ import polars_async as pa
 from polars_async._runtime import machine, parquet
 from polars_async._runtime.upstream import spilling
 from polars_async.options import checked_memory
-from polars_async.scheduling import estimates
+from polars_async.scheduling import estimates, fair_queue, memory_use
 from polars_async.scheduling.estimates import CostModel, Estimate
 from polars_async.scheduling.fair_queue import FairQueue
 from polars_async.scheduling.memory import Memory
@@ -687,8 +687,10 @@ def test_what_is_unknown_holds_others_up_until_it_is_seen_to_take_little(
 ):
     collector = limited()
     monkeypatch.setattr(Query, "set_estimate", guess)
+    monkeypatch.setattr(memory_use, "_MOMENT", inf)
     start(collector, "1", "2", block=block)
     until(is_held_up(collector, running=1))
+    monkeypatch.setattr(memory_use, "_MOMENT", 0.1)
     until(lambda: inside.running(collector) == 2)
     start(collector, *map(str, range(9)), block=block)
     # Each counts for an eighth by and by, and the next one for half.
@@ -702,9 +704,11 @@ def test_what_is_unknown_holds_others_up_until_it_is_seen_to_take_little(
 def test_what_is_unknown_and_seen_to_take_much_holds_others_up(limited, block, monkeypatch):
     collector = limited()
     monkeypatch.setattr(Query, "set_estimate", guess)
+    monkeypatch.setattr(memory_use, "_MOMENT", inf)
     (handle, _), gates = start(collector, "1", "2", block=block)
     limited.held.held += 100 * MB  # and maybe four times as much in the end
-    until(lambda: handle._query.times.run_seconds > 0.1)
+    until(lambda: handle.peak_memory == 100 * MB)
+    monkeypatch.setattr(memory_use, "_MOMENT", 0.0)
     watch = collector._cpu._memory_watch
     count = watch._count
     until(lambda: watch._count > count + 10)
@@ -964,7 +968,8 @@ def test_quick_queries_start_without_a_look_and_count_as_all_memory(limited, blo
     second.result()
 
 
-def test_next_of_quick_queries_counts_as_all_memory_as_well(limited, block):
+def test_next_of_quick_queries_counts_as_all_memory_as_well(limited, block, monkeypatch):
+    monkeypatch.setattr(fair_queue, "_GIL_WAIT", inf)  # the first may take long
     collector = limited(max_running=1)
     collector._cpu.admission._queue._quick_streak = 64
     first, second = block(), block()
@@ -972,7 +977,7 @@ def test_next_of_quick_queries_counts_as_all_memory_as_well(limited, block):
     handle = collector.collect_async(second.lf, label="400")
     assert inside.waiting(collector) == 1
     first.gate.set()
-    until(lambda: not inside.waiting(collector))
+    assert second.started.wait()
     (slot,) = collector._cpu.admission._slots
     assert slot.query is handle._query
     assert slot.load.memory == LIMIT
