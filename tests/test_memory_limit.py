@@ -9,6 +9,7 @@ import os
 import re
 import threading
 import warnings
+import weakref
 from functools import partial
 from math import inf
 from types import SimpleNamespace
@@ -904,9 +905,12 @@ def test_peak_of_a_query_is_measured_and_learned(executor):
     with pa.Collector(engine="in-memory", executor=executor, max_memory="4 GB") as collector:
         for _ in range(2):
             handle = collector.collect_async(query)
-            handle.result()
+            result = weakref.ref(handle.result())
             taken = handle.peak_memory
             assert 4 * MB < taken < 2000 * MB
+            del handle
+            until(lambda result=result: result() is None)  # else it would be freed in the next run
+        until(lambda: collector._cpu.admission.memory._learned)
         expected = collector._cpu._costs.of([query], "in-memory").memory
     assert taken / 4 < expected < 8 * taken
 
