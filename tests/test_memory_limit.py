@@ -930,8 +930,10 @@ def test_what_a_result_has_in_common_with_other_frames_does_not_count():
 
 def test_of_a_query_that_was_not_measured_its_result_tells_what_it_took(limited, monkeypatch):
     learned = []
-    monkeypatch.setattr(CostModel, "observe", lambda *_, memory, **__: learned.append(memory))
     collector = limited()
+    monkeypatch.setattr(
+        collector._cpu._costs, "observe", lambda *_, memory, **__: learned.append(memory)
+    )
     collector._cpu.admission.limits.processors = 1e6  # so that the time bounds nothing
     collector.collect_async(TINY.select(pl.int_range(1_000_000)), label="1 0.001").result()
     until(lambda: learned)
@@ -939,13 +941,12 @@ def test_of_a_query_that_was_not_measured_its_result_tells_what_it_took(limited,
 
 
 def test_need_of_queries_too_quick_to_be_measured_does_not_rise(limited, monkeypatch, memory):
-    def observe(_, expected, seconds, **options):  # noqa: ARG001
-        taken.append(options["memory"])
-
     taken = []
-    monkeypatch.setattr(CostModel, "observe", observe)
     need = memory.learn(7, 5 * MB, completed=True)
     collector = limited()
+    monkeypatch.setattr(
+        collector._cpu._costs, "observe", lambda *_, memory, **__: taken.append(memory)
+    )
     collector._cpu.admission.limits.processors = 1e6  # so that the time bounds nothing
     monkeypatch.setattr(Query, "set_estimate", estimate_of(need))
     collector.collect_async(TINY).result()
