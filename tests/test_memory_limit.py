@@ -1000,8 +1000,16 @@ def test_forked_child_measures_anew(limited):
     assert not lane._memory_watch._runs
 
 
-def test_queries_run_one_by_one_until_one_of_them_is_known():
-    query = sort()
+def test_queries_run_one_by_one_until_one_of_them_is_known(monkeypatch):
+    query, ran, run = sort(), [], Query.run
+
+    def run_while_others_wait(each, *arguments):
+        ran.append(each)
+        if each is ran[0]:
+            until(lambda: inside.lacks_memory(collector))
+        run(each, *arguments)
+
+    monkeypatch.setattr(Query, "run", run_while_others_wait)
     with pa.Collector(engine="in-memory", max_memory="4 GB", max_running=8) as collector:
         handles = [collector.collect_async(query.head(2_000_000 - n)) for n in range(8)]
         for handle in handles:
