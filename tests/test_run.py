@@ -312,16 +312,14 @@ def test_function_that_waits_for_queries_and_functions_needs_no_slot_for_them(co
 
 def test_size_is_learned_by_the_function(monkeypatch):
     seen = []
-
-    def observe(_, expected, *__, **___):
-        seen.append(expected)
-
     monkeypatch.setattr(query_module, "_WORTH_ESTIMATING", 0.0)
-    monkeypatch.setattr(CostModel, "observe", observe)
     with pa.Collector() as collector:
-        for function in (len, partial(len), lambda each: each):
+        monkeypatch.setattr(
+            collector._cpu._costs, "observe", lambda expected, *_, **__: seen.append(expected)
+        )
+        for number, function in enumerate((len, partial(len), lambda each: each), start=1):
             collector.run(function, "abc").result(LIMIT)
-        until(lambda: len(seen) == 3)
+            until(lambda number=number: len(seen) == number)
     assert [each.seconds for each in seen] == [UNKNOWN] * 3
     assert not any(each.is_exact for each in seen)
     first, same, other = (each.fingerprint for each in seen)
