@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 import time
 from contextlib import suppress
 from math import inf
@@ -43,6 +44,16 @@ def sleeping(seconds=0.05, number=1):
     def read(*_):
         time.sleep(seconds)
         yield pl.DataFrame({"a": [number]})
+
+    return register_io_source(read, schema={"a": pl.Int64})
+
+
+def waiting_for(gate):
+    """Return a query of the same shape, which waits for a gate."""
+
+    def read(*_):
+        assert gate.wait(30)
+        yield pl.DataFrame({"a": [1]})
 
     return register_io_source(read, schema={"a": pl.Int64})
 
@@ -200,11 +211,14 @@ def shares_of(collector, lf):
 
 def test_queries_that_were_seen_to_wait_start_together(make, unmeasured):  # noqa: ARG001
     collector = make()
+    collector._cpu.admission.cpu_seconds = lambda: perf_counter() / 100  # others may compute
     for _ in range(2):
         collector.collect_async(sleeping()).result(30)
     until(lambda: (shares_of(collector, sleeping()) or 1) < 0.25)
-    handles = [collector.collect_async(sleeping(0.5)) for _ in range(10)]
+    gate = threading.Event()
+    handles = [collector.collect_async(waiting_for(gate)) for _ in range(10)]
     until(lambda: inside.running(collector) == 10)
+    gate.set()
     for handle in handles:
         handle.result(30)
 
