@@ -410,11 +410,12 @@ def test_this_machine_tells_its_own():
 @pytest.mark.usefixtures("unmeasured")
 def test_streaming_queries_start_unlooked_until_some_prove_large(make, block, monkeypatch):
     collector = make()
-    looks = []
-    look_at = estimates.look_at
-    monkeypatch.setattr(estimates, "look_at", lambda *a: looks.append(a[0]) or look_at(*a))
+    costs, looks = collector._cpu._costs, []
+    look = costs._look
+    monkeypatch.setattr(costs, "_look", lambda *a, **o: looks.append(a) or look(*a, **o))
     for _ in range(collector._cpu.admission.limits.slots):
-        run_blocked(collector, block, engine="streaming")
+        handle, _ = run_blocked(collector, block, engine="streaming")
+        handle._query.times.started -= 1.0
     assert looks == []
     late = collector.collect_async(block().lf, engine="streaming")
     until(lambda: looks)
@@ -433,7 +434,7 @@ def test_more_streaming_queries_start_unlooked_while_looks_are_dear(make, block,
         patch.setattr(estimates, "perf_counter", lambda: 0.0)
         assert costs.is_look_dear()
         looks = []
-        patch.setattr(estimates, "look_at", lambda *a: looks.append(a[0]) or NOTHING)
+        patch.setattr(costs, "_look", lambda *a, **_: looks.append(a) or NOTHING)
         for _ in range(2 * collector._cpu.admission.limits.slots):
             run_blocked(collector, block, engine="streaming")
         assert looks == []
@@ -447,8 +448,8 @@ def test_more_streaming_queries_start_unlooked_while_looks_are_dear(make, block,
 
 def test_little_is_spent_to_learn_of_queries_that_have_ended(monkeypatch):
     costs, looks = CostModel(), []
-    monkeypatch.setattr(estimates, "thread_time", (n / 10 for n in range(1000)).__next__)
-    monkeypatch.setattr(estimates, "look_at", lambda *a: looks.append(a) or NOTHING)
+    monkeypatch.setattr(estimates, "thread_time", iter(range(1000)).__next__)
+    monkeypatch.setattr(costs, "_look", lambda *a, **_: looks.append(a) or NOTHING)
     for number in range(5):
         costs.of_ended([TINY.head(number)], "in-memory")
     assert len(looks) == 1
