@@ -138,6 +138,33 @@ def test_no_more_start_where_nothing_is_to_be_had(make, block, monkeypatch, reas
     assert inside.waiting(collector) >= 12 - slots
 
 
+def test_thread_looks_at_the_memory_while_another_is_slow_to_do_so(make, block, monkeypatch):
+    collector = make()
+    monkeypatch.setattr(collector._cpu.admission.limits, "slots", 1)
+    run_blocked(collector, block)
+    found, is_slow = [], threading.Event()
+
+    def look():
+        if threading.current_thread() is slow:
+            is_slow.set()
+            until(lambda: found)
+        found.append(threading.current_thread())
+        return 0.0
+
+    monkeypatch.setattr(load, "available_memory", look)
+    monkeypatch.setattr(load, "_LEAST_MEMORY", 1.0)
+    meter = load.LoadMeter(collector._cpu.admission)
+    slow = threading.Thread(target=meter.look_at_memory)
+    slow.start()
+    assert is_slow.wait(30)
+    meter.look_at_memory()
+    is_short = collector._cpu.admission.memory_is_short
+    found.append(None)
+    slow.join()
+    assert is_short
+    assert found[0] is threading.current_thread()
+
+
 def test_more_start_again_once_memory_is_free(make, block, monkeypatch):
     monkeypatch.setattr(load, "_LEAST_MEMORY", 2.0)
     collector = make()
