@@ -61,4 +61,5 @@ def lying_ready(buffer):
 
 def lacks_memory(collector):
     """Return whether the last look found a query that nothing but memory held up."""
-    return collector._cpu.admission.lacks_memory
+    with collector._cpu.admission.lock:  # a look first takes back what the last one has found
+        return collector._cpu.admission.lacks_memory

@@ -232,6 +232,18 @@ def test_ctrl_c_ends_the_wait_and_cancels_the_query(collector, engine, blocked, 
     assert (stats["waiting"], stats["cancelled"]) == (0, 1)
 
 
+def test_ctrl_c_before_the_wait_cancels_the_query(collector, engine, blocked, monkeypatch):
+    def interrupted(_):
+        raise KeyboardInterrupt
+
+    collector.collect_async(blocked.lf)
+    monkeypatch.setattr("polars_async.collector.result_of", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        TINY.collect(engine=engine)
+    stats = collector.stats()
+    assert (stats["waiting"], stats["cancelled"]) == (0, 1)
+
+
 def test_greenlet_alone_waits_and_its_end_cancels_the_query(collector, engine, blocked):
     collector.collect_async(blocked.lf)
     assert blocked.started.wait()

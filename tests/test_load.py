@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 import time
 from contextlib import suppress
 from math import inf
@@ -43,6 +44,16 @@ def sleeping(seconds=0.05, number=1):
     def read(*_):
         time.sleep(seconds)
         yield pl.DataFrame({"a": [number]})
+
+    return register_io_source(read, schema={"a": pl.Int64})
+
+
+def waiting_for(gate):
+    """Return a query of the same shape, which waits for a gate."""
+
+    def read(*_):
+        assert gate.wait(30)
+        yield pl.DataFrame({"a": [1]})
 
     return register_io_source(read, schema={"a": pl.Int64})
 
@@ -127,6 +138,33 @@ def test_no_more_start_where_nothing_is_to_be_had(make, block, monkeypatch, reas
     assert inside.waiting(collector) >= 12 - slots
 
 
+def test_thread_looks_at_the_memory_while_another_is_slow_to_do_so(make, block, monkeypatch):
+    collector = make()
+    monkeypatch.setattr(collector._cpu.admission.limits, "slots", 1)
+    run_blocked(collector, block)
+    found, is_slow = [], threading.Event()
+
+    def look():
+        if threading.current_thread() is slow:
+            is_slow.set()
+            until(lambda: found)
+        found.append(threading.current_thread())
+        return 0.0
+
+    monkeypatch.setattr(load, "available_memory", look)
+    monkeypatch.setattr(load, "_LEAST_MEMORY", 1.0)
+    meter = load.LoadMeter(collector._cpu.admission)
+    slow = threading.Thread(target=meter.look_at_memory)
+    slow.start()
+    assert is_slow.wait(30)
+    meter.look_at_memory()
+    is_short = collector._cpu.admission.memory_is_short
+    found.append(None)
+    slow.join()
+    assert is_short
+    assert found[0] is threading.current_thread()
+
+
 def test_more_start_again_once_memory_is_free(make, block, monkeypatch):
     monkeypatch.setattr(load, "_LEAST_MEMORY", 2.0)
     collector = make()
@@ -200,11 +238,14 @@ def shares_of(collector, lf):
 
 def test_queries_that_were_seen_to_wait_start_together(make, unmeasured):  # noqa: ARG001
     collector = make()
+    collector._cpu.admission.cpu_seconds = lambda: perf_counter() / 100  # others may compute
     for _ in range(2):
         collector.collect_async(sleeping()).result(30)
     until(lambda: (shares_of(collector, sleeping()) or 1) < 0.25)
-    handles = [collector.collect_async(sleeping(0.5)) for _ in range(10)]
+    gate = threading.Event()
+    handles = [collector.collect_async(waiting_for(gate)) for _ in range(10)]
     until(lambda: inside.running(collector) == 10)
+    gate.set()
     for handle in handles:
         handle.result(30)
 
@@ -396,11 +437,12 @@ def test_this_machine_tells_its_own():
 @pytest.mark.usefixtures("unmeasured")
 def test_streaming_queries_start_unlooked_until_some_prove_large(make, block, monkeypatch):
     collector = make()
-    looks = []
-    look_at = estimates.look_at
-    monkeypatch.setattr(estimates, "look_at", lambda *a: looks.append(a[0]) or look_at(*a))
+    costs, looks = collector._cpu._costs, []
+    look = costs._look
+    monkeypatch.setattr(costs, "_look", lambda *a, **o: looks.append(a) or look(*a, **o))
     for _ in range(collector._cpu.admission.limits.slots):
-        run_blocked(collector, block, engine="streaming")
+        handle, _ = run_blocked(collector, block, engine="streaming")
+        handle._query.times.started -= 1.0
     assert looks == []
     late = collector.collect_async(block().lf, engine="streaming")
     until(lambda: looks)
@@ -419,7 +461,7 @@ def test_more_streaming_queries_start_unlooked_while_looks_are_dear(make, block,
         patch.setattr(estimates, "perf_counter", lambda: 0.0)
         assert costs.is_look_dear()
         looks = []
-        patch.setattr(estimates, "look_at", lambda *a: looks.append(a[0]) or NOTHING)
+        patch.setattr(costs, "_look", lambda *a, **_: looks.append(a) or NOTHING)
         for _ in range(2 * collector._cpu.admission.limits.slots):
             run_blocked(collector, block, engine="streaming")
         assert looks == []
@@ -433,8 +475,8 @@ def test_more_streaming_queries_start_unlooked_while_looks_are_dear(make, block,
 
 def test_little_is_spent_to_learn_of_queries_that_have_ended(monkeypatch):
     costs, looks = CostModel(), []
-    monkeypatch.setattr(estimates, "thread_time", (n / 10 for n in range(1000)).__next__)
-    monkeypatch.setattr(estimates, "look_at", lambda *a: looks.append(a) or NOTHING)
+    monkeypatch.setattr(estimates, "thread_time", iter(range(1000)).__next__)
+    monkeypatch.setattr(costs, "_look", lambda *a, **_: looks.append(a) or NOTHING)
     for number in range(5):
         costs.of_ended([TINY.head(number)], "in-memory")
     assert len(looks) == 1

@@ -7,7 +7,6 @@ import os
 import re
 import sys
 import threading
-import time
 from contextlib import closing
 from contextvars import ContextVar
 from functools import partial
@@ -38,13 +37,6 @@ def waits(started, gate):
     started.set()
     assert gate.wait(), "nobody lets it go on"
     return FRAME
-
-
-def taking():
-    """Take some 160 MB for longer than a moment."""
-    frame = pl.select(a=pl.int_range(20_000_000))
-    time.sleep(0.2)
-    return int(frame["a"][1])
 
 
 def raises(error):
@@ -237,7 +229,13 @@ def test_function_in_the_queue_is_cancelled_by_its_number(collector, blocked):
 
 def test_what_a_function_takes_is_measured():
     with pa.Collector(max_memory="4 GB") as collector:
-        handle = collector.run(taking, label="takes")
+
+        def take():
+            frame = pl.select(a=pl.int_range(20_000_000))  # some 160 MB, until that is measured
+            until(lambda: any((each.memory or 0) > 100e6 for each in collector.queries()))
+            return int(frame["a"][1])
+
+        handle = collector.run(take, label="takes")
         assert handle.result(LIMIT) == 1
         assert 100e6 < handle.peak_memory < 2e9
         assert "at its peak" in handle.summary
@@ -314,16 +312,14 @@ def test_function_that_waits_for_queries_and_functions_needs_no_slot_for_them(co
 
 def test_size_is_learned_by_the_function(monkeypatch):
     seen = []
-
-    def observe(_, expected, *__, **___):
-        seen.append(expected)
-
     monkeypatch.setattr(query_module, "_WORTH_ESTIMATING", 0.0)
-    monkeypatch.setattr(CostModel, "observe", observe)
     with pa.Collector() as collector:
-        for function in (len, partial(len), lambda each: each):
+        monkeypatch.setattr(
+            collector._cpu._costs, "observe", lambda expected, *_, **__: seen.append(expected)
+        )
+        for number, function in enumerate((len, partial(len), lambda each: each), start=1):
             collector.run(function, "abc").result(LIMIT)
-        until(lambda: len(seen) == 3)
+            until(lambda number=number: len(seen) == number)
     assert [each.seconds for each in seen] == [UNKNOWN] * 3
     assert not any(each.is_exact for each in seen)
     first, same, other = (each.fingerprint for each in seen)

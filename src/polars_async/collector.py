@@ -987,6 +987,12 @@ class Collector:
         query = self._submit(operation_on(resolution.engine), resolution, options)
         try:
             result = result_of(query)
+        except BaseException:
+            # What interrupts the wait, such as Ctrl-C: no caller has a handle of the query. Not in
+            # `result_of`: the interrupt may come as that is called.
+            query.cancel()
+            raise
+        else:
             if query.resolution.fell_back:
                 warn_of(query.resolution)
             return result

@@ -280,18 +280,11 @@ class BackgroundQuery(Watchable, InProcessQuery, Generic[T]):
 
 
 def result_of(query: Query[T]) -> T:
-    """
-    Block the calling thread, or greenlet, until the query is done; return or raise its outcome.
-
-    What interrupts the wait, such as Ctrl-C, cancels the query: no caller has a handle of it.
-    """
+    """Block the thread, or greenlet, until the query is done; return or raise its outcome."""
     try:
         if not query.done:
             block_caller(query)
         return query.outcome(CancelledError)
-    except BaseException:
-        query.cancel()
-        raise
     finally:
         del query  # an error's traceback holds this frame, which else held the error
 

@@ -98,8 +98,9 @@ class LoadMeter:
             return
         matters = admission.threads >= admission.limits.slots or admission.memory_is_short
         if matters and now - self._memory_at > _MEMORY_LASTS:
-            self._memory_at = now
             admission.memory_is_short = available_memory() < _LEAST_MEMORY
+            # Last: other threads would take what was known before for what is found just now.
+            self._memory_at = now
 
     def reset_after_fork(self) -> None:
         """Measure no more in a forked child, which does not have the thread of the timers."""
