@@ -194,6 +194,7 @@ def count(scene):
 
 
 SHARED = {"single_flight": True, "inline": 0}
+KEPT = {"cache": Cache(seconds=60, max_bytes=1e6)}
 ACTS = {
     "asked, a slot is free": (ask, {"taken": False}),
     "asked, it waits": (ask, {"taken": True}),
@@ -213,7 +214,11 @@ ACTS = {
     "the last one cancelled": (cancel_what_waits, {"taken": True, **SHARED}),
     "one of two cancelled": (cancel_one_of_two, {"taken": True, **SHARED}),
     "closed, shared": (close, {"taken": True, **SHARED}),
-    "kept": (ask_for_what_was_kept, {"taken": False, "cache": Cache(seconds=60, max_bytes=1e6)}),
+    "kept": (ask_for_what_was_kept, {"taken": False, **KEPT}),
+    "kept, heard": (
+        ask_for_what_was_kept,
+        {"taken": False, "on_event": lambda _: None, **KEPT},
+    ),
 }
 
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Final, Protocol
 from polars_async._runtime.fork import Step, in_child
 from polars_async._runtime.green import leaving_no_hub
 from polars_async._runtime.logs import complain
+from polars_async._runtime.thread_names import set_system_name
 from polars_async._runtime.unpatched import RLock, SimpleQueue, holding, start_new_thread, when_put
 
 if TYPE_CHECKING:
@@ -100,6 +101,7 @@ class _Timers:
 
     @leaving_no_hub
     def run(self) -> None:
+        set_system_name("polars-timers")
         try:
             while (wait := self.expire_due()) is not None:
                 # A timer may be added before the sleep begins: its wakeup is in the queue by then.

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from contextlib import contextmanager, suppress
-from pathlib import Path
+from contextlib import contextmanager
 from threading import current_thread
 from typing import TYPE_CHECKING, Final, TypeVar
 
 from polars_async._runtime.green import leaving_no_hub
 from polars_async._runtime.nesting import enter_context, enter_worker
+from polars_async._runtime.thread_names import set_system_name
 from polars_async._runtime.unpatched import SimpleQueue, get_ident, start_new_thread
 from polars_async.executors import QueryExecutor
 from polars_async.executors.meters import LocalMeter, count, counting
@@ -21,7 +21,6 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-_SYSTEM_NAME: Final = Path("/proc/thread-self/comm")
 _IDLE_NAME: Final = "polars-async"
 
 
@@ -111,7 +110,7 @@ def _end_thread() -> None:
 
 @leaving_no_hub
 def _work(jobs: SimpleQueue[Callable[[], None] | None], for_gpu: bool) -> None:  # noqa: FBT001
-    _set_system_name(_IDLE_NAME)
+    set_system_name(_IDLE_NAME)
     enter_worker(for_gpu=for_gpu)
     while (job := jobs.get()) is not None:
         if job is _end_thread:
@@ -133,17 +132,9 @@ def named_thread(name: str) -> Generator[None]:
     thread = current_thread()
     before = thread.name
     thread.name = name
-    _set_system_name(name)
+    set_system_name(name)
     try:
         yield
     finally:
         thread.name = before
-        _set_system_name(_IDLE_NAME)
-
-
-def _set_system_name(name: str) -> None:
-    # Linux alone lets a thread be named in this way, with 15 bytes; where it fails, queries run
-    # all the same.
-    with suppress(OSError):
-        whole = name.encode(errors="replace")[:15].decode(errors="ignore")
-        _SYSTEM_NAME.write_bytes(whole.encode())
+        set_system_name(_IDLE_NAME)

@@ -430,15 +430,14 @@ class Flights:
         try:
             if not holding(self._lock, self._hand_out, kept, query, admission, slot, waiters):
                 return False
+            # As with a query that runs inline: all is told before the slot is free, for which
+            # `close` waits.
             query.report_end()
-            return True
-        finally:
-            # Also when a signal handler or a hook has raised. As with a query that runs inline: all
-            # is told before the slot is free, for which `close` waits.
-            holding(self._lock, admission.end_inline, query, slot)
-            wake(waiters)
-            if admission.waiters:
-                admission.wake_if_empty()
+            self._after_hand_out(query, admission, slot, waiters)
+        except BaseException:  # out of a signal handler, or Ctrl-C in a hook
+            self._after_hand_out(query, admission, slot, waiters)
+            raise
+        return True
 
     def _hand_out(
         self,
@@ -469,3 +468,12 @@ class Flights:
         query.board(None, shared_with=kept.query_id, from_cache=True)
         waiters += query.land(_Shared(outcome))
         return True
+
+    def _after_hand_out(
+        self, query: Query[Any], admission: Admission, slot: Slot, waiters: list[Waiter]
+    ) -> None:
+        """Free the slot of `query`, and wake all who wait for that; may be done again."""
+        holding(self._lock, admission.end_inline, query, slot)
+        wake(waiters)
+        if admission.waiters:
+            admission.wake_if_empty()
