@@ -46,23 +46,28 @@ MANY = 12
 """More queries than two workers take in advance."""
 
 
+def two_workers():
+    options = {"n_workers": 2, "threads_per_worker": 1, "resources": {"GPU": 1}}
+    return LocalCluster(host="127.0.0.1", dashboard_address=":0", **options)
+
+
 @pytest.fixture(scope="module")
 def cluster():
-    options = {"n_workers": 2, "threads_per_worker": 1, "resources": {"GPU": 1}}
-    with LocalCluster(host="127.0.0.1", dashboard_address=":0", **options) as cluster:
+    with two_workers() as cluster:
         yield cluster
 
 
 @pytest.fixture(scope="module")
-def connected(cluster):
+def client(cluster):
     with Client(cluster) as client:
         yield client
 
 
 @pytest.fixture
-def client(connected):
-    connected.wait_for_workers(2)  # since some tests kill them
-    return connected
+def losing():
+    """A client of a cluster whose workers are killed: dask does not always start them anew."""
+    with two_workers() as cluster, Client(cluster) as client:
+        yield client
 
 
 def new_executor(kind, client):
@@ -74,7 +79,7 @@ def new_executor(kind, client):
 
 
 @pytest.fixture(scope="module")
-def executors(connected):  # noqa: ARG001  # it has to end after that of dask
+def executors(client):  # noqa: ARG001  # it has to end after that of dask
     """Those that are up: a pool takes a while."""
     made = {}
     yield made
@@ -424,8 +429,8 @@ def test_pool_whose_worker_is_killed_ends_every_query_with_an_error(own, gate):
     assert isinstance(errors[0].__cause__, Exception)
 
 
-def test_dask_runs_a_query_again_whose_worker_is_killed(client, gate):
-    with Collector(executor=dask_executor(client)) as collector:
+def test_dask_runs_a_query_again_whose_worker_is_killed(losing, gate):
+    with Collector(executor=dask_executor(losing)) as collector:
         handle = collector.collect_async(gate.query())
         (first,) = until(gate.pids)
         os.kill(first, signal.SIGKILL)
@@ -435,14 +440,14 @@ def test_dask_runs_a_query_again_whose_worker_is_killed(client, gate):
         assert collector.stats()["completed"] == 1
 
 
-def test_dask_gives_up_a_query_that_kills_its_workers(client, tmp_path):
+def test_dask_gives_up_a_query_that_kills_its_workers(losing, tmp_path):
     folder = tmp_path
 
     def kill(_):
         Path(folder, str(os.getpid())).touch()
         os.kill(os.getpid(), signal.SIGKILL)
 
-    with Collector(executor=dask_executor(client, retries=9)) as collector:
+    with Collector(executor=dask_executor(losing, retries=9)) as collector:
         error = error_of(collector.collect_async(FRAME.map_batches(kill)))
         assert isinstance(error, WorkerDiedError)
         assert "KilledWorker" in str(error)
