@@ -169,6 +169,15 @@ signal.signal(signal.SIGINT, lambda *_: None)
 signal.set_wakeup_fd(wakeup)  # written to by Python's part of the handler, in any thread
 """
 
+STOPS = """
+from contextlib import suppress
+
+def until_all_have_stopped(lf):
+    while True:  # Polars stops others, too, until all threads of one that it stops have left it
+        with suppress(KeyboardInterrupt):
+            return outcome(lf=lf)
+"""
+
 WORKER_HIT = """
 def udf(df):
     # To this very thread, so that the handler of Polars has returned when this has: that of another
@@ -183,6 +192,7 @@ for engine in "in-memory", "streaming":
         outcome(lf=lf, engine=engine)
     except KeyboardInterrupt:
         print("interrupted")
+until_all_have_stopped(TINY)
 works()
 """
 
@@ -190,21 +200,14 @@ works()
 # Not trio, which puts its own handler in the place of that of Polars.
 @pytest.mark.parametrize("loop", ["asyncio", *GEVENT, "thread"])
 def test_worker_hit_by_the_signal_survives_and_its_query_raises(run_script, loop):
-    said = run_script(OWN_HANDLER + PRELUDE + WORKER_HIT, loop)
+    said = run_script(OWN_HANDLER + PRELUDE + STOPS + WORKER_HIT, loop)
     assert said == ["interrupted", "interrupted", "works"]
 
 
 LONG_QUERY_HIT = """
-from contextlib import suppress
-
 long = pl.LazyFrame({"k": pl.int_range(1_000_000, eager=True)})
 for _ in range(40):
     long = long.with_columns(pl.col("k").hash()).sort("k").with_columns(pl.col("k").cum_sum())
-
-def until_all_have_stopped():
-    while True:  # Polars stops others, too, until all threads of one that it stops have left it
-        with suppress(KeyboardInterrupt):
-            return outcome(lf=long.head(1000))
 
 def is_hit(engine):
     handle = collector.collect_async(long, engine=engine)
@@ -220,15 +223,15 @@ def is_hit(engine):
 
 for engine in "in-memory", "streaming":
     while not is_hit(engine):  # it was over before the first signal
-        until_all_have_stopped()
+        until_all_have_stopped(long.head(1000))
     print("interrupted")
-until_all_have_stopped()
+until_all_have_stopped(long.head(1000))
 works()
 """
 
 
 def test_worker_hit_in_the_midst_of_a_long_query_survives_too(run_script):
-    said = run_script(OWN_HANDLER + PRELUDE + LONG_QUERY_HIT, "thread")
+    said = run_script(OWN_HANDLER + PRELUDE + STOPS + LONG_QUERY_HIT, "thread")
     assert said == ["interrupted", "interrupted", "works"]
 
 
