@@ -52,6 +52,15 @@ def works():
     print("works", flush=True)
 """
 
+STOPS = """
+from contextlib import suppress
+
+def until_all_have_stopped(lf):
+    while True:  # Polars stops others, too, until all threads of one that it stops have left it
+        with suppress(KeyboardInterrupt):
+            return outcome(lf=lf)
+"""
+
 CTRL_C = """
 from polars_async.scheduling.query import Query
 
@@ -78,6 +87,7 @@ except KeyboardInterrupt:
 Query.add_waiter = add_waiter
 print("interrupted", flush=True)
 gate.release()
+until_all_have_stopped(TINY)
 works()
 """
 
@@ -97,7 +107,7 @@ def switches(pid):
 
 
 def press_ctrl_c(*arguments, program=CTRL_C):
-    command = [sys.executable, "-c", HEARS_CTRL_C + PRELUDE + program, *arguments]
+    command = [sys.executable, "-c", HEARS_CTRL_C + PRELUDE + STOPS + program, *arguments]
     with subprocess.Popen(command, stdout=-1, stderr=-1, text=True) as process:
         try:
             assert process.stdout.readline() == "waits\n"
@@ -167,15 +177,6 @@ handled, wakeup = os.pipe()
 os.set_blocking(wakeup, False)
 signal.signal(signal.SIGINT, lambda *_: None)
 signal.set_wakeup_fd(wakeup)  # written to by Python's part of the handler, in any thread
-"""
-
-STOPS = """
-from contextlib import suppress
-
-def until_all_have_stopped(lf):
-    while True:  # Polars stops others, too, until all threads of one that it stops have left it
-        with suppress(KeyboardInterrupt):
-            return outcome(lf=lf)
 """
 
 WORKER_HIT = """
