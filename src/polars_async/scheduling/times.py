@@ -66,7 +66,7 @@ class Times:
         if self.started is None:
             return None
         until = self.ended or self._paused_since or perf_counter()
-        return until - self.started - self.paused_seconds
+        return max(0.0, until - self.started - self.paused_seconds)  # see `clock_stopped`
 
     def start(self) -> float:
         """Set the time of the start; return the seconds spent in the queue."""

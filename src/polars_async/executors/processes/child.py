@@ -24,6 +24,7 @@ from polars_async._runtime.descriptors import STANDARD_FILES
 from polars_async._runtime.files import close_received, receive
 from polars_async._runtime.fork import Step, in_child
 from polars_async._runtime.nesting import enter_worker
+from polars_async._runtime.thread_names import set_system_name
 from polars_async._runtime.unpatched import RLock
 from polars_async.errors import PolarsAsyncError
 from polars_async.executors.carried import bare
@@ -43,7 +44,6 @@ if TYPE_CHECKING:
 
     from polars_async.executors.main_module import Export
 
-_SYSTEM_NAME = Path("/proc/self/comm")
 _OOM_SCORE = Path("/proc/self/oom_score_adj")
 _KILLED_FIRST = 500
 _NICENESS = 10
@@ -60,8 +60,7 @@ def main(socket_file: int, lifeline: int, path: list[str]) -> None:
     """
     _close_inherited({socket_file, lifeline})
     _die_with_parent(lifeline)
-    with suppress(OSError):
-        _SYSTEM_NAME.write_text("polars-worker")
+    set_system_name("polars-worker")
     with suppress(OSError):  # where memory is short, the kernel is to kill this, not the parent
         _OOM_SCORE.write_text(str(_KILLED_FIRST))
     with suppress(OSError):  # heavy work is here, and the parent may run an event loop
